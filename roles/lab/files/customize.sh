@@ -1,0 +1,30 @@
+#!/bin/sh
+# mmdebstrap customize hook ($1 = root of the new system): what makes it boot well as a container.
+set -eu
+root=$1
+
+# Every node makes host keys of its own at first start; the image carries none.
+rm -f "$root"/etc/ssh/ssh_host_*
+mkdir -p "$root/etc/systemd/system/ssh.service.d"
+cat >"$root/etc/systemd/system/ssh.service.d/host-keys.conf" <<'UNIT'
+[Service]
+ExecStartPre=
+ExecStartPre=/usr/bin/ssh-keygen -A
+ExecStartPre=/usr/sbin/sshd -t
+UNIT
+
+# Units that talk to hardware or a console which a container does not have.
+for unit in systemd-udevd.service systemd-udevd-kernel.socket systemd-udevd-control.socket \
+  systemd-udev-trigger.service systemd-modules-load.service systemd-logind.service \
+  getty.target console-getty.service sys-kernel-debug.mount sys-kernel-tracing.mount; do
+  ln -sf /dev/null "$root/etc/systemd/system/$unit"
+done
+
+# No package lists: they would be stale. Their date makes the first "update if older than" fetch them.
+rm -rf "$root"/var/lib/apt/lists/*
+touch -d @0 "$root/var/lib/apt/lists"
+
+# dpkg syncs every file to disk; a lab node is made anew rather than repaired.
+echo force-unsafe-io >"$root/etc/dpkg/dpkg.cfg.d/unsafe-io"
+rm -f "$root"/etc/hostname "$root"/etc/resolv.conf "$root"/etc/machine-id
+: >"$root/etc/machine-id"

@@ -1,0 +1,182 @@
+#!/usr/bin/python
+"""Ansible module: can this machine run the lab, and with which quirks?"""
+
+from __future__ import annotations
+
+import errno
+import ipaddress
+import os
+import shutil
+import socket
+import struct
+import subprocess
+from pathlib import Path
+
+from ansible.module_utils.basic import AnsibleModule
+
+DOCUMENTATION = r"""
+module: lab_host
+short_description: Checks whether this machine can run the lab, and reports its quirks
+description:
+  - Reads only. Every reason why the lab cannot run here is one line of RV(problems), with its remedy.
+options:
+  name: {type: str, required: true, description: Prefix of the lab's container and network names.}
+  subnet: {type: str, required: true, description: The lab's network.}
+  nodes: {type: list, elements: str, required: true, description: Names of the lab's nodes.}
+  publish: {type: list, elements: str, default: [], description: Published ports, C(ADDRESS:PORT:PORT).}
+  paths: {type: list, elements: path, required: true, description: Folders that need the free disk.}
+  min_disk_gb: {type: int, required: true, description: Least free disk in GB.}
+  min_memory_gb: {type: int, required: true, description: Least memory in GB.}
+author: [InfiniteContext]
+"""
+
+EXAMPLES = r"""
+- name: Check the machine
+  lab_host:
+    {name: ictx, subnet: 10.203.77.0/24, nodes: [ctl, n1], paths: [/root], min_disk_gb: 20, min_memory_gb: 6}
+"""
+
+RETURN = r"""
+problems: {type: list, elements: str, returned: always, description: One line per reason and remedy.}
+quirks: {type: dict, returned: always, description: What to adapt to; cgroup version, OCI runtime, hard limits.}
+containers: {type: dict, returned: always, description: State of each existing container of the lab by name.}
+"""
+
+SUPPORTED = {"debian": ("12", "13"), "ubuntu": ("22.04", "24.04")}
+GB = 1e9
+
+
+def os_release() -> dict[str, str]:
+    """Returns /etc/os-release as a mapping, without quotes."""
+    pairs = (line.split("=", 1) for line in Path("/etc/os-release").read_text().splitlines() if "=" in line)
+    return {key: value.strip('"') for key, value in pairs}
+
+
+def existing_parent(path: str) -> str:
+    """Returns the nearest folder at or above `path` that exists (where its disk is measured)."""
+    here = Path(path)
+    while not here.exists():
+        here = here.parent
+    return str(here)
+
+
+def port_is_taken(address: str, port: int) -> bool:
+    """Tells whether binding the TCP port fails because somebody listens on it."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((address, port))
+        except OSError as error:
+            return error.errno == errno.EADDRINUSE
+    return False
+
+
+def routes() -> list[tuple[str, ipaddress.IPv4Network]]:
+    """Returns the machine's IPv4 routes (device, network), the default route left out."""
+    found = []
+    for line in Path("/proc/net/route").read_text().splitlines()[1:]:
+        device, destination, *rest = line.split()
+        address, mask = (struct.pack("<L", int(word, 16)) for word in (destination, rest[5]))
+        if destination != "00000000":
+            network = ipaddress.IPv4Network((address, bin(int.from_bytes(mask, "big")).count("1")))
+            found.append((device, network))
+    return found
+
+
+def podman_lines(*arguments: str) -> list[str]:
+    """Runs podman if it is installed; no podman means that nothing of the lab exists."""
+    if not shutil.which("podman"):
+        return []
+    done = subprocess.run(["podman", *arguments], capture_output=True, text=True, check=False)
+    return done.stdout.split("\n")[:-1] if done.returncode == 0 else []
+
+
+def hard_limit(name: str) -> int:
+    """Returns the hard resource limit of this process, -1 for unlimited."""
+    import resource
+
+    limit = resource.getrlimit(getattr(resource, name))[1]
+    return -1 if limit == resource.RLIM_INFINITY else limit
+
+
+def check(params: dict) -> dict:
+    """Returns the module's result for the given parameters."""
+    problems: list[str] = []
+    name, network = params["name"], ipaddress.IPv4Network(params["subnet"])
+    containers = dict(
+        line.split(" ", 1)
+        for line in podman_lines("ps", "-a", "--filter", f"label=ictx.lab={name}", "--format", "{{.Names}} {{.State}}")
+    )
+
+    release = os_release()
+    versions = SUPPORTED.get(release.get("ID", ""), ())
+    if release.get("VERSION_ID") not in versions:
+        problems.append(
+            f"operating system {release.get('PRETTY_NAME', 'unknown')} is not supported: "
+            "use Debian 12 or 13, or Ubuntu 22.04 or 24.04"
+        )
+    if os.geteuid() != 0:
+        problems.append("root is needed to run system containers: run as root, or as a user who may sudo")
+    namespaces = Path("/proc/sys/user/max_user_namespaces")
+    if not Path("/proc/self/ns/user").exists() or (namespaces.exists() and int(namespaces.read_text()) < 1):
+        problems.append(
+            "user namespaces are off, so jobs cannot run in rootless containers: "
+            "set sysctl user.max_user_namespaces=15000"
+        )
+    memory_gb = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GB
+    if memory_gb < params["min_memory_gb"]:
+        problems.append(f"memory {memory_gb:.1f} GB is too small: the lab needs {params['min_memory_gb']} GB")
+    short: dict[int, str] = {}
+    for path in params["paths"]:
+        parent = existing_parent(path)
+        if shutil.disk_usage(parent).free / GB < params["min_disk_gb"]:
+            short.setdefault(os.stat(parent).st_dev, path)
+    problems += [
+        f"free disk at {path} is {shutil.disk_usage(existing_parent(path)).free / GB:.1f} GB: "
+        f"the lab needs {params['min_disk_gb']} GB"
+        for path in short.values()
+    ]
+    if f"{name}" not in podman_lines("network", "ls", "--format", "{{.Name}}"):
+        problems += [
+            f"network {network} overlaps {route} on {device}: set lab_subnet to a free /24"
+            for device, route in routes()
+            if route.overlaps(network)
+        ]
+    for entry in params["publish"]:
+        address, port, _ = entry.split(":")
+        if not containers and port_is_taken(address, int(port)):
+            problems.append(f"port {address}:{port} is taken: stop what listens on it, or change lab_publish")
+
+    unified = Path("/sys/fs/cgroup/cgroup.controllers").exists()
+    return {
+        "problems": problems,
+        "containers": containers,
+        "quirks": {
+            "cgroup_version": 2 if unified else 1,
+            # crun refuses system containers on a cgroup v1 hierarchy; runc runs them on both.
+            "oci_runtime": "crun" if unified and shutil.which("crun") else "runc",
+            "nofile": hard_limit("RLIMIT_NOFILE"),
+            "nproc": hard_limit("RLIMIT_NPROC"),
+        },
+    }
+
+
+def main() -> None:
+    """Runs the module."""
+    module = AnsibleModule(
+        argument_spec={
+            "name": {"type": "str", "required": True},
+            "subnet": {"type": "str", "required": True},
+            "nodes": {"type": "list", "elements": "str", "required": True},
+            "publish": {"type": "list", "elements": "str", "default": []},
+            "paths": {"type": "list", "elements": "path", "required": True},
+            "min_disk_gb": {"type": "int", "required": True},
+            "min_memory_gb": {"type": "int", "required": True},
+        },
+        supports_check_mode=True,
+    )
+    module.exit_json(changed=False, **check(module.params))
+
+
+if __name__ == "__main__":
+    main()
