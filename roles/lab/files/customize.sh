@@ -20,9 +20,10 @@ for unit in systemd-udevd.service systemd-udevd-kernel.socket systemd-udevd-cont
   ln -sf /dev/null "$root/etc/systemd/system/$unit"
 done
 
-# No package lists: they would be stale. Their date makes the first "update if older than" fetch them.
+# No package lists: they would be stale. The date of their folder must not pass for that of fresh ones.
 rm -rf "$root"/var/lib/apt/lists/*
 touch -d @0 "$root/var/lib/apt/lists"
+rm -f "$root"/var/cache/apt/archives/*.deb "$root"/var/cache/apt/*.bin
 
 # dpkg syncs every file to disk; a lab node is made anew rather than repaired.
 echo force-unsafe-io >"$root/etc/dpkg/dpkg.cfg.d/unsafe-io"
