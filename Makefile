@@ -1,0 +1,35 @@
+# Everything a person types. Details are in scripts/ and playbooks/.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+
+.PHONY: help lab test check-fast lint unit down clean
+
+help: ## Show every target
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+lab: ## Start the lab, provision it, bake the image, train and register a model (TRAIN=again trains anew)
+	@scripts/bootstrap control
+	@scripts/lab
+
+test: ## Run the whole test suite: lint, unit, molecule, end to end
+	@scripts/bootstrap test
+	@scripts/test
+
+check-fast: lint unit ## Lint and unit tests: the inner loop
+
+lint: ## Run every linter
+	@scripts/bootstrap test
+	@scripts/lint
+
+unit: ## Run the unit tests of the platform and of the workload
+	@scripts/bootstrap test
+	@scripts/unit
+
+down: ## Remove the lab and everything it started; caches stay
+	@scripts/bootstrap control
+	@scripts/down
+
+clean: ## Remove the virtual environment and what tools leave in the checkout; caches and the lab stay
+	rm -rf .venv .ansible .pytest_cache .mypy_cache .ruff_cache dist build workload/dist workload/build
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,31 @@
+# Sourced by the other scripts: settings that they share, and timed steps.
+: "${ICTX_CACHE:=$HOME/.cache/ictx}"
+: "${ICTX_LAB_STATE:=$HOME/.local/state/ictx/lab}"
+export ICTX_CACHE ICTX_LAB_STATE PATH="$PWD/.venv/bin:$PATH" ANSIBLE_FORCE_COLOR="${ANSIBLE_FORCE_COLOR:-$([ -t 1 ] && echo 1 || echo 0)}"
+
+_steps=()
+
+fail() {
+  echo "error: $*" >&2
+  exit 1
+}
+
+# step TITLE COMMAND…: runs the command, says how long it took; ends the script when it fails.
+step() {
+  local title=$1 start=$SECONDS
+  shift
+  printf '\n=== %s\n' "$title"
+  "$@" || fail "step failed after $((SECONDS - start)) s: $title"
+  _steps+=("$(printf '%5d s  %s' $((SECONDS - start)) "$title")")
+}
+
+# skip TITLE REASON: says that a step has nothing to do.
+skip() {
+  printf '\n=== %s: skipped (%s)\n' "$1" "$2"
+  _steps+=("$(printf '      -  %s: %s' "$1" "$2")")
+}
+
+print_steps() {
+  printf '%s\n' "${_steps[@]}"
+  printf '%5d s  in all\n' "$SECONDS"
+}

@@ -1,0 +1,96 @@
+"""Typed settings from YAML files: unknown keys and wrong types are refused by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from ictx.errors import UserError
+
+T = TypeVar("T")
+
+
+def load_yaml(path: Path) -> dict[str, Any]:
+    """Returns the mapping in a YAML file. Raises UserError when there is none."""
+    try:
+        content = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not YAML: {str(error).splitlines()[0]}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected keys and values, found {type(content).__name__}")
+    return content
+
+
+def override(content: dict[str, Any], assignments: Iterable[str]) -> dict[str, Any]:
+    """Returns `content` with `section.key=value` assignments (values in YAML) applied. Raises UserError."""
+    result: dict[str, Any] = {key: dict(value) if isinstance(value, dict) else value for key, value in content.items()}
+    for assignment in assignments:
+        name, equals, text = assignment.partition("=")
+        *sections, key = name.split(".")
+        if not equals or not key:
+            raise UserError(f"--set {assignment}: expected section.key=value")
+        target = result
+        for section in sections:
+            target = target.setdefault(section, {})
+            if not isinstance(target, dict):
+                raise UserError(f"--set {assignment}: {section} is not a section")
+        target[key] = yaml.safe_load(text)
+    return result
+
+
+def build(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
+    """Returns the dataclass made of a mapping, nested dataclasses included.
+
+    Raises UserError naming the key (`train.steps`), its value and what is allowed.
+    """
+    hints = get_type_hints(cls)
+    known = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    arguments: dict[str, Any] = {}
+    for name, value in values.items():
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f"did you mean {where}{near[0]}?" if near else f"known: {', '.join(sorted(known))}"
+            raise UserError(f"unknown setting {where}{name}: {hint}")
+        arguments[name] = _convert(hints[name], value, f"{where}{name}")
+    for name, field in known.items():
+        missing = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if missing and name not in arguments:
+            raise UserError(f"missing setting {where}{name}")
+    try:
+        return cls(**arguments)
+    except ValueError as error:
+        raise UserError(f"{where}{error}") from error
+
+
+def _convert(kind: Any, value: Any, name: str) -> Any:
+    """Returns the value as `kind`: a dataclass, a plain type or an optional one."""
+    if get_origin(kind) in (Union, types.UnionType):
+        options = get_args(kind)
+        if value is None and type(None) in options:
+            return None
+        kind = next(option for option in options if option is not type(None))
+    if dataclasses.is_dataclass(kind):
+        if not isinstance(value, dict):
+            raise UserError(f"setting {name} is {value!r}: expected keys and values")
+        return build(kind, value, f"{name}.")  # type: ignore[arg-type]
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if kind is float and isinstance(value, str):
+        # YAML 1.1 reads 3e-4 as text.
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if kind is Path and isinstance(value, str):
+        return Path(value)
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise UserError(f"setting {name} is {value!r}: expected {kind.__name__}")
+    return value
