@@ -1,0 +1,98 @@
+"""The command line: `ictx data prepare`, `ictx train pretrain`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from ictx import __version__
+from ictx.errors import UserError
+
+PREPARE_EXAMPLES = """
+The folder that holds the prepared corpus is printed last. Its name follows the text and the settings, so what is there
+already is not made again.
+
+examples:
+  ictx data prepare --config pretrain/tiny.yaml --corpus /usr/lib/python3 /usr/share/doc --out /shared/data
+  ictx data prepare --config pretrain/tiny.yaml --corpus notes/ --out data --set data.min_bytes=100000
+"""
+PRETRAIN_EXAMPLES = """
+A run goes on from the newest checkpoint in run.dir. SIGTERM saves a checkpoint and ends with status 75.
+
+examples:
+  torchrun --nproc-per-node 2 -m ictx train pretrain --config pretrain/tiny.yaml \\
+      --set run.dir=runs/1 --set data.dir=data/0123456789abcdef
+  ictx train pretrain --config pretrain/tiny.yaml --set run.dir=runs/2 --set data.dir=data/… --set train.steps=20
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """Returns the command line's grammar."""
+    raw = argparse.RawDescriptionHelpFormatter
+    top = argparse.ArgumentParser(prog="ictx", description="Long-context language models: data, training, export.")
+    top.add_argument("--version", action="version", version=f"ictx {__version__}")
+    areas = top.add_subparsers(metavar="AREA", required=True)
+    settings = argparse.ArgumentParser(add_help=False)
+    settings.add_argument("--config", required=True, help="YAML file, here or below the shipped configs")
+    settings.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="replace a setting")
+
+    data = areas.add_parser("data", help="corpora").add_subparsers(metavar="COMMAND", required=True)
+    prepare = data.add_parser(
+        "prepare",
+        parents=[settings],
+        help="train the tokenizer on a corpus and write its tokens",
+        epilog=PREPARE_EXAMPLES,
+        formatter_class=raw,
+    )
+    prepare.add_argument("--corpus", nargs="+", type=Path, required=True, metavar="PATH", help="text files and folders")
+    prepare.add_argument("--out", type=Path, required=True, help="folder below which the prepared corpus is put")
+    prepare.add_argument("--link", type=Path, help="symbolic link to make to the prepared corpus")
+    prepare.set_defaults(run=run_prepare)
+
+    train = areas.add_parser("train", help="training").add_subparsers(metavar="COMMAND", required=True)
+    pretrain = train.add_parser(
+        "pretrain",
+        parents=[settings],
+        help="train a model from the start, export and register it",
+        epilog=PRETRAIN_EXAMPLES,
+        formatter_class=raw,
+    )
+    pretrain.set_defaults(run=run_pretrain)
+    return top
+
+
+def run_prepare(arguments: argparse.Namespace) -> int:
+    """`ictx data prepare`."""
+    from ictx.data.prepare import DataConfig, prepare
+    from ictx.settings import build
+    from ictx.train.config import read
+
+    config = build(DataConfig, read(arguments.config, arguments.set).get("data", {}), "data.")
+    directory = prepare(arguments.corpus, arguments.out, config)
+    if arguments.link:
+        draft = arguments.link.with_name(f"{arguments.link.name}.part")
+        draft.unlink(missing_ok=True)
+        draft.symlink_to(directory.resolve())
+        draft.replace(arguments.link)
+    print(directory)
+    return 0
+
+
+def run_pretrain(arguments: argparse.Namespace) -> int:
+    """`ictx train pretrain`."""
+    # torch takes seconds to import: only what trains waits for it.
+    from ictx.train.config import load
+    from ictx.train.pretrain import main as pretrain
+
+    return pretrain(load(arguments.config, arguments.set))
+
+
+def main() -> int:
+    """Runs the command line; a UserError becomes one line and status 2."""
+    arguments = parser().parse_args()
+    try:
+        return int(arguments.run(arguments))
+    except UserError as error:
+        print(f"ictx: {error}", file=sys.stderr)
+        return 2

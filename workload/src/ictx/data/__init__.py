@@ -1,0 +1,1 @@
+"""From text files to token arrays, and from those to batches."""

@@ -1,0 +1,135 @@
+"""Settings of a training run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ictx.data.prepare import DataConfig
+from ictx.errors import UserError
+from ictx.model import ModelConfig
+from ictx.settings import build, load_yaml, override
+
+DTYPES = ("float32", "bfloat16")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with a linear warm-up and a cosine decay."""
+
+    learning_rate: float = 3e-4
+    """Highest learning rate."""
+    final_share: float = 0.1
+    """Learning rate at the last step, as a share of the highest."""
+    warmup_steps: int = 100
+    """Steps until the highest learning rate."""
+    weight_decay: float = 0.1
+    """Decay of the matrices; norms have none."""
+    beta1: float = 0.9
+    """Decay of the mean of gradients."""
+    beta2: float = 0.95
+    """Decay of the mean of squared gradients."""
+    clip_norm: float = 1.0
+    """Longest gradient."""
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """How long, on how much, how often."""
+
+    steps: int
+    """Optimizer steps."""
+    sequence_length: int
+    """Tokens of a window."""
+    batch_size: int
+    """Windows of a rank and step."""
+    dtype: str = "bfloat16"
+    """Dtype of the computation on GPUs, and of the exported weights; weights are kept in float32 while training."""
+    seed: int = 0
+    """Weights and order of the data."""
+    log_every: int = 10
+    """Steps between two records of the loss."""
+    validate_every: int = 100
+    """Steps between two looks at the validation data."""
+    validation_batches: int = 8
+    """Batches of a rank at each look."""
+    checkpoint_every: int = 500
+    """Steps between two checkpoints."""
+    keep_checkpoints: int = 2
+    """Checkpoints that stay."""
+
+    def __post_init__(self) -> None:
+        for name in (
+            "steps sequence_length batch_size log_every validate_every validation_batches checkpoint_every "
+            "keep_checkpoints"
+        ).split():
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: expected 1 or more")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype is {self.dtype!r}: expected one of {', '.join(DTYPES)}")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where results go."""
+
+    dir: Path | None = None
+    """Checkpoints, metrics and the exported model."""
+    experiment: str = "pretrain"
+    """MLflow experiment."""
+    model_name: str | None = None
+    """Registered model; `ictx-<name of the model's file>` unless given, nothing is registered if empty."""
+    alias: str = "candidate"
+    """Alias that the registered version gets."""
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """A pretraining run."""
+
+    model: ModelConfig
+    """Sizes of the model."""
+    train: LoopConfig
+    """The loop."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """The corpus."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """The optimizer."""
+    run: RunConfig = field(default_factory=RunConfig)
+    """The results."""
+
+    def __post_init__(self) -> None:
+        if self.data.vocab_size != self.model.vocab_size:
+            raise ValueError(
+                f"data.vocab_size is {self.data.vocab_size}: expected model.vocab_size, {self.model.vocab_size}"
+            )
+        if self.train.sequence_length > self.model.max_position_embeddings:
+            raise ValueError(
+                f"train.sequence_length is {self.train.sequence_length}: expected at most "
+                f"model.max_position_embeddings, {self.model.max_position_embeddings}"
+            )
+
+
+def config_path(name: str) -> Path:
+    """Returns the file: as given, or below the configs that come with the image or the checkout. Raises UserError."""
+    folders = [Path(), Path("/opt/ictx/configs"), Path(__file__).parents[3] / "configs"]
+    for folder in folders:
+        if (folder / name).is_file():
+            return folder / name
+    raise UserError(f"configuration {name} is neither here nor below {folders[1]}")
+
+
+def read(name: str, assignments: list[str]) -> dict[str, Any]:
+    """Returns a run's settings as plain values; `model: NAME` is replaced by the content of configs/model/NAME.yaml."""
+    content = load_yaml(config_path(name))
+    model = content.get("model")
+    if isinstance(model, str):
+        content["model"] = load_yaml(config_path(f"model/{model}.yaml"))
+        content["run"] = {"model_name": f"ictx-{model}", **content.get("run", {})}
+    return override(content, assignments)
+
+
+def load(name: str, assignments: list[str]) -> PretrainConfig:
+    """Reads a run's settings. Raises UserError naming what is wrong in them."""
+    return build(PretrainConfig, read(name, assignments))

@@ -1,0 +1,211 @@
+"""Pretraining: next-token prediction over the prepared corpus, sharded with FSDP2."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import asdict
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+from ictx.data.loader import Batches, TokenArray
+from ictx.errors import UserError
+from ictx.model import Transformer
+from ictx.train.checkpoint import Checkpoints
+from ictx.train.config import OptimizerConfig, PretrainConfig
+from ictx.train.journal import Journal
+from ictx.train.publish import publish
+from ictx.train.ranks import Ranks, joined
+
+# sysexits.h EX_TEMPFAIL: saved, run me again.
+STOPPED = 75
+
+
+def learning_rate(step: int, steps: int, config: OptimizerConfig) -> float:
+    """Returns the rate of step 1 … `steps`: a linear warm-up, then half a cosine down to the final share."""
+    if step <= config.warmup_steps:
+        return config.learning_rate * step / config.warmup_steps
+    done = (step - config.warmup_steps) / max(steps - config.warmup_steps, 1)
+    share = config.final_share + (1 - config.final_share) * (1 + math.cos(math.pi * done)) / 2
+    return config.learning_rate * share
+
+
+def next_token_loss(model: nn.Module, tokens_bs: Tensor) -> Tensor:
+    """Returns the mean cross-entropy, in nats, of each window's tokens but the first."""
+    logits = model(tokens_bs[:, :-1])
+    return F.cross_entropy(logits.flatten(0, 1).float(), tokens_bs[:, 1:].flatten())
+
+
+class Pretraining:
+    """One start of a run; it takes up what an earlier start saved."""
+
+    def __init__(self, config: PretrainConfig, ranks: Ranks) -> None:
+        """Makes the sharded model and loads the newest checkpoint. Raises UserError for data that does not fit."""
+        if config.run.dir is None or config.data.dir is None:
+            raise UserError("run.dir and data.dir are needed: --set run.dir=FOLDER --set data.dir=FOLDER")
+        self.config, self.ranks, self.directory = config, ranks, config.run.dir
+        loop = config.train
+        data = TokenArray.open(config.data.dir, "train")
+        if data.meta["vocab_size"] != config.model.vocab_size:
+            raise UserError(
+                f"{config.data.dir} was prepared with vocab_size {data.meta['vocab_size']}, but model.vocab_size is "
+                f"{config.model.vocab_size}: prepare the corpus with this configuration"
+            )
+        self.validation = TokenArray.open(config.data.dir, "validation")
+        if self.validation.windows(loop.sequence_length) < ranks.count:
+            raise UserError(
+                f"{config.data.dir} has fewer validation windows of {loop.sequence_length} tokens than there are "
+                f"ranks, {ranks.count}: raise data.validation_share or prepare a larger corpus"
+            )
+        self.batches = Batches(data, loop.sequence_length, loop.batch_size, ranks.rank, ranks.count, loop.seed)
+        self.model = self._sharded_model()
+        self.optimizer = self._new_optimizer()
+        self.checkpoints = Checkpoints(self.directory / "checkpoints", loop.keep_checkpoints)
+        self.resumed_from = self._resume()
+
+    def _sharded_model(self) -> Transformer:
+        """Returns the model with the seed's weights, each layer sharded over all ranks."""
+        config, mesh = self.config, self.ranks.mesh
+        with self.ranks.device:
+            model = Transformer(config.model)
+        model.init_weights(config.train.seed)
+        half = self.ranks.device.type == "cuda" and config.train.dtype == "bfloat16"
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if half else None, reduce_dtype=torch.float32)
+        for layer in model.model.layers:
+            fully_shard(layer, mesh=mesh, mp_policy=policy)
+        fully_shard(model, mesh=mesh, mp_policy=policy)
+        return model
+
+    def _new_optimizer(self) -> torch.optim.Optimizer:
+        """Returns AdamW; norms do not decay."""
+        adam = self.config.optimizer
+        matrices = [weight for weight in self.model.parameters() if weight.ndim > 1]
+        norms = [weight for weight in self.model.parameters() if weight.ndim == 1]
+        groups = [{"params": matrices, "weight_decay": adam.weight_decay}, {"params": norms, "weight_decay": 0.0}]
+        return torch.optim.AdamW(groups, lr=adam.learning_rate, betas=(adam.beta1, adam.beta2))
+
+    def _state(self) -> dict[str, Any]:
+        """Returns what a checkpoint holds, in this rank's shards."""
+        model, optimizer = get_state_dict(self.model, self.optimizer)
+        return {"model": model, "optimizer": optimizer, "batches": self.batches.state_dict()}
+
+    def _resume(self) -> int:
+        """Loads the newest checkpoint and returns its step, or 0."""
+        state = self._state()
+        step = self.checkpoints.load_newest(state)
+        if step:
+            set_state_dict(
+                self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
+            )
+            self.batches.load_state_dict(state["batches"])
+        return step
+
+    def step(self, number: int) -> tuple[float, float]:
+        """Does one optimizer step; returns this rank's loss and the norm of the whole gradient."""
+        rate = learning_rate(number, self.config.train.steps, self.config.optimizer)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        loss = next_token_loss(self.model, self.batches.next().to(self.ranks.device))
+        loss.backward()  # type: ignore[no-untyped-call]
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimizer.clip_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss.item(), norm.full_tensor().item()  # type: ignore[attr-defined]
+
+    @torch.no_grad()
+    def validate(self) -> float:
+        """Returns the loss over windows spread evenly over the validation data: the same windows each time."""
+        loop, ranks = self.config.train, self.ranks
+        # Every rank does the same number of batches: a sharded forward needs all of them.
+        available = self.validation.windows(loop.sequence_length) // ranks.count
+        each = min(available, loop.validation_batches * loop.batch_size)
+        stride = available // each
+        total = 0.0
+        for first in range(0, each, loop.batch_size):
+            numbers = range(first, min(first + loop.batch_size, each))
+            places = [(number * stride) * ranks.count + ranks.rank for number in numbers]
+            windows = [self.validation.window(place, loop.sequence_length) for place in places]
+            total += next_token_loss(self.model, torch.stack(windows).to(ranks.device)).item() * len(numbers)
+        return ranks.total(total)[0] / (each * ranks.count)
+
+    def run(self, journal: Journal) -> dict[str, Any] | None:
+        """Trains to the last step and returns the result, or None when told to stop (a checkpoint is saved then)."""
+        loop, ranks = self.config.train, self.ranks
+        tokens_per_step = loop.batch_size * ranks.count * loop.sequence_length
+        began = time.monotonic()
+        saved = logged = self.resumed_from
+        busy, loss, validation = 0.0, math.nan, math.nan
+        for step in range(self.resumed_from + 1, loop.steps + 1):
+            start = time.monotonic()
+            own, norm = self.step(step)
+            loss, stops = ranks.total(own / ranks.count, float(ranks.told_to_stop))
+            busy += time.monotonic() - start
+            if not math.isfinite(loss):
+                raise UserError(
+                    f"the loss is {loss} at step {step} (gradient norm {norm}), the last good checkpoint is of step "
+                    f"{saved}: lower optimizer.learning_rate"
+                )
+            last = step == loop.steps
+            if step % loop.log_every == 0 or last:
+                record = {"step": step, "loss": loss, "gradient_norm": norm}
+                record["learning_rate"] = learning_rate(step, loop.steps, self.config.optimizer)
+                record["tokens_per_second"] = (step - logged) * tokens_per_step / busy
+                busy, logged = 0.0, step
+                line = f"step {step}/{loop.steps}: loss {loss:.3f}, {record['tokens_per_second']:,.0f} tokens/s"
+                if step % loop.validate_every == 0 or last:
+                    record["validation_loss"] = validation = self.validate()
+                    line += f", validation loss {validation:.3f}"
+                journal.record(record)
+                journal.say(line)
+            if step % loop.checkpoint_every == 0 or last or stops:
+                journal.say(f"saved {self.checkpoints.save(step, self._state())}")
+                journal.flush()
+                saved = step
+            if stops and not last:
+                journal.say(f"told to stop: ended after step {step}")
+                return None
+        return {
+            "final_loss": loss,
+            "val_loss": self.validate() if math.isnan(validation) else validation,
+            "unigram_entropy": self.validation.meta["unigram_entropy"],
+            "steps": loop.steps,
+            "tokens": loop.steps * tokens_per_step,
+            "resumed_from_step": self.resumed_from,
+            "seconds": round(time.monotonic() - began, 1),
+            "checkpoint": str(self.checkpoints.complete()[-1]),
+        }
+
+
+def main(config: PretrainConfig) -> int:
+    """Runs or goes on with a pretraining run; returns 0, or 75 (EX_TEMPFAIL) when it was told to stop and has saved.
+
+    Raises UserError naming a setting, a path or the step at which the loss stopped being a number.
+    """
+    with joined() as ranks:
+        training = Pretraining(config, ranks)
+        training.directory.mkdir(parents=True, exist_ok=True)
+        journal = Journal(
+            ranks.first, training.directory, config.run.experiment, asdict(config), training.resumed_from
+        )
+        size = sum(weight.numel() for weight in training.model.parameters())
+        origin = f"resuming after step {training.resumed_from}" if training.resumed_from else "from the start"
+        journal.say(
+            f"{size:,} parameters, {training.batches.windows:,} windows of {config.train.sequence_length} tokens, "
+            f"{ranks.count} ranks on {ranks.device.type}, {origin}"
+        )
+        try:
+            result = training.run(journal)
+            if result is None:
+                journal.finish("KILLED")
+                return STOPPED
+            publish(config, training.model, journal, result)
+        except BaseException:
+            journal.finish("FAILED")
+            raise
+        journal.finish("FINISHED")
+    return 0

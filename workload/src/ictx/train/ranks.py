@@ -1,0 +1,66 @@
+"""The ranks of a job: who this is, on which device, and when to stop."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+
+@dataclass
+class Ranks:
+    """This process among its equals, as torchrun started them; a single process is its own only rank."""
+
+    rank: int
+    count: int
+    device: torch.device
+    mesh: DeviceMesh
+    told_to_stop: bool = field(default=False)
+    """Whether this process got SIGTERM: save a checkpoint at the next step and end."""
+
+    @property
+    def first(self) -> bool:
+        """Whether this rank writes and prints."""
+        return self.rank == 0
+
+    def say(self, text: str) -> None:
+        """Prints once for all ranks."""
+        if self.first:
+            print(text, flush=True)
+
+    def total(self, *values: float) -> list[float]:
+        """Returns the sum of each value over all ranks, the same everywhere."""
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor)
+        return [float(value) for value in tensor]
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        """Remembers SIGTERM; the signal may come more than once (SLURM and torchrun both send it)."""
+        self.told_to_stop = True
+
+
+@contextmanager
+def joined() -> Iterator[Ranks]:
+    """Joins the process group: NCCL on GPUs, Gloo without."""
+    for name, alone in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
+        os.environ.setdefault(name, alone)
+    os.environ.setdefault("MASTER_PORT", "29500")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        ranks = Ranks(dist.get_rank(), dist.get_world_size(), device, init_device_mesh(device.type, (dist.get_world_size(),)))
+        signal.signal(signal.SIGTERM, ranks._stop)
+        yield ranks
+    finally:
+        dist.destroy_process_group()
