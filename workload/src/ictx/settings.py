@@ -42,7 +42,10 @@ def override(content: dict[str, Any], assignments: Iterable[str]) -> dict[str, A
             target = target.setdefault(section, {})
             if not isinstance(target, dict):
                 raise UserError(f"--set {assignment}: {section} is not a section")
-        target[key] = yaml.safe_load(text)
+        try:
+            target[key] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise UserError(f"--set {assignment}: {text!r} is not a YAML value") from error
     return result
 
 

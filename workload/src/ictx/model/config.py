@@ -94,9 +94,10 @@ class ModelConfig:
     @property
     def softmax_scale(self) -> float:
         """Factor on the scores: qk_head_dim^-½ · m², m = 0.1 · mscale_all_dim · ln(factor) + 1 with YaRN."""
-        scale = self.qk_head_dim**-0.5
+        scale = 1.0 / math.sqrt(self.qk_head_dim)
         if self.yarn and self.yarn.factor > 1:
-            scale *= (0.1 * self.yarn.mscale_all_dim * math.log(self.yarn.factor) + 1.0) ** 2
+            m = 0.1 * self.yarn.mscale_all_dim * math.log(self.yarn.factor) + 1.0
+            scale *= m * m
         return scale
 
     @classmethod

@@ -46,5 +46,5 @@ def rotations(config: ModelConfig, positions: Tensor) -> Tensor:
 
 def rotate(x_bshd: Tensor, rotations_sd: Tensor) -> Tensor:
     """Turns each adjacent pair of the last dimension by its position's angle; computes in float32, keeps the dtype."""
-    pairs = torch.view_as_complex(x_bshd.float().unflatten(-1, (-1, 2)))
+    pairs = torch.view_as_complex(x_bshd.float().reshape(*x_bshd.shape[:-1], -1, 2))
     return torch.view_as_real(pairs * rotations_sd[:, None, :]).flatten(-2).to(x_bshd.dtype)

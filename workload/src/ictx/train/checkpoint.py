@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from ictx.errors import UserError
 
@@ -39,15 +40,12 @@ class Checkpoints:
             self.directory.mkdir(parents=True, exist_ok=True)
         dist.barrier()
         try:
-            dcp.save(state, checkpoint_id=draft)
+            save(state, checkpoint_id=draft)
         except CheckpointException as error:
-            cause = next(iter(error.failures.values()))[0]
             if dist.get_rank() == 0:
                 shutil.rmtree(draft, ignore_errors=True)
-            raise UserError(f"cannot write checkpoint {final}: {cause}") from error
+            raise UserError(f"cannot write checkpoint {final}: {_cause(error)}") from error
         if dist.get_rank() == 0:
-            # A second save of one step (told to stop right after a checkpoint) takes the first one's place.
-            shutil.rmtree(final, ignore_errors=True)
             draft.replace(final)
             _sync(self.directory)
             for old in self.complete()[: -self.keep]:
@@ -56,14 +54,31 @@ class Checkpoints:
         return final
 
     def load_newest(self, state: dict[str, Any]) -> int:
-        """Fills `state` in place from the newest checkpoint and returns its step; 0 when there is none."""
-        found = self.complete()
-        if not found:
+        """Fills `state` in place from the newest checkpoint and returns its step; 0 when there is none.
+
+        Every rank calls it. Raises UserError naming the checkpoint when `state` has other tensors than it.
+        """
+        # The first rank chooses: on network storage another node may not see the newest folder yet.
+        choice = [self.complete()[-1:]] if dist.get_rank() == 0 else [[]]
+        dist.broadcast_object_list(choice, src=0)
+        if not choice[0]:
             return 0
-        dcp.load(state, checkpoint_id=found[-1])
-        match = NAME.fullmatch(found[-1].name)
+        newest = choice[0][0]
+        try:
+            load(state, checkpoint_id=newest)
+        except CheckpointException as error:
+            raise UserError(
+                f"checkpoint {newest} does not fit this configuration ({_cause(error)}): give the settings that it was "
+                "made with, or another run.dir"
+            ) from error
+        match = NAME.fullmatch(newest.name)
         assert match
         return int(match[1])
+
+
+def _cause(error: CheckpointException) -> str:
+    """Returns the first line of what went wrong on the lowest rank that something went wrong on."""
+    return str(error.failures[min(error.failures)][0]).partition("\n")[0]
 
 
 def _sync(directory: Path) -> None:

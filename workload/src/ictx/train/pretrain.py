@@ -65,6 +65,8 @@ class Pretraining:
         self.batches = Batches(data, loop.sequence_length, loop.batch_size, ranks.rank, ranks.count, loop.seed)
         self.model = self._sharded_model()
         self.optimizer = self._new_optimizer()
+        self.data_fingerprint: str = data.meta["fingerprint"]
+        self.losses = {"loss": math.nan, "validation_loss": math.nan}
         self.checkpoints = Checkpoints(self.directory / "checkpoints", loop.keep_checkpoints)
         self.resumed_from = self._resume()
 
@@ -92,7 +94,13 @@ class Pretraining:
     def _state(self) -> dict[str, Any]:
         """Returns what a checkpoint holds, in this rank's shards."""
         model, optimizer = get_state_dict(self.model, self.optimizer)
-        return {"model": model, "optimizer": optimizer, "batches": self.batches.state_dict()}
+        return {
+            "model": model,
+            "optimizer": optimizer,
+            "batches": self.batches.state_dict(),
+            "losses": self.losses,
+            "data": self.data_fingerprint,
+        }
 
     def _resume(self) -> int:
         """Loads the newest checkpoint and returns its step, or 0."""
@@ -103,6 +111,17 @@ class Pretraining:
                 self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
             )
             self.batches.load_state_dict(state["batches"])
+            self.losses = state["losses"]
+        if state["data"] != self.data_fingerprint:
+            raise UserError(
+                f"{self.directory} was trained on other data than {self.config.data.dir} holds: give the data.dir that "
+                "it began with, or another run.dir"
+            )
+        if step > self.config.train.steps:
+            raise UserError(
+                f"train.steps is {self.config.train.steps}, but {self.directory} has a checkpoint of step {step}: "
+                "raise train.steps or give another run.dir"
+            )
         return step
 
     def step(self, number: int) -> tuple[float, float]:
@@ -139,7 +158,7 @@ class Pretraining:
         tokens_per_step = loop.batch_size * ranks.count * loop.sequence_length
         began = time.monotonic()
         saved = logged = self.resumed_from
-        busy, loss, validation = 0.0, math.nan, math.nan
+        busy = 0.0
         for step in range(self.resumed_from + 1, loop.steps + 1):
             start = time.monotonic()
             own, norm = self.step(step)
@@ -150,6 +169,7 @@ class Pretraining:
                     f"the loss is {loss} at step {step} (gradient norm {norm}), the last good checkpoint is of step "
                     f"{saved}: lower optimizer.learning_rate"
                 )
+            self.losses["loss"] = loss
             last = step == loop.steps
             if step % loop.log_every == 0 or last:
                 record = {"step": step, "loss": loss, "gradient_norm": norm}
@@ -158,8 +178,8 @@ class Pretraining:
                 busy, logged = 0.0, step
                 line = f"step {step}/{loop.steps}: loss {loss:.3f}, {record['tokens_per_second']:,.0f} tokens/s"
                 if step % loop.validate_every == 0 or last:
-                    record["validation_loss"] = validation = self.validate()
-                    line += f", validation loss {validation:.3f}"
+                    self.losses["validation_loss"] = record["validation_loss"] = self.validate()
+                    line += f", validation loss {record['validation_loss']:.3f}"
                 journal.record(record)
                 journal.say(line)
             if step % loop.checkpoint_every == 0 or last or stops:
@@ -170,8 +190,8 @@ class Pretraining:
                 journal.say(f"told to stop: ended after step {step}")
                 return None
         return {
-            "final_loss": loss,
-            "val_loss": self.validate() if math.isnan(validation) else validation,
+            "final_loss": self.losses["loss"],
+            "val_loss": self.losses["validation_loss"],
             "unigram_entropy": self.validation.meta["unigram_entropy"],
             "steps": loop.steps,
             "tokens": loop.steps * tokens_per_step,

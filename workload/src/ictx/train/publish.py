@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from ictx.data.prepare import TOKENIZER_FILE
@@ -19,7 +20,8 @@ from ictx.train.journal import Journal
 def publish(config: PretrainConfig, model: Transformer, journal: Journal, result: dict[str, Any]) -> None:
     """Exports and registers the model and writes result.json; every rank calls it, the first one writes."""
     assert config.run.dir and config.data.dir
-    weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights = cast("dict[str, Tensor]", get_model_state_dict(model, options=options))
     tracker = journal.tracker
     if tracker is None:
         return

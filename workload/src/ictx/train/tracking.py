@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,6 @@ from typing import Any
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
-from mlflow.utils.time import get_current_time_millis
 
 # What a run is labelled with, when the environment says it.
 TAGS = {
@@ -52,28 +52,30 @@ class Tracker:
     def _begin(self, directory: Path, settings: Mapping[str, Any]) -> str:
         """Returns the id of a new run with the settings as parameters."""
         found = self.client.get_experiment_by_name(self.experiment)
-        try:
-            experiment_id = found.experiment_id if found else self._create_experiment()
-        except MlflowException as error:
-            # Another job created it in the meantime.
-            if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                raise
-            experiment_id = self.client.get_experiment_by_name(self.experiment).experiment_id
-        run = self.client.create_run(experiment_id, run_name=os.environ.get("SLURM_JOB_ID", directory.name))
+        if not found:
+            self._create_experiment()
+            found = self.client.get_experiment_by_name(self.experiment)
+        assert found
+        run = self.client.create_run(found.experiment_id, run_name=os.environ.get("SLURM_JOB_ID", directory.name))
         run_id = str(run.info.run_id)
         self.client.log_batch(run_id, params=[Param(name, text) for name, text in flatten(settings).items()])
         return run_id
 
-    def _create_experiment(self) -> str:
-        """Returns the id of a new experiment. The embedded store keeps artifacts beside its database."""
+    def _create_experiment(self) -> None:
+        """Creates the experiment. The embedded store keeps artifacts beside its database."""
         uri = os.environ.get("MLFLOW_TRACKING_URI", "")
         place = Path(uri.removeprefix("sqlite:///")).parent / "artifacts" / self.experiment
         artifacts = place.as_uri() if uri.startswith("sqlite:///") else None
-        return str(self.client.create_experiment(self.experiment, artifact_location=artifacts))
+        try:
+            self.client.create_experiment(self.experiment, artifact_location=artifacts)
+        except MlflowException as error:
+            # Another job created it in the meantime.
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
 
     def log(self, records: list[Mapping[str, float]]) -> None:
         """Logs records, each with its `step`."""
-        now = get_current_time_millis()
+        now = int(time.time() * 1000)
         metrics = [
             Metric(name, value, now, int(record["step"]))
             for record in records

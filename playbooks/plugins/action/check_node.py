@@ -1,0 +1,72 @@
+"""Ansible action: does a node answer, can it be managed, and has the shared directory room?"""
+
+from __future__ import annotations
+
+import shlex
+from typing import Any
+
+from ansible.errors import AnsibleConnectionFailure, AnsibleError
+from ansible.plugins.action import ActionBase
+
+DOCUMENTATION = r"""
+action: check_node
+short_description: Checks that a node answers, has Python and has room in the shared directory
+description:
+  - Reads only. A node that does not answer is not dropped from the play; every problem is one line of RV(problems).
+options:
+  shared_dir: {type: path, required: true, description: The shared directory; it is looked at once it is mounted.}
+  min_free_gb: {type: float, required: true, description: Least free space of the shared directory in GB.}
+author: [InfiniteContext]
+"""
+
+# A mount whose server is gone would hang for ever.
+SCRIPT = """
+command -v python3 >/dev/null && echo python
+! mountpoint -q {path} || timeout 10 df -Pk {path} | tail -n 1 || echo stuck
+"""
+
+
+class ActionModule(ActionBase):
+    """See DOCUMENTATION."""
+
+    def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Returns the node's problems; finding some is no failure of the task."""
+        result = super().run(tmp, task_vars)
+        _, arguments = self.validate_argument_spec(
+            {"shared_dir": {"type": "path", "required": True}, "min_free_gb": {"type": "float", "required": True}}
+        )
+        variables = task_vars or {}
+        node = variables["inventory_hostname"]
+        shown = f"host {node} ({variables.get('ansible_host', node)})"
+        shared = arguments["shared_dir"]
+        script = SCRIPT.format(path=shlex.quote(shared))
+        try:
+            done = self._low_level_execute_command(f"/bin/sh -c {shlex.quote(script)}")
+        except AnsibleConnectionFailure as error:
+            reason = str(error).strip().splitlines()[-1].removeprefix("Failed to connect to the host via ssh: ")
+            text = f"{shown}: cannot be reached ({reason}): start it, or correct ansible_host, ansible_user and the SSH key"
+            return {**result, "changed": False, "problems": [text]}
+        except AnsibleError as error:
+            text = f"{shown}: cannot be managed ({str(error).strip().splitlines()[0]})"
+            return {**result, "changed": False, "problems": [text]}
+        return {**result, "changed": False, "problems": self._problems(shown, done, shared, arguments["min_free_gb"])}
+
+    @staticmethod
+    def _problems(shown: str, done: dict[str, Any], shared: str, min_free_gb: float) -> list[str]:
+        answer = done["stdout"].split("\n")
+        if "python" not in answer:
+            reason = (done["stderr"].strip() or "no answer").splitlines()[-1]
+            return [f"{shown}: Python cannot be run ({reason if done['rc'] else 'python3 is missing'}): install python3"]
+        if "stuck" in answer:
+            return [f"{shown}: the shared directory {shared} does not answer: look after its server"]
+        for line in answer:
+            words = line.split()
+            if len(words) >= 6 and words[-1] == shared:
+                free_gb = int(words[3]) * 1024 / 1e9
+                if free_gb < min_free_gb:
+                    # All nodes see the same directory, so the line does not name this one.
+                    return [
+                        f"the shared directory {shared} has {free_gb:.1f} GB free, needs {min_free_gb:g}: "
+                        f"delete what is not needed below {shared}/runs, or lower ictx_shared_min_free_gb"
+                    ]
+        return []
