@@ -95,7 +95,11 @@ def value_errors(name: str, value: Any, option: Mapping[str, Any]) -> list[str]:
         return [text]
     spec = {key: entry for key, entry in option.items() if key != "required"}
     found = ArgumentSpecValidator({name: spec}).validate({name: value}).error_messages
-    return ["wrong value (not shown)" for _ in found[:1]] if option.get("no_log") else found
+    if found and option.get("no_log"):
+        return ["wrong value (not shown)"]
+    if found and spec.get("type") in SCALAR_TYPES and "choices" not in spec:
+        return [f"must be of type {spec['type']}, got {value!r}"]
+    return [text.removeprefix(f"value of {name} ") for text in found]
 
 
 def has_placeholder(value: Any) -> bool:

@@ -37,7 +37,7 @@ class ActionModule(ActionBase):
         )
         variables = task_vars or {}
         node = variables["inventory_hostname"]
-        shown = f"host {node} ({variables.get('ansible_host', node)})"
+        shown = f"host {node} ({self._templar.template(variables.get('ansible_host', node))})"
         shared = arguments["shared_dir"]
         script = SCRIPT.format(path=shlex.quote(shared))
         try:
@@ -53,7 +53,7 @@ class ActionModule(ActionBase):
 
     @staticmethod
     def _problems(shown: str, done: dict[str, Any], shared: str, min_free_gb: float) -> list[str]:
-        answer = done["stdout"].split("\n")
+        answer = done["stdout"].splitlines()
         if "python" not in answer:
             reason = (done["stderr"].strip() or "no answer").splitlines()[-1]
             return [f"{shown}: Python cannot be run ({reason if done['rc'] else 'python3 is missing'}): install python3"]
