@@ -56,7 +56,9 @@ class ActionModule(ActionBase):
         answer = done["stdout"].splitlines()
         if "python" not in answer:
             reason = (done["stderr"].strip() or "no answer").splitlines()[-1]
-            return [f"{shown}: Python cannot be run ({reason if done['rc'] else 'python3 is missing'}): install python3"]
+            return [
+                f"{shown}: Python cannot be run ({reason if done['rc'] else 'python3 is missing'}): install python3"
+            ]
         if "stuck" in answer:
             return [f"{shown}: the shared directory {shared} does not answer: look after its server"]
         for line in answer:

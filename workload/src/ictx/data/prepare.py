@@ -160,5 +160,3 @@ def _share(text: str, seed: int) -> float:
     """Returns a number in [0, 1) that depends on the document and the seed alone."""
     digest = hashlib.sha256(f"{seed}:".encode() + text.encode()).digest()
     return int.from_bytes(digest[:8], "big") / math.pow(2, 64)
-
-

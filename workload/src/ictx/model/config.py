@@ -71,10 +71,21 @@ class ModelConfig:
     """Stretching of positions, or none."""
 
     def __post_init__(self) -> None:
-        for name in (
-            "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads q_lora_rank kv_lora_rank "
-            "qk_nope_head_dim qk_rope_head_dim v_head_dim max_position_embeddings rope_theta rms_norm_eps"
-        ).split():
+        for name in [
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "q_lora_rank",
+            "kv_lora_rank",
+            "qk_nope_head_dim",
+            "qk_rope_head_dim",
+            "v_head_dim",
+            "max_position_embeddings",
+            "rope_theta",
+            "rms_norm_eps",
+        ]:
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}: expected more than 0")
         if self.qk_rope_head_dim % 2:

@@ -72,10 +72,16 @@ class LoopConfig:
     """Checkpoints that stay."""
 
     def __post_init__(self) -> None:
-        for name in (
-            "steps sequence_length batch_size log_every validate_every validation_batches checkpoint_every "
-            "keep_checkpoints"
-        ).split():
+        for name in [
+            "steps",
+            "sequence_length",
+            "batch_size",
+            "log_every",
+            "validate_every",
+            "validation_batches",
+            "checkpoint_every",
+            "keep_checkpoints",
+        ]:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: expected 1 or more")
         if self.dtype not in DTYPES:
@@ -133,13 +139,20 @@ def config_path(name: str) -> Path:
 
 
 def read(name: str, assignments: list[str]) -> dict[str, Any]:
-    """Returns a run's settings as plain values; `model: NAME` is replaced by the content of configs/model/NAME.yaml."""
+    """Returns a run's settings as plain values.
+
+    `model: NAME` is replaced by the content of configs/model/NAME.yaml; the corpus gets the model's vocabulary unless it
+    says otherwise.
+    """
     content = load_yaml(config_path(name))
     model = content.get("model")
     if isinstance(model, str):
         content["model"] = load_yaml(config_path(f"model/{model}.yaml"))
         content["run"] = {"model_name": f"ictx-{model}", **content.get("run", {})}
-    return override(content, assignments)
+    content = override(content, assignments)
+    if isinstance(content.get("model"), dict) and isinstance(content.setdefault("data", {}), dict):
+        content["data"].setdefault("vocab_size", content["model"].get("vocab_size"))
+    return content
 
 
 def load(name: str, assignments: list[str]) -> PretrainConfig:

@@ -209,9 +209,7 @@ def main(config: PretrainConfig) -> int:
     with joined() as ranks:
         training = Pretraining(config, ranks)
         training.directory.mkdir(parents=True, exist_ok=True)
-        journal = Journal(
-            ranks.first, training.directory, config.run.experiment, asdict(config), training.resumed_from
-        )
+        journal = Journal(ranks.first, training.directory, config.run.experiment, asdict(config), training.resumed_from)
         size = sum(weight.numel() for weight in training.model.parameters())
         origin = f"resuming after step {training.resumed_from}" if training.resumed_from else "from the start"
         journal.say(

@@ -59,7 +59,9 @@ def joined() -> Iterator[Ranks]:
         device = torch.device("cpu")
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
-        ranks = Ranks(dist.get_rank(), dist.get_world_size(), device, init_device_mesh(device.type, (dist.get_world_size(),)))
+        ranks = Ranks(
+            dist.get_rank(), dist.get_world_size(), device, init_device_mesh(device.type, (dist.get_world_size(),))
+        )
         signal.signal(signal.SIGTERM, ranks._stop)
         yield ranks
     finally:
