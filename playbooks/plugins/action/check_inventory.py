@@ -102,13 +102,12 @@ def value_errors(name: str, value: Any, option: Mapping[str, Any]) -> list[str]:
     return [text.removeprefix(f"value of {name} ") for text in found]
 
 
-def has_placeholder(value: Any) -> bool:
-    """Tells whether a text in the value, however deep, still is a placeholder."""
+def placeholder(value: Any) -> str:
+    """Returns the first text in the value, however deep, that still has a placeholder; empty when none has."""
     if isinstance(value, str):
-        return PLACEHOLDER in value
-    if isinstance(value, Mapping):
-        return any(has_placeholder(item) for item in value.values())
-    return isinstance(value, (list, tuple)) and any(has_placeholder(item) for item in value)
+        return value if PLACEHOLDER in value else ""
+    items = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
+    return next(filter(None, map(placeholder, items)), "")
 
 
 def check_groups(wanted: Mapping[str, Any], groups: Mapping[str, list[str]], problems: Problems) -> None:
@@ -117,7 +116,9 @@ def check_groups(wanted: Mapping[str, Any], groups: Mapping[str, list[str]], pro
     for group, rule in wanted.items():
         subject = f"group {group} ({rule['description']})"
         if group not in groups:
-            problems.add(subject, f"missing in the inventory{did_you_mean(group, unused).replace('mean', 'mean by')}")
+            near = get_close_matches(group, unused, n=1, cutoff=0.75)
+            remedy = f"is it {near[0]}, misspelt?" if near else "add it, empty where there is no such host"
+            problems.add(subject, f"missing: {remedy}")
             continue
         count = len(groups[group])
         if count < rule.get("min", 0):
@@ -235,8 +236,8 @@ def check_values(values: Values, cluster: Options, roles: Mapping[str, Options],
         for name, value in variables.items():
             if name not in options or value is None:
                 continue
-            if has_placeholder(value):
-                problems.add(name, f"still has the placeholder {PLACEHOLDER}: {value}", host)
+            if text := placeholder(value):
+                problems.add(name, f"replace {PLACEHOLDER} in {text}", host)
                 continue
             for text in value_errors(name, value, options[name]):
                 problems.add(name, text, host)

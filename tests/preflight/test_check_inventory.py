@@ -1,0 +1,194 @@
+"""What is wrong with an inventory is told in one line each, which names the variable or group and what is allowed."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from cluster import ROOT, Cluster
+
+Check = Callable[..., list[str]]
+
+
+def problems(inventory: Path, extra: dict[str, Any] | None = None) -> list[str]:
+    """Returns what the action plug-in finds."""
+    result = Cluster(inventory, extra).act(
+        "check_inventory",
+        playbook=str(ROOT / "site.yml"),
+        roles_dir=str(ROOT / "roles"),
+        schema=str(ROOT / "playbooks/plugins/inventory_schema.yml"),
+    )
+    assert not result.get("failed"), result
+    assert result["changed"] is False
+    return result["problems"]
+
+
+@pytest.fixture
+def check(tmp_path: Path) -> Check:
+    """Returns a function that checks a copy of the lab's inventory, changed by variables of a group or in its hosts."""
+
+    def checked(variables: str = "", group: str = "all", hosts: Callable[[Any], Any] | None = None) -> list[str]:
+        copy = shutil.copytree(ROOT / "inventories/lab", tmp_path / "inventory")
+        folder = copy / "group_vars" / group
+        if folder.with_suffix(".yml").exists():
+            folder.mkdir()
+            folder.with_suffix(".yml").rename(folder / "main.yml")
+        folder.mkdir(exist_ok=True)
+        (folder / "zz_test.yml").write_text(variables or "{}")
+        if hosts:
+            file = copy / "hosts.yml"
+            content = yaml.safe_load(file.read_text())
+            hosts(content["all"]["children"])
+            file.write_text(yaml.safe_dump(content, sort_keys=False))
+        return problems(copy)
+
+    return checked
+
+
+def test_the_lab_has_no_problem() -> None:
+    assert problems(ROOT / "inventories/lab") == []
+
+
+def test_the_example_asks_only_for_what_nobody_else_can_know() -> None:
+    found = problems(ROOT / "inventories/example")
+    assert len(found) == 1, found
+    assert found[0].startswith("image_bake_base (all hosts): replace CHANGE-ME in nvcr.io/")
+
+
+@pytest.mark.parametrize(
+    ("variables", "line"),
+    [
+        pytest.param(
+            "slurm_process_tracking: foo",
+            "slurm_process_tracking (all hosts): must be one of: cgroup, linuxproc, got: foo",
+            id="choice",
+        ),
+        pytest.param(
+            "slurm_kill_wait: soon", "slurm_kill_wait (all hosts): must be of type int, got 'soon'", id="no number"
+        ),
+        pytest.param(
+            "slurm_kill_wait: [60]", "slurm_kill_wait (all hosts): must be of type int, got [60]", id="a list"
+        ),
+        pytest.param(
+            "slurm_jobs_corpus: /data", "slurm_jobs_corpus (all hosts): must be a list, got '/data'", id="no list"
+        ),
+        pytest.param(
+            "slurm_jobs_corpus: [{a: b}]",
+            "slurm_jobs_corpus (all hosts): each item must be of type path, got {'a': 'b'}",
+            id="item",
+        ),
+        pytest.param(
+            "image_bake_base: debian", "image_bake_base (all hosts): must be a dictionary, got 'debian'", id="no dict"
+        ),
+        pytest.param(
+            "image_bake_base: {image: a, release: b}",
+            "image_bake_base (all hosts): parameters are mutually exclusive: image|release found in image_bake_base",
+            id="exclusive",
+        ),
+        pytest.param(
+            "slurm_slurmd_timeot: 5",
+            "slurm_slurmd_timeot (all hosts): unknown variable of the role slurm; did you mean slurm_slurmd_timeout?",
+            id="typo",
+        ),
+        pytest.param(
+            "slrum_account: x",
+            "slrum_account (all hosts): no role has this variable; did you mean slurm_account?",
+            id="typo in the role",
+        ),
+        pytest.param(
+            "ictx_shard_dir: /x",
+            "ictx_shard_dir (all hosts): unknown variable of the cluster; did you mean ictx_shared_dir?",
+            id="typo of the cluster",
+        ),
+        pytest.param(
+            "ictx_users: [{name: a}]",
+            "ictx_users (all hosts): missing required arguments: uid found in ictx_users",
+            id="item without uid",
+        ),
+        pytest.param(
+            "slurm_users: [x]",
+            "slurm_users (ctl, n1, n2): has no effect: playbooks/slurm.yml sets it to {{ ictx_users | map(attribute='name') }}",
+            id="no effect",
+        ),
+        pytest.param(
+            "storage_shared_dir: '{{ nowhere }}/x'",
+            "storage_shared_dir (all hosts): cannot be evaluated: 'nowhere' is undefined",
+            id="undefined",
+        ),
+        pytest.param(
+            "slurm_account: CHANGE-ME", "slurm_account (all hosts): replace CHANGE-ME in CHANGE-ME", id="placeholder"
+        ),
+    ],
+)
+def test_a_wrong_variable_is_named(check: Check, variables: str, line: str) -> None:
+    assert line in check(variables)
+
+
+def test_a_variable_of_one_group_names_its_hosts(check: Check) -> None:
+    assert check("slurm_kill_wait: soon", "slurm_compute") == [
+        "slurm_kill_wait (n1, n2): must be of type int, got 'soon'"
+    ]
+
+
+def test_a_missing_variable_of_a_role_names_the_role_and_the_host(check: Check, tmp_path: Path) -> None:
+    copy = shutil.copytree(ROOT / "inventories/lab", tmp_path / "lab")
+    file = copy / "group_vars/all/images.yml"
+    content = yaml.safe_load(file.read_text())
+    del content["image_bake_base"]
+    file.write_text(yaml.safe_dump(content))
+    assert problems(copy) == ["image_bake_base (svc1): missing; role image_bake needs it: What the image is built on."]
+
+
+def test_a_missing_variable_of_the_cluster_is_named(tmp_path: Path) -> None:
+    copy = shutil.copytree(ROOT / "inventories/lab", tmp_path / "lab")
+    file = copy / "group_vars/all/main.yml"
+    file.write_text(file.read_text().replace("ictx_cluster_name", "cluster_name"))
+    assert "ictx_cluster_name (all hosts): missing; it is needed: Name of the cluster" in problems(copy)
+
+
+def test_a_variable_of_the_cluster_is_the_same_everywhere(check: Check) -> None:
+    assert check("ictx_shared_dir: /elsewhere", "slurm_compute") == [
+        "ictx_shared_dir: must be the same on every host, got '/elsewhere', '/shared'"
+    ]
+
+
+def test_extra_variables_reach_the_check_and_may_override_what_a_play_sets() -> None:
+    found = problems(ROOT / "inventories/lab", {"slurm_kill_wait": "soon"})
+    assert found == ["slurm_kill_wait (all hosts): must be of type int, got 'soon'"]
+
+
+def test_a_missing_group_is_named_with_the_one_that_was_meant(check: Check) -> None:
+    def rename(groups: Any) -> None:
+        groups["slurm_contoller"] = groups.pop("slurm_controller")
+        del groups["slurm"]["children"]["slurm_controller"], groups["lab_nodes"]["children"]["slurm_controller"]
+
+    assert check(hosts=rename) == [
+        "group slurm_controller (SLURM controllers, the primary first): missing: is it slurm_contoller, misspelt?"
+    ]
+
+
+def test_an_empty_group_that_needs_hosts_is_named(check: Check) -> None:
+    def empty(groups: Any) -> None:
+        groups["registry"] = None
+        groups["lab_nodes"]["children"].pop("registry")
+        groups["image_builder"]["hosts"]["svc1"] = {"ansible_host": "10.203.77.31"}
+
+    assert "group registry (the host of the image registry): has 0 hosts, needs at least 1" in check(hosts=empty)
+
+
+def test_a_second_registry_is_refused(check: Check) -> None:
+    def add(groups: Any) -> None:
+        groups["registry"]["hosts"]["n1"] = None
+
+    assert "group registry (the host of the image registry): has 2 hosts (svc1, n1), may have 1" in check(hosts=add)
+
+
+def test_a_compute_node_that_is_in_no_group_of_slurm_is_named(check: Check) -> None:
+    def forget(groups: Any) -> None:
+        del groups["slurm"]["children"]["slurm_compute"]
+
+    assert "group slurm (every host of SLURM) (n1, n2): must contain what is in slurm_compute" in check(hosts=forget)

@@ -1,0 +1,93 @@
+"""playbooks/preflight.yml itself, as people run it: one process, all problems, exit status, nothing changed."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+from cluster import ROOT
+
+GROUPS = yaml.safe_load((ROOT / "playbooks/plugins/inventory_schema.yml").read_text())["groups"]
+
+
+def preflight(folder: Path, **variables: object) -> subprocess.CompletedProcess[str]:
+    """Runs preflight on a cluster whose only node is this machine, with `gone` as one more where the test adds it."""
+    inventory = {
+        "all": {
+            "vars": {
+                "ictx_cache_dir": str(folder / "cache"),
+                "ictx_cluster_name": "test",
+                "ictx_registry": "here:5000",
+                "ictx_shared_dir": "/proc",
+                "ictx_shared_min_free_gb": 0,
+                "ictx_state_dir": str(folder / "state"),
+                "ictx_users": [],
+                "image_bake_base": {"release": "bookworm"},
+                "ansible_become": False,
+            },
+            "hosts": {"here": {"ansible_connection": "local"}},
+            "children": {name: {"hosts": {"here": None}} for name in GROUPS if name != "storage_server"}
+            | {"storage_server": None},
+        }
+    }
+    for name, value in variables.items():
+        if name == "gone":
+            inventory["all"]["hosts"]["gone"] = value
+        else:
+            inventory["all"]["vars"][name] = value
+    file = folder / "inventory.yml"
+    file.write_text(yaml.safe_dump(inventory))
+    return subprocess.run(
+        ["ansible-playbook", "-i", str(file), "--check", "playbooks/preflight.yml"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+
+
+def test_a_sound_cluster_passes(tmp_path: Path) -> None:
+    done = preflight(tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "changed=0" in done.stdout
+    assert "failed=0" in done.stdout
+
+
+def test_every_problem_is_one_line_and_all_are_told_at_once(tmp_path: Path) -> None:
+    done = preflight(
+        tmp_path,
+        gone={"ansible_host": "127.0.0.1", "ansible_port": 1},
+        ictx_shared_min_free_gb=0.001,
+        slurm_process_tracking="foo",
+    )
+    assert done.returncode != 0
+    output = (done.stdout + done.stderr).splitlines()
+    start = next(n for n, line in enumerate(output) if line.endswith("nothing was changed, problems: 3"))
+    found = output[start + 1 : start + 4]
+    assert "- slurm_process_tracking (all hosts): must be one of: cgroup, linuxproc, got: foo" in found
+    assert (
+        "- the shared directory /proc has 0.0 GB free, needs 0.001: delete what is not needed below /proc/runs, "
+        "or lower ictx_shared_min_free_gb"
+    ) in found
+    refused = "- host gone (127.0.0.1): cannot be reached (ssh: connect to host 127.0.0.1 port 1: Connection refused): "
+    assert [line for line in found if line.startswith(refused)]
+    assert "unreachable=0" in done.stdout
+
+
+def test_a_host_whose_address_cannot_be_evaluated_is_told_with_the_rest(tmp_path: Path) -> None:
+    done = preflight(tmp_path, gone={"ansible_host": "{{ nowhere }}"}, slurm_kill_wait="soon")
+    assert done.returncode != 0
+    output = done.stdout + done.stderr
+    assert "nothing was changed, problems: 2\n" in output
+    assert "- ansible_host (gone): cannot be evaluated: 'nowhere' is undefined\n" in output
+
+
+@pytest.mark.lab
+def test_the_lab_passes() -> None:
+    done = subprocess.run(
+        ["ansible-playbook", "playbooks/preflight.yml"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -1,0 +1,149 @@
+"""Every template of every role renders for both inventories, and says what it should."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from cluster import ROOT, Cluster
+
+# What a role's tasks register before they write a template.
+REGISTERED: dict[str, dict[str, Any]] = {
+    "lab": {
+        "_lab_host": {
+            "quirks": {"cgroup_version": 1, "oci_runtime": "runc", "nofile": 524288},
+            "containers": {"ictx-ctl": "running"},
+        }
+    },
+    "nvidia_driver": {"_nvidia_driver_pci": {"gpus": ["0000:07:00.0"], "nvswitches": [], "nouveau": False}},
+}
+# The lab's containers exist in its own inventory only.
+PLAYBOOKS = {"lab": ["site.yml", "playbooks/lab.yml"], "example": ["site.yml"]}
+TEMPLATES = sorted(path.relative_to(ROOT) for path in ROOT.glob("roles/*/templates/**/*.j2"))
+
+
+@pytest.fixture(scope="session")
+def rendered(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[Path, dict[str, str]]]:
+    """Returns inventory → template → host → text, of all templates of the roles that the playbooks run."""
+    state = tmp_path_factory.mktemp("state")
+    result: dict[str, dict[Path, dict[str, str]]] = {}
+    for name, playbooks in PLAYBOOKS.items():
+        cluster = Cluster(ROOT / "inventories" / name, {"lab_state_dir": str(state), "ictx_state_dir": str(state)})
+        texts = result.setdefault(name, {})
+        for playbook in playbooks:
+            for role, play, hosts in cluster.uses(playbook):
+                for template in sorted(Path(role._role_path, "templates").glob("**/*.j2")):
+                    for host in hosts:
+                        variables = {**cluster.variables(host, play, role), **REGISTERED.get(role.get_name(), {})}
+                        text = cluster.render(template, variables)
+                        texts.setdefault(template.relative_to(ROOT), {})[host] = text
+    return result
+
+
+@pytest.mark.parametrize("template", TEMPLATES, ids=str)
+def test_a_template_renders_for_every_inventory_that_has_its_role(rendered: Any, template: Path) -> None:
+    inventories = [name for name, texts in rendered.items() if template in texts]
+    assert inventories == (["lab"] if template.parts[1] == "lab" else ["lab", "example"])
+    for name in inventories:
+        for host, text in rendered[name][template].items():
+            assert text.strip(), f"{template} is empty for {host}"
+            assert "{{" not in text, f"{template} leaves an expression for {host}"
+            assert "{%" not in text, f"{template} leaves a statement for {host}"
+
+
+@pytest.fixture(scope="session")
+def written(rendered: Any) -> Any:
+    """Returns a function: inventory, role, template, host → lines."""
+
+    @cache
+    def lines(inventory: str, role: str, template: str, host: str) -> list[str]:
+        return rendered[inventory][Path("roles", role, "templates", template)][host].splitlines()
+
+    return lines
+
+
+def test_slurm_conf_names_both_controllers_the_primary_first(written: Any) -> None:
+    conf = written("example", "slurm", "slurm.conf.j2", "ctl1")
+    assert [line for line in conf if line.startswith("SlurmctldHost=")] == [
+        "SlurmctldHost=ctl1(192.0.2.11)",
+        "SlurmctldHost=ctl2(192.0.2.12)",
+    ]
+    assert "StateSaveLocation=/shared/slurm/state" in conf
+    assert "ClusterName=example" in conf
+    assert "AccountingStorageHost=db1" in conf
+
+
+def test_slurm_conf_describes_the_compute_nodes_by_their_facts(written: Any) -> None:
+    conf = written("example", "slurm", "slurm.conf.j2", "ctl1")
+    nodes = [line for line in conf if line.startswith("NodeName=")]
+    assert nodes == [
+        f"NodeName=gpu{n} NodeAddr=192.0.2.2{n} Sockets=2 CoresPerSocket=32 ThreadsPerCore=2 RealMemory={515842 - 16384} "
+        "Gres=gpu:a100:4 State=UNKNOWN"
+        for n in (1, 2, 3, 4)
+    ]
+    assert "GresTypes=gpu" in conf
+    assert "AccountingStorageTRES=gres/gpu" in conf
+
+
+def test_every_controller_and_login_node_writes_the_same_slurm_conf(rendered: Any) -> None:
+    texts = rendered["example"][Path("roles/slurm/templates/slurm.conf.j2")]
+    assert {texts[host] for host in ("ctl1", "ctl2", "login1")} == {texts["ctl1"]}
+
+
+def test_gres_conf_names_the_device_files(written: Any) -> None:
+    gres = written("example", "slurm", "gres.conf.j2", "ctl2")
+    expected = [f"NodeName=gpu{n} Name=gpu Type=a100 File=/dev/nvidia[0-3]" for n in (1, 2, 3, 4)]
+    assert [line for line in gres if line.startswith("NodeName=")] == expected
+
+
+def test_jobs_run_in_the_runtime_that_hands_out_gpus(written: Any) -> None:
+    # Compute nodes get the controller's file, so it is the controller's variable that counts.
+    run = next(line for line in written("example", "slurm", "oci.conf.j2", "ctl1") if line.startswith("RunTimeRun="))
+    assert "nvidia-container-runtime --rootless=true" in run
+    run = next(line for line in written("lab", "slurm", "oci.conf.j2", "ctl") if line.startswith("RunTimeRun="))
+    assert "runc --rootless=true" in run
+
+
+def test_slurmd_asks_every_controller_for_its_configuration(written: Any) -> None:
+    assert any(
+        line.endswith("--conf-server 192.0.2.11,192.0.2.12")
+        for line in written("example", "slurm", "slurmd.service.conf.j2", "gpu3")
+    )
+
+
+def test_the_lab_advertises_no_gpu_unless_asked(written: Any) -> None:
+    conf = written("lab", "slurm", "slurm.conf.j2", "ctl")
+    assert not [line for line in conf if "gres" in line.lower()]
+    assert "ProctrackType=proctrack/linuxproc" in conf
+
+
+def test_the_job_script_asks_for_what_the_inventory_says(written: Any) -> None:
+    def options(lines: list[str]) -> dict[str, str]:
+        return dict(re.findall(r"^#SBATCH --([a-z-]+)=(\S+)", "\n".join(lines), re.MULTILINE))
+
+    example = options(written("example", "slurm_jobs", "pretrain.sbatch.j2", "login1"))
+    assert example.items() >= {"nodes": "4", "gpus-per-node": "4", "partition": "batch", "time": "1-00:00:00"}.items()
+    lab = options(written("lab", "slurm_jobs", "pretrain.sbatch.j2", "ctl"))
+    assert lab["nodes"] == "2"
+    assert "gpus-per-node" not in lab
+
+
+def test_the_server_exports_the_directory_to_the_networks_of_the_inventory(written: Any) -> None:
+    exports = written("example", "storage", "exports.j2", "nas1")
+    assert any(line.startswith("/srv/ictx 192.0.2.0/24(") for line in exports)
+
+
+def test_the_driver_stays_on_the_branch_of_the_inventory(written: Any) -> None:
+    assert "Pin: version 580.*" in written("example", "nvidia_driver", "preferences.j2", "gpu1")
+
+
+def test_the_registry_serves_on_its_port_with_tls(rendered: Any) -> None:
+    for texts in rendered.values():
+        for text in texts[Path("roles/registry/templates/config.yml.j2")].values():
+            http = yaml.safe_load(text)["http"]
+            assert http["addr"] == ":5000"
+            assert http["tls"]["certificate"].endswith(".crt")
