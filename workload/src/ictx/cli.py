@@ -95,4 +95,9 @@ def main() -> int:
         return int(arguments.run(arguments))
     except UserError as error:
         print(f"ictx: {error}", file=sys.stderr)
-        return 2
+    except OSError as error:
+        # A file that is missing, not permitted, …: the file is what matters, not where we met it.
+        if error.filename is None:
+            raise
+        print(f"ictx: {error.filename}: {error.strerror}", file=sys.stderr)
+    return 2

@@ -60,6 +60,7 @@ class Corpus:
         """Reads everything once. Raises UserError naming a path that is missing or empty, or a corpus too small."""
         corpus = cls(paths)
         seen: set[bytes] = set()
+        repeated: list[Path] = []
         total = hashlib.sha256()
         for file in text_files(paths):
             text = read_text(file)
@@ -68,14 +69,15 @@ class Corpus:
             content = text.encode()
             digest = hashlib.sha256(content).digest()
             if digest in seen:
+                repeated.append(file)
                 continue
             seen.add(digest)
             total.update(digest)
             corpus.files.append(file)
             corpus.bytes += len(content)
         for path in paths:
-            if not any(file.is_relative_to(path) for file in corpus.files):
-                raise UserError(f"corpus path {path} holds no text that is not already elsewhere in the corpus")
+            if not any(file.is_relative_to(path) for file in [*corpus.files, *repeated]):
+                raise UserError(f"corpus path {path} is empty: it holds no text (UTF-8, plain or gzipped)")
         if corpus.bytes < min_bytes:
             where = ", ".join(map(str, paths))
             raise UserError(f"corpus {where} has {corpus.bytes:,} bytes of text: at least {min_bytes:,} are asked for")

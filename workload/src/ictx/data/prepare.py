@@ -26,6 +26,8 @@ END_OF_TEXT = "<|endoftext|>"
 META_FILE, TOKENIZER_FILE = "meta.json", "tokenizer.json"
 # Documents that are encoded at once: bounds memory, keeps every core busy.
 CHUNK = 64
+# Folders that nothing was added to for so long are not being written any more.
+STALE_SECONDS = 24 * 3600
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,10 @@ def prepare(corpus_paths: Sequence[Path], out: Path, config: DataConfig) -> Path
     identity = hashlib.sha256(json.dumps([corpus.fingerprint, settings], sort_keys=True).encode()).hexdigest()
     directory = out / identity[:16]
     print(f"corpus: {len(corpus.files):,} distinct files, {corpus.bytes / 1e6:.1f} MB of text", flush=True)
+    for left in out.glob(".*.part"):
+        # A killed run cannot tidy up, and a run takes minutes.
+        if time.time() - left.stat().st_mtime > STALE_SECONDS:
+            shutil.rmtree(left, ignore_errors=True)
     if (directory / META_FILE).exists():
         print(f"{directory} holds this corpus already: nothing to do", flush=True)
         return directory

@@ -141,8 +141,8 @@ def config_path(name: str) -> Path:
 def read(name: str, assignments: list[str]) -> dict[str, Any]:
     """Returns a run's settings as plain values.
 
-    `model: NAME` is replaced by the content of configs/model/NAME.yaml; the corpus gets the model's vocabulary unless it
-    says otherwise.
+    `model: NAME` is replaced by the content of configs/model/NAME.yaml; the corpus gets the model's vocabulary unless
+    it says otherwise.
     """
     content = load_yaml(config_path(name))
     model = content.get("model")

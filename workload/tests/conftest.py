@@ -1,0 +1,112 @@
+"""A corpus that every machine carries, prepared once, and the command line in processes of its own."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+VOCABULARY = 512
+SETTINGS = f"""
+model: {{vocab_size: {VOCABULARY}, hidden_size: 64, intermediate_size: 96, num_hidden_layers: 2, num_attention_heads: 1,
+         q_lora_rank: 32, max_position_embeddings: 256, initializer_range: 0.1}}
+data: {{min_bytes: 100000, validation_share: 0.1}}
+train: {{steps: 40, sequence_length: 32, batch_size: 4, dtype: float32, log_every: 1, validate_every: 20,
+         validation_batches: 4, checkpoint_every: 15}}
+optimizer: {{learning_rate: 5.0e-3, warmup_steps: 4}}
+run: {{model_name: ictx-test}}
+"""
+
+
+@dataclass
+class Ended:
+    """What a process left."""
+
+    status: int
+    out: str
+    err: str
+
+
+@dataclass
+class Commands:
+    """Starts `ictx` with the settings above; its MLflow store is in `folder`."""
+
+    folder: Path
+    started: list[subprocess.Popen[str]] = field(default_factory=list)
+
+    @property
+    def tracking_uri(self) -> str:
+        """The embedded MLflow store."""
+        return f"sqlite:///{self.folder}/mlflow/mlflow.db"
+
+    def start(
+        self, *arguments: object, module: str = "ictx", prefix: tuple[str, ...] = (), env: Mapping[str, str] = {}
+    ) -> subprocess.Popen[str]:
+        """Starts `python -m ictx ARGUMENTS` (or another module)."""
+        process = subprocess.Popen(
+            [*prefix, sys.executable, "-m", module, *map(str, arguments)],
+            env=os.environ | {"MLFLOW_TRACKING_URI": self.tracking_uri, "OMP_NUM_THREADS": "1"} | env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self.started.append(process)
+        return process
+
+    def end(self, process: subprocess.Popen[str]) -> Ended:
+        """Waits for the end."""
+        out, err = process.communicate(timeout=120)
+        return Ended(process.returncode, out, err)
+
+    def run(self, *arguments: object, prefix: tuple[str, ...] = ()) -> Ended:
+        """Starts a command and waits for its end."""
+        return self.end(self.start(*arguments, prefix=prefix))
+
+    def pretrain(self, run: Path, data: Path, *settings: str) -> list[object]:
+        """Returns the arguments that train in `run` on `data`."""
+        wanted = [f"run.dir={run}", f"data.dir={data}", *settings]
+        return ["train", "pretrain", "--config", self.folder / "test.yaml", *(f"--set={value}" for value in wanted)]
+
+    def ranks(self, count: int, *arguments: object) -> list[subprocess.Popen[str]]:
+        """Starts a command as the ranks of one job, without torchrun between, so that their statuses can be seen."""
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        job = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        job |= {"ICTX_IMAGE_DIGEST": "sha256:feed", "SLURM_JOB_ID": "4711"}
+        return [self.start(*arguments, env=job | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(count)]
+
+
+@pytest.fixture(scope="session")
+def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
+    """The command line; what it started ends with the tests."""
+    result = Commands(tmp_path_factory.mktemp("ictx"))
+    (result.folder / "test.yaml").write_text(SETTINGS)
+    (result.folder / "mlflow").mkdir()
+    yield result
+    for process in result.started:
+        process.kill()
+        process.communicate()
+
+
+@pytest.fixture(scope="session")
+def corpus() -> Path:
+    """Text that every Python carries."""
+    return Path(sysconfig.get_path("stdlib"), "email")
+
+
+@pytest.fixture(scope="session")
+def prepared(commands: Commands, corpus: Path) -> Path:
+    """The corpus, prepared."""
+    out, link = commands.folder / "data", commands.folder / "prepared"
+    config = commands.folder / "test.yaml"
+    ended = commands.run("data", "prepare", "--config", config, "--corpus", corpus, "--out", out, "--link", link)
+    assert ended.status == 0, ended.err
+    return link
