@@ -70,7 +70,7 @@ class Cluster:
                 yield role, play, hosts
 
     def variables(self, host: str, play: Play, role: Role | None = None) -> dict[str, Any]:
-        """Returns what a task of the role sees on the host: defaults, inventory, the play's variables, in their order."""
+        """Returns what a task of the role sees on the host: defaults, inventory and the play's variables."""
         task = Task.load({"ansible.builtin.debug": {}}, role=role, loader=self.loader, variable_manager=self.manager)
         known = self.inventory.get_host(host)
         return {**self.manager.get_vars(play=play, host=known, task=task), "ansible_managed": "managed"}

@@ -63,7 +63,6 @@ def test_the_example_is_the_cluster_that_it_says_it_is() -> None:
 def test_the_schema_has_every_cluster_variable_that_playbooks_use_and_no_other() -> None:
     files = [ROOT / "site.yml", *(ROOT / "playbooks").glob("*.yml")]
     used = set(re.findall(r"\bictx_\w+", "\n".join(file.read_text() for file in files)))
-    # Given with the playbook that knows the shared directory's root, not by an inventory.
     assert used == {name for name in SCHEMA["variables"] if name.startswith("ictx_")}
 
 

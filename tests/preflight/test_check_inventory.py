@@ -111,7 +111,8 @@ def test_the_example_asks_only_for_what_nobody_else_can_know() -> None:
         ),
         pytest.param(
             "slurm_users: [x]",
-            "slurm_users (ctl, n1, n2): has no effect: playbooks/slurm.yml sets it to {{ ictx_users | map(attribute='name') }}",
+            "slurm_users (ctl, n1, n2): has no effect: playbooks/slurm.yml sets it to "
+            "{{ ictx_users | map(attribute='name') }}",
             id="no effect",
         ),
         pytest.param(
@@ -132,6 +133,13 @@ def test_a_variable_of_one_group_names_its_hosts(check: Check) -> None:
     assert check("slurm_kill_wait: soon", "slurm_compute") == [
         "slurm_kill_wait (n1, n2): must be of type int, got 'soon'"
     ]
+
+
+def test_a_variable_may_use_what_a_role_or_the_facts_bring(check: Check) -> None:
+    assert (
+        check("slurm_jobs_mlflow_uri: '{{ slurm_jobs_image_dir }}/x'\nslurm_kill_wait: '{{ ansible_facts.nothing }}'")
+        == []
+    )
 
 
 def test_a_missing_variable_of_a_role_names_the_role_and_the_host(check: Check, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Every role documents and checks its variables: what an inventory may set is in its argument specs, and nothing else."""
+"""Every role documents and checks its variables: its argument specs have all of them, and nothing else."""
 
 from __future__ import annotations
 

@@ -14,7 +14,8 @@ from cluster import ROOT
 def module() -> ModuleType:
     """Returns the Ansible module."""
     spec = importlib.util.spec_from_file_location("nvidia_pci", ROOT / "roles/nvidia_driver/library/nvidia_pci.py")
-    assert spec and spec.loader
+    assert spec
+    assert spec.loader
     loaded = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(loaded)
     return loaded

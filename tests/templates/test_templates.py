@@ -81,8 +81,8 @@ def test_slurm_conf_describes_the_compute_nodes_by_their_facts(written: Any) -> 
     conf = written("example", "slurm", "slurm.conf.j2", "ctl1")
     nodes = [line for line in conf if line.startswith("NodeName=")]
     assert nodes == [
-        f"NodeName=gpu{n} NodeAddr=192.0.2.2{n} Sockets=2 CoresPerSocket=32 ThreadsPerCore=2 RealMemory={515842 - 16384} "
-        "Gres=gpu:a100:4 State=UNKNOWN"
+        f"NodeName=gpu{n} NodeAddr=192.0.2.2{n} Sockets=2 CoresPerSocket=32 ThreadsPerCore=2 "
+        f"RealMemory={515842 - 16384} Gres=gpu:a100:4 State=UNKNOWN"
         for n in (1, 2, 3, 4)
     ]
     assert "GresTypes=gpu" in conf

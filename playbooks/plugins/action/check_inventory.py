@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
@@ -19,8 +20,8 @@ DOCUMENTATION = r"""
 action: check_inventory
 short_description: Compares a whole inventory with what the roles and the schema ask for
 description:
-  - Reads only, and on the control host only. Every problem is one line of RV(problems) that names the variable or group,
-    the hosts and what is allowed.
+  - Reads only, and on the control host only. Every problem is one line of RV(problems) that names the variable or
+    group, the hosts and what is allowed.
 options:
   playbook: {type: path, required: true, description: Playbook whose imports name the roles that will run.}
   roles_dir: {type: path, required: true, description: Folder of the roles.}
@@ -81,7 +82,7 @@ def type_error(value: Any, option: Mapping[str, Any]) -> str:
         return f"must be a list, got {value!r}"
     if kind == "dict" and not isinstance(value, Mapping):
         return f"must be a dictionary, got {value!r}"
-    if kind in SCALAR_TYPES and (isinstance(value, Mapping) or isinstance(value, (list, tuple))):
+    if kind in SCALAR_TYPES and isinstance(value, (Mapping, list, tuple)):
         return f"must be of type {kind}, got {value!r}"
     if kind == "list" and option.get("elements") in (*SCALAR_TYPES, "dict"):
         wrong = (type_error(item, {"type": option["elements"]}) for item in value)
@@ -172,7 +173,8 @@ class ActionModule(ActionBase):
         problems = Problems(hosts)
         check_groups(schema["groups"], groups, problems)
         self._unreadable: set[str] = set()
-        values = {host: self._values(host, problems) for host in hosts}
+        known = {name for options in roles.values() for name in options}
+        values = {host: self._values(host, known, problems) for host in hosts}
         check_names(values, schema["variables"], roles, problems)
         check_values(values, schema["variables"], roles, problems)
         check_required(values, schema["variables"], roles, uses, problems)
@@ -187,8 +189,8 @@ class ActionModule(ActionBase):
                 hosts = matching.run([play["hosts"]], variables=self._vars)
                 yield Use(entry["role"], hosts, entry.get("vars", {}), str(file.relative_to(playbook.parent)))
 
-    def _values(self, host: str, problems: Problems) -> dict[str, Any]:
-        """Returns the host's inventory variables, evaluated. One that needs facts or another role's default is `None`."""
+    def _values(self, host: str, known: set[str], problems: Problems) -> dict[str, Any]:
+        """Returns the host's inventory variables, evaluated; `None` for one that needs facts or a role's default."""
         raw = self._vars["hostvars"].raw_get(host)
         templar = self._templar.copy_with_new_env(available_variables={**raw, "hostvars": self._vars["hostvars"]})
         values = {}
@@ -198,10 +200,12 @@ class ActionModule(ActionBase):
             try:
                 values[name] = templar.template(raw[name])
             except AnsibleError as error:
-                if "ansible_facts" in str(raw[name]):
+                reason = str(error).splitlines()[0]
+                missing = re.findall(r"'(\w+)' is undefined", reason)
+                if "ansible_facts" in str(raw[name]) or known.intersection(missing):
                     values[name] = None
                     continue
-                problems.add(name, f"cannot be evaluated: {str(error).splitlines()[0]}", host)
+                problems.add(name, f"cannot be evaluated: {reason}", host)
                 if name.startswith("ansible_"):
                     self._unreadable.add(host)
         return values

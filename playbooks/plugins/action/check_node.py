@@ -44,8 +44,8 @@ class ActionModule(ActionBase):
             done = self._low_level_execute_command(f"/bin/sh -c {shlex.quote(script)}")
         except AnsibleConnectionFailure as error:
             reason = str(error).strip().splitlines()[-1].removeprefix("Failed to connect to the host via ssh: ")
-            text = f"{shown}: cannot be reached ({reason}): start it, or correct ansible_host, ansible_user and the SSH key"
-            return {**result, "changed": False, "problems": [text]}
+            remedy = "start it, or correct ansible_host, ansible_user and the SSH key"
+            return {**result, "changed": False, "problems": [f"{shown}: cannot be reached ({reason}): {remedy}"]}
         except AnsibleError as error:
             text = f"{shown}: cannot be managed ({str(error).strip().splitlines()[0]})"
             return {**result, "changed": False, "problems": [text]}
