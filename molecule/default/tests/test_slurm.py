@@ -1,0 +1,100 @@
+"""What SLURM's tier does on the nodes, seen as a user and as the node itself sees it."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+import testinfra
+from testinfra.host import Host
+
+SSH_CONFIG = Path(os.environ["ICTX_LAB_STATE"]) / "ssh" / "config"
+COMPUTE = ["n1", "n2"]
+
+
+def node(name: str) -> Host:
+    """Returns a node as testinfra reaches it."""
+    return testinfra.get_host(f"ssh://{name}", ssh_config=str(SSH_CONFIG))
+
+
+def as_user(command: str) -> str:
+    """Returns what a command prints that an ordinary user runs on the controller; it must succeed."""
+    return str(node("ctl").check_output(f"runuser -l researcher -c {shlex.quote(command)}"))
+
+
+@pytest.mark.parametrize(
+    ("name", "service"),
+    [("ctl", "munge"), ("ctl", "mariadb"), ("ctl", "slurmdbd"), ("ctl", "slurmctld")]
+    + [(name, service) for name in COMPUTE for service in ("munge", "slurmd")],
+)
+def test_service_runs_and_starts_at_boot(name: str, service: str) -> None:
+    found = node(name).service(service)
+    assert found.is_running
+    assert found.is_enabled
+
+
+def test_a_user_sees_idle_nodes() -> None:
+    states = dict(line.split() for line in as_user("sinfo --noheader --Node --partition=batch --format='%N %T'").splitlines())
+    assert states == {"n1": "idle", "n2": "idle"}
+
+
+def test_a_user_runs_a_job_on_every_node_and_finds_it_in_the_accounts() -> None:
+    assert sorted(as_user("srun --nodes=2 hostname").split()) == COMPUTE
+    accounts = as_user("sacct --noheader --allocations --parsable2 --format=State,NodeList --name=hostname")
+    assert "COMPLETED|n[1-2]" in accounts.split()
+
+
+def test_a_job_larger_than_the_cluster_is_refused_with_a_reason() -> None:
+    done = node("ctl").run("runuser -l researcher -c 'sbatch --nodes=3 --wrap=true'")
+    assert done.rc != 0
+    assert "Node count specification invalid" in done.stderr
+
+
+def test_a_user_without_an_account_may_not_submit() -> None:
+    done = node("ctl").run("runuser -u nobody -- sbatch --chdir=/tmp --wrap=true")
+    assert done.rc != 0
+    assert "Invalid account" in done.stderr
+
+
+def test_compute_nodes_keep_no_configuration_of_their_own() -> None:
+    for name in COMPUTE:
+        assert not node(name).file("/etc/slurm/slurm.conf").exists
+        assert node(name).file("/run/slurm/conf/slurm.conf").exists
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "owner", "mode"),
+    [
+        ("ctl", "/etc/munge/munge.key", "munge", 0o400),
+        ("n1", "/etc/munge/munge.key", "munge", 0o400),
+        ("ctl", "/etc/slurm/slurmdbd.conf", "slurm", 0o600),
+    ],
+)
+def test_secrets_are_private(name: str, path: str, owner: str, mode: int) -> None:
+    file = node(name).file(path)
+    assert (file.user, file.mode) == (owner, mode)
+
+
+def test_nodes_without_a_gpu_are_left_alone() -> None:
+    for name in COMPUTE:
+        assert not node(name).package("nvidia-container-toolkit").is_installed
+
+
+def test_job_script_says_what_the_inventory_says() -> None:
+    script = node("ctl").file("/opt/ictx/jobs/pretrain.sbatch").content_string
+    assert "#SBATCH --nodes=2\n" in script
+    assert "gpus-per-node" not in script
+
+
+def test_a_check_run_finds_nothing_to_change() -> None:
+    command = ["ansible-playbook", "--check", "--inventory=inventories/lab", "--limit=slurm:localhost"]
+    done = subprocess.run(
+        [*command, os.environ["MOLECULE_CHECK"]], capture_output=True, text=True, cwd=os.environ["MOLECULE_PROJECT_DIRECTORY"]
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+    recap = re.findall(r"^(\w+) +: ok=\d+ +changed=(\d+)", done.stdout, re.MULTILINE)
+    assert {name: int(changed) for name, changed in recap} == {"ctl": 0, "n1": 0, "n2": 0}
