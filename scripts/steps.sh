@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the other scripts: settings that they share, and timed steps.
 : "${ICTX_CACHE:=$HOME/.cache/ictx}"
 : "${ICTX_LAB_STATE:=$HOME/.local/state/ictx/lab}"

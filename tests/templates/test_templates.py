@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
+from ansible.errors import AnsibleError
 from cluster import ROOT, Cluster
 
 # What a role's tasks register before they write a template.
@@ -26,11 +27,19 @@ PLAYBOOKS = {"lab": ["site.yml", "playbooks/lab.yml"], "example": ["site.yml"]}
 TEMPLATES = sorted(path.relative_to(ROOT) for path in ROOT.glob("roles/*/templates/**/*.j2"))
 
 
+def render(cluster: Cluster, template: Path, variables: dict[str, Any]) -> str | AnsibleError:
+    """Returns the text, or what went wrong: one broken template must not hide the others."""
+    try:
+        return cluster.render(template, variables)
+    except AnsibleError as error:
+        return error
+
+
 @pytest.fixture(scope="session")
-def rendered(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[Path, dict[str, str]]]:
+def rendered(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[Path, dict[str, Any]]]:
     """Returns inventory → template → host → text, of all templates of the roles that the playbooks run."""
     state = tmp_path_factory.mktemp("state")
-    result: dict[str, dict[Path, dict[str, str]]] = {}
+    result: dict[str, dict[Path, dict[str, Any]]] = {}
     for name, playbooks in PLAYBOOKS.items():
         cluster = Cluster(ROOT / "inventories" / name, {"lab_state_dir": str(state), "ictx_state_dir": str(state)})
         texts = result.setdefault(name, {})
@@ -39,8 +48,7 @@ def rendered(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[Path, d
                 for template in sorted(Path(role._role_path, "templates").glob("**/*.j2")):
                     for host in hosts:
                         variables = {**cluster.variables(host, play, role), **REGISTERED.get(role.get_name(), {})}
-                        text = cluster.render(template, variables)
-                        texts.setdefault(template.relative_to(ROOT), {})[host] = text
+                        texts.setdefault(template.relative_to(ROOT), {})[host] = render(cluster, template, variables)
     return result
 
 
@@ -50,6 +58,7 @@ def test_a_template_renders_for_every_inventory_that_has_its_role(rendered: Any,
     assert inventories == (["lab"] if template.parts[1] == "lab" else ["lab", "example"])
     for name in inventories:
         for host, text in rendered[name][template].items():
+            assert not isinstance(text, AnsibleError), f"{template} for {host}: {text}"
             assert text.strip(), f"{template} is empty for {host}"
             assert "{{" not in text, f"{template} leaves an expression for {host}"
             assert "{%" not in text, f"{template} leaves a statement for {host}"

@@ -38,7 +38,9 @@ def test_service_runs_and_starts_at_boot(name: str, service: str) -> None:
 
 
 def test_a_user_sees_idle_nodes() -> None:
-    states = dict(line.split() for line in as_user("sinfo --noheader --Node --partition=batch --format='%N %T'").splitlines())
+    states = dict(
+        line.split() for line in as_user("sinfo --noheader --Node --partition=batch --format='%N %T'").splitlines()
+    )
     assert states == {"n1": "idle", "n2": "idle"}
 
 
@@ -93,7 +95,10 @@ def test_job_script_says_what_the_inventory_says() -> None:
 def test_a_check_run_finds_nothing_to_change() -> None:
     command = ["ansible-playbook", "--check", "--inventory=inventories/lab", "--limit=slurm:localhost"]
     done = subprocess.run(
-        [*command, os.environ["MOLECULE_CHECK"]], capture_output=True, text=True, cwd=os.environ["MOLECULE_PROJECT_DIRECTORY"]
+        [*command, os.environ["MOLECULE_CHECK"]],
+        capture_output=True,
+        text=True,
+        cwd=os.environ["MOLECULE_PROJECT_DIRECTORY"],
     )
     assert done.returncode == 0, done.stdout[-3000:]
     recap = re.findall(r"^(\w+) +: ok=\d+ +changed=(\d+)", done.stdout, re.MULTILINE)

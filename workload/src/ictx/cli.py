@@ -64,12 +64,11 @@ def parser() -> argparse.ArgumentParser:
 
 def run_prepare(arguments: argparse.Namespace) -> int:
     """`ictx data prepare`."""
-    from ictx.data.prepare import DataConfig, prepare
-    from ictx.settings import build
-    from ictx.train.config import read
+    from ictx.data.prepare import prepare
+    from ictx.train.config import load
 
-    config = build(DataConfig, read(arguments.config, arguments.set).get("data", {}), "data.")
-    directory = prepare(arguments.corpus, arguments.out, config)
+    # The whole configuration is read: what is wrong in it shows before the corpus is read, not after.
+    directory = prepare(arguments.corpus, arguments.out, load(arguments.config, arguments.set).data)
     if arguments.link:
         draft = arguments.link.with_name(f"{arguments.link.name}.part")
         draft.unlink(missing_ok=True)

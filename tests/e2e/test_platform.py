@@ -1,0 +1,60 @@
+"""The provisioned lab: unchanged by a second run, and clear about what is wrong."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+from lab import ROOT, SHARED, STATE, Lab
+
+pytestmark = pytest.mark.lab
+
+
+def ansible(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Runs ansible-playbook as a user does."""
+    command = [ROOT / ".venv/bin/ansible-playbook", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+
+
+def changes(output: str) -> dict[str, tuple[int, int]]:
+    """Returns each host's counts of changed and failed tasks."""
+    found = re.findall(r"^(\w+) +: ok=\d+ +changed=(\d+) +unreachable=0 +failed=(\d+)", output, re.MULTILINE)
+    return {host: (int(changed), int(failed)) for host, changed, failed in found}
+
+
+@pytest.mark.parametrize("mode", [[], ["--check"]], ids=["run", "check"])
+def test_another_run_of_site_changes_nothing(mode: list[str]) -> None:
+    done = ansible("site.yml", *mode)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert changes(done.stdout) == dict.fromkeys(["ctl", "localhost", "n1", "n2", "svc1"], (0, 0)), done.stdout
+    assert "not built again" in done.stdout
+
+
+def test_the_registry_refuses_a_wrong_password(lab: Lab) -> None:
+    done = lab.run("ctl", "curl --silent --insecure --user ictx:wrong --write-out '%{http_code}' https://svc1:5000/v2/")
+    assert done.stdout.endswith("401")
+
+
+def test_a_base_that_does_not_exist_is_named_and_leaves_nothing(tmp_path: Path) -> None:
+    before = (SHARED / "images" / "training" / "current").readlink()
+    reference = "10.203.77.31:5000/nobody/made-this@sha256:" + 64 * "0"
+    extra = tmp_path / "extra.yml"
+    extra.write_text(f"image_bake_base: {{image: '{reference}'}}\n")
+    done = ansible("playbooks/images.yml", "-e", f"@{extra}")
+    assert done.returncode == 2
+    assert f"image_bake_base.image {reference} cannot be pulled" in done.stdout + done.stderr
+    assert (SHARED / "images" / "training" / "current").readlink() == before
+
+
+def test_a_full_shared_directory_is_named() -> None:
+    done = ansible("playbooks/preflight.yml", "-e", "ictx_shared_min_free_gb=1000000")
+    assert done.returncode != 0
+    assert "ictx_shared_min_free_gb" in done.stdout + done.stderr
+
+
+def test_secrets_are_private() -> None:
+    loose = [path for folder in ("secrets", "ca") for path in (STATE / folder).iterdir() if path.suffix != ".crt"]
+    assert loose
+    assert [path for path in loose if path.stat().st_mode & 0o077] == []

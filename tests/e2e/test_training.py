@@ -1,0 +1,161 @@
+"""A job from sbatch to the registered model, and what becomes of it when a node or its time is lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lab import ROOT, SHARED, Lab, wait_for
+
+pytestmark = pytest.mark.lab
+
+STEPS_OF_A_SHORT_RUN = 75
+SHORT = [
+    f"train.steps={STEPS_OF_A_SHORT_RUN}",
+    "train.checkpoint_every=10",
+    "train.validate_every=25",
+    "run.model_name=",
+]
+
+
+@pytest.fixture(scope="session")
+def trained(lab: Lab) -> str:
+    """A job that ran to its end: the newest one of `make lab`, else a new one."""
+    results = sorted(SHARED.glob("runs/researcher/*/result.json"), key=lambda path: path.stat().st_mtime)
+    complete = [path for path in results if json.loads(path.read_text())["model_name"]]
+    if complete:
+        return complete[-1].parent.name
+    job = lab.submit()
+    status, output = lab.follow(job)
+    assert status == 0, output[-3000:]
+    return job
+
+
+@pytest.fixture(scope="session")
+def registry(trained: str, lab: Lab) -> dict[str, Any]:
+    """The job's MLflow run and registered version, read with MLflow's own client."""
+    script = """
+import json, sys
+from mlflow import MlflowClient
+client = MlflowClient()
+version = client.get_model_version_by_alias(sys.argv[1], "candidate")
+run = client.get_run(sys.argv[2])
+print(json.dumps({
+    "version": version.version, "source": version.source, "run_id": version.run_id, "tags": run.data.tags,
+    "status": run.info.status, "params": run.data.params,
+    "losses": [metric.value for metric in client.get_metric_history(sys.argv[2], "validation_loss")],
+}))
+"""
+    result = lab.result(trained)
+    done = subprocess.run(
+        [ROOT / ".venv-workload/bin/python", "-c", script, result["model_name"], result["mlflow_run_id"]],
+        env={**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{SHARED}/mlflow/mlflow.db"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    content: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return content
+
+
+def test_the_job_completed_on_both_nodes(lab: Lab, trained: str) -> None:
+    assert lab.accounts(trained, "State,NodeList") == "COMPLETED|n[1-2]"
+
+
+def test_the_model_learned_what_frequencies_do_not_tell(lab: Lab, trained: str) -> None:
+    result = lab.result(trained)
+    assert 5 < result["unigram_entropy"] < 9
+    assert result["val_loss"] < 0.85 * result["unigram_entropy"]
+
+
+def test_the_corpus_is_real_and_large_enough(lab: Lab, trained: str) -> None:
+    data = SHARED / "data" / (lab.folder(trained) / "data").readlink().name
+    assert json.loads((data / "meta.json").read_text())["corpus_bytes"] >= 20_000_000
+
+
+def test_the_registered_version_is_the_exported_model(lab: Lab, trained: str, registry: dict[str, Any]) -> None:
+    result = lab.result(trained)
+    assert registry["run_id"] == result["mlflow_run_id"]
+    assert str(registry["version"]) == result["model_version"]
+    assert registry["status"] == "FINISHED"
+    assert registry["losses"][-1] == pytest.approx(result["val_loss"])
+    artifacts = SHARED / Path(registry["source"].removeprefix("file://")).relative_to("/shared")
+    exported = lab.folder(trained) / "export"
+    assert json.loads((artifacts / "config.json").read_text())["architectures"] == ["DeepseekV3ForCausalLM"]
+    assert (artifacts / "model.safetensors").read_bytes() == (exported / "model.safetensors").read_bytes()
+
+
+def test_the_run_is_tagged_with_the_image_that_the_registry_has(lab: Lab, registry: dict[str, Any]) -> None:
+    digest = registry["tags"]["ictx.image_digest"]
+    known = {path.name for path in (SHARED / "images" / "training").iterdir()}
+    assert digest.removeprefix("sha256:") in known
+    reference = registry["tags"]["ictx.image_ref"]
+    assert reference.endswith(f"@{digest}")
+    address, name = reference.split("@")[0].split("/", 1)
+    password = (SHARED.parent / "secrets" / "registry_password").read_text().strip()
+    request = f"https://{address}/v2/{name}/manifests/{digest}"
+    headers = lab.run(
+        "ctl",
+        f"curl --silent --head --cacert /dev/stdin --user ictx:{password} "
+        f"--header 'Accept: application/vnd.docker.distribution.manifest.v2+json' {request} <<'PEM'\n"
+        + (SHARED.parent / "ca" / "ca.crt").read_text()
+        + "PEM",
+    ).stdout
+    assert f"docker-content-digest: {digest}" in headers.lower()
+
+
+def test_a_job_that_loses_a_node_resumes_and_its_curve_goes_on(lab: Lab, trained: str) -> None:
+    job = lab.submit("pretrain/tiny.yaml", *SHORT)
+    wait_for("the second checkpoint", lambda: (lab.folder(job) / "checkpoints" / "step-00000020").exists())
+    assert lab.run("n2", "systemctl kill --signal=KILL slurmd").returncode == 0
+    status, output = lab.follow(job)
+    assert status == 0, output[-3000:]
+    assert lab.restarts(job) >= 1
+    assert_resumed(lab, job)
+    wait_for(
+        "n2's return", lambda: lab.user("sinfo --noheader --nodes=n2 --partition=batch --format=%t") == "idle", 120
+    )
+
+
+def test_a_job_that_is_told_to_stop_saves_and_resumes(lab: Lab, trained: str) -> None:
+    # What the controller sends some time before the limit (#SBATCH --signal=B:TERM@…).
+    job = lab.submit("pretrain/tiny.yaml", *SHORT, "train.checkpoint_every=1000")
+    wait_for("the first record", lambda: (lab.folder(job) / "metrics.jsonl").exists() and bool(lab.records(job)))
+    lab.user(f"scancel --batch --signal=TERM {job}")
+    status, output = lab.follow(job)
+    assert status == 0, output[-3000:]
+    assert "told to stop: ended after step" in output
+    assert lab.restarts(job) == 1
+    assert_resumed(lab, job)
+
+
+def assert_resumed(lab: Lab, job: str) -> None:
+    """The run went on from a checkpoint: every step is there once, and the loss goes on falling."""
+    assert 0 < lab.result(job)["resumed_from_step"] < STEPS_OF_A_SHORT_RUN
+    records = lab.records(job)
+    steps = [int(record["step"]) for record in records]
+    assert steps == sorted(set(steps))
+    assert steps[-1] == STEPS_OF_A_SHORT_RUN
+    assert records[-1]["loss"] < records[0]["loss"]
+
+
+def test_an_empty_corpus_is_named(lab: Lab, trained: str) -> None:
+    lab.user("mkdir -p /shared/runs/researcher/nothing")
+    job = lab.user("ICTX_CORPUS=/shared/runs/researcher/nothing sbatch --parsable /opt/ictx/jobs/pretrain.sbatch")
+    status, output = lab.follow(job)
+    assert status == 1
+    assert "corpus path /shared/runs/researcher/nothing is empty" in output
+    assert not (lab.folder(job) / "data").exists()
+    assert not list((SHARED / "data").glob(".*.part"))
+
+
+def test_an_unknown_setting_is_named_before_anything_is_trained(lab: Lab, trained: str) -> None:
+    job = lab.submit("pretrain/tiny.yaml", "train.stepz=3")
+    status, output = lab.follow(job)
+    assert status == 1
+    assert "unknown setting train.stepz: did you mean train.steps?" in output

@@ -1,0 +1,82 @@
+"""The running lab, as its users reach it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+STATE = Path(os.environ.get("ICTX_LAB_STATE", Path.home() / ".local/state/ictx/lab"))
+SHARED = STATE / "shared"
+
+
+@dataclass(frozen=True)
+class Lab:
+    """Runs commands on the lab's nodes over SSH."""
+
+    def run(self, node: str, command: str, user: str = "root") -> subprocess.CompletedProcess[str]:
+        """Returns what a command did on a node, whatever its exit status."""
+        if user != "root":
+            command = f"runuser -l {user} -c {shlex.quote(command)}"
+        return subprocess.run(
+            ["ssh", "-F", str(STATE / "ssh" / "config"), node, "--", command],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    def user(self, command: str) -> str:
+        """Returns what a command prints that an ordinary user runs on the controller; it must succeed."""
+        done = self.run("ctl", command, user="researcher")
+        assert done.returncode == 0, f"{command}: {done.stderr}{done.stdout}"
+        return done.stdout.strip()
+
+    def submit(self, *words: str) -> str:
+        """Submits the pretraining job with options and arguments; returns its number."""
+        options = [word for word in words if word.startswith("-")]
+        arguments = [word for word in words if not word.startswith("-")]
+        return self.user(
+            f"sbatch --parsable {shlex.join(options)} /opt/ictx/jobs/pretrain.sbatch {shlex.join(arguments)}"
+        )
+
+    def follow(self, job: str) -> tuple[int, str]:
+        """Follows a job to its end; returns the follower's exit status and what it printed."""
+        done = self.run("ctl", f"/opt/ictx/bin/ictx-follow {job}", user="researcher")
+        print(done.stdout, done.stderr)
+        return done.returncode, done.stdout
+
+    def accounts(self, job: str, field: str) -> str:
+        """Returns a field of the job's last start from the accounts."""
+        return self.user(f"sacct --noheader --allocations --parsable2 --jobs={job} --format={field}")
+
+    def restarts(self, job: str) -> int:
+        """Returns how often the controller has put the job back into the queue."""
+        return int(self.user(f"scontrol --oneliner show job {job} | grep -o 'Restarts=[0-9]*' | cut -d= -f2"))
+
+    def folder(self, job: str) -> Path:
+        """Returns the job's folder as this machine sees it."""
+        return SHARED / "runs" / "researcher" / job
+
+    def result(self, job: str) -> dict[str, Any]:
+        """Returns the job's result.json."""
+        content: dict[str, Any] = json.loads((self.folder(job) / "result.json").read_text())
+        return content
+
+    def records(self, job: str) -> list[dict[str, float]]:
+        """Returns the job's metrics."""
+        return [json.loads(line) for line in (self.folder(job) / "metrics.jsonl").read_text().splitlines()]
+
+
+def wait_for(what: str, condition: Callable[[], bool], seconds: float = 240) -> None:
+    """Waits until the condition holds; fails naming `what` when it does not."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"{what} did not happen within {seconds:.0f} s"
+        time.sleep(1)

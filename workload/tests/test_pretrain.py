@@ -1,0 +1,199 @@
+"""Training seen from outside: runs learn, stop, resume exactly, export and register; what goes wrong is one line."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import Commands
+from mlflow import MlflowClient
+from mlflow.artifacts import download_artifacts
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+STEPS = 40
+
+
+def records(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def curve(run: Path) -> dict[int, tuple[float, float]]:
+    return {record["step"]: (record["loss"], record["learning_rate"]) for record in records(run)}
+
+
+def result_of(run: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((run / "result.json").read_text())
+    return content
+
+
+@pytest.fixture(scope="module")
+def whole(commands: Commands, prepared: Path) -> Path:
+    """A run that nothing disturbed, under torchrun as jobs start it."""
+    run = commands.folder / "whole"
+    arguments = ["--nproc-per-node=2", "--standalone", "-m", "ictx", *commands.pretrain(run, prepared)]
+    ended = commands.end(commands.start(*arguments, module="torch.distributed.run"))
+    assert ended.status == 0, ended.err
+    assert "below the corpus's unigram entropy" in ended.out
+    return run
+
+
+@pytest.fixture(scope="module")
+def resumed(commands: Commands, prepared: Path) -> Path:
+    """A run of which one rank alone was told to stop in the middle, and that then went on."""
+    run = commands.folder / "resumed"
+    ranks = commands.ranks(2, *commands.pretrain(run, prepared))
+    wait_for_step(run, 18, ranks)
+    ranks[1].send_signal(signal.SIGTERM)
+    ended = [commands.end(rank) for rank in ranks]
+    assert [rank.status for rank in ended] == [75, 75], ended
+    stopped_at = max(curve(run))
+    assert 18 <= stopped_at < STEPS
+    assert (run / "checkpoints" / f"step-{stopped_at:08}").is_dir()
+    # As if it had been killed a little later: records, and half of one, of steps that no checkpoint has.
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": stopped_at + 1, "loss": 0.0, "learning_rate": 0.0}) + '\n{"step": ')
+    (run / "checkpoints" / "step-00000039.part").mkdir()
+    ended = [commands.end(rank) for rank in commands.ranks(2, *commands.pretrain(run, prepared))]
+    assert [rank.status for rank in ended] == [0, 0], ended
+    assert f"resuming after step {stopped_at}" in ended[0].out
+    assert result_of(run)["resumed_from_step"] == stopped_at
+    return run
+
+
+def wait_for_step(run: Path, step: int, ranks: list[subprocess.Popen[str]]) -> None:
+    """Waits until a run has recorded a step."""
+    while all(rank.poll() is None for rank in ranks):
+        if (run / "metrics.jsonl").exists() and len((run / "metrics.jsonl").read_text().splitlines()) >= step:
+            return
+        time.sleep(0.01)
+    raise AssertionError([rank.communicate() for rank in ranks])
+
+
+def test_training_gets_below_the_unigram_entropy(whole: Path) -> None:
+    result, losses = result_of(whole), [record["loss"] for record in records(whole)]
+    assert losses[0] > math.log(512) - 0.5, "nothing is known at the start"
+    assert result["val_loss"] < result["unigram_entropy"]
+    assert [record["step"] for record in records(whole)] == list(range(1, STEPS + 1))
+    assert result["final_loss"] == losses[-1]
+    assert result["tokens"] == STEPS * 4 * 2 * 32
+
+
+def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(whole: Path, resumed: Path) -> None:
+    assert list(curve(resumed)) == list(range(1, STEPS + 1)), "each step once"
+    for step, (loss, rate) in curve(whole).items():
+        assert curve(resumed)[step] == (pytest.approx(loss, rel=1e-5), rate), f"step {step}"
+    assert result_of(resumed)["val_loss"] == pytest.approx(result_of(whole)["val_loss"], rel=1e-5)
+
+
+def test_only_the_newest_checkpoints_stay(resumed: Path) -> None:
+    names = sorted(path.name for path in (resumed / "checkpoints").glob("step-????????"))
+    assert names == ["step-00000030", "step-00000040"]
+
+
+def test_the_export_has_the_loss_that_was_measured(whole: Path, prepared: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(whole / "export")
+    tokens = np.fromfile(prepared / "validation.bin", "<u2").astype(np.int64)
+    # What two ranks validated: four batches of four windows each, spread evenly.
+    available = (len(tokens) - 1) // 32 // 2
+    places = [place * (available // 16) * 2 + rank for place in range(16) for rank in range(2)]
+    windows = torch.from_numpy(np.stack([tokens[place * 32 : place * 32 + 33] for place in places]))
+    with torch.no_grad():
+        logits = model(windows[:, :-1]).logits
+    loss = cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten()).item()
+    assert loss == pytest.approx(result_of(whole)["val_loss"], rel=1e-5)
+    tokenizer = AutoTokenizer.from_pretrained(whole / "export")
+    assert tokenizer.decode(tokenizer("def f(): return 'ü'").input_ids) == "def f(): return 'ü'"
+    assert tokenizer.model_max_length == model.config.max_position_embeddings
+
+
+def test_the_registry_has_the_model_its_alias_and_where_it_came_from(
+    commands: Commands, resumed: Path, tmp_path: Path
+) -> None:
+    client, result = MlflowClient(commands.tracking_uri), result_of(resumed)
+    version = client.get_model_version_by_alias("ictx-test", "candidate")
+    assert (version.version, version.run_id) == (result["model_version"], result["mlflow_run_id"])
+    run = client.get_run(version.run_id)
+    assert run.info.status == "FINISHED"
+    assert run.data.tags["ictx.image_digest"] == result["image_digest"] == "sha256:feed"
+    assert run.data.tags["slurm.job_id"] == "4711"
+    assert run.data.params["train.sequence_length"] == "32"
+    logged = client.get_metric_history(version.run_id, "loss")
+    assert [metric.step for metric in logged] == list(range(1, STEPS + 1)), "one MLflow run, each step once"
+    source = client.get_model_version_download_uri("ictx-test", version.version)
+    copy = Path(download_artifacts(source, dst_path=str(tmp_path), tracking_uri=commands.tracking_uri))
+    for file in (resumed / "export").iterdir():
+        assert (copy / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+def test_a_job_that_starts_again_after_its_end_changes_nothing(
+    commands: Commands, resumed: Path, prepared: Path
+) -> None:
+    client, before = MlflowClient(commands.tracking_uri), result_of(resumed)
+    (resumed / "result.json").unlink()
+    ended = commands.run(*commands.pretrain(resumed, prepared))
+    assert ended.status == 0, ended.err
+    after = result_of(resumed)
+    for key in ("final_loss", "val_loss", "model_version", "mlflow_run_id", "steps", "checkpoint"):
+        assert after[key] == before[key], key
+    run_id = before["mlflow_run_id"]
+    assert len(client.search_model_versions(f"name = 'ictx-test' and run_id = '{run_id}'")) == 1
+    assert len(client.get_metric_history(run_id, "loss")) == STEPS
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["train.dtype=float64"], "train.dtype is 'float64': expected one of float32, bfloat16"),
+        (["train.sequence_length=512"], "train.sequence_length is 512: expected at most"),
+        (["optimizer.learning_rate=-1"], "optimizer.learning_rate is -1.0: expected more than 0"),
+        (["data.dir=/nowhere"], "/nowhere holds no prepared data"),
+        (["train.batch_size=100000"], "a global batch takes 100000"),
+        (["model.vocab_size=600"], "was prepared with vocab_size 512, but model.vocab_size is 600"),
+        (["model.hidden_size=32"], "step-00000040 does not fit this configuration"),
+        (["train.steps=30"], "train.steps is 30, but"),
+        (["optimizer.learning_rate=1e30", "run.dir={new}"], "the loss is "),
+    ],
+)
+def test_what_cannot_be_trained_is_one_line(
+    commands: Commands, whole: Path, prepared: Path, tmp_path: Path, settings: list[str], message: str
+) -> None:
+    chosen = [value.format(new=tmp_path / "new") for value in settings]
+    ended = commands.run(*commands.pretrain(whole, prepared, *chosen))
+    assert ended.status == 2, ended
+    lines = [line for line in ended.err.splitlines() if line.startswith("ictx: ")]
+    assert len(lines) == 1
+    assert message in lines[0]
+    assert "Traceback" not in ended.err
+
+
+def test_a_run_does_not_go_on_with_other_data(commands: Commands, whole: Path, prepared: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(prepared.resolve(), other)
+    meta = json.loads((other / "meta.json").read_text())
+    (other / "meta.json").write_text(json.dumps(meta | {"fingerprint": "another"}))
+    ended = commands.run(*commands.pretrain(whole, other))
+    assert ended.status == 2
+    assert f"{whole} was trained on other data than {other} holds" in ended.err
+
+
+def test_a_full_disk_leaves_the_last_good_checkpoint(commands: Commands, prepared: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    arguments = commands.pretrain(run, prepared, "train.steps=15", "run.model_name=")
+    ended = commands.run(*arguments, prefix=("prlimit", "--fsize=1500000"))
+    assert ended.status == 2, ended
+    assert f"ictx: cannot write checkpoint {run}/checkpoints/step-00000015: " in ended.err
+    assert "Traceback" not in ended.err
+    assert not list((run / "checkpoints").iterdir())
+    ended = commands.run(*arguments)
+    assert ended.status == 0, ended.err
+    assert result_of(run)["resumed_from_step"] == 0
