@@ -164,7 +164,7 @@ def test_a_variable_of_the_cluster_is_the_same_everywhere(check: Check) -> None:
     ]
 
 
-def test_extra_variables_reach_the_check_and_may_override_what_a_play_sets() -> None:
+def test_extra_variables_are_checked_too() -> None:
     found = problems(ROOT / "inventories/lab", {"slurm_kill_wait": "soon"})
     assert found == ["slurm_kill_wait (all hosts): must be of type int, got 'soon'"]
 
