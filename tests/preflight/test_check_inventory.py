@@ -179,6 +179,17 @@ def test_a_missing_group_is_named_with_the_one_that_was_meant(check: Check) -> N
     ]
 
 
+def test_a_missing_group_is_told_with_what_cannot_be_evaluated_without_it(check: Check) -> None:
+    def remove(groups: Any) -> None:
+        del groups["registry"], groups["lab_nodes"]["children"]["registry"]
+        groups["image_builder"]["hosts"]["svc1"] = {"ansible_host": "10.203.77.31"}
+
+    found = check(hosts=remove)
+    assert found[0] == "group registry (the host of the image registry): missing: add it with 1 or more hosts"
+    assert found[1].startswith("ictx_registry (all hosts): cannot be evaluated: ")
+    assert len(found) == 2
+
+
 def test_an_empty_group_that_needs_hosts_is_named(check: Check) -> None:
     def empty(groups: Any) -> None:
         groups["registry"] = None

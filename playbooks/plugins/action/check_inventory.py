@@ -118,8 +118,10 @@ def check_groups(wanted: Mapping[str, Any], groups: Mapping[str, list[str]], pro
         subject = f"group {group} ({rule['description']})"
         if group not in groups:
             near = get_close_matches(group, unused, n=1, cutoff=0.75)
-            remedy = f"is it {near[0]}, misspelt?" if near else "add it, empty where there is no such host"
-            problems.add(subject, f"missing: {remedy}")
+            needed = (
+                f"add it with {rule['min']} or more hosts" if rule.get("min") else "add it, empty if there is none"
+            )
+            problems.add(subject, f"missing: {f'is it {near[0]}, misspelt?' if near else needed}")
             continue
         count = len(groups[group])
         if count < rule.get("min", 0):
@@ -200,10 +202,10 @@ class ActionModule(ActionBase):
             try:
                 values[name] = templar.template(raw[name])
             except AnsibleError as error:
+                values[name] = None
                 reason = str(error).splitlines()[0]
                 missing = re.findall(r"'(\w+)' is undefined", reason)
                 if "ansible_facts" in str(raw[name]) or known.intersection(missing):
-                    values[name] = None
                     continue
                 problems.add(name, f"cannot be evaluated: {reason}", host)
                 if name.startswith("ansible_"):
