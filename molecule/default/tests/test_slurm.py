@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -46,8 +47,13 @@ def test_a_user_sees_idle_nodes() -> None:
 
 def test_a_user_runs_a_job_on_every_node_and_finds_it_in_the_accounts() -> None:
     assert sorted(as_user("srun --nodes=2 hostname").split()) == COMPUTE
-    accounts = as_user("sacct --noheader --allocations --parsable2 --format=State,NodeList --name=hostname")
-    assert "COMPLETED|n[1-2]" in accounts.split()
+    accounts = "sacct --noheader --allocations --parsable2 --format=State,NodeList --name=hostname"
+    # The controller tells the database a moment later.
+    for _ in range(30):
+        if found := as_user(accounts).split():
+            break
+        time.sleep(1)
+    assert "COMPLETED|n[1-2]" in found
 
 
 def test_a_job_larger_than_the_cluster_is_refused_with_a_reason() -> None:
@@ -99,6 +105,7 @@ def test_a_check_run_finds_nothing_to_change() -> None:
         capture_output=True,
         text=True,
         cwd=os.environ["MOLECULE_PROJECT_DIRECTORY"],
+        env={**os.environ, "ANSIBLE_FORCE_COLOR": "0", "ANSIBLE_NOCOLOR": "1"},
     )
     assert done.returncode == 0, done.stdout[-3000:]
     recap = re.findall(r"^(\w+) +: ok=\d+ +changed=(\d+)", done.stdout, re.MULTILINE)
