@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from ictx import __version__
@@ -84,14 +86,18 @@ def run_pretrain(arguments: argparse.Namespace) -> int:
     from ictx.train.config import load
     from ictx.train.pretrain import main as pretrain
 
-    return pretrain(load(arguments.config, arguments.set))
+    status = told(lambda: pretrain(load(arguments.config, arguments.set)))
+    # Threads of torch outlive the process group; one that then asks for the interpreter while it shuts down aborts the
+    # process, and torchrun takes that for a failure of the whole job. Everything is written: leave at once.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
-def main() -> int:
-    """Runs the command line; a UserError becomes one line and status 2."""
-    arguments = parser().parse_args()
+def told(command: Callable[[], int]) -> int:
+    """Returns the command's status; a UserError becomes one line and status 2."""
     try:
-        return int(arguments.run(arguments))
+        return command()
     except UserError as error:
         print(f"ictx: {error}", file=sys.stderr)
     except OSError as error:
@@ -100,3 +106,9 @@ def main() -> int:
             raise
         print(f"ictx: {error.filename}: {error.strerror}", file=sys.stderr)
     return 2
+
+
+def main() -> int:
+    """Runs the command line."""
+    arguments = parser().parse_args()
+    return told(lambda: int(arguments.run(arguments)))

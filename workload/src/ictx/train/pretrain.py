@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import math
+import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from mlflow.exceptions import MlflowException
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -201,12 +206,29 @@ class Pretraining:
         }
 
 
+@contextmanager
+def explained(config: PretrainConfig) -> Iterator[None]:
+    """Turns what other libraries raise about storage and the tracking server into a UserError that names it."""
+    try:
+        yield
+    except MlflowException as error:
+        uri = os.environ.get("MLFLOW_TRACKING_URI", "")
+        raise UserError(f"MLFLOW_TRACKING_URI is {uri!r}: {str(error).partition(chr(10))[0]}") from error
+    except SafetensorError as error:
+        raise UserError(f"cannot write the exported model below {config.run.dir}: {error}") from error
+    except OSError as error:
+        # A write to an open file that fails (full disk) does not name it.
+        if error.filename:
+            raise
+        raise UserError(f"cannot write below {config.run.dir}: {error.strerror}") from error
+
+
 def main(config: PretrainConfig) -> int:
     """Runs or goes on with a pretraining run; returns 0, or 75 (EX_TEMPFAIL) when it was told to stop and has saved.
 
     Raises UserError naming a setting, a path or the step at which the loss stopped being a number.
     """
-    with joined() as ranks:
+    with explained(config), joined() as ranks:
         training = Pretraining(config, ranks)
         training.directory.mkdir(parents=True, exist_ok=True)
         journal = Journal(ranks.first, training.directory, config.run.experiment, asdict(config), training.resumed_from)
