@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -26,9 +27,11 @@ SHORT = [
 def trained(lab: Lab) -> str:
     """A job that ran to its end: the newest one of `make lab`, else a new one."""
     results = sorted(SHARED.glob("runs/researcher/*/result.json"), key=lambda path: path.stat().st_mtime)
-    complete = [path for path in results if json.loads(path.read_text())["model_name"]]
-    if complete:
-        return complete[-1].parent.name
+    registered = [path.parent.name for path in results if json.loads(path.read_text())["model_name"]]
+    # Folders outlive the accounts of a lab that was made anew.
+    known = [job for job in registered if lab.accounts(job, "State") == "COMPLETED"]
+    if known:
+        return known[-1]
     job = lab.submit()
     status, output = lab.follow(job)
     assert status == 0, output[-3000:]
@@ -36,8 +39,9 @@ def trained(lab: Lab) -> str:
 
 
 @pytest.fixture(scope="session")
-def registry(trained: str, lab: Lab) -> dict[str, Any]:
-    """The job's MLflow run and registered version, read with MLflow's own client."""
+def registry(trained: str, lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The job's MLflow run and registered version, read with MLflow's own client from a copy of the embedded store."""
+    store = shutil.copy(SHARED / "mlflow" / "mlflow.db", tmp_path_factory.mktemp("mlflow"))
     script = """
 import json, sys
 from mlflow import MlflowClient
@@ -53,7 +57,7 @@ print(json.dumps({
     result = lab.result(trained)
     done = subprocess.run(
         [ROOT / ".venv-workload/bin/python", "-c", script, result["model_name"], result["mlflow_run_id"]],
-        env={**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{SHARED}/mlflow/mlflow.db"},
+        env={**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{store}"},
         capture_output=True,
         text=True,
         check=False,

@@ -118,9 +118,7 @@ def check_groups(wanted: Mapping[str, Any], groups: Mapping[str, list[str]], pro
         subject = f"group {group} ({rule['description']})"
         if group not in groups:
             near = get_close_matches(group, unused, n=1, cutoff=0.75)
-            needed = (
-                f"add it with {rule['min']} or more hosts" if rule.get("min") else "add it, empty if there is none"
-            )
+            needed = f"add it with {rule['min']} or more hosts" if rule.get("min") else "add it, empty if there is none"
             problems.add(subject, f"missing: {f'is it {near[0]}, misspelt?' if near else needed}")
             continue
         count = len(groups[group])
