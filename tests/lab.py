@@ -52,6 +52,18 @@ class Lab:
         print(done.stdout, done.stderr)
         return done.returncode, done.stdout
 
+    def wait_in(self, job: str, what: str, condition: Callable[[], bool]) -> None:
+        """Waits for something that a job does; fails with the job's log when the job ends without it."""
+
+        def reached() -> bool:
+            if condition():
+                return True
+            log = self.folder(job).with_name(f"{job}.log")
+            assert self.user(f"squeue --noheader --jobs={job}"), f"job {job} ended before {what}: {log.read_text()}"
+            return False
+
+        wait_for(what, reached)
+
     def accounts(self, job: str, field: str) -> str:
         """Returns a field of the job's last start from the accounts."""
         return self.user(f"sacct --noheader --allocations --parsable2 --jobs={job} --format={field}")
@@ -71,10 +83,11 @@ class Lab:
 
     def records(self, job: str) -> list[dict[str, float]]:
         """Returns the job's metrics."""
-        return [json.loads(line) for line in (self.folder(job) / "metrics.jsonl").read_text().splitlines()]
+        file = self.folder(job) / "metrics.jsonl"
+        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
-def wait_for(what: str, condition: Callable[[], bool], seconds: float = 240) -> None:
+def wait_for(what: str, condition: Callable[[], bool], seconds: float = 600) -> None:
     """Waits until the condition holds; fails naming `what` when it does not."""
     end = time.monotonic() + seconds
     while not condition():

@@ -115,7 +115,7 @@ def test_the_run_is_tagged_with_the_image_that_the_registry_has(lab: Lab, regist
 
 def test_a_job_that_loses_a_node_resumes_and_its_curve_goes_on(lab: Lab, trained: str) -> None:
     job = lab.submit("pretrain/tiny.yaml", *SHORT)
-    wait_for("the second checkpoint", lambda: (lab.folder(job) / "checkpoints" / "step-00000020").exists())
+    lab.wait_in(job, "the second checkpoint", lambda: (lab.folder(job) / "checkpoints" / "step-00000020").exists())
     assert lab.run("n2", "systemctl kill --signal=KILL slurmd").returncode == 0
     status, output = lab.follow(job)
     assert status == 0, output[-3000:]
@@ -129,7 +129,7 @@ def test_a_job_that_loses_a_node_resumes_and_its_curve_goes_on(lab: Lab, trained
 def test_a_job_that_is_told_to_stop_saves_and_resumes(lab: Lab, trained: str) -> None:
     # What the controller sends some time before the limit (#SBATCH --signal=B:TERM@…).
     job = lab.submit("pretrain/tiny.yaml", *SHORT, "train.checkpoint_every=1000")
-    wait_for("the first record", lambda: (lab.folder(job) / "metrics.jsonl").exists() and bool(lab.records(job)))
+    lab.wait_in(job, "the first record", lambda: bool(lab.records(job)))
     lab.user(f"scancel --batch --signal=TERM {job}")
     status, output = lab.follow(job)
     assert status == 0, output[-3000:]

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import ipaddress
+import json
 import os
 import shutil
 import socket
@@ -103,10 +104,9 @@ def check(params: dict) -> dict:
     """Returns the module's result for the given parameters."""
     problems: list[str] = []
     name, network = params["name"], ipaddress.IPv4Network(params["subnet"])
-    containers = dict(
-        line.split(" ", 1)
-        for line in podman_lines("ps", "-a", "--filter", f"label=ictx.lab={name}", "--format", "{{.Names}} {{.State}}")
-    )
+    # As JSON: the templates of older versions have no word for the bare state.
+    listed = json.loads("".join(podman_lines("ps", "-a", "--filter", f"label=ictx.lab={name}", "--format=json")) or "[]")
+    containers = {container["Names"][0]: container["State"] for container in listed}
 
     release = os_release()
     versions = SUPPORTED.get(release.get("ID", ""), ())
