@@ -105,7 +105,7 @@ def check(params: dict) -> dict:
     problems: list[str] = []
     name, network = params["name"], ipaddress.IPv4Network(params["subnet"])
     # As JSON: the templates of older versions have no word for the bare state.
-    listed = json.loads("".join(podman_lines("ps", "-a", "--filter", f"label=ictx.lab={name}", "--format=json")) or "[]")
+    listed = json.loads("".join(podman_lines("ps", "-a", f"--filter=label=ictx.lab={name}", "--format=json")) or "[]")
     containers = {container["Names"][0]: container["State"] for container in listed}
 
     release = os_release()
