@@ -61,8 +61,8 @@ class Commands:
         return process
 
     def end(self, process: subprocess.Popen[str]) -> Ended:
-        """Waits for the end."""
-        out, err = process.communicate(timeout=120)
+        """Waits for the end; the limit ends what hangs, however busy the machine is."""
+        out, err = process.communicate(timeout=900)
         return Ended(process.returncode, out, err)
 
     def run(self, *arguments: object, prefix: tuple[str, ...] = ()) -> Ended:
