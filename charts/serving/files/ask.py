@@ -1,4 +1,7 @@
-"""`helm test`: the endpoint answers with the key, streams, and refuses without. Environment: URL, MODEL, KEY, TIMEOUT."""
+"""`helm test`: the endpoint answers with the key, streams, and refuses without.
+
+Environment: URL, MODEL, KEY, TIMEOUT (seconds).
+"""
 
 import json
 import os

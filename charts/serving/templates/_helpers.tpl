@@ -34,6 +34,16 @@ app.kubernetes.io/part-of: infinitecontext
 {{ include "serving.commonLabels" . }}
 {{- end }}
 
+{{/* Without the chart's version: a release that changes nothing in the pods must not roll them. */}}
+{{- define "serving.podLabels" -}}
+{{ include "serving.selectorLabels" . }}
+app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
+app.kubernetes.io/part-of: infinitecontext
+{{- with .Values.commonLabels }}
+{{ toYaml . }}
+{{- end }}
+{{- end }}
+
 {{/* A label's value has at most 63 characters, a digest has 71: labels show its first twelve digits. */}}
 {{- define "serving.shortDigest" -}}
 {{- . | trimPrefix "sha256:" | trunc 12 }}
