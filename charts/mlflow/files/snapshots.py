@@ -1,7 +1,7 @@
 """Backups: `backup` makes one (databases, artifacts, list of checksums) and removes old ones, `restore` puts one back.
 
 Environment: the databases' URIs, BACKUP_DIR, ARTIFACTS_DIR (empty: none); RETENTION to back up; SNAPSHOT, SERVER
-(host:port) to restore.
+(host:port) and SERVER_GRACE (seconds that it may take to end) to restore.
 """
 
 import hashlib
@@ -111,7 +111,7 @@ def backup():
         say(f"removed {old.name}")
 
 
-def wait_for_the_server_to_end(address, seconds=300):
+def wait_for_the_server_to_end(address, grace, seconds=300):
     """A server that runs would write into the database while it is replaced."""
     host, _, port = address.rpartition(":")
     end = time.monotonic() + seconds
@@ -119,6 +119,8 @@ def wait_for_the_server_to_end(address, seconds=300):
         try:
             socket.create_connection((host, int(port)), timeout=3).close()
         except OSError:
+            # The Service forgets a pod before its processes end.
+            time.sleep(grace)
             return
         say(f"waiting for the server at {address} to end")
         time.sleep(2)
@@ -182,7 +184,7 @@ def copy_missing(source, target):
 
 def restore():
     """Restores; a second run does the same again."""
-    wait_for_the_server_to_end(os.environ["SERVER"])
+    wait_for_the_server_to_end(os.environ["SERVER"], float(os.environ["SERVER_GRACE"]))
     folder = choose(Path(os.environ["BACKUP_DIR"]), os.environ["SNAPSHOT"])
     databases = verify(folder)
     uris = {"mlflow": os.environ["MLFLOW_BACKEND_STORE_URI"], "basic_auth": os.environ.get("AUTH_DATABASE_URI", "")}

@@ -305,3 +305,7 @@ affinity:
   persistentVolumeClaim:
     claimName: {{ include "mlflow.backupClaimName" . }}
 {{- end }}
+
+{{- define "mlflow.gracePeriod" -}}
+{{- add (int .Values.server.drainSeconds) (int .Values.server.stopTimeoutSeconds) 10 }}
+{{- end }}

@@ -24,6 +24,8 @@ env:
     value: {{ $root.Values.restore.snapshot | quote }}
   - name: SERVER
     value: {{ include "mlflow.fullname" $root }}:{{ $root.Values.service.port | int }}
+  - name: SERVER_GRACE
+    value: {{ include "mlflow.gracePeriod" $root | quote }}
   {{- end }}
 resources:
   {{- toYaml $root.Values.backup.resources | nindent 2 }}
