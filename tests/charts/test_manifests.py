@@ -22,7 +22,9 @@ CUSTOM = {
     "ScaledObject": "KEDA",
     "ServiceMonitor": "Prometheus Operator",
 }
-VERSIONS = [version for version in dict.fromkeys(schemas.all_versions()) if tuple(map(int, version.split("."))) >= (1, 29)]
+VERSIONS = [
+    version for version in dict.fromkeys(schemas.all_versions()) if tuple(map(int, version.split("."))) >= (1, 29)
+]
 # Versions of APIs that 1.20 has, and the later ones that took their fields over unchanged.
 OLD = {"policy/v1beta1": "policy/v1", "batch/v1beta1": "batch/v1", "autoscaling/v2beta2": "autoscaling/v2"}
 

@@ -340,7 +340,9 @@ def notes(chart: str, tmp_path: Path, file: Path | None, values: Document) -> st
 def test_the_notes_are_commands_that_a_shell_takes(ci: str, tmp_path: Path) -> None:
     chart, file = CI[ci]
     text = notes(chart, tmp_path, file, {})
-    commands = "\n".join(line for line in text.splitlines() if line.startswith("   ") and "or let the chart" not in line)
+    commands = "\n".join(
+        line for line in text.splitlines() if line.startswith("   ") and "or let the chart" not in line
+    )
     assert "kubectl" in commands
     done = subprocess.run(["bash", "-n"], input=commands, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr + commands
