@@ -50,7 +50,7 @@ def serve(answer: Callable[[BaseHTTPRequestHandler, Any], tuple[int, str]]) -> I
             self.end_headers()
             self.wfile.write(text.encode())
 
-        do_POST = do_GET
+        do_POST = do_GET  # noqa: N815
 
         def log_message(self, *_: Any) -> None:
             pass
@@ -328,7 +328,8 @@ def test_postgresql_is_dumped_and_loaded_without_its_password_among_arguments(si
     tools.mkdir()
     for tool in ("pg_dump", "pg_restore"):
         (tools / tool).write_text(
-            f'#!/bin/sh\nexec 3>>{tmp_path}/log\necho {tool} "$@" "$PGUSER:$PGPASSWORD@$PGHOST:$PGPORT/$PGDATABASE $PGSSLMODE" >&3\n'
+            f'#!/bin/sh\nconnection="$PGUSER:$PGPASSWORD@$PGHOST:$PGPORT/$PGDATABASE $PGSSLMODE"\n'
+            f'echo {tool} "$@" "$connection" >>{tmp_path}/log\n'
             'for word; do case $word in --file=*) echo dump >"${word#--file=}";; esac; done\n'
         )
         (tools / tool).chmod(0o755)

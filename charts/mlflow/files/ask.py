@@ -1,4 +1,7 @@
-"""`helm test`: the server is up, refuses strangers, and answers the administrator. Environment: as for MLflow's client."""
+"""`helm test`: the server is up, refuses strangers, and answers the administrator.
+
+Environment: as for MLflow's client.
+"""
 
 import base64
 import os
