@@ -19,6 +19,8 @@ CHARTS = {"serving": ROOT / "charts" / "serving", "mlflow": ROOT / "charts" / "m
 CI = {f"{name}/{file.stem}": (name, file) for name, chart in CHARTS.items() for file in sorted(chart.glob("ci/*.yaml"))}
 KUBERNETES = "1.37.0"
 NAMESPACE = "ictx"
+# libyaml's loader, where it is there, is ten times as fast.
+LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 Document = dict[str, Any]
 
@@ -63,19 +65,19 @@ def helm(*arguments: str) -> str:
 
 
 @cache
-def _template(chart: Path, file: Path | None, values: str, kubernetes: str) -> str:
+def _documents(chart: Path, file: Path | None, values: str, kubernetes: str) -> list[Document]:
     more = ["--values", str(file)] if file else []
     for key, value in json.loads(values).items():
         more += ["--set-json", f"{key}={json.dumps(value)}"]
-    return helm("template", "ictx", str(chart), "--namespace", NAMESPACE, "--kube-version", kubernetes, *more)
+    text = helm("template", "ictx", str(chart), "--namespace", NAMESPACE, "--kube-version", kubernetes, *more)
+    return [document for document in yaml.load_all(text, Loader=LOADER) if document]
 
 
 def render(
     chart: Path, file: Path | None = None, values: Document | None = None, kubernetes: str = KUBERNETES
 ) -> list[Document]:
-    """Returns the objects of a chart; `values` go by dotted path and win over the file."""
-    text = _template(chart, file, json.dumps(values or {}, sort_keys=True), kubernetes)
-    return [document for document in yaml.safe_load_all(text) if document]
+    """Returns the objects of a chart (not to be changed); `values` go by dotted path and win over the file."""
+    return _documents(chart, file, json.dumps(values or {}, sort_keys=True), kubernetes)
 
 
 def name_of(document: Document) -> str:
