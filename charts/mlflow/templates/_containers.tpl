@@ -1,0 +1,143 @@
+{{- define "mlflow.prepareContainer" -}}
+{{- include "mlflow.containerBase" . }}
+command:
+  - python
+  - -c
+  - |
+    {{- .Files.Get "files/prepare.py" | trim | nindent 4 }}
+args:
+  {{- if eq .Values.database.type "sqlite" }}
+  - migrate
+  {{- end }}
+  {{- if .Values.auth.enabled }}
+  - auth-config
+  {{- end }}
+env:
+  {{- include "mlflow.baseEnv" . | nindent 2 }}
+  {{- include "mlflow.databaseEnv" . | nindent 2 }}
+  {{- if .Values.auth.enabled }}
+  - name: MLFLOW_AUTH_CONFIG_PATH
+    value: /run/mlflow/basic_auth.ini
+  - name: AUTH_DEFAULT_PERMISSION
+    value: {{ .Values.auth.defaultPermission }}
+  - name: AUTH_CACHE_SECONDS
+    value: {{ .Values.auth.cacheSeconds | int | quote }}
+  {{- end }}
+resources:
+  {{- toYaml .Values.resources | nindent 2 }}
+volumeMounts:
+  - name: tmp
+    mountPath: /tmp
+  - name: run
+    mountPath: /run/mlflow
+  {{- if include "mlflow.hasVolume" . }}
+  - name: data
+    mountPath: /data
+  {{- end }}
+  {{- if and .Values.backup.enabled (eq .Values.database.type "sqlite") }}
+  # Only so that the claim is bound now, where its class waits for a pod: `helm --wait` waits for claims too.
+  - name: backup
+    mountPath: /backup
+    readOnly: true
+  {{- end }}
+{{- end }}
+
+{{- define "mlflow.serverContainer" -}}
+{{- include "mlflow.containerBase" . }}
+command: [mlflow, server]
+args:
+  - --host
+  - 0.0.0.0
+  - --port
+  - "5000"
+  - --workers
+  - {{ .Values.server.workers | int | quote }}
+  - --serve-artifacts
+  - --allowed-hosts
+  - {{ include "mlflow.allowedHosts" . | quote }}
+  {{- with .Values.server.corsAllowedOrigins }}
+  - --cors-allowed-origins
+  - {{ join "," . | quote }}
+  {{- end }}
+  {{- if .Values.auth.enabled }}
+  - --app-name
+  - basic-auth
+  {{- end }}
+  {{- if .Values.metrics.enabled }}
+  - --expose-prometheus
+  - /run/mlflow/metrics
+  {{- end }}
+  - --uvicorn-opts
+  - {{ printf "--timeout-graceful-shutdown=%d%s" (int .Values.server.stopTimeoutSeconds) (ternary " --ssl-certfile=/etc/mlflow-tls/tls.crt --ssl-keyfile=/etc/mlflow-tls/tls.key" "" (ne .Values.tls.existingSecret "")) | quote }}
+  {{- range .Values.server.extraArgs }}
+  - {{ . | quote }}
+  {{- end }}
+env:
+  {{- include "mlflow.baseEnv" . | nindent 2 }}
+  {{- include "mlflow.databaseEnv" . | nindent 2 }}
+  {{- include "mlflow.artifactsEnv" . | nindent 2 }}
+  {{- if .Values.auth.enabled }}
+  - name: MLFLOW_AUTH_CONFIG_PATH
+    value: /run/mlflow/basic_auth.ini
+  - name: MLFLOW_AUTH_ADMIN_USERNAME
+    valueFrom:
+      secretKeyRef:
+        name: {{ include "mlflow.authSecret" . }}
+        key: admin-username
+  - name: MLFLOW_AUTH_ADMIN_PASSWORD
+    valueFrom:
+      secretKeyRef:
+        name: {{ include "mlflow.authSecret" . }}
+        key: admin-password
+  - name: MLFLOW_FLASK_SERVER_SECRET_KEY
+    valueFrom:
+      secretKeyRef:
+        name: {{ include "mlflow.authSecret" . }}
+        key: flask-secret-key
+  {{- end }}
+  - name: MLFLOW_SERVER_ENABLE_JOB_EXECUTION
+    value: {{ .Values.server.jobExecution | quote }}
+  {{- with .Values.server.extraEnv }}
+  {{- toYaml . | nindent 2 }}
+  {{- end }}
+ports:
+  - name: http
+    containerPort: 5000
+    protocol: TCP
+resources:
+  {{- toYaml .Values.resources | nindent 2 }}
+{{- $probe := dict "path" "/health" "port" "http" "scheme" (include "mlflow.scheme" . | upper) }}
+startupProbe:
+  httpGet: {{ toJson $probe }}
+  periodSeconds: 5
+  timeoutSeconds: 5
+  failureThreshold: {{ mul 12 (int .Values.server.startupTimeoutMinutes) }}
+readinessProbe:
+  httpGet: {{ toJson $probe }}
+  periodSeconds: 5
+  timeoutSeconds: 5
+  failureThreshold: 3
+livenessProbe:
+  httpGet: {{ toJson $probe }}
+  periodSeconds: 15
+  timeoutSeconds: 10
+  failureThreshold: 6
+lifecycle:
+  preStop:
+    exec:
+      command: [sleep, {{ .Values.server.drainSeconds | int | quote }}]
+volumeMounts:
+  - name: tmp
+    mountPath: /tmp
+  - name: run
+    mountPath: /run/mlflow
+  {{- if include "mlflow.hasVolume" . }}
+  - name: data
+    mountPath: /data
+  {{- end }}
+  {{- if .Values.tls.existingSecret }}
+  - name: tls
+    mountPath: /etc/mlflow-tls
+    readOnly: true
+  {{- end }}
+{{- end }}

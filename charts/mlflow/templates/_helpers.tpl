@@ -1,0 +1,312 @@
+{{- define "mlflow.name" -}}
+{{- default .Chart.Name .Values.nameOverride | trunc 63 | trimSuffix "-" }}
+{{- end }}
+
+{{/* 63 characters, less those of `-restore-20260131t021500z`. */}}
+{{- define "mlflow.fullname" -}}
+{{- if .Values.fullnameOverride }}
+{{- .Values.fullnameOverride | trunc 38 | trimSuffix "-" }}
+{{- else if contains (include "mlflow.name" .) .Release.Name }}
+{{- .Release.Name | trunc 38 | trimSuffix "-" }}
+{{- else }}
+{{- printf "%s-%s" .Release.Name (include "mlflow.name" .) | trunc 38 | trimSuffix "-" }}
+{{- end }}
+{{- end }}
+
+{{/* Labels of a Deployment's selector cannot be changed later: only what never changes belongs here. */}}
+{{- define "mlflow.selectorLabels" -}}
+app.kubernetes.io/name: {{ include "mlflow.name" . }}
+app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/component: server
+{{- end }}
+
+{{- define "mlflow.commonLabels" -}}
+helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | trunc 63 | trimSuffix "-" }}
+app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ .Release.Service }}
+app.kubernetes.io/part-of: infinitecontext
+{{- with .Values.commonLabels }}
+{{ toYaml . }}
+{{- end }}
+{{- end }}
+
+{{- define "mlflow.labels" -}}
+{{ include "mlflow.selectorLabels" . }}
+{{ include "mlflow.commonLabels" . }}
+{{- end }}
+
+{{/* Without the chart's version: a release that changes nothing in the pods must not roll them. */}}
+{{- define "mlflow.podLabels" -}}
+{{ include "mlflow.selectorLabels" . }}
+app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
+app.kubernetes.io/part-of: infinitecontext
+{{- with .Values.commonLabels }}
+{{ toYaml . }}
+{{- end }}
+{{- end }}
+
+{{/* A label's value has at most 63 characters, a digest has 71: labels show its first twelve digits. */}}
+{{- define "mlflow.shortDigest" -}}
+{{- . | trimPrefix "sha256:" | trunc 12 }}
+{{- end }}
+
+{{- define "mlflow.image" -}}
+{{- if .Values.image.digest -}}
+{{ .Values.image.repository }}@{{ .Values.image.digest }}
+{{- else -}}
+{{ .Values.image.repository }}:{{ .Values.image.tag | default .Chart.AppVersion }}
+{{- end }}
+{{- end }}
+
+{{- define "mlflow.serviceAccountName" -}}
+{{- if .Values.serviceAccount.create }}
+{{- .Values.serviceAccount.name | default (include "mlflow.fullname" .) }}
+{{- else }}
+{{- .Values.serviceAccount.name | default "default" }}
+{{- end }}
+{{- end }}
+
+{{/* Both are asked: `helm template --kube-version` changes the version only, never the list of APIs. */}}
+{{- define "mlflow.pdbApiVersion" -}}
+{{- if and (.Capabilities.APIVersions.Has "policy/v1") (semverCompare ">=1.21-0" .Capabilities.KubeVersion.Version) -}}
+policy/v1
+{{- else -}}
+policy/v1beta1
+{{- end }}
+{{- end }}
+
+{{- define "mlflow.podSecurityContext" -}}
+runAsNonRoot: true
+runAsUser: {{ .Values.security.runAsUser | int64 }}
+runAsGroup: {{ .Values.security.runAsGroup | int64 }}
+fsGroup: {{ .Values.security.fsGroup | int64 }}
+fsGroupChangePolicy: OnRootMismatch
+seccompProfile:
+  type: {{ .Values.security.seccompProfile }}
+{{- end }}
+
+{{- define "mlflow.containerSecurityContext" -}}
+allowPrivilegeEscalation: false
+readOnlyRootFilesystem: true
+runAsNonRoot: true
+capabilities:
+  drop: [ALL]
+{{- end }}
+
+{{/* The user may be unknown to the image: programs that look for its name or home find them here. */}}
+{{- define "mlflow.baseEnv" -}}
+- name: HOME
+  value: /tmp
+- name: USER
+  value: ictx
+- name: LOGNAME
+  value: ictx
+{{- end }}
+
+{{- define "mlflow.cronJobApiVersion" -}}
+{{- /* Jobs were in batch/v1 before CronJobs were, so the group's version alone says nothing. */}}
+{{- if or (.Capabilities.APIVersions.Has "batch/v1/CronJob") (semverCompare ">=1.21-0" .Capabilities.KubeVersion.Version) -}}
+batch/v1
+{{- else -}}
+batch/v1beta1
+{{- end }}
+{{- end }}
+
+{{- define "mlflow.authSecret" -}}
+{{- .Values.auth.existingSecret | default (printf "%s-auth" (include "mlflow.fullname" .)) }}
+{{- end }}
+
+{{- define "mlflow.claimName" -}}
+{{- .Values.persistence.existingClaim | default (printf "%s-data" (include "mlflow.fullname" .)) }}
+{{- end }}
+
+{{- define "mlflow.backupClaimName" -}}
+{{- .Values.backup.existingClaim | default (printf "%s-backup" (include "mlflow.fullname" .)) }}
+{{- end }}
+
+{{/* "true" or nothing: whether the data volume is used. */}}
+{{- define "mlflow.hasVolume" -}}
+{{- if or (eq .Values.database.type "sqlite") (eq .Values.artifacts.type "pvc") }}true{{ end }}
+{{- end }}
+
+{{/* A volume that one node mounts at a time, as SQLite's locks ask for: whoever uses it runs where the server runs. */}}
+{{- define "mlflow.besideServer" -}}
+{{- if and (include "mlflow.hasVolume" .) (not (has "ReadWriteMany" .Values.persistence.accessModes)) }}true{{ end }}
+{{- end }}
+
+{{- define "mlflow.scheme" -}}
+{{- ternary "https" "http" (ne .Values.tls.existingSecret "") }}
+{{- end }}
+
+{{- define "mlflow.url" -}}
+{{ include "mlflow.scheme" . }}://{{ include "mlflow.fullname" . }}:{{ .Values.service.port | int }}
+{{- end }}
+
+{{- define "mlflow.artifactsDestination" -}}
+{{- if eq .Values.artifacts.type "s3" }}{{ .Values.artifacts.s3.uri }}{{ else }}/data/artifacts{{ end }}
+{{- end }}
+
+{{/* MLflow refuses other host names (DNS rebinding); a list replaces its defaults, so they are repeated here. */}}
+{{- define "mlflow.allowedHosts" -}}
+{{- $name := include "mlflow.fullname" . }}
+{{- $bare := list "localhost" "127.0.0.1" $name }}
+{{- range list "" ".svc" ".svc.cluster.local" }}
+{{- $bare = append $bare (printf "%s.%s%s" $name $.Release.Namespace .) }}
+{{- end }}
+{{- if .Values.ingress.enabled }}
+{{- $bare = append $bare .Values.ingress.host }}
+{{- end }}
+{{- $hosts := list }}
+{{- range $bare }}
+{{- $hosts = concat $hosts (list . (printf "%s:*" .)) }}
+{{- end }}
+{{- if .Values.server.allowPrivateAddresses }}
+{{- $hosts = concat $hosts (list "10.*" "192.168.*") }}
+{{- range untilStep 16 32 1 }}
+{{- $hosts = append $hosts (printf "172.%d.*" .) }}
+{{- end }}
+{{- end }}
+{{- concat $hosts .Values.server.allowedHosts | join "," }}
+{{- end }}
+
+{{/* URIs of PostgreSQL hold a password: they come from the Secret, and never appear among arguments. */}}
+{{- define "mlflow.databaseEnv" -}}
+- name: MLFLOW_BACKEND_STORE_URI
+{{- if eq .Values.database.type "postgresql" }}
+  valueFrom:
+    secretKeyRef:
+      name: {{ .Values.database.postgresql.existingSecret }}
+      key: {{ .Values.database.postgresql.uriKey }}
+{{- else }}
+  value: sqlite:////data/mlflow.db
+{{- end }}
+{{- if .Values.auth.enabled }}
+- name: AUTH_DATABASE_URI
+{{- if eq .Values.database.type "postgresql" }}
+  valueFrom:
+    secretKeyRef:
+      name: {{ .Values.database.postgresql.existingSecret }}
+      key: {{ .Values.database.postgresql.authUriKey | default .Values.database.postgresql.uriKey }}
+{{- else }}
+  value: sqlite:////data/basic_auth.db
+{{- end }}
+{{- end }}
+{{- end }}
+
+{{- define "mlflow.artifactsEnv" -}}
+- name: MLFLOW_ARTIFACTS_DESTINATION
+  value: {{ include "mlflow.artifactsDestination" . | quote }}
+{{- if eq .Values.artifacts.type "s3" }}
+{{- with .Values.artifacts.s3 }}
+{{- if .endpointUrl }}
+- name: MLFLOW_S3_ENDPOINT_URL
+  value: {{ .endpointUrl | quote }}
+{{- end }}
+{{- if .region }}
+- name: AWS_DEFAULT_REGION
+  value: {{ .region | quote }}
+{{- end }}
+{{- if .existingSecret }}
+{{- range list "AWS_ACCESS_KEY_ID" "AWS_SECRET_ACCESS_KEY" }}
+- name: {{ . }}
+  valueFrom:
+    secretKeyRef:
+      name: {{ $.Values.artifacts.s3.existingSecret }}
+      key: {{ . }}
+{{- end }}
+{{- end }}
+{{- end }}
+{{- end }}
+{{- end }}
+
+{{/* Name and password of the administrator, under the names that MLflow's client reads. */}}
+{{- define "mlflow.clientEnv" -}}
+- name: MLFLOW_TRACKING_URI
+  value: {{ include "mlflow.url" . }}
+{{- if .Values.tls.existingSecret }}
+# The Service's name need not be in the certificate; the traffic stays in the namespace.
+- name: MLFLOW_TRACKING_INSECURE_TLS
+  value: "true"
+{{- end }}
+{{- if .Values.auth.enabled }}
+- name: MLFLOW_TRACKING_USERNAME
+  valueFrom:
+    secretKeyRef:
+      name: {{ include "mlflow.authSecret" . }}
+      key: admin-username
+- name: MLFLOW_TRACKING_PASSWORD
+  valueFrom:
+    secretKeyRef:
+      name: {{ include "mlflow.authSecret" . }}
+      key: admin-password
+{{- end }}
+{{- end }}
+
+{{/* What all pods of the release have in common. */}}
+{{- define "mlflow.podBase" -}}
+automountServiceAccountToken: false
+enableServiceLinks: false
+{{- with .Values.imagePullSecrets }}
+imagePullSecrets:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .Values.priorityClassName }}
+priorityClassName: {{ . }}
+{{- end }}
+securityContext:
+  {{- include "mlflow.podSecurityContext" . | nindent 2 }}
+{{- with .Values.nodeSelector }}
+nodeSelector:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .Values.tolerations }}
+tolerations:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- end }}
+
+{{/* What all containers have in common. */}}
+{{- define "mlflow.containerBase" -}}
+image: {{ include "mlflow.image" . }}
+imagePullPolicy: {{ .Values.image.pullPolicy }}
+securityContext:
+  {{- include "mlflow.containerSecurityContext" . | nindent 2 }}
+terminationMessagePolicy: FallbackToLogsOnError
+{{- end }}
+
+{{/* Labels of pods that are not servers: no Service may find them. Arguments: root, component. */}}
+{{- define "mlflow.jobLabels" -}}
+{{- $root := index . 0 }}
+app.kubernetes.io/name: {{ include "mlflow.name" $root }}
+app.kubernetes.io/instance: {{ $root.Release.Name }}
+app.kubernetes.io/component: {{ index . 1 }}
+{{ include "mlflow.commonLabels" $root }}
+{{- end }}
+
+{{- define "mlflow.serverAffinity" -}}
+affinity:
+  podAffinity:
+    requiredDuringSchedulingIgnoredDuringExecution:
+      - topologyKey: kubernetes.io/hostname
+        labelSelector:
+          matchLabels:
+            {{- include "mlflow.selectorLabels" . | nindent 12 }}
+{{- end }}
+
+{{- define "mlflow.dataVolume" -}}
+{{- if include "mlflow.hasVolume" . }}
+- name: data
+  persistentVolumeClaim:
+    claimName: {{ include "mlflow.claimName" . }}
+{{- end }}
+{{- end }}
+
+{{- define "mlflow.backupVolume" -}}
+- name: backup
+  persistentVolumeClaim:
+    claimName: {{ include "mlflow.backupClaimName" . }}
+{{- end }}
+
+{{- define "mlflow.gracePeriod" -}}
+{{- add (int .Values.server.drainSeconds) (int .Values.server.stopTimeoutSeconds) 10 }}
+{{- end }}

@@ -1,0 +1,157 @@
+{{- define "serving.name" -}}
+{{- default .Chart.Name .Values.nameOverride | trunc 63 | trimSuffix "-" }}
+{{- end }}
+
+{{/* 63 characters, less those of `-api-key` and what a Deployment adds. */}}
+{{- define "serving.fullname" -}}
+{{- if .Values.fullnameOverride }}
+{{- .Values.fullnameOverride | trunc 52 | trimSuffix "-" }}
+{{- else if contains (include "serving.name" .) .Release.Name }}
+{{- .Release.Name | trunc 52 | trimSuffix "-" }}
+{{- else }}
+{{- printf "%s-%s" .Release.Name (include "serving.name" .) | trunc 52 | trimSuffix "-" }}
+{{- end }}
+{{- end }}
+
+{{/* Labels of a Deployment's selector cannot be changed later: only what never changes belongs here. */}}
+{{- define "serving.selectorLabels" -}}
+app.kubernetes.io/name: {{ include "serving.name" . }}
+app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/component: server
+{{- end }}
+
+{{- define "serving.commonLabels" -}}
+helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | trunc 63 | trimSuffix "-" }}
+app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ .Release.Service }}
+app.kubernetes.io/part-of: infinitecontext
+{{- with .Values.commonLabels }}
+{{ toYaml . }}
+{{- end }}
+{{- end }}
+
+{{- define "serving.labels" -}}
+{{ include "serving.selectorLabels" . }}
+{{ include "serving.commonLabels" . }}
+{{- end }}
+
+{{/* Without the chart's version: a release that changes nothing in the pods must not roll them. */}}
+{{- define "serving.podLabels" -}}
+{{ include "serving.selectorLabels" . }}
+app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
+app.kubernetes.io/part-of: infinitecontext
+{{- with .Values.commonLabels }}
+{{ toYaml . }}
+{{- end }}
+{{- end }}
+
+{{/* A label's value has at most 63 characters, a digest has 71: labels show its first twelve digits. */}}
+{{- define "serving.shortDigest" -}}
+{{- . | trimPrefix "sha256:" | trunc 12 }}
+{{- end }}
+
+{{- define "serving.image" -}}
+{{- if .Values.image.digest -}}
+{{ .Values.image.repository }}@{{ .Values.image.digest }}
+{{- else -}}
+{{ .Values.image.repository }}:{{ .Values.image.tag | default .Chart.AppVersion }}
+{{- end }}
+{{- end }}
+
+{{- define "serving.serviceAccountName" -}}
+{{- if .Values.serviceAccount.create }}
+{{- .Values.serviceAccount.name | default (include "serving.fullname" .) }}
+{{- else }}
+{{- .Values.serviceAccount.name | default "default" }}
+{{- end }}
+{{- end }}
+
+{{- define "serving.apiKeySecret" -}}
+{{- .Values.apiKey.existingSecret | default (printf "%s-api-key" (include "serving.fullname" .)) }}
+{{- end }}
+
+{{- define "serving.claimName" -}}
+{{- .Values.storage.existingClaim | default (printf "%s-model" (include "serving.fullname" .)) }}
+{{- end }}
+
+{{- define "serving.servedName" -}}
+{{- .Values.model.servedName | default .Values.model.name }}
+{{- end }}
+
+{{- define "serving.modelUri" -}}
+{{- if .Values.model.version -}}
+models:/{{ .Values.model.name }}/{{ .Values.model.version }}
+{{- else -}}
+models:/{{ .Values.model.name }}@{{ .Values.model.alias }}
+{{- end }}
+{{- end }}
+
+{{/* A folder per version: on a shared volume, a roll leaves alone what the pods before it still read. */}}
+{{- define "serving.modelDir" -}}
+/models/{{ .Values.model.name }}/{{ .Values.model.version | default .Values.model.alias }}
+{{- end }}
+
+{{- define "serving.trackingPorts" -}}
+{{- if .Values.networkPolicy.trackingPorts }}
+{{- .Values.networkPolicy.trackingPorts | toJson }}
+{{- else }}
+{{- $url := urlParse .Values.mlflow.trackingUri }}
+{{- $port := regexFind ":[0-9]+$" $url.host | trimPrefix ":" }}
+{{- list ($port | default (ternary "443" "80" (eq $url.scheme "https")) | int) | toJson }}
+{{- end }}
+{{- end }}
+
+{{/* Both are asked: `helm template --kube-version` changes the version only, never the list of APIs. */}}
+{{- define "serving.pdbApiVersion" -}}
+{{- if and (.Capabilities.APIVersions.Has "policy/v1") (semverCompare ">=1.21-0" .Capabilities.KubeVersion.Version) -}}
+policy/v1
+{{- else -}}
+policy/v1beta1
+{{- end }}
+{{- end }}
+
+{{- define "serving.hpaApiVersion" -}}
+{{- if and (.Capabilities.APIVersions.Has "autoscaling/v2") (semverCompare ">=1.23-0" .Capabilities.KubeVersion.Version) -}}
+autoscaling/v2
+{{- else -}}
+autoscaling/v2beta2
+{{- end }}
+{{- end }}
+
+{{- define "serving.podSecurityContext" -}}
+runAsNonRoot: true
+runAsUser: {{ .Values.security.runAsUser | int64 }}
+runAsGroup: {{ .Values.security.runAsGroup | int64 }}
+fsGroup: {{ .Values.security.fsGroup | int64 }}
+fsGroupChangePolicy: OnRootMismatch
+seccompProfile:
+  type: {{ .Values.security.seccompProfile }}
+{{- end }}
+
+{{- define "serving.containerSecurityContext" -}}
+allowPrivilegeEscalation: false
+readOnlyRootFilesystem: true
+runAsNonRoot: true
+capabilities:
+  drop: [ALL]
+{{- end }}
+
+{{/* The user may be unknown to the image: programs that look for its name or home find them here. */}}
+{{- define "serving.baseEnv" -}}
+- name: HOME
+  value: /tmp
+- name: USER
+  value: ictx
+- name: LOGNAME
+  value: ictx
+{{- end }}
+
+{{/* What the schema cannot say. */}}
+{{- define "serving.check" -}}
+{{- if and (gt (int .Values.gpu.count) 0) (gt (int .Values.vllm.tensorParallelSize) (int .Values.gpu.count)) }}
+{{- fail (printf "vllm.tensorParallelSize is %d, but gpu.count gives a pod %d" (int .Values.vllm.tensorParallelSize) (int .Values.gpu.count)) }}
+{{- end }}
+{{- if gt (int .Values.autoscaling.minReplicas) (int .Values.autoscaling.maxReplicas) }}
+{{- fail "autoscaling.minReplicas is larger than autoscaling.maxReplicas" }}
+{{- end }}
+{{- end }}

@@ -1,0 +1,130 @@
+{{- define "serving.vllmArgs" -}}
+- --model
+- {{ include "serving.modelDir" . | quote }}
+- --served-model-name
+- {{ include "serving.servedName" . | quote }}
+- --host
+- 0.0.0.0
+- --port
+- "8000"
+- --dtype
+- {{ .Values.vllm.dtype }}
+- --kv-cache-dtype
+- {{ .Values.vllm.kvCacheDtype }}
+- --tensor-parallel-size
+- {{ .Values.vllm.tensorParallelSize | int | quote }}
+{{- with .Values.vllm.maxModelLen }}
+- --max-model-len
+- {{ . | int64 | quote }}
+{{- end }}
+{{- if gt (int .Values.gpu.count) 0 }}
+- --gpu-memory-utilization
+- {{ .Values.vllm.gpuMemoryUtilization | quote }}
+{{- end }}
+{{- with .Values.vllm.maxNumSeqs }}
+- --max-num-seqs
+- {{ . | int64 | quote }}
+{{- end }}
+{{- with .Values.vllm.maxNumBatchedTokens }}
+- --max-num-batched-tokens
+- {{ . | int64 | quote }}
+{{- end }}
+{{- if .Values.vllm.enforceEager }}
+- --enforce-eager
+{{- end }}
+{{- with .Values.vllm.compilationConfig }}
+- --compilation-config
+- {{ toJson . | quote }}
+{{- end }}
+{{- range .Values.vllm.extraArgs }}
+- {{ . | quote }}
+{{- end }}
+{{- end }}
+
+{{- define "serving.vllmContainer" -}}
+image: {{ include "serving.image" . }}
+imagePullPolicy: {{ .Values.image.pullPolicy }}
+command: [python, -m, vllm.entrypoints.openai.api_server]
+args:
+  {{- include "serving.vllmArgs" . | nindent 2 }}
+env:
+  {{- include "serving.baseEnv" . | nindent 2 }}
+  - name: VLLM_API_KEY
+    valueFrom:
+      secretKeyRef:
+        name: {{ include "serving.apiKeySecret" . }}
+        key: {{ .Values.apiKey.key }}
+  # The model lies in the volume: nothing is looked up elsewhere, nothing is reported.
+  - name: HF_HUB_OFFLINE
+    value: "1"
+  - name: VLLM_NO_USAGE_STATS
+    value: "1"
+  # The root file system is read-only: whatever is compiled or cached goes to one volume.
+  - name: XDG_CACHE_HOME
+    value: /cache
+  - name: VLLM_CACHE_ROOT
+    value: /cache/vllm
+  - name: HF_HOME
+    value: /cache/huggingface
+  - name: TRITON_CACHE_DIR
+    value: /cache/triton
+  - name: TORCHINDUCTOR_CACHE_DIR
+    value: /cache/inductor
+  {{- with .Values.vllm.extraEnv }}
+  {{- toYaml . | nindent 2 }}
+  {{- end }}
+{{- with .Values.vllm.extraEnvFrom }}
+envFrom:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+ports:
+  - name: http
+    containerPort: 8000
+    protocol: TCP
+securityContext:
+  {{- include "serving.containerSecurityContext" . | nindent 2 }}
+{{- $resources := deepCopy .Values.resources }}
+{{- if gt (int .Values.gpu.count) 0 }}
+{{- $limits := merge (dict .Values.gpu.resourceName (.Values.gpu.count | int)) (get $resources "limits" | default dict) }}
+{{- $_ := set $resources "limits" $limits }}
+{{- end }}
+resources:
+  {{- toYaml $resources | nindent 2 }}
+startupProbe:
+  httpGet: {path: /health, port: http}
+  periodSeconds: 5
+  timeoutSeconds: 5
+  failureThreshold: {{ mul 12 (int .Values.startupTimeoutMinutes) }}
+readinessProbe:
+  httpGet: {path: /health, port: http}
+  periodSeconds: 5
+  timeoutSeconds: 5
+  failureThreshold: 3
+# Patient: a server that computes a long prefill may answer late, and its requests are lost when it is restarted.
+livenessProbe:
+  httpGet: {path: /health, port: http}
+  periodSeconds: 15
+  timeoutSeconds: 10
+  failureThreshold: 8
+lifecycle:
+  preStop:
+    exec:
+      command:
+        - python
+        - -c
+        - |
+          {{- .Files.Get "files/drain.py" | trim | nindent 10 }}
+        - {{ .Values.drain.delaySeconds | int | quote }}
+        - {{ .Values.drain.timeoutSeconds | int | quote }}
+terminationMessagePolicy: FallbackToLogsOnError
+volumeMounts:
+  - name: models
+    mountPath: /models
+    readOnly: true
+  - name: shm
+    mountPath: /dev/shm
+  - name: cache
+    mountPath: /cache
+  - name: tmp
+    mountPath: /tmp
+{{- end }}

@@ -1,0 +1,347 @@
+"""The programs that pods of the charts run: drain, test, auth settings, backup and restore; as the pods run them."""
+
+from __future__ import annotations
+
+import configparser
+import json
+import os
+import shutil
+import socket
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helm import CHARTS, only, pods, render
+
+
+def program(chart: str, name: str) -> str:
+    return (CHARTS[chart] / "files" / f"{name}.py").read_text()
+
+
+def run(text: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", text, *arguments]
+    return subprocess.run(
+        command,
+        env={"PATH": os.environ["PATH"], **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+
+
+@contextmanager
+def serve(answer: Callable[[BaseHTTPRequestHandler, Any], tuple[int, str]]) -> Iterator[int]:
+    """Answers requests on a free port with what a function of handler and body returns."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            size = int(self.headers.get("Content-Length", 0))
+            status, text = answer(self, json.loads(self.rfile.read(size)) if size else None)
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(text.encode())
+
+        do_POST = do_GET  # noqa: N815
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        yield server.server_port
+        server.shutdown()
+        thread.join()
+
+
+def test_pods_run_the_programs_unchanged() -> None:
+    documents = render(CHARTS["mlflow"], None, {"backup.enabled": True, "gc.enabled": True})
+    texts = {pod.owner: pod.containers[0]["command"][-1] for pod in pods(documents)}
+    assert texts["CronJob/ictx-mlflow-backup"].strip() == program("mlflow", "snapshots").strip()
+    assert texts["CronJob/ictx-mlflow-gc"].strip() == program("mlflow", "gc").strip()
+    assert texts["Deployment/ictx-mlflow"].strip() == program("mlflow", "prepare").strip()
+    deployment = only(render(CHARTS["serving"]), "Deployment")["spec"]["template"]["spec"]
+    pre_stop = deployment["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
+    assert pre_stop[2].strip() == program("serving", "drain").strip()
+
+
+# vllm:num_requests_waiting_by_reason counts the same requests again.
+METRICS = """# HELP vllm:num_requests_running Number of requests in model execution batches.
+vllm:num_requests_running{{engine="0",model_name="m"}} {running}.0
+vllm:num_requests_waiting{{engine="0",model_name="m"}} {waiting}.0
+vllm:num_requests_waiting_by_reason{{engine="0",model_name="m",reason="capacity"}} 7.0
+"""
+
+
+def drain(port: int, delay: str, timeout: str) -> tuple[int, float]:
+    start = time.monotonic()
+    done = run(program("serving", "drain").replace("127.0.0.1:8000", f"127.0.0.1:{port}"), delay, timeout)
+    assert done.stderr == ""
+    return done.returncode, time.monotonic() - start
+
+
+def test_drain_waits_for_the_requests_in_flight() -> None:
+    left = [(2, 1), (1, 0), (0, 1), (0, 0)]
+    asked: list[float] = []
+
+    def answer(handler: BaseHTTPRequestHandler, _: Any) -> tuple[int, str]:
+        asked.append(time.monotonic())
+        running, waiting = left[min(len(asked), len(left)) - 1]
+        return 200, METRICS.format(running=running, waiting=waiting)
+
+    with serve(answer) as port:
+        start = time.monotonic()
+        status, _ = drain(port, "1", "60")
+    assert status == 0
+    assert len(asked) == 4
+    assert asked[0] - start >= 1
+
+
+def test_drain_ends_when_its_time_is_up_or_the_server_is_gone() -> None:
+    with serve(lambda *_: (200, METRICS.format(running=1, waiting=0))) as port:
+        status, seconds = drain(port, "0", "2")
+    assert status == 0
+    assert 2 <= seconds < 10
+    status, seconds = drain(port, "0", "60")
+    assert status == 0
+    assert seconds < 10
+
+
+def endpoint(refuse: bool = True, model: str = "m", stream: bool = True) -> Callable[..., tuple[int, str]]:
+    def answer(handler: BaseHTTPRequestHandler, body: Any) -> tuple[int, str]:
+        if refuse and handler.headers.get("Authorization") != "Bearer right":
+            return 401, '{"error": "Unauthorized"}'
+        if body.get("stream"):
+            return 200, "data: {}\n\ndata: {}\n\ndata: [DONE]\n\n" if stream else "data: [DONE]\n\n"
+        return 200, json.dumps({"model": model, "usage": {"completion_tokens": 8}, "choices": [{"text": " a"}]})
+
+    return answer
+
+
+@pytest.mark.parametrize(
+    ("answer", "wrong"),
+    [
+        (endpoint(), ""),
+        (endpoint(refuse=False), "without a key: 401"),
+        (endpoint(model="other"), "the answer is the model's"),
+        (endpoint(stream=False), "a stream comes in pieces and ends"),
+        (lambda *_: (503, "loading"), "without a key: 401"),
+    ],
+)
+def test_the_test_of_serving_finds_what_is_wrong(answer: Callable[..., tuple[int, str]], wrong: str) -> None:
+    with serve(answer) as port:
+        url = f"http://127.0.0.1:{port}"
+        done = run(program("serving", "ask"), URL=url, MODEL="m", KEY="right", TIMEOUT="10")
+    assert (done.returncode == 0) == (not wrong), done.stdout + done.stderr
+    assert f"FAILED: {wrong}" in done.stdout if wrong else 'completion: " a"' in done.stdout
+
+
+@pytest.mark.parametrize(("open_to_all", "status"), [(False, 0), (True, 1)])
+def test_the_test_of_mlflow_finds_an_open_server(open_to_all: bool, status: int) -> None:
+    def answer(handler: BaseHTTPRequestHandler, _: Any) -> tuple[int, str]:
+        # admin:right
+        known = handler.headers.get("Authorization") == "Basic YWRtaW46cmlnaHQ="
+        return (200, "{}") if known or open_to_all or handler.path == "/health" else (401, "no")
+
+    with serve(answer) as port:
+        url = f"http://127.0.0.1:{port}"
+        credentials = {"MLFLOW_TRACKING_USERNAME": "admin", "MLFLOW_TRACKING_PASSWORD": "right"}
+        done = run(program("mlflow", "ask"), MLFLOW_TRACKING_URI=url, **credentials)
+    assert done.returncode == status, done.stdout + done.stderr
+
+
+def test_auth_settings_are_private_and_survive_odd_passwords(tmp_path: Path) -> None:
+    file, uri = tmp_path / "basic_auth.ini", "postgresql://u:p%2Fw%25@h/d"
+    file.write_text("old")
+    environment = {"MLFLOW_AUTH_CONFIG_PATH": str(file), "AUTH_DATABASE_URI": uri}
+    environment |= {"AUTH_DEFAULT_PERMISSION": "READ", "AUTH_CACHE_SECONDS": "60"}
+    done = run(program("mlflow", "prepare"), "auth-config", **environment)
+    assert done.returncode == 0, done.stderr
+    assert "p%2Fw" not in done.stdout
+    # Read as MLflow reads it.
+    config = configparser.ConfigParser()
+    config.read(file)
+    assert config["mlflow"]["database_uri"] == uri
+    assert config["mlflow"]["default_permission"] == "READ"
+    fresh = tmp_path / "fresh.ini"
+    run(program("mlflow", "prepare"), "auth-config", **{**environment, "MLFLOW_AUTH_CONFIG_PATH": str(fresh)})
+    assert fresh.stat().st_mode & 0o777 == 0o600
+
+
+class Site:
+    """The volumes of a server: databases, artifacts, backups."""
+
+    def __init__(self, folder: Path) -> None:
+        self.data, self.backups = folder / "data", folder / "backup"
+        self.artifacts = self.data / "artifacts"
+        self.artifacts.mkdir(parents=True)
+        self.backups.mkdir()
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.address = f"127.0.0.1:{probe.getsockname()[1]}"
+
+    def run(self, what: str, **more: str) -> subprocess.CompletedProcess[str]:
+        """Runs `backup` or `restore`."""
+        return run(
+            program("mlflow", "snapshots"),
+            what,
+            **{
+                "MLFLOW_BACKEND_STORE_URI": f"sqlite:///{self.data}/mlflow.db",
+                "AUTH_DATABASE_URI": f"sqlite:///{self.data}/basic_auth.db",
+                "BACKUP_DIR": str(self.backups),
+                "ARTIFACTS_DIR": str(self.artifacts),
+                "RETENTION": "3",
+                "SNAPSHOT": "latest",
+                "SERVER": self.address,
+                "SERVER_GRACE": "0",
+                **more,
+            },
+        )
+
+    def backup(self, **more: str) -> Path:
+        """Returns the folder of a new backup."""
+        before = {path.name for path in self.backups.iterdir()}
+        done = self.run("backup", **more)
+        assert done.returncode == 0, done.stderr
+        (new,) = [path for path in self.backups.iterdir() if path.name not in before]
+        return new
+
+    def write(self, text: str, database: str = "mlflow") -> None:
+        """Adds a row."""
+        with closing(sqlite3.connect(self.data / f"{database}.db")) as connection:
+            connection.execute("PRAGMA journal_mode=WAL")
+            connection.execute("CREATE TABLE IF NOT EXISTS runs (name TEXT)")
+            connection.execute("INSERT INTO runs VALUES (?)", (text,))
+            connection.commit()
+
+    def read(self, database: str = "mlflow") -> list[str]:
+        """Returns all rows."""
+        with closing(sqlite3.connect(self.data / f"{database}.db")) as connection:
+            return [name for (name,) in connection.execute("SELECT name FROM runs ORDER BY rowid")]
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Site:
+    site = Site(tmp_path)
+    site.write("first")
+    site.write("admin", "basic_auth")
+    (site.artifacts / "0").mkdir()
+    (site.artifacts / "0" / "model").write_text("weights")
+    return site
+
+
+def test_what_was_backed_up_comes_back(site: Site) -> None:
+    with closing(sqlite3.connect(site.data / "mlflow.db")) as writer:
+        # A server has the file open, with a transaction that is not finished.
+        writer.execute("INSERT INTO runs VALUES ('unfinished')")
+        site.backup()
+    site.write("second")
+    site.write("intruder", "basic_auth")
+    (site.artifacts / "0" / "model").unlink()
+    (site.artifacts / "0" / "newer").write_text("stays")
+    done = site.run("restore")
+    assert done.returncode == 0, done.stderr
+    assert site.read() == ["first"]
+    assert site.read("basic_auth") == ["admin"]
+    assert (site.artifacts / "0" / "model").read_text() == "weights"
+    assert (site.artifacts / "0" / "newer").read_text() == "stays"
+    shutil.copy(site.data / "mlflow.db.before-restore", site.data / "before.db")
+    assert site.read("before") == ["first", "second"]
+    # Once more does no harm, and the server can write again.
+    assert site.run("restore").returncode == 0
+    site.write("third")
+    assert site.read() == ["first", "third"]
+
+
+def test_an_empty_server_is_restored(site: Site) -> None:
+    name = site.backup().name
+    shutil.rmtree(site.data)
+    site.artifacts.mkdir(parents=True)
+    done = site.run("restore", SNAPSHOT=name)
+    assert done.returncode == 0, done.stderr
+    assert site.read() == ["first"]
+    assert (site.artifacts / "0" / "model").read_text() == "weights"
+
+
+def test_old_backups_go_and_unchanged_artifacts_take_no_space(site: Site) -> None:
+    for name in ("20200101T000000Z", "20200102T000000Z", "20200103T000000Z"):
+        site.backup(RETENTION="9").rename(site.backups / name)
+    (site.backups / ".20200104T000000Z.unfinished").mkdir()
+    (site.artifacts / "0" / "more").write_text("new")
+    newest = site.backup()
+    assert sorted(path.name for path in site.backups.iterdir()) == ["20200102T000000Z", "20200103T000000Z", newest.name]
+    first = site.backups / "20200102T000000Z" / "artifacts" / "0" / "model"
+    assert (newest / "artifacts" / "0" / "model").samefile(first)
+    assert (newest / "artifacts" / "0" / "more").read_text() == "new"
+    # A file that was replaced is copied: the older backup keeps its own.
+    (site.artifacts / "0" / "model").write_text("other weights")
+    newest.rename(site.backups / "20200105T000000Z")
+    newest = site.backup()
+    assert (newest / "artifacts" / "0" / "model").read_text() == "other weights"
+    assert (site.backups / "20200105T000000Z" / "artifacts" / "0" / "model").read_text() == "weights"
+
+
+def test_a_damaged_backup_changes_nothing(site: Site) -> None:
+    snapshot = site.backup()
+    site.write("second")
+    with open(snapshot / "mlflow.db", "r+b") as file:
+        file.seek(100)
+        file.write(b"damage")
+    done = site.run("restore")
+    assert done.returncode == 1
+    assert "is damaged: its checksum" in done.stderr
+    assert site.read() == ["first", "second"]
+
+
+def test_an_unknown_or_unfinished_backup_is_refused_by_name(site: Site) -> None:
+    name = site.backup().name
+    done = site.run("restore", SNAPSHOT="20200101T000000Z")
+    assert done.returncode == 1
+    assert f"no complete backup '20200101T000000Z'; there are: {name}" in done.stderr
+    (site.backups / name / "manifest.json").unlink()
+    done = site.run("restore")
+    assert "no complete backup 'latest'; there are: none" in done.stderr
+
+
+def test_a_restore_waits_until_the_server_has_ended(site: Site) -> None:
+    site.backup()
+    with serve(lambda *_: (200, "ok")) as port:
+        text = program("mlflow", "snapshots").replace("seconds=300", "seconds=1")
+        assert text != program("mlflow", "snapshots")
+        environment = {"BACKUP_DIR": str(site.backups), "SNAPSHOT": "latest", "SERVER_GRACE": "0"}
+        done = run(text, "restore", SERVER=f"127.0.0.1:{port}", **environment)
+    assert done.returncode == 1
+    assert "still runs: scale it to zero" in done.stderr
+
+
+def test_postgresql_is_dumped_and_loaded_without_its_password_among_arguments(site: Site, tmp_path: Path) -> None:
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for tool in ("pg_dump", "pg_restore"):
+        (tools / tool).write_text(
+            f'#!/bin/sh\nconnection="$PGUSER:$PGPASSWORD@$PGHOST:$PGPORT/$PGDATABASE $PGSSLMODE"\n'
+            f'echo {tool} "$@" "$connection" >>{tmp_path}/log\n'
+            'for word; do case $word in --file=*) echo dump >"${word#--file=}";; esac; done\n'
+        )
+        (tools / tool).chmod(0o755)
+    uri = "postgresql+psycopg2://u:p%2Fw@db:5433/mlflow?sslmode=require"
+    environment = {"MLFLOW_BACKEND_STORE_URI": uri, "AUTH_DATABASE_URI": uri, "PATH": f"{tools}:{os.environ['PATH']}"}
+    environment["ARTIFACTS_DIR"] = ""
+    assert (site.backup(**environment) / "mlflow.pgdump").read_text() == "dump\n"
+    assert site.run("restore", **environment).returncode == 0
+    dump, load = (tmp_path / "log").read_text().splitlines()
+    for line in (dump, load):
+        arguments, _, connection = line.rpartition(" u:")
+        assert "p/w" not in arguments
+        assert connection == "p/w@db:5433/mlflow require"
+    assert "--single-transaction" in load
+    assert "--dbname=mlflow" in load

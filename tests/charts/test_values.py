@@ -1,0 +1,368 @@
+"""The schemas refuse wrong values and say which; the READMEs are those of the values; what values do."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from helm import CHARTS, CI, ROOT, Document, HelmError, Pod, helm, only, pods, render
+
+LONG = "x" * 64
+
+# chart, values by dotted path, what the message must name
+WRONG: list[tuple[str, Document, str]] = [
+    ("serving", {"replicas": 2}, "replicas"),
+    ("serving", {"vllm.maxModelLength": 4096}, "maxModelLength"),
+    ("serving", {"vllm.maxModelLen": 0}, "vllm.maxModelLen"),
+    ("serving", {"vllm.maxModelLen": "128k"}, "vllm.maxModelLen"),
+    ("serving", {"vllm.dtype": "int4"}, "vllm.dtype"),
+    ("serving", {"vllm.kvCacheDtype": "fp4"}, "vllm.kvCacheDtype"),
+    ("serving", {"vllm.tensorParallelSize": 0}, "vllm.tensorParallelSize"),
+    ("serving", {"vllm.tensorParallelSize": 4}, "vllm.tensorParallelSize"),
+    ("serving", {"vllm.gpuMemoryUtilization": 1.2}, "vllm.gpuMemoryUtilization"),
+    ("serving", {"vllm.gpuMemoryUtilization": 0}, "vllm.gpuMemoryUtilization"),
+    ("serving", {"vllm.extraArgs": ["--api-key=abc"]}, "vllm.extraArgs"),
+    ("serving", {"vllm.extraEnv": [{"value": "1"}]}, "vllm.extraEnv"),
+    ("serving", {"vllm.extraEnv": [{"name": "A", "valeu": "1"}]}, "vllm.extraEnv"),
+    ("serving", {"gpu.count": -1}, "gpu.count"),
+    ("serving", {"gpu.resourceName": "gpu"}, "gpu.resourceName"),
+    ("serving", {"image.digest": "sha256:abc"}, "image.digest"),
+    ("serving", {"image.digest": "latest"}, "image.digest"),
+    ("serving", {"image.repository": "Registry/ICTX"}, "image.repository"),
+    ("serving", {"image.pullPolicy": "Sometimes"}, "image.pullPolicy"),
+    ("serving", {"model.name": "a model"}, "model.name"),
+    ("serving", {"model.name": LONG}, "model.name"),
+    ("serving", {"model.alias": ""}, "model.alias"),
+    ("serving", {"model.version": "v12"}, "model.version"),
+    ("serving", {"model.trainingImageDigest": "12ab"}, "model.trainingImageDigest"),
+    ("serving", {"mlflow.trackingUri": "ictx-mlflow:5000"}, "mlflow.trackingUri"),
+    ("serving", {"mlflow.password": "abc"}, "password"),
+    ("serving", {"apiKey.value": "abc"}, "value"),
+    ("serving", {"storage.type": "hostPath"}, "storage.type"),
+    ("serving", {"storage.size": "8 GB"}, "storage.size"),
+    ("serving", {"storage.accessModes": []}, "storage.accessModes"),
+    ("serving", {"shmSize": "1GB"}, "shmSize"),
+    ("serving", {"resources.limits.memory": "16 Gi"}, "resources.limits.memory"),
+    ("serving", {"resources.memory": "16Gi"}, "memory"),
+    ("serving", {"startupTimeoutMinutes": 0}, "startupTimeoutMinutes"),
+    ("serving", {"drain.timeoutSeconds": -1}, "drain.timeoutSeconds"),
+    ("serving", {"rollout.maxSurge": 0}, "rollout.maxSurge"),
+    ("serving", {"rollout.maxUnavailable": 1}, "maxUnavailable"),
+    ("serving", {"service.type": "ExternalName"}, "service.type"),
+    ("serving", {"service.port": 70000}, "service.port"),
+    ("serving", {"service.nodePort": 31000}, "service.type"),
+    ("serving", {"ingress.enabled": True}, "ingress.host"),
+    ("serving", {"httpRoute.enabled": True}, "httpRoute.parentRefs"),
+    ("serving", {"autoscaling.type": "vpa"}, "autoscaling.type"),
+    ("serving", {"autoscaling.type": "keda"}, "autoscaling.prometheusUrl"),
+    ("serving", {"autoscaling.minReplicas": 9}, "autoscaling.minReplicas"),
+    ("serving", {"podDisruptionBudget.maxUnavailable": 0}, "podDisruptionBudget.maxUnavailable"),
+    ("serving", {"networkPolicy.allowFrom": [{"cidr": "10.0.0.0/8"}]}, "networkPolicy.allowFrom"),
+    ("serving", {"metrics.serviceMonitor.interval": "often"}, "metrics.serviceMonitor.interval"),
+    ("serving", {"security.runAsUser": 0}, "security.runAsUser"),
+    ("serving", {"security.privileged": True}, "privileged"),
+    ("serving", {"topologySpread.whenUnsatisfiable": "Maybe"}, "topologySpread.whenUnsatisfiable"),
+    ("serving", {"tolerations": [{"effect": "Never"}]}, "tolerations.0.effect"),
+    ("serving", {"podLabels": {"a": LONG}}, "podLabels.a"),
+    ("mlflow", {"replicaCount": 2}, "replicaCount"),
+    ("mlflow", {"replicaCount": -1}, "replicaCount"),
+    ("mlflow", {"database.type": "mysql"}, "database.type"),
+    ("mlflow", {"database.type": "postgresql"}, "database.postgresql.existingSecret"),
+    ("mlflow", {"database.postgresql.uri": "postgresql://u:p@h/d"}, "uri"),
+    (
+        "mlflow",
+        {"replicaCount": 2, "database.type": "postgresql", "database.postgresql.existingSecret": "db"},
+        "persistence.accessModes",
+    ),
+    ("mlflow", {"artifacts.type": "gcs"}, "artifacts.type"),
+    ("mlflow", {"artifacts.type": "s3"}, "artifacts.s3.uri"),
+    ("mlflow", {"artifacts.s3.uri": "https://bucket"}, "artifacts.s3.uri"),
+    ("mlflow", {"auth.password": "abc"}, "password"),
+    ("mlflow", {"auth.adminUsername": "a:b"}, "auth.adminUsername"),
+    ("mlflow", {"auth.defaultPermission": "ALL"}, "auth.defaultPermission"),
+    ("mlflow", {"server.workers": 0}, "server.workers"),
+    ("mlflow", {"server.allowedHosts": ["a.example, b.example"]}, "server.allowedHosts.0"),
+    ("mlflow", {"server.extraArgs": ["--backend-store-uri=postgresql://u:p@h/d"]}, "server.extraArgs"),
+    ("mlflow", {"persistence.size": "lots"}, "persistence.size"),
+    ("mlflow", {"persistence.accessModes": ["RWO"]}, "persistence.accessModes"),
+    ("mlflow", {"backup.schedule": "daily"}, "backup.schedule"),
+    ("mlflow", {"backup.retention": 0}, "backup.retention"),
+    ("mlflow", {"restore.snapshot": "yesterday", "backup.enabled": True}, "restore.snapshot"),
+    ("mlflow", {"restore.snapshot": "latest"}, "backup.enabled"),
+    ("mlflow", {"gc.olderThan": "a month"}, "gc.olderThan"),
+    ("mlflow", {"security.runAsUser": 0}, "security.runAsUser"),
+    ("mlflow", {"service.nodePort": 31000}, "service.type"),
+    ("mlflow", {"fullnameOverride": "x" * 39}, "fullnameOverride"),
+]
+
+
+@pytest.mark.parametrize(("chart", "values", "named"), WRONG, ids=[f"{c}:{json.dumps(v)[:60]}" for c, v, _ in WRONG])
+def test_a_wrong_value_is_refused_by_its_name(chart: str, values: Document, named: str) -> None:
+    with pytest.raises(HelmError) as caught:
+        render(CHARTS[chart], None, values)
+    assert re.search(rf"(^|[\s.:]){re.escape(named)}\b", str(caught.value), re.M), caught.value
+
+
+def objects(schema: Any, where: str = "") -> list[tuple[str, Document]]:
+    """Returns all parts of a schema that describe an object with named properties."""
+    found = []
+    if isinstance(schema, dict):
+        if schema.get("type") == "object" and "properties" in schema:
+            found.append((where, schema))
+        for key, part in schema.items():
+            found += objects(part, f"{where}/{key}")
+    return found
+
+
+@pytest.mark.parametrize("chart", CHARTS)
+def test_the_schema_knows_every_value_and_no_other(chart: str) -> None:
+    schema = json.loads((CHARTS[chart] / "values.schema.json").read_text())
+    assert [where for where, part in objects(schema) if part.get("additionalProperties") is not False] == []
+
+    def compare(values: Document, part: Document, where: str) -> None:
+        assert set(values) == set(part["properties"]) - {"global"}, where
+        for key, value in values.items():
+            below = part["properties"][key]
+            below = schema["definitions"][below["$ref"].rsplit("/", 1)[1]] if "$ref" in below else below
+            if isinstance(value, dict) and value and "properties" in below and key not in {"resources"}:
+                compare(value, below, f"{where}.{key}")
+
+    compare(yaml.safe_load((CHARTS[chart] / "values.yaml").read_text()), schema, chart)
+
+
+def test_the_readmes_are_those_of_the_values(tmp_path: Path) -> None:
+    script = [sys.executable, str(ROOT / "scripts" / "chart-readme"), "--check"]
+    done = subprocess.run(script, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    copy = tmp_path / "serving"
+    shutil.copytree(CHARTS["serving"], copy)
+    values = (copy / "values.yaml").read_text()
+    (copy / "values.yaml").write_text(values.replace("startupTimeoutMinutes: 15", "startupTimeoutMinutes: 16"))
+    done = subprocess.run([*script, str(copy)], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "`startupTimeoutMinutes` | `16`" in done.stderr
+    (copy / "values.yaml").write_text(values + "more: 1\n")
+    done = subprocess.run([*script, str(copy)], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "above more" in done.stderr
+
+
+def server(chart: str, ci: str = "", **values: Any) -> Pod:
+    """Returns the server's pod; in the names of values `__` stands for a dot."""
+    dotted = {key.replace("__", "."): value for key, value in values.items()}
+    file = CI[f"{chart}/{ci}"][1] if ci else None
+    return next(pods([only(render(CHARTS[chart], file, dotted), "Deployment")]))
+
+
+def option(container: Document, name: str) -> str:
+    """Returns what follows an argument."""
+    return container["args"][container["args"].index(name) + 1]
+
+
+def environment(container: Document) -> dict[str, Any]:
+    """Returns the environment; what comes from elsewhere is None."""
+    return {entry["name"]: entry.get("value") for entry in container["env"]}
+
+
+def test_vllm_gets_what_the_values_say() -> None:
+    vllm = server("serving", "gpu-1m").container("vllm")
+    assert vllm["command"] == ["python", "-m", "vllm.entrypoints.openai.api_server"]
+    assert option(vllm, "--max-model-len") == "1048576"
+    assert option(vllm, "--max-num-batched-tokens") == "8192"
+    assert vllm["resources"]["limits"] == {"memory": "64Gi", "nvidia.com/gpu": 1}
+    vllm = server("serving", "multi-gpu").container("vllm")
+    assert option(vllm, "--tensor-parallel-size") == "4"
+    assert option(vllm, "--served-model-name") == "ictx"
+    assert vllm["resources"]["limits"]["nvidia.com/gpu"] == 4
+    assert vllm["args"][-1] == "--enable-prefix-caching"
+
+
+def test_the_lab_serves_on_the_cpu() -> None:
+    pod = server("serving", "cpu")
+    vllm = pod.container("vllm")
+    assert "--max-model-len" not in vllm["args"]
+    assert "--gpu-memory-utilization" not in vllm["args"]
+    assert "--enforce-eager" in vllm["args"]
+    assert json.loads(option(vllm, "--compilation-config")) == {"custom_ops": ["none"]}
+    assert list(vllm["resources"]["limits"]) == ["memory"]
+    assert environment(vllm)["VLLM_CPU_KVCACHE_SPACE"] == "1"
+    assert environment(vllm)["VLLM_API_KEY"] is None
+    assert "runtimeClassName" not in pod.spec
+
+
+@pytest.mark.parametrize(
+    ("values", "uri", "folder"),
+    [
+        ({}, "models:/ictx-1b@champion", "/models/ictx-1b/champion"),
+        ({"model__alias": "candidate"}, "models:/ictx-1b@candidate", "/models/ictx-1b/candidate"),
+        ({"model__version": "12"}, "models:/ictx-1b/12", "/models/ictx-1b/12"),
+        ({"model__version": 12}, "models:/ictx-1b/12", "/models/ictx-1b/12"),
+    ],
+)
+def test_what_is_pulled_is_what_is_served(values: Document, uri: str, folder: str) -> None:
+    pod = server("serving", **values)
+    pull, vllm = pod.container("pull"), pod.container("vllm")
+    assert [*pull["command"], *pull["args"]] == ["ictx", "pull", uri, "--to", folder]
+    assert option(vllm, "--model") == folder
+    assert pod.annotations["ictx/model-uri"] == uri
+    assert pod.labels.get("ictx/model-version", "") == str(values.get("model__version", ""))
+    (mount,) = [mount for mount in vllm["volumeMounts"] if mount["name"] == "models"]
+    assert mount["readOnly"] is True
+
+
+def test_a_roll_waits_for_the_new_pod_and_can_be_forced() -> None:
+    documents = render(CHARTS["serving"])
+    strategy = only(documents, "Deployment")["spec"]["strategy"]["rollingUpdate"]
+    assert strategy == {"maxUnavailable": 0, "maxSurge": 1}
+    assert server("serving").annotations != server("serving", rollout__restartedAt="1").annotations
+    assert server("serving", rollout__restartedAt=1767139200).annotations["ictx/restarted-at"] == "1767139200"
+    (pre_stop,) = [server("serving").container("vllm")["lifecycle"]["preStop"]["exec"]["command"]]
+    assert pre_stop[-2:] == ["10", "300"]
+
+
+def test_autoscaling_owns_the_number_of_pods() -> None:
+    for kind, ci in (("HorizontalPodAutoscaler", "multi-gpu"), ("ScaledObject", "gpu-1m")):
+        documents = render(CHARTS["serving"], CI[f"serving/{ci}"][1])
+        assert "replicas" not in only(documents, "Deployment")["spec"]
+        target = only(documents, kind)["spec"]["scaleTargetRef"]["name"]
+        assert target == only(documents, "Deployment")["metadata"]["name"]
+    (trigger,) = only(documents, "ScaledObject")["spec"]["triggers"]
+    assert trigger["metadata"]["query"] == 'sum(vllm:num_requests_waiting{namespace="ictx",pod=~"ictx-serving-.*"})'
+
+
+@pytest.mark.parametrize(
+    ("uri", "port"),
+    [("http://mlflow:5000", 5000), ("https://mlflow.example.org", 443), ("http://mlflow.example.org/base", 80)],
+)
+def test_the_network_policy_lets_the_pull_out(uri: str, port: int) -> None:
+    policy = only(render(CHARTS["serving"], None, {"mlflow.trackingUri": uri}), "NetworkPolicy")
+    ports = [entry["port"] for rule in policy["spec"]["egress"] for entry in rule["ports"]]
+    assert ports == [53, 53, port]
+
+
+def test_monitors_find_the_metrics() -> None:
+    documents = render(CHARTS["serving"], CI["serving/multi-gpu"][1])
+    monitor, service = only(documents, "ServiceMonitor"), only(documents, "Service")
+    assert monitor["spec"]["selector"]["matchLabels"].items() <= service["metadata"]["labels"].items()
+    assert monitor["spec"]["endpoints"][0]["port"] == service["spec"]["ports"][0]["name"]
+    documents = render(CHARTS["mlflow"], CI["mlflow/tls"][1])
+    (endpoint,) = only(documents, "ServiceMonitor")["spec"]["endpoints"]
+    assert endpoint["scheme"] == "https"
+    assert endpoint["basicAuth"]["password"] == {"name": "ictx-mlflow-auth", "key": "admin-password"}
+
+
+def test_sqlite_has_one_server_and_jobs_beside_it() -> None:
+    documents = render(CHARTS["mlflow"], CI["mlflow/sqlite"][1])
+    assert only(documents, "Deployment")["spec"]["strategy"] == {"type": "Recreate"}
+    assert not [document for document in documents if document["kind"] == "Job"]
+    selector = only(documents, "Deployment")["spec"]["selector"]["matchLabels"]
+    jobs = [pod for pod in pods(documents) if pod.owner.startswith("CronJob/")]
+    assert len(jobs) == 2
+    for job in jobs:
+        (term,) = job.spec["affinity"]["podAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
+        assert term["labelSelector"]["matchLabels"] == selector
+    assert server("mlflow").container("prepare")["args"] == ["migrate", "auth-config"]
+
+
+def test_postgresql_is_migrated_once_before_the_servers() -> None:
+    documents = render(CHARTS["mlflow"], CI["mlflow/postgresql"][1])
+    job = only(documents, "Job")
+    assert job["metadata"]["annotations"]["helm.sh/hook"] == "pre-install,pre-upgrade"
+    (pod,) = pods([job])
+    assert pod.spec["serviceAccountName"] == "default"
+    assert pod.container("migrate")["args"] == ["migrate"]
+    assert server("mlflow", "postgresql").container("prepare")["args"] == ["auth-config"]
+    assert only(documents, "Deployment")["spec"]["strategy"]["type"] == "RollingUpdate"
+    assert not [document for document in documents if document["kind"] == "PersistentVolumeClaim"]
+
+
+def test_mlflow_asks_for_a_password_and_knows_its_names() -> None:
+    mlflow = server("mlflow", ingress={"enabled": True, "host": "m.example.org"}).container("mlflow")
+    assert option(mlflow, "--app-name") == "basic-auth"
+    assert environment(mlflow)["MLFLOW_AUTH_ADMIN_PASSWORD"] is None
+    hosts = option(mlflow, "--allowed-hosts").split(",")
+    for name in ("ictx-mlflow:*", "ictx-mlflow.ictx.svc.cluster.local", "m.example.org", "10.*", "172.31.*"):
+        assert name in hosts
+    assert "*" not in hosts
+    mlflow = server("mlflow", server__allowPrivateAddresses=False).container("mlflow")
+    assert "10.*" not in option(mlflow, "--allowed-hosts").split(",")
+
+
+def test_a_restore_stops_the_server() -> None:
+    documents = render(CHARTS["mlflow"], CI["mlflow/restore"][1])
+    assert only(documents, "Deployment")["spec"]["replicas"] == 0
+    assert only(documents, "CronJob")["spec"]["suspend"] is True
+    grace = server("mlflow").spec["terminationGracePeriodSeconds"]
+    (pod,) = pods([only(documents, "Job")])
+    assert environment(pod.container("restore"))["SERVER_GRACE"] == str(grace)
+    assert only(render(CHARTS["mlflow"]), "Deployment")["spec"]["replicas"] == 1
+
+
+def test_uninstalling_loses_no_data() -> None:
+    documents = render(CHARTS["mlflow"], None, {"backup.enabled": True})
+    kept = {
+        document["metadata"]["name"]
+        for document in documents
+        if document["metadata"].get("annotations", {}).get("helm.sh/resource-policy") == "keep"
+    }
+    assert kept == {"ictx-mlflow-data", "ictx-mlflow-backup", "ictx-mlflow-auth"}
+    documents = render(CHARTS["serving"], None, {"storage.type": "pvc"})
+    assert "annotations" not in only(documents, "PersistentVolumeClaim")["metadata"]
+
+
+def test_tls_changes_probes_and_addresses() -> None:
+    mlflow = server("mlflow", "tls").container("mlflow")
+    assert mlflow["readinessProbe"]["httpGet"]["scheme"] == "HTTPS"
+    assert "--ssl-certfile=/etc/mlflow-tls/tls.crt" in option(mlflow, "--uvicorn-opts")
+
+
+def notes(chart: str, tmp_path: Path, file: Path | None, values: Document) -> str:
+    """Returns NOTES.txt as helm prints it; without a cluster helm renders it only as a part of an object."""
+    copy = tmp_path / chart
+    shutil.copytree(CHARTS[chart], copy)
+    text = (copy / "templates" / "NOTES.txt").read_text()
+    (copy / "templates" / "notes.yaml").write_text(
+        '{{ define "notes" }}' + text + "{{ end }}\nkind: Notes\nmetadata: {name: notes}\n"
+        'text: {{ include "notes" . | quote }}\n'
+    )
+    (copy / "templates" / "NOTES.txt").unlink()
+    return str(only(render(copy, file, values), "Notes")["text"])
+
+
+@pytest.mark.parametrize("ci", CI)
+def test_the_notes_are_commands_that_a_shell_takes(ci: str, tmp_path: Path) -> None:
+    chart, file = CI[ci]
+    text = notes(chart, tmp_path, file, {})
+    commands = "\n".join(
+        line for line in text.splitlines() if line.startswith("   ") and "or let the chart" not in line
+    )
+    assert "kubectl" in commands
+    done = subprocess.run(["bash", "-n"], input=commands, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr + commands
+    if chart == "serving":
+        assert 'curl -sS $ICTX_URL/v1/completions -H "Authorization: Bearer $ICTX_API_KEY"' in commands
+        assert "get secret" in commands
+
+
+def test_the_notes_read_the_key_where_it_is(tmp_path: Path) -> None:
+    values = {"apiKey": {"existingSecret": "clients", "key": "the.key"}}
+    text = notes("serving", tmp_path, None, values)
+    assert "get secret clients -o go-template='{{ index .data \"the.key\" | base64decode }}'" in text
+    assert "image.digest" in text
+
+
+def test_helm_packages_no_more_than_it_needs(tmp_path: Path) -> None:
+    for name, chart in CHARTS.items():
+        helm("package", str(chart), "--destination", str(tmp_path))
+        (package,) = tmp_path.glob(f"{name}-*.tgz")
+        listed = subprocess.run(["tar", "tzf", str(package)], capture_output=True, text=True, check=True).stdout
+        assert "/values.schema.json" in listed
+        assert "/files/" in listed
+        assert "/ci/" not in listed
