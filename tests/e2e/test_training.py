@@ -121,7 +121,7 @@ def test_a_job_that_loses_a_node_resumes_and_its_curve_goes_on(lab: Lab, trained
     assert status == 0, output[-3000:]
     assert lab.restarts(job) >= 1
     assert_resumed(lab, job)
-    # "planned" is an idle node that the backfill scheduler had in mind for the job: the mark stays until it looks again.
+    # "planned" is an idle node that the backfill scheduler had in mind: the mark stays until it looks again.
     state = "sinfo --noheader --nodes=n2 --partition=batch --format=%t"
     wait_for("n2's return", lambda: lab.user(state) in ("idle", "plnd"), 120)
 
