@@ -92,6 +92,21 @@ def podman_lines(*arguments: str) -> list[str]:
     return done.stdout.split("\n")[:-1] if done.returncode == 0 else []
 
 
+def state(container: dict, proc: Path = Path("/proc")) -> str:
+    """Returns what a container of `podman ps --format json` really is: podman's word, or dead.
+
+    Podman's record outlives a machine that was cut off, and its process id may be another's by then. The files that podman
+    mounts into a container lie in a folder named after the container's id, so its own first process is known by them.
+    """
+    if container["State"] != "running":
+        return container["State"]
+    try:
+        mounts = (proc / str(container["Pid"]) / "mountinfo").read_text()
+    except OSError:
+        return "dead"
+    return "running" if container["Id"] in mounts else "dead"
+
+
 def hard_limit(name: str) -> int:
     """Returns the hard resource limit of this process, -1 for unlimited."""
     import resource
@@ -106,7 +121,7 @@ def check(params: dict) -> dict:
     name, network = params["name"], ipaddress.IPv4Network(params["subnet"])
     # As JSON: the templates of older versions have no word for the bare state.
     listed = json.loads("".join(podman_lines("ps", "-a", f"--filter=label=ictx.lab={name}", "--format=json")) or "[]")
-    containers = {container["Names"][0]: container["State"] for container in listed}
+    containers = {container["Names"][0]: state(container) for container in listed}
 
     release = os_release()
     versions = SUPPORTED.get(release.get("ID", ""), ())
