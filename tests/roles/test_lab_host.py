@@ -1,4 +1,4 @@
-"""Whether a container of the lab lives is read from the kernel; the process folders here are laid out as procfs does."""
+"""Whether a container of the lab lives is read from the kernel; process folders here are laid out as procfs does."""
 
 from __future__ import annotations
 

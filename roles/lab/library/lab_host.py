@@ -95,8 +95,8 @@ def podman_lines(*arguments: str) -> list[str]:
 def state(container: dict, proc: Path = Path("/proc")) -> str:
     """Returns what a container of `podman ps --format json` really is: podman's word, or dead.
 
-    Podman's record outlives a machine that was cut off, and its process id may be another's by then. The files that podman
-    mounts into a container lie in a folder named after the container's id, so its own first process is known by them.
+    Podman's record outlives a machine that was cut off, and its process id may be another's by then. The files that
+    podman mounts into a container lie in a folder named after the container's id: its own first process has them.
     """
     if container["State"] != "running":
         return container["State"]
