@@ -145,6 +145,19 @@ def test_what_a_killed_run_left_is_never_taken_for_complete_and_goes_after_a_day
     assert [path.name for path in tmp_path.iterdir()] == [Path(ended.out.split()[-1]).name]
 
 
+def test_a_run_with_the_number_of_a_killed_one_prepares_anew(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first process of every container has number 1, on every node."""
+    with monkeypatch.context() as killed:
+        killed.setattr("ictx.data.prepare.shutil.rmtree", lambda *_, **__: None)
+        killed.setattr("ictx.data.prepare.train_tokenizer", lambda *_: pytest.fail("killed"))
+        with pytest.raises(pytest.fail.Exception):
+            prepare([corpus], tmp_path, CONFIG)
+    assert len(list(tmp_path.glob(".*.part"))) == 1
+    assert (prepare([corpus], tmp_path, CONFIG) / "meta.json").exists()
+
+
 def test_a_split_that_lost_its_end_is_refused(prepared: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     shutil.copytree(prepared.resolve(), broken)

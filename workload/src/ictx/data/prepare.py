@@ -8,6 +8,7 @@ import math
 import os
 import shutil
 import time
+import uuid
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -72,7 +73,8 @@ def prepare(corpus_paths: Sequence[Path], out: Path, config: DataConfig) -> Path
     if (directory / META_FILE).exists():
         print(f"{directory} holds this corpus already: nothing to do", flush=True)
         return directory
-    draft = out / f".{directory.name}.{os.getpid()}.part"
+    # No process number: in containers of every node and of every job it is the same.
+    draft = out / f".{directory.name}.{uuid.uuid4().hex[:12]}.part"
     try:
         draft.mkdir(parents=True)
         tokenizer = train_tokenizer(corpus, config.vocab_size)
