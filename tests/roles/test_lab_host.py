@@ -1,10 +1,12 @@
-"""Whether a container of the lab lives is read from the kernel; process folders here are laid out as procfs does."""
+"""What the lab asks of its machine: containers that live by the kernel's word (process folders here are laid out as procfs
+does), and disk, of which its own caches are a part."""
 
 from __future__ import annotations
 
 import importlib.util
+import shutil
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 from cluster import ROOT
@@ -49,3 +51,31 @@ def test_a_process_id_that_another_has_by_now_is_not_the_container(module: Modul
 def test_a_container_that_ended_is_what_podman_says(module: ModuleType, tmp_path: Path) -> None:
     """The process of an ended container is not asked for."""
     assert module.state(CONTAINER | {"State": "exited"}, procfs(tmp_path, CONTAINER["Id"])) == "exited"
+
+
+def disk(folder: Path, **wishes: int) -> dict[str, object]:
+    """Returns the module's parameters for a machine whose only file system is that of the folder."""
+    return {"paths": [str(folder)], "own_paths": [str(folder / "cache"), str(folder / "absent")], **wishes}
+
+
+def test_what_the_caches_hold_is_not_asked_for_again(
+    module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second run needs only what the first one did not bring; else a machine could run the lab just once."""
+    # A kilobyte stands for a gigabyte, and the disk has 19.5 of them.
+    monkeypatch.setattr(module, "GB", 1e3)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=19_500))
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache/layer").write_bytes(bytes(10**6))
+    wish = disk(tmp_path, min_disk_gb=1019, min_free_gb=4)
+    assert module.disk_problems(wish) == []
+    (tmp_path / "cache/layer").unlink()
+    (problem,) = module.disk_problems(wish)
+    assert f"free disk at {tmp_path} is 19.5 GB" in problem
+
+
+def test_even_warm_caches_need_some_free_disk(module: ModuleType, tmp_path: Path) -> None:
+    """However much is cached, a full disk is told before anything runs."""
+    problems = module.disk_problems(disk(tmp_path, min_disk_gb=0, min_free_gb=10**12))
+    assert len(problems) == 1
+    assert str(tmp_path) in problems[0]
