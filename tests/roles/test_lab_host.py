@@ -1,5 +1,6 @@
-"""What the lab asks of its machine: containers that live by the kernel's word (process folders here are laid out as procfs
-does), and disk, of which its own caches are a part."""
+"""What the lab asks of its machine: containers that live by the kernel's word, and disk, of which its caches are a part.
+
+Process folders here are laid out as procfs does."""
 
 from __future__ import annotations
 

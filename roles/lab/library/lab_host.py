@@ -87,7 +87,7 @@ def disk_problems(params: dict) -> list[str]:
         need = max(params["min_disk_gb"] - have, params["min_free_gb"])
         if free < need:
             found.append(
-                f"free disk at {path} is {free:.1f} GB: the lab needs {need:.1f} GB more than the {have:.1f} GB that it "
+                f"free disk at {path} is {free:.1f} GB: the lab needs {need:.1f} GB more than the {have:.1f} GB it "
                 f"occupies: free some, or set ICTX_CACHE and ICTX_LAB_STATE to folders on a larger disk"
             )
     return found
