@@ -1,4 +1,4 @@
-"""What the lab asks of its machine: containers that live by the kernel's word, and disk, of which its caches are a part.
+"""What the lab asks of its machine: containers that live by the kernel's word, and disk, where its caches count.
 
 Process folders here are laid out as procfs does."""
 
