@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ictx.data.prepare import DataConfig
-from ictx.errors import UserError
 from ictx.model import ModelConfig
-from ictx.settings import build, load_yaml, override
+from ictx.settings import build, config_path, load_yaml, override
 
 DTYPES = ("float32", "bfloat16")
 
@@ -127,15 +126,6 @@ class PretrainConfig:
                 f"train.sequence_length is {self.train.sequence_length}: expected at most "
                 f"model.max_position_embeddings, {self.model.max_position_embeddings}"
             )
-
-
-def config_path(name: str) -> Path:
-    """Returns the file: as given, or below the configs that come with the image or the checkout. Raises UserError."""
-    folders = [Path(), Path("/opt/ictx/configs"), Path(__file__).parents[3] / "configs"]
-    for folder in folders:
-        if (folder / name).is_file():
-            return folder / name
-    raise UserError(f"configuration {name} is neither here nor below {folders[1]}")
 
 
 def read(name: str, assignments: list[str]) -> dict[str, Any]:

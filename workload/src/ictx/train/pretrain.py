@@ -78,14 +78,20 @@ class Pretraining:
     def _sharded_model(self) -> Transformer:
         """Returns the model with the seed's weights, each layer sharded over all ranks."""
         config, mesh = self.config, self.ranks.mesh
-        with self.ranks.device:
+        with torch.device("meta"):
             model = Transformer(config.model)
-        model.init_weights(config.train.seed)
         half = self.ranks.device.type == "cuda" and config.train.dtype == "bfloat16"
-        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if half else None, reduce_dtype=torch.float32)
-        for layer in model.model.layers:
+        policy = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16 if half else None,
+            reduce_dtype=torch.float32,
+            cast_forward_inputs=False,  # rotations stay float32
+        )
+        for layer in (*model.model.layers, *model.mtp):
             fully_shard(layer, mesh=mesh, mp_policy=policy)
         fully_shard(model, mesh=mesh, mp_policy=policy)
+        # Only now is memory taken, on each rank for its own shards.
+        model.to_empty(device=self.ranks.device)
+        model.init_weights(config.train.seed)
         return model
 
     def _new_optimizer(self) -> torch.optim.Optimizer:
@@ -134,11 +140,13 @@ class Pretraining:
         rate = learning_rate(number, self.config.train.steps, self.config.optimizer)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        loss = next_token_loss(self.model, self.batches.next().to(self.ranks.device))
-        loss.backward()  # type: ignore[no-untyped-call]
+        tokens = self.batches.next().to(self.ranks.device)
+        loss = next_token_loss(self.model, tokens)
+        (loss + self.model.auxiliary_loss(tokens[:, 1:])).backward()  # type: ignore[no-untyped-call]
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimizer.clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
+        self.model.after_step()
         return loss.item(), norm.full_tensor().item()  # type: ignore[attr-defined]
 
     @torch.no_grad()
