@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ictx.data.loader import Batch, Batches, Stream, shuffled
+from ictx.data.loader import KEPT, Batch, Batches, Stream, shuffled
 from ictx.data.shards import Shard, TokenArray
 from ictx.errors import UserError
 
@@ -54,8 +54,18 @@ def step(loaders: Sequence[Batches]) -> Batch:
     return Batch(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
 
 
-def the_stream(data: TokenArray, seed: int, count: int) -> Tensor:
-    return torch.from_numpy(Stream(data, seed).read(0, count)[0])
+def stream_of(data: TokenArray, seed: int, count: int) -> Tensor:
+    """Returns the tokens in the order of the documents."""
+    return torch.from_numpy(Stream(data, 1, seed).read(0, count)[0])
+
+
+def windows_of(data: TokenArray, length: int, seed: int, count: int) -> dict[tuple[int, ...], list[int]]:
+    """Returns the first windows of the stream before they are shuffled, with their numbers."""
+    tokens = stream_of(data, seed, count * length + 1).tolist()
+    result: dict[tuple[int, ...], list[int]] = {}
+    for number in range(count):
+        result.setdefault(tuple(tokens[number * length : (number + 1) * length + 1]), []).append(number)
+    return result
 
 
 @given(sizes=SIZES, seed=SEED)
@@ -65,7 +75,7 @@ def test_each_epoch_of_the_stream_has_every_document_whole_and_once(sizes: list[
     documents, total = documents_of(data), len(data)
     orders = []
     for epoch in range(3):
-        tokens, lengths = Stream(data, seed).read(epoch * total, total)
+        tokens, lengths = Stream(data, 1, seed).read(epoch * total, total)
         starts = np.cumsum(lengths) - lengths
         assert sorted(tokens[starts]) == sorted(documents)
         for start, length in zip(starts, lengths, strict=True):
@@ -79,8 +89,8 @@ def test_each_epoch_of_the_stream_has_every_document_whole_and_once(sizes: list[
 @settings(max_examples=80, deadline=None)
 def test_the_stream_reads_the_same_from_any_place(sizes: list[list[int]], seed: int, position: int, count: int) -> None:
     data = array(sizes)
-    tokens, lengths = Stream(data, seed).read(position, count)
-    assert tokens.tolist() == the_stream(data, seed, position + count)[position:].tolist()
+    tokens, lengths = Stream(data, 1, seed).read(position, count)
+    assert tokens.tolist() == stream_of(data, seed, position + count)[position:].tolist()
     assert lengths.sum() == count
     assert (lengths > 0).all()
 
@@ -117,29 +127,28 @@ def test_an_interrupted_run_has_the_stream_of_an_uninterrupted_one(
         assert torch.equal(ours.input_ids, theirs.input_ids)
         assert torch.equal(ours.labels, theirs.labels)
         assert torch.equal(ours.position_ids, theirs.position_ids)
-    tokens = torch.cat([batch.input_ids.flatten() for batch in seen])
-    assert torch.equal(tokens, the_stream(data, seed, len(tokens)))
+    # Whatever the number of ranks, it is what a single one would have seen.
+    single = Batches(data, length, 1, 0, 1, seed)
+    for row in torch.cat([taken.input_ids for taken in seen]):
+        assert torch.equal(row, single.next().input_ids[0])
 
 
 @given(
     sizes=SIZES,
     seed=SEED,
-    runs=st.lists(
-        st.tuples(st.sampled_from([1, 2, 4]), st.integers(1, 2), st.integers(1, 7), st.integers(1, 4)),
-        min_size=2,
-        max_size=6,
-    ),
+    length=st.integers(1, 9),
+    runs=st.lists(st.tuples(st.sampled_from([1, 2, 4]), st.integers(1, 3), st.integers(1, 4)), min_size=2, max_size=6),
 )
 @settings(max_examples=80, deadline=None)
 def test_no_document_is_lost_or_repeated_when_the_world_changes(
-    sizes: list[list[int]], seed: int, runs: list[tuple[int, int, int, int]]
+    sizes: list[list[int]], seed: int, length: int, runs: list[tuple[int, int, int]]
 ) -> None:
-    """Each start has a number of ranks, a batch, a sequence length and a number of steps of its own."""
+    """Each start has a number of ranks, a batch and a number of steps of its own."""
     data = array(sizes)
-    state = {"position": 0, "seed": seed}
-    inputs: list[int] = []
-    while len(inputs) < 2 * len(data):
-        for ranks, batch, length, steps in runs:
+    state = Batches(data, length, 1, 0, 1, seed).state_dict()
+    rows: list[tuple[int, ...]] = []
+    while len(rows) * length < 2 * len(data):
+        for ranks, batch, steps in runs:
             if data.windows(length) < batch * ranks:
                 return
             loaders = ranks_of(data, length, batch, ranks, seed)
@@ -147,14 +156,21 @@ def test_no_document_is_lost_or_repeated_when_the_world_changes(
                 loader.load_state_dict(state)
             for _ in range(steps):
                 taken = step(loaders)
-                inputs += taken.input_ids.flatten().tolist()
-                following = the_stream(data, seed, len(inputs) + 1)[-1]
-                assert taken.labels[-1, -1] == following, "the next token is the next start's first"
+                assert torch.equal(taken.input_ids[:, 1:], taken.labels[:, :-1])
+                rows += map(tuple, torch.cat([taken.input_ids, taken.labels[:, -1:]], 1).tolist())
             state = loaders[-1].state_dict()
     total = len(data)
-    assert sorted(inputs[:total]) == sorted(inputs[total : 2 * total]) == list(range(total))
-    assert inputs == the_stream(data, seed, len(inputs)).tolist()
-    assert loaders[0].epoch == len(inputs) // total
+    for epochs in (1, 2):
+        # The last window of an epoch goes on with the next one's first documents.
+        count = -(-epochs * total // length)
+        inputs = [token for row in rows[:count] for token in row[:-1]]
+        assert sorted(inputs) == sorted(stream_of(data, seed, count * length).tolist())
+        assert all(inputs.count(token) >= epochs for token in range(total))
+        assert len(inputs) - epochs * total < length
+    expected = windows_of(data, length, seed, len(rows) + data.windows(length) + 1)
+    numbers = [expected[row].pop(0) for row in rows]
+    assert len(set(numbers)) == len(numbers), "every window once"
+    assert loaders[0].epoch == len(rows) * length // total
 
 
 @given(sizes=SIZES, seed=SEED, length=st.integers(1, 40), mask=st.booleans())
@@ -182,12 +198,22 @@ def test_positions_and_documents_follow_the_documents(
             position += 1
 
 
+def test_a_long_document_does_not_fill_batch_after_batch() -> None:
+    data = array([[20_000, *[20] * 1000]])
+    loader = Batches(data, 20, 40, 0, 1, 0)
+    shares = [(loader.next().input_ids < 20_000).float().mean().item() for _ in range(50)]
+    assert np.mean(shares) == pytest.approx(0.5, abs=0.01)
+    assert min(shares) > 0
+    assert max(shares) < 1
+
+
 def test_a_million_tokens_are_one_sequence() -> None:
     length = 1 << 20
     data = array([[7] * 50_000, [900_000], [3, 600_000]])
     batch = Batches(data, length, 1, 0, 1, 3, mask_documents=True).next()
     assert batch.input_ids.shape == (1, length)
-    assert torch.equal(batch.input_ids[0], the_stream(data, 3, length))
+    row = tuple(torch.cat([batch.input_ids[0], batch.labels[0, -1:]]).tolist())
+    assert row in windows_of(data, length, 3, 2)
     assert torch.equal(batch.labels[0, :-1], batch.input_ids[0, 1:])
     starts = (batch.position_ids[0] == 0).nonzero()[:, 0]
     assert torch.equal(batch.document_ids[0, starts], torch.arange(len(starts)))
@@ -218,17 +244,24 @@ def test_neighbours_in_the_corpus_are_apart_in_the_stream() -> None:
 
 def test_memory_holds_the_order_of_few_shards() -> None:
     data = array([[5] * 10] * 30)
-    stream = Stream(data, 0)
-    for position in range(0, 5 * len(data), 7):
-        stream.read(position, 20)
-        assert len(stream._orders) <= 4
+    loader = Batches(data, 7, 4, 0, 1, 0)
+    made = 0
+    while loader.epoch < 3:
+        before = set(loader.stream._kept)
+        loader.next()
+        made += len(set(loader.stream._kept) - before)
+        assert len(loader.stream._kept) <= KEPT
+    assert made < 3 * 30 * 2.5, "each order is made about once an epoch"
 
 
-def test_another_seed_is_another_order_and_no_resume() -> None:
+def test_another_order_is_no_resume() -> None:
     data = array([[5] * 40])
-    assert not torch.equal(the_stream(data, 1, 100), the_stream(data, 2, 100))
+    assert not torch.equal(stream_of(data, 1, 100), stream_of(data, 2, 100))
+    state = Batches(data, 4, 1, 0, 1, 1).state_dict()
     with pytest.raises(UserError, match=r"train\.seed is 2, but the checkpoint's data has the order of 1"):
-        Batches(data, 4, 1, 0, 1, 2).load_state_dict(Batches(data, 4, 1, 0, 1, 1).state_dict())
+        Batches(data, 4, 1, 0, 1, 2).load_state_dict(state)
+    with pytest.raises(UserError, match=r"train\.sequence_length is 5, but the checkpoint's data has the order of 4"):
+        Batches(data, 5, 1, 0, 1, 1).load_state_dict(state)
 
 
 def test_too_little_data_for_a_batch_is_refused() -> None:

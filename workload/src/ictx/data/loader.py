@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +14,9 @@ from ictx.data.shards import TokenArray
 from ictx.errors import UserError
 
 Integers = npt.NDArray[np.int64]
+# Orders in memory: those of the shard that is read and of the next one, into which its last windows reach, with room
+# for a batch on the border of two shards and of two epochs.
+KEPT = 10
 
 
 @dataclass(frozen=True)
@@ -48,32 +52,44 @@ def shuffled(count: int, *seeds: int) -> Integers:
 
 
 class Stream:
-    """The tokens of all documents, epoch after epoch without an end.
+    """The tokens of all documents, epoch after epoch without an end, cut to windows in an order of their own.
 
-    An epoch holds every document once: shards in an order of their own, within each all documents in an order of their
-    own. Seed and epoch fix both. Only the index of the shards that are being read is in memory.
+    An epoch holds every document once: shards in an order that seed and epoch fix, and in each shard all its documents
+    in such an order. The windows that begin in a shard are shuffled too, so that a long document does not fill batch
+    after batch. A shard is a sample of the corpus: what is in memory is the index of the shards that are being read.
     """
 
-    def __init__(self, data: TokenArray, seed: int) -> None:
-        """Starts the first epoch."""
-        self.data, self.seed, self.length = data, seed, len(data)
-        self._orders: dict[tuple[int, ...], tuple[Integers, Integers]] = {}
+    def __init__(self, data: TokenArray, length: int, seed: int) -> None:
+        """Args: `length` is a window's."""
+        self.data, self.length, self.seed = data, length, seed
+        self.tokens = len(data)
+        self._kept: dict[tuple[str, int, int], tuple[Integers, Integers]] = {}
+
+    def window(self, number: int) -> tuple[Integers, Integers]:
+        """Returns what window `number` has: see `read`; `length` tokens, and one more for the targets."""
+        # Shuffling stays within the windows that begin in a shard, so that of this number is one of them.
+        epoch, place = divmod(number * self.length, self.tokens)
+        shards, ends = self._shards(epoch)
+        at = int(np.searchsorted(ends, place, "right"))
+        start, end = (epoch * self.tokens + int(edge) for edge in (ends[at - 1] if at else 0, ends[at]))
+        first, last = -(-start // self.length), -(-end // self.length)
+        order, _ = self._windows(epoch, int(shards[at]), last - first)
+        return self.read((first + int(order[number - first])) * self.length, self.length + 1)
 
     def read(self, position: int, count: int) -> tuple[Integers, Integers]:
         """Returns tokens [position, position + count), and how many of them are of each document they are from."""
         tokens, lengths = np.empty(count, np.int64), []
         filled = 0
         while filled < count:
-            epoch, place = divmod(position + filled, self.length)
-            shards, ends = self._order(epoch)
+            epoch, place = divmod(position + filled, self.tokens)
+            shards, ends = self._shards(epoch)
             at = int(np.searchsorted(ends, place, "right"))
             shard = self.data.shards[shards[at]]
             place -= int(ends[at - 1]) if at else 0
-            documents, ends = self._order(epoch, int(shards[at]))
+            documents, ends = self._documents(epoch, int(shards[at]))
             first = int(np.searchsorted(ends, place, "right"))
             for number in range(first, len(documents)):
-                document = int(documents[number])
-                stop = int(shard.ends[document])
+                stop = int(shard.ends[documents[number]])
                 start = stop - int(ends[number] - place)
                 taken = min(stop - start, count - filled)
                 tokens[filled : filled + taken] = shard.tokens[start : start + taken]
@@ -83,38 +99,55 @@ class Stream:
                     break
         return tokens, np.array(lengths, np.int64)
 
-    def _order(self, epoch: int, *shard: int) -> tuple[Integers, Integers]:
-        """Returns the shards of an epoch in its order, or the documents of one, and where each of them ends in it."""
-        key = (epoch, *shard)
-        if key not in self._orders:
-            if shard:
-                sizes = np.diff(self.data.shards[shard[0]].ends, prepend=0)
-            else:
-                sizes = np.array([len(each.tokens) for each in self.data.shards], np.int64)
-            # A window may lie on the border of two epochs, and so of two shards.
-            while len(self._orders) >= 4:
-                self._orders.pop(next(iter(self._orders)))
-            order = shuffled(len(sizes), self.seed, *key)
-            self._orders[key] = (order, np.cumsum(sizes[order]))
-        return self._orders[key]
+    def _shards(self, epoch: int) -> tuple[Integers, Integers]:
+        """Returns the shards in the order of an epoch, and where each ends in it."""
+        sizes = np.array([len(shard.tokens) for shard in self.data.shards], np.int64)
+        return self._keep(("shards", epoch, 0), lambda: _in_order(shuffled(len(sizes), self.seed, epoch), sizes))
+
+    def _documents(self, epoch: int, shard: int) -> tuple[Integers, Integers]:
+        """Returns the documents of a shard in the order of an epoch, and where each ends in it."""
+
+        def order() -> tuple[Integers, Integers]:
+            sizes = np.diff(self.data.shards[shard].ends, prepend=0)
+            return _in_order(shuffled(len(sizes), self.seed, epoch, shard), sizes)
+
+        return self._keep(("documents", epoch, shard), order)
+
+    def _windows(self, epoch: int, shard: int, count: int) -> tuple[Integers, Integers]:
+        """Returns the windows that begin in a shard in the order of an epoch, and nothing."""
+        key = ("windows", epoch, shard)
+        return self._keep(key, lambda: (shuffled(count, self.seed, epoch, shard, 1), np.empty(0, np.int64)))
+
+    def _keep(
+        self, key: tuple[str, int, int], make: Callable[[], tuple[Integers, Integers]]
+    ) -> tuple[Integers, Integers]:
+        """Returns what is kept under a key, or makes it; only the last ones that were used are kept."""
+        self._kept[key] = self._kept.pop(key) if key in self._kept else make()
+        if len(self._kept) > KEPT:
+            del self._kept[next(iter(self._kept))]
+        return self._kept[key]
+
+
+def _in_order(order: Integers, sizes: Integers) -> tuple[Integers, Integers]:
+    """Returns an order, and where each thing ends in it."""
+    return order, np.cumsum(sizes[order])
 
 
 class Batches:
     """Endless training batches: every token is an input once an epoch.
 
-    A step takes the next tokens of the stream whatever the number of ranks: each rank a part of its own. So training
-    goes on after a resume on more or fewer nodes, with batches or sequences of another size too, and nothing is lost or
-    repeated. The place in the stream is all that a checkpoint keeps.
+    A step takes the next windows of the stream whatever the number of ranks: each rank a part of its own. So training
+    goes on after a resume on more or fewer nodes or with another batch size, and nothing is lost or repeated. How many
+    windows were taken is all that a checkpoint needs.
     """
 
     def __init__(
         self, data: TokenArray, length: int, batch: int, rank: int, ranks: int, seed: int, mask_documents: bool = False
     ) -> None:
         """Args: `batch` is a rank's; raises UserError when the data has too few windows for one global batch."""
-        self.length, self.batch, self.rank, self.ranks = length, batch, rank, ranks
-        self.mask_documents = mask_documents
-        self.stream = Stream(data, seed)
-        self.position = 0
+        self.batch, self.rank, self.ranks, self.mask_documents = batch, rank, ranks, mask_documents
+        self.stream = Stream(data, length, seed)
+        self.taken = 0
         self.windows = data.windows(length)
         if self.windows < batch * ranks:
             raise UserError(
@@ -125,31 +158,31 @@ class Batches:
     @property
     def epoch(self) -> int:
         """The epoch that the next batch begins in."""
-        return self.position // self.stream.length
+        return self.taken * self.stream.length // self.stream.tokens
 
     def next(self) -> Batch:
         """Returns this rank's part of the next global batch."""
-        first = self.position + self.rank * self.batch * self.length
-        self.position += self.ranks * self.batch * self.length
-        rows = [self._row(first + number * self.length) for number in range(self.batch)]
+        first = self.taken + self.rank * self.batch
+        self.taken += self.ranks * self.batch
+        rows = [self._row(first + number) for number in range(self.batch)]
         return Batch(*(torch.from_numpy(np.stack(column)) for column in zip(*rows, strict=True)))
 
-    def _row(self, position: int) -> tuple[Integers, Integers, Integers, Integers]:
-        """Returns the sequence that begins at a place of the stream."""
-        tokens, lengths = self.stream.read(position, self.length + 1)
+    def _row(self, number: int) -> tuple[Integers, Integers, Integers, Integers]:
+        """Returns the sequence of a window."""
+        tokens, lengths = self.stream.window(number)
         numbers = np.repeat(np.arange(len(lengths)), lengths)[:-1]
         starts = np.repeat(np.cumsum(lengths) - lengths, lengths)[:-1]
         documents = numbers if self.mask_documents else np.zeros_like(numbers)
-        return tokens[:-1], tokens[1:], np.arange(self.length) - starts, documents
+        return tokens[:-1], tokens[1:], np.arange(len(numbers)) - starts, documents
 
     def state_dict(self) -> dict[str, int]:
-        """Returns where the stream stands."""
-        return {"position": self.position, "seed": self.stream.seed}
+        """Returns where the stream stands, and what its order depends on."""
+        return {"taken": self.taken, "length": self.stream.length, "seed": self.stream.seed}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Goes on where the stream stood. Raises UserError when its order was another one."""
-        if state["seed"] != self.stream.seed:
-            raise UserError(
-                f"train.seed is {self.stream.seed}, but the checkpoint's data has the order of {state['seed']}"
-            )
-        self.position = state["position"]
+        for name, setting in {"length": "train.sequence_length", "seed": "train.seed"}.items():
+            value = getattr(self.stream, name)
+            if state[name] != value:
+                raise UserError(f"{setting} is {value}, but the checkpoint's data has the order of {state[name]}")
+        self.taken = state["taken"]
