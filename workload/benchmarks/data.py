@@ -27,7 +27,6 @@ from tokenizers import Tokenizer
 
 from ictx.data.config import DataConfig
 from ictx.data.corpus import Corpus, Summary
-from ictx.data.loader import Batches
 from ictx.data.prepare import write_tokens
 from ictx.data.shards import Shard, TokenArray
 from ictx.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
@@ -109,6 +108,9 @@ def tokenising(arguments: argparse.Namespace) -> float:
 
 def loading() -> None:
     """Prints how many tokens a second the loader packs, for short and for long sequences."""
+    # Imports torch: tokenising goes without, and its memory is measured.
+    from ictx.data.loader import Batches
+
     random = np.random.default_rng(0)
     shards = []
     for _ in range(4):

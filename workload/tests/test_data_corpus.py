@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ictx.data.config import DataConfig
-from ictx.data.corpus import Corpus, Document
+from ictx.data.corpus import Corpus, Document, Seen
 from ictx.errors import UserError
 
 CONFIG = DataConfig(min_bytes=0)
@@ -175,6 +175,22 @@ def test_files_that_were_asked_for_are_refused_by_name(tmp_path: Path) -> None:
         assert "\n" not in str(error.value)
     with pytest.raises(UserError, match=f"{lines} line 2"):
         texts(tmp_path), "lines that are not read silently end a corpus early"
+
+
+def test_hashes_are_told_apart_however_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    # A cache as small as SQLite allows, so that most of them are in the file.
+    monkeypatch.setattr("ictx.data.corpus.CACHE_KIB", 1)
+    seen, digests = Seen(), [Document.of(str(number)).digest for number in range(20_000)]
+    assert all(seen.add(digest) for digest in digests)
+    assert not any(seen.add(digest) for digest in digests)
+
+
+def test_a_full_temporary_folder_is_named() -> None:
+    seen = Seen()
+    seen._database.execute("PRAGMA max_page_count = 4")
+    with pytest.raises(UserError, match=r"temporary file \(TMPDIR\): database or disk is full"):
+        for number in range(2000):
+            seen.add(Document.of(str(number)).digest)
 
 
 def test_a_share_is_even_and_follows_text_and_salt() -> None:

@@ -55,8 +55,11 @@ class Seen:
         self._database.execute("BEGIN")
 
     def add(self, digest: bytes) -> bool:
-        """Returns whether the digest is new."""
-        return self._database.execute("INSERT OR IGNORE INTO seen VALUES (?)", (digest[:HASH_BYTES],)).rowcount == 1
+        """Returns whether the digest is new. Raises UserError when the temporary file cannot grow."""
+        try:
+            return self._database.execute("INSERT OR IGNORE INTO seen VALUES (?)", (digest[:HASH_BYTES],)).rowcount == 1
+        except sqlite3.Error as error:
+            raise UserError(f"cannot keep hashes of documents in a temporary file (TMPDIR): {error}") from error
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,6 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
 from ictx.data.progress import Progress
 from ictx.errors import UserError
@@ -116,8 +114,8 @@ class TokenArray:
         """Returns how many windows of `length` inputs and their next tokens there are."""
         return (len(self) - 1) // length
 
-    def window(self, index: int, length: int) -> Tensor:
-        """Returns window `index` in the order of the disk, int64 of shape (length + 1,): one more for the targets."""
+    def window(self, index: int, length: int) -> npt.NDArray[np.int64]:
+        """Returns window `index` in the order of the disk, shape (length + 1,): one more for the targets."""
         start, missing = index * length, length + 1
         parts: list[npt.NDArray[Any]] = []
         for shard in self.shards:
@@ -125,7 +123,7 @@ class TokenArray:
                 parts.append(shard.tokens[start : start + missing])
                 missing -= len(parts[-1])
             start = max(start - len(shard.tokens), 0)
-        return torch.from_numpy(np.concatenate(parts).astype(np.int64))
+        return np.concatenate(parts).astype(np.int64)
 
 
 def read_meta(directory: Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from mlflow.exceptions import MlflowException
@@ -155,7 +156,7 @@ class Pretraining:
             numbers = range(first, min(first + loop.batch_size, each))
             places = [(number * stride) * ranks.count + ranks.rank for number in numbers]
             windows = [self.validation.window(place, loop.sequence_length) for place in places]
-            tokens = torch.stack(windows).to(ranks.device)
+            tokens = torch.from_numpy(np.stack(windows)).to(ranks.device)
             total += next_token_loss(self.model, tokens[:, :-1], tokens[:, 1:]).item() * len(numbers)
         return ranks.total(total)[0] / (each * ranks.count)
 
