@@ -120,7 +120,7 @@ def loading() -> None:
     data: Any = TokenArray(shards, {})
     print(f"loader: {len(data):,} tokens in {sum(len(shard.ends) for shard in shards):,} documents")
     for length, batch in ((4096, 16), (32768, 4), (1 << 20, 1)):
-        loader, start = Batches(data, length, batch, 0, 1, 0, mask_documents=True), time.monotonic()
+        loader, start = Batches(data, length, batch, 0, 1, 0), time.monotonic()
         loader.next()
         first = time.monotonic() - start
         start, steps = time.monotonic(), 0

@@ -43,8 +43,8 @@ def documents_of(data: TokenArray) -> dict[int, range]:
     return result
 
 
-def ranks_of(data: TokenArray, length: int, batch: int, ranks: int, seed: int, mask: bool = False) -> list[Batches]:
-    return [Batches(data, length, batch, rank, ranks, seed, mask) for rank in range(ranks)]
+def ranks_of(data: TokenArray, length: int, batch: int, ranks: int, seed: int) -> list[Batches]:
+    return [Batches(data, length, batch, rank, ranks, seed) for rank in range(ranks)]
 
 
 def step(loaders: Sequence[Batches]) -> Batch:
@@ -173,15 +173,13 @@ def test_no_document_is_lost_or_repeated_when_the_world_changes(
     assert loaders[0].epoch == len(rows) * length // total
 
 
-@given(sizes=SIZES, seed=SEED, length=st.integers(1, 40), mask=st.booleans())
+@given(sizes=SIZES, seed=SEED, length=st.integers(1, 40))
 @settings(max_examples=60, deadline=None)
-def test_positions_and_documents_follow_the_documents(
-    sizes: list[list[int]], seed: int, length: int, mask: bool
-) -> None:
+def test_positions_and_documents_follow_the_documents(sizes: list[list[int]], seed: int, length: int) -> None:
     data = array(sizes)
     documents = documents_of(data)
     owner = {token: first for first, tokens in documents.items() for token in tokens}
-    loader = Batches(data, length, 1, 0, 1, seed, mask)
+    loader = Batches(data, length, 1, 0, 1, seed)
     for _ in range(4):
         batch = loader.next()
         for name in ("input_ids", "labels", "position_ids", "document_ids"):
@@ -194,7 +192,7 @@ def test_positions_and_documents_follow_the_documents(
                 position, number = 0, number + 1
             assert owner[token] == owner[tokens[place - position]]
             assert positions[place] == position
-            assert numbers[place] == (number if mask else 0)
+            assert numbers[place] == number
             position += 1
 
 
@@ -210,7 +208,7 @@ def test_a_long_document_does_not_fill_batch_after_batch() -> None:
 def test_a_million_tokens_are_one_sequence() -> None:
     length = 1 << 20
     data = array([[7] * 50_000, [900_000], [3, 600_000]])
-    batch = Batches(data, length, 1, 0, 1, 3, mask_documents=True).next()
+    batch = Batches(data, length, 1, 0, 1, 3).next()
     assert batch.input_ids.shape == (1, length)
     row = tuple(torch.cat([batch.input_ids[0], batch.labels[0, -1:]]).tolist())
     assert row in windows_of(data, length, 3, 2)

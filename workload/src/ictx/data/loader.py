@@ -29,7 +29,7 @@ class Batch:
     position_ids: Tensor
     """Place in the document, or in the part of it that is in the sequence."""
     document_ids: Tensor
-    """0, 1, … along a sequence: attention that stays within documents compares them. All 0 when it need not."""
+    """0, 1, … along a sequence: attention that stays within documents compares them."""
 
 
 def shuffled(count: int, *seeds: int) -> Integers:
@@ -141,11 +141,9 @@ class Batches:
     windows were taken is all that a checkpoint needs.
     """
 
-    def __init__(
-        self, data: TokenArray, length: int, batch: int, rank: int, ranks: int, seed: int, mask_documents: bool = False
-    ) -> None:
+    def __init__(self, data: TokenArray, length: int, batch: int, rank: int, ranks: int, seed: int) -> None:
         """Args: `batch` is a rank's; raises UserError when the data has too few windows for one global batch."""
-        self.batch, self.rank, self.ranks, self.mask_documents = batch, rank, ranks, mask_documents
+        self.batch, self.rank, self.ranks = batch, rank, ranks
         self.stream = Stream(data, length, seed)
         self.taken = 0
         self.windows = data.windows(length)
@@ -172,8 +170,7 @@ class Batches:
         tokens, lengths = self.stream.window(number)
         numbers = np.repeat(np.arange(len(lengths)), lengths)[:-1]
         starts = np.repeat(np.cumsum(lengths) - lengths, lengths)[:-1]
-        documents = numbers if self.mask_documents else np.zeros_like(numbers)
-        return tokens[:-1], tokens[1:], np.arange(len(numbers)) - starts, documents
+        return tokens[:-1], tokens[1:], np.arange(len(numbers)) - starts, numbers
 
     def state_dict(self) -> dict[str, int]:
         """Returns where the stream stands, and what its order depends on."""
