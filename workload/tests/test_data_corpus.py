@@ -84,7 +84,9 @@ def test_a_pass_counts_what_it_found(mixed: Path) -> None:
 
 
 def test_sources_that_overlap_are_read_once(mixed: Path) -> None:
-    assert sorted(texts(mixed / "below", mixed, mixed / "a.txt")) == sorted(texts(mixed))
+    names = mixed / "below", mixed, mixed / "a.txt"
+    assert sorted(texts(*names)) == sorted(texts(mixed))
+    assert texts(*names) == texts(*reversed(names))
 
 
 def test_the_fingerprint_follows_the_text_alone(mixed: Path, tmp_path: Path) -> None:
@@ -140,6 +142,7 @@ def test_a_data_set_is_read_by_the_datasets_library(
     config = DataConfig(min_bytes=0, text_field="body", streaming=streaming)
     assert texts(f"hf={folder}", config=config) == ["one", "two"]
     assert texts(f"hf={folder},default,test", config=config) == ["three"]
+    assert bool(list((tmp_path / "cache").rglob("*.arrow"))) is not streaming
     with pytest.raises(UserError, match=f"data set {folder} has no text in 'text' .*: it has body"):
         texts(f"hf={folder}", config=DataConfig(streaming=streaming))
     with pytest.raises(UserError, match=f"data set {folder} cannot be read: .*nosuchsplit"):

@@ -23,6 +23,7 @@ from ictx.data import encode
 from ictx.data.config import DataConfig
 from ictx.data.corpus import Corpus, Document
 from ictx.data.prepare import prepare
+from ictx.data.progress import Progress
 from ictx.data.shards import TokenArray, verify
 from ictx.data.tokenizer import END_OF_TEXT
 from ictx.errors import UserError
@@ -305,6 +306,36 @@ def test_a_single_bit_that_is_wrong_is_found(
     (folder / name).unlink()
     with pytest.raises(UserError, match=name):
         verify(folder)
+
+
+def test_a_log_gets_a_line_now_and_then_and_a_terminal_a_bar(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = iter(range(0, 1000, 6))
+    with monkeypatch.context() as patch:
+        patch.setattr("ictx.data.progress.time.monotonic", lambda: next(clock))
+        with Progress("copying", 8_000_000) as progress:
+            for _ in range(4):
+                progress.add(2_000_000)
+    assert capsys.readouterr().out == "copying: 4 MB (50%), 0.2 MB/s\ncopying: 8 MB (100%), 0.2 MB/s\n"
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    with Progress("copying", 8_000_000) as progress:
+        progress.add(8_000_000)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "copying: 100%" in captured.err
+    assert "8.00M/8.00M" in captured.err
+
+
+def test_a_run_that_is_told_to_stop_leaves_nothing(commands: Commands, tmp_path: Path, corpus: Path) -> None:
+    arguments = ["data", "prepare", "--config", commands.folder / "test.yaml", "--corpus", corpus, "--out", tmp_path]
+    process = commands.start(*arguments)
+    while not list(tmp_path.iterdir()) and process.poll() is None:
+        time.sleep(0.001)
+    process.terminate()
+    ended = commands.end(process)
+    assert ended.status == 143, ended
+    assert not list(tmp_path.iterdir())
 
 
 PEAK = """

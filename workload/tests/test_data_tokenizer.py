@@ -75,6 +75,16 @@ def test_pieces_have_the_tokens_of_the_whole(tokenizer: Tokenizer, text: str, pi
         assert tokens == tokenizer.encode(text).ids
 
 
+@pytest.mark.parametrize("piece", range(12, 40))
+def test_no_piece_ends_elsewhere_where_there_is_a_place(
+    tokenizer: Tokenizer, piece: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encode, "PIECE", piece)
+    tokenizer.encode_special_tokens = True
+    text = "ab   cd 12   é\n\n\n   x.    三    <|im_end|>   " * 20
+    assert [number for part in cut(text) for number in tokenizer.encode(part).ids] == tokenizer.encode(text).ids
+
+
 def test_documents_keep_their_order_whatever_their_lengths(tokenizer: Tokenizer) -> None:
     texts = [f"document {number}\n" * (40_000 if number % 7 == 0 else number) for number in range(1, 30)]
     assert max(map(len, texts)) > encode.PIECE * 10

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -81,6 +82,8 @@ def run_prepare(arguments: argparse.Namespace) -> int:
     from ictx.data.prepare import prepare
     from ictx.train.config import load
 
+    # A job that is told to stop tidies up like one that fails.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     # The whole configuration is read: what is wrong in it shows before the corpus is read, not after.
     directory = prepare(arguments.corpus, arguments.out, load(arguments.config, arguments.set).data)
     if arguments.link:
