@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ictx.data.prepare import DataConfig
+from ictx.data.config import DataConfig
 from ictx.model import ModelConfig
 from ictx.settings import build, config_path, load_yaml, override
 
@@ -57,6 +57,8 @@ class LoopConfig:
     """Windows of a rank and step."""
     dtype: str = "bfloat16"
     """Dtype of the computation on GPUs, and of the exported weights; weights are kept in float32 while training."""
+    mask_documents: bool = False
+    """Keep attention within documents, with positions that begin anew in each; else a window is one text."""
     seed: int = 0
     """Weights and order of the data."""
     log_every: int = 10
