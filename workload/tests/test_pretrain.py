@@ -21,6 +21,8 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ictx.errors import UserError
+from ictx.model.hf import load_pretrained
+from ictx.train.checkpoint import load_model
 from ictx.train.config import load
 from ictx.train.pretrain import main as train
 
@@ -116,6 +118,9 @@ def test_the_export_has_the_loss_that_was_measured(whole: Path, prepared: Path) 
         logits = model(windows[:, :-1]).logits
     loss = cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten()).item()
     assert loss == pytest.approx(result_of(whole)["val_loss"], rel=1e-5)
+    kept = load_model(whole / "checkpoints" / f"step-{STEPS:08}").state_dict()
+    for name, weight in load_pretrained(whole / "export").state_dict().items():
+        assert torch.equal(weight, kept[name]), name
     tokenizer = AutoTokenizer.from_pretrained(whole / "export")
     assert tokenizer.decode(tokenizer("def f(): return 'ü'").input_ids) == "def f(): return 'ü'"
     assert tokenizer.model_max_length == model.config.max_position_embeddings
