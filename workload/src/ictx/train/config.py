@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ictx.data.prepare import DataConfig
+from ictx.data.config import DataConfig
 from ictx.errors import UserError
 from ictx.model import ModelConfig
 from ictx.settings import build, load_yaml, override

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from mlflow.exceptions import MlflowException
@@ -18,7 +19,8 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from ictx.data.loader import Batches, TokenArray
+from ictx.data.loader import Batches
+from ictx.data.shards import TokenArray
 from ictx.errors import UserError
 from ictx.model import Transformer
 from ictx.train.checkpoint import Checkpoints
@@ -40,10 +42,9 @@ def learning_rate(step: int, steps: int, config: OptimizerConfig) -> float:
     return config.learning_rate * share
 
 
-def next_token_loss(model: nn.Module, tokens_bs: Tensor) -> Tensor:
-    """Returns the mean cross-entropy, in nats, of each window's tokens but the first."""
-    logits = model(tokens_bs[:, :-1])
-    return F.cross_entropy(logits.flatten(0, 1).float(), tokens_bs[:, 1:].flatten())
+def next_token_loss(model: nn.Module, tokens_bs: Tensor, labels_bs: Tensor) -> Tensor:
+    """Returns the mean cross-entropy, in nats, of each token's next one."""
+    return F.cross_entropy(model(tokens_bs).flatten(0, 1).float(), labels_bs.flatten())
 
 
 class Pretraining:
@@ -134,7 +135,8 @@ class Pretraining:
         rate = learning_rate(number, self.config.train.steps, self.config.optimizer)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        loss = next_token_loss(self.model, self.batches.next().to(self.ranks.device))
+        batch, device = self.batches.next(), self.ranks.device
+        loss = next_token_loss(self.model, batch.input_ids.to(device), batch.labels.to(device))
         loss.backward()  # type: ignore[no-untyped-call]
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimizer.clip_norm)
         self.optimizer.step()
@@ -154,7 +156,8 @@ class Pretraining:
             numbers = range(first, min(first + loop.batch_size, each))
             places = [(number * stride) * ranks.count + ranks.rank for number in numbers]
             windows = [self.validation.window(place, loop.sequence_length) for place in places]
-            total += next_token_loss(self.model, torch.stack(windows).to(ranks.device)).item() * len(numbers)
+            tokens = torch.from_numpy(np.stack(windows)).to(ranks.device)
+            total += next_token_loss(self.model, tokens[:, :-1], tokens[:, 1:]).item() * len(numbers)
         return ranks.total(total)[0] / (each * ranks.count)
 
     def run(self, journal: Journal) -> dict[str, Any] | None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-from ictx.data.prepare import TOKENIZER_FILE
+from ictx.data.tokenizer import TOKENIZER_FILE
 from ictx.model import Transformer
 from ictx.model.hf import export
 from ictx.train.config import PretrainConfig
