@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ictx import __version__
 from ictx.errors import UserError
+from ictx.kernels.cli import register as register_kernels
 
 PREPARE_EXAMPLES = """
 The folder that holds the prepared corpus is printed last. Its name follows the text and the settings, so what is there
@@ -61,6 +62,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=raw,
     )
     pretrain.set_defaults(run=run_pretrain)
+    register_kernels(areas)
     return top
 
 
