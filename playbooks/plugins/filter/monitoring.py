@@ -1,0 +1,36 @@
+"""Ansible filters of playbooks/monitoring.yml: targets from hosts, and passwords as Prometheus' web ports want them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import bcrypt
+from ansible.errors import AnsibleFilterError
+
+
+def web_password(password: str, salt: str) -> str:
+    """Returns the bcrypt hash of a password, the same each time for the same salt (21 letters or digits)."""
+    if len(salt) != 21 or not salt.isascii() or not salt.isalnum():
+        raise AnsibleFilterError("web_password: the salt must be 21 letters or digits")
+    # The 22nd character of a salt carries two bits only; `.` leaves them 0.
+    return bcrypt.hashpw(password.encode(), f"$2b$10${salt}.".encode()).decode()
+
+
+def scrape_targets(hosts: Iterable[str], hostvars: Mapping[str, Any], port: int, cluster: str) -> list[dict[str, Any]]:
+    """Returns the targets of a port on some hosts, each labelled with its host's name in the inventory."""
+    return [
+        {
+            "address": f"{hostvars[host].get('ansible_host', host)}:{port}",
+            "labels": {"node": str(host), "cluster": cluster},
+        }
+        for host in sorted(hosts)
+    ]
+
+
+class FilterModule:
+    """The filters of this file."""
+
+    def filters(self) -> dict[str, Callable[..., Any]]:
+        """Returns them by name."""
+        return {"scrape_targets": scrape_targets, "web_password": web_password}
