@@ -174,5 +174,3 @@ def test_a_program_that_fails_is_told_in_its_own_words(
     found = values(program.gather(None))
     assert (found["slurm_up{}"], found["slurm_accounting_up{}"]) == (0, 1)
     assert "no controller" in capsys.readouterr().err
-
-

@@ -162,7 +162,7 @@ def test_the_registry_serves_on_its_port_with_tls(rendered: Any) -> None:
 def test_prometheus_scrapes_every_host_of_the_inventory_by_its_name(written: Any) -> None:
     conf = yaml.safe_load("\n".join(written("example", "prometheus", "prometheus.yml.j2", "infra1")))
     jobs = {job["job_name"]: job for job in conf["scrape_configs"]}
-    assert set(jobs) == {"node", "mysqld", "blackbox", "prometheus", "alertmanager", "endpoints"}
+    assert set(jobs) == {"node", "mysqld", "dcgm", "blackbox", "prometheus", "alertmanager", "endpoints"}
     assert {job["scheme"] for job in jobs.values()} == {"https"}
     assert {job["basic_auth"]["password_file"] for job in jobs.values()} == {"/etc/prometheus/metrics_password"}
     assert conf["alerting"]["alertmanagers"][0]["static_configs"] == [{"targets": ["192.0.2.15:9093"]}]
