@@ -66,6 +66,7 @@ def test_nodes_that_take_no_jobs_are_told_with_the_reason(program: types.ModuleT
     rows = [
         ["n1", "mixed", "1/1/0/2", "4096", "1024", "gpu:a100:4", "gpu:a100:1(IDX:0)", "Unknown", "none"],
         ["n2", "idle*", "0/2/0/2", "4096", "0", "(null)", "(null)", "1700000000", "Not responding"],
+        ["n4", "planned", "0/2/0/2", "4096", "0", "(null)", "(null)", "Unknown", "none"],
         ["n3", "drained", "0/0/2/2", "4096", "0", "(null)", "(null)", "1700000005", "disk, by alice"],
     ]
     widths = program.NODE_COLUMNS.values()
@@ -77,6 +78,7 @@ def test_nodes_that_take_no_jobs_are_told_with_the_reason(program: types.ModuleT
     assert found['slurm_node_allocated_gpus{node="n1"}'] == 1
     assert found['slurm_node_memory_bytes{node="n1"}'] == 4096 * 2**20
     assert found['slurm_node_available{node="n2"}'] == 0
+    assert found['slurm_node_available{node="n4"}'] == 1, "it is kept free for a job that starts soon"
     since = 'slurm_node_unavailable_since_seconds{node="n3",state="drained",reason="disk, by alice"}'
     assert found[since] == 1700000005
 

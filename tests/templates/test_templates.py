@@ -165,6 +165,7 @@ def test_prometheus_scrapes_every_host_of_the_inventory_by_its_name(written: Any
     jobs = {job["job_name"]: job for job in conf["scrape_configs"]}
     assert set(jobs) == {"node", "mysqld", "dcgm", "blackbox", "prometheus", "alertmanager", "endpoints"}
     assert {job["scheme"] for job in jobs.values()} == {"https"}
+    assert jobs["node"]["honor_labels"] is True, "a controller tells about other nodes"
     assert {job["basic_auth"]["password_file"] for job in jobs.values()} == {"/etc/prometheus/metrics_password"}
     assert conf["alerting"]["alertmanagers"][0]["static_configs"] == [{"targets": ["192.0.2.15:9093"]}]
 
