@@ -63,7 +63,8 @@ def to_hf(config: ModelConfig, dtype: torch.dtype, end_of_text: int | None, padd
         raise UserError(f"rms_norm_eps is {config.rms_norm_eps}: expected {NORM_EPS}, which transformers always takes")
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
     if config.yarn:
-        rope |= {"rope_type": "yarn"} | {name: getattr(config.yarn, name) for name in YARN_NAMES}
+        rope |= {"rope_type": "yarn"} | {name: float(getattr(config.yarn, name)) for name in YARN_NAMES}
+        rope["original_max_position_embeddings"] = config.yarn.original_max_position_embeddings
     # Every layer of a dense model is before the first with experts. Readers do arithmetic with the number of experts
     # all the same, so it must be one.
     moe = config.moe or MoeConfig(

@@ -14,6 +14,14 @@ from torch import Tensor, nn
 from ictx.model.config import MoeConfig
 
 
+class GatedProduct(nn.Module):
+    """silu(gate) · up: a module so that its magnitude can be watched."""
+
+    def forward(self, gate: Tensor, up: Tensor) -> Tensor:
+        """Returns the product, of the shape and dtype of both."""
+        return F.silu(gate) * up
+
+
 class FeedForward(nn.Module):
     """SwiGLU (arXiv:2002.05202)."""
 
@@ -21,11 +29,12 @@ class FeedForward(nn.Module):
         super().__init__()
         self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
         self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.product = GatedProduct()
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, x_bsd: Tensor) -> Tensor:
         """Returns down(silu(gate(x)) · up(x)), of the shape and dtype of `x_bsd`."""
-        return cast(Tensor, self.down_proj(F.silu(self.gate_proj(x_bsd)) * self.up_proj(x_bsd)))
+        return cast(Tensor, self.down_proj(self.product(self.gate_proj(x_bsd), self.up_proj(x_bsd))))
 
 
 @dataclass(frozen=True)
@@ -87,6 +96,7 @@ class Experts(nn.Module):
         count, width = config.n_routed_experts, config.moe_intermediate_size
         self.gate_up_proj = nn.Parameter(torch.empty(count, 2 * width, hidden_size))
         self.down_proj = nn.Parameter(torch.empty(count, hidden_size, width))
+        self.product, self.results = GatedProduct(), nn.Identity()
 
     def forward(self, x_nd: Tensor, routing: Routing) -> Tensor:
         """Returns the weighted sum of each token's experts, of the shape and dtype of `x_nd`."""
@@ -96,7 +106,7 @@ class Experts(nn.Module):
         tokens = order // routing.experts_nk.shape[1]
         ends = torch.bincount(chosen, minlength=len(self.down_proj)).cumsum(0)
         gate, up = multiply_groups(x_nd[tokens], self.gate_up_proj, ends).chunk(2, -1)
-        results = multiply_groups(F.silu(gate) * up, self.down_proj, ends)
+        results = self.results(multiply_groups(self.product(gate, up), self.down_proj, ends))
         weighted = results * routing.weights_nk.flatten()[order, None].to(results.dtype)
         return torch.zeros_like(x_nd).index_add_(0, tokens, weighted)
 

@@ -42,6 +42,7 @@ def write_tensors(directory: Path, tensors: Iterable[tuple[str, Tensor]], max_sh
             save_file(pending, file, metadata=metadata)
         except SafetensorError as error:
             raise UserError(f"cannot write {file}: {error}") from error
+        _order_metadata(file)
         shards.append(list(pending))
         pending, size = {}, 0
 
@@ -63,6 +64,18 @@ def write_tensors(directory: Path, tensors: Iterable[tuple[str, Tensor]], max_sh
         weight_map |= dict.fromkeys(names, file)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _order_metadata(file: Path) -> None:
+    """Sorts a file's metadata in place: the library writes it in an order that differs each time."""
+    with file.open("r+b") as content:
+        length = int.from_bytes(content.read(8), "little")
+        header = json.loads(content.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        ordered = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(length)
+        if len(ordered) == length:
+            content.seek(8)
+            content.write(ordered)
 
 
 class TensorFiles:

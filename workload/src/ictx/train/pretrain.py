@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+import yaml
 from mlflow.exceptions import MlflowException
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ from ictx.data.shards import TokenArray
 from ictx.errors import UserError
 from ictx.metrics import flops_per_token, model_flops_utilisation, peak_flops, write_about
 from ictx.model import Transformer
-from ictx.train.checkpoint import Checkpoints
+from ictx.train.checkpoint import MODEL_FILE, Checkpoints
 from ictx.train.config import OptimizerConfig, PretrainConfig
 from ictx.train.journal import Journal
 from ictx.train.publish import publish
@@ -255,6 +256,8 @@ def main(config: PretrainConfig) -> int:
         training = Pretraining(config, ranks)
         training.directory.mkdir(parents=True, exist_ok=True)
         journal = Journal(ranks.first, training.directory, config.run.experiment, asdict(config), training.resumed_from)
+        if ranks.first:
+            (training.directory / MODEL_FILE).write_text(yaml.safe_dump(asdict(config.model), sort_keys=False))
         size = sum(weight.numel() for weight in training.model.parameters())
         origin = f"resuming after step {training.resumed_from}" if training.resumed_from else "from the start"
         journal.say(
