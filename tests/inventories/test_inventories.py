@@ -69,5 +69,6 @@ def test_the_schema_has_every_cluster_variable_that_playbooks_use_and_no_other()
 def test_no_role_knows_the_cluster_or_its_groups() -> None:
     known = re.compile(r"\bictx_[a-z]+_?\w*|\bgroup_names\b|\bgroups\[")
     for file in sorted((ROOT / "roles").glob("*/*/**/*.y*ml")) + sorted((ROOT / "roles").glob("*/templates/**/*.j2")):
-        if file.relative_to(ROOT).parts[1] != "lab":
+        # Rules of Prometheus name metrics, not variables.
+        if file.relative_to(ROOT).parts[1] != "lab" and file.parent.name != "rules":
             assert not known.findall(re.sub(r"(?m)^\s*#.*$", "", file.read_text())), file

@@ -22,6 +22,7 @@ REGISTERED: dict[str, dict[str, Any]] = {
     },
     "k3s": {"_k3s_runtime": {"stat": {"exists": True}}},
     "kube_lab": {"item": {"address": "192.0.2.15:5000"}},
+    "prometheus": {"item": {"name": "node", "targets": [{"address": "192.0.2.1:9100", "labels": {"node": "n1"}}]}},
     "nvidia_driver": {"_nvidia_driver_pci": {"gpus": ["0000:07:00.0"], "nvswitches": [], "nouveau": False}},
 }
 # The lab's containers exist in its own inventory only.
@@ -158,3 +159,28 @@ def test_the_registry_serves_on_its_port_with_tls(rendered: Any) -> None:
             http = yaml.safe_load(text)["http"]
             assert http["addr"] == ":5000"
             assert http["tls"]["certificate"].endswith(".crt")
+
+
+def test_prometheus_scrapes_every_host_of_the_inventory_by_its_name(written: Any) -> None:
+    conf = yaml.safe_load("\n".join(written("example", "prometheus", "prometheus.yml.j2", "infra1")))
+    jobs = {job["job_name"]: job for job in conf["scrape_configs"]}
+    assert set(jobs) == {"node", "mysqld", "dcgm", "blackbox", "prometheus", "alertmanager", "endpoints"}
+    assert {job["scheme"] for job in jobs.values()} == {"https"}
+    assert jobs["node"]["honor_labels"] is True, "a controller tells about other nodes"
+    assert {job["basic_auth"]["password_file"] for job in jobs.values()} == {"/etc/prometheus/metrics_password"}
+    assert conf["alerting"]["alertmanagers"][0]["static_configs"] == [{"targets": ["192.0.2.15:9093"]}]
+
+
+def test_a_single_alertmanager_does_not_look_for_others(written: Any) -> None:
+    (arguments,) = (line for line in written("lab", "alertmanager", "default.j2", "svc1") if line.startswith("ARGS="))
+    assert arguments.endswith('--cluster.listen-address="')
+
+
+def test_no_password_stands_in_a_configuration_of_monitoring(rendered: Any) -> None:
+    texts = rendered["example"]
+    for role in ("prometheus", "alertmanager", "grafana", "node_exporter"):
+        for template, hosts in texts.items():
+            if template.parts[1] == role:
+                for text in hosts.values():
+                    found = re.findall(r"^\s*(?:basicAuth)?password: (?!\$__file)", text, re.IGNORECASE | re.MULTILINE)
+                    assert found == [], template

@@ -22,6 +22,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from ictx.data.loader import Batch, Batches
 from ictx.data.shards import TokenArray
 from ictx.errors import UserError
+from ictx.metrics import flops_per_token, model_flops_utilisation, peak_flops, write_about
 from ictx.model import Transformer
 from ictx.train.checkpoint import MODEL_FILE, Checkpoints
 from ictx.train.config import OptimizerConfig, PretrainConfig
@@ -177,6 +178,12 @@ class Pretraining:
         """Trains to the last step and returns the result, or None when told to stop (a checkpoint is saved then)."""
         loop, ranks = self.config.train, self.ranks
         tokens_per_step = loop.batch_size * ranks.count * loop.sequence_length
+        size = sum(weight.numel() for weight in self.model.parameters())
+        per_token, each = flops_per_token(self.config.model, size, loop.sequence_length), peak_flops(ranks.device)
+        peak = each * ranks.count if each else None
+        if ranks.first:
+            name = self.config.run.model_name or self.config.run.experiment
+            write_about(self.directory, "pretrain", name, loop.steps, size)
         began = time.monotonic()
         saved = logged = self.resumed_from
         busy = 0.0
@@ -196,6 +203,8 @@ class Pretraining:
                 record = {"step": step, "loss": loss, "gradient_norm": norm}
                 record["learning_rate"] = learning_rate(step, loop.steps, self.config.optimizer)
                 record["tokens_per_second"] = (step - logged) * tokens_per_step / busy
+                record["step_seconds"] = busy / (step - logged)
+                record |= model_flops_utilisation(record["tokens_per_second"], per_token, peak)
                 busy, logged = 0.0, step
                 line = f"step {step}/{loop.steps}: loss {loss:.3f}, {record['tokens_per_second']:,.0f} tokens/s"
                 if step % loop.validate_every == 0 or last:

@@ -1,0 +1,81 @@
+"""Kubernetes: nodes and pods, from the kubelets' own metrics."""
+
+from __future__ import annotations
+
+from grafana_foundation_sdk.builders.dashboard import Dashboard
+
+from .panels import RED, graph, listing, number, row, start
+
+EACH = "{{namespace}}/{{pod}}"
+PODS = 'namespace=~"$namespace",pod=~"$pod",container!=""'
+
+
+def build() -> Dashboard:
+    """Returns the dashboard."""
+    made = start(
+        "kubernetes",
+        "Kubernetes",
+        "Nodes and pods of the clusters that serve models, from the kubelets (cAdvisor) and the API server.",
+        {
+            "namespace": "label_values(container_memory_working_set_bytes, namespace)",
+            "pod": 'label_values(container_memory_working_set_bytes{namespace=~"$namespace"}, pod)',
+        },
+    )
+    made = row(
+        made,
+        "Cluster",
+        number(
+            "Nodes that answer",
+            "Kubelets that the API server reaches.",
+            "percentunit",
+            'avg(up{job=~"kubernetes-.*-nodes"})',
+            [(float("-inf"), RED), (1.0, "green")],
+            6,
+        ),
+        number("Pods", "Pods that run.", "none", "sum(kubelet_running_pods)", width=6),
+        number(
+            "Containers",
+            "Containers that run.",
+            "none",
+            'sum(kubelet_running_containers{container_state="running"})',
+            width=6,
+        ),
+        number(
+            "API requests that fail",
+            "Share of requests to the API server with a 5xx answer.",
+            "percentunit",
+            'sum(rate(apiserver_request_total{code=~"5.."}[5m])) / sum(rate(apiserver_request_total[5m])) or vector(0)',
+            [(0.01, RED)],
+            6,
+        ),
+    )
+    return row(
+        made,
+        "Pods",
+        graph(
+            "CPU",
+            "CPUs in use by each pod.",
+            "none",
+            {EACH: f"sum by (namespace, pod) (rate(container_cpu_usage_seconds_total{{{PODS}}}[5m]))"},
+        ),
+        graph(
+            "Memory",
+            "Memory that the kernel would not give back.",
+            "bytes",
+            {EACH: f"sum by (namespace, pod) (container_memory_working_set_bytes{{{PODS}}})"},
+        ),
+        graph(
+            "Starts",
+            "Starts of containers within 15 minutes: more than three is a crash loop.",
+            "none",
+            {EACH: f"max by (namespace, pod) (changes(container_start_time_seconds{{{PODS}}}[15m]))"},
+            [(3, RED)],
+        ),
+        listing(
+            "Memory of containers",
+            "Each container's memory, with its node.",
+            f"container_memory_working_set_bytes{{{PODS}}}",
+            "bytes",
+            12,
+        ),
+    )

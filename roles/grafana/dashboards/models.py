@@ -1,0 +1,81 @@
+"""Registry and models: where images and models come from, and whether people can get at them."""
+
+from __future__ import annotations
+
+from grafana_foundation_sdk.builders.dashboard import Dashboard
+
+from .panels import RED, YELLOW, graph, listing, mean, number, row, start
+
+ME = 'cluster="$cluster"'
+
+
+def build() -> Dashboard:
+    """Returns the dashboard."""
+    made = start(
+        "models",
+        "Registry & models",
+        "The image registry, MLflow, and the training runs that make models.",
+        {"model": 'label_values(ictx_training_info{cluster="$cluster"}, model)'},
+    )
+    made = row(
+        made,
+        "Endpoints",
+        number(
+            "Answering",
+            "Share of endpoints that answer as they should.",
+            "percentunit",
+            f"avg(probe_success{{{ME}}})",
+            [(float("-inf"), RED), (1.0, "green")],
+            6,
+        ),
+        number("Slowest", "Longest answer.", "s", f"max(probe_duration_seconds{{{ME}}})", [(1, YELLOW), (5, RED)], 6),
+        number(
+            "First certificate to end",
+            "Time until then.",
+            "s",
+            f"min(probe_ssl_earliest_cert_expiry{{{ME}}}) - time()",
+            [(float("-inf"), RED), (14 * 86400, "green")],
+            6,
+        ),
+        number(
+            "Runs",
+            "Training runs that report.",
+            "none",
+            f'count(ictx_training_info{{{ME},model=~"$model"}}) or vector(0)',
+            width=6,
+        ),
+        graph("Answers", "1 while an endpoint answers.", "none", {"{{instance}}": f"probe_success{{{ME}}}"}, top=1),
+        graph(
+            "Time of an answer",
+            "Seen from the Prometheus host.",
+            "s",
+            {"{{instance}}": f"probe_duration_seconds{{{ME}}}"},
+        ),
+    )
+    made = row(
+        made,
+        "MLflow",
+        graph(
+            "Requests",
+            "Requests a second to the tracking server, by status.",
+            "reqps",
+            {"{{status}}": "sum by (status) (rate(mlflow_http_request_total[5m]))"},
+        ),
+        graph(
+            "Time of a request",
+            "Mean.",
+            "s",
+            {"{{method}}": mean("mlflow_http_request_duration_seconds", "method", "")},
+        ),
+    )
+    return row(
+        made,
+        "Models",
+        listing(
+            "Runs",
+            "Job, MLflow run, model and stage of what trains now or has just ended.",
+            f'ictx_training_info{{{ME},model=~"$model"}}',
+            width=12,
+        ),
+        listing("Pods that serve", "Which model each pod serves.", "vllm:num_requests_running", width=12),
+    )

@@ -1,0 +1,151 @@
+"""Training run: one job from loss to hardware."""
+
+from __future__ import annotations
+
+from grafana_foundation_sdk.builders.dashboard import Dashboard
+
+from .panels import RED, YELLOW, graph, listing, number, row, start
+
+ME = 'cluster="$cluster",job_id=~"$job"'
+BY = "{{job_id}} {{user}}"
+ON_NODES = f"on (cluster, node) group_left (job_id) max by (cluster, node, job_id) (slurm_job_node{{{ME}}})"
+
+
+def build() -> Dashboard:
+    """Returns the dashboard."""
+    made = start(
+        "training",
+        "Training run",
+        "A job from its loss to its hardware. Jobs are SLURM's numbers; a run is MLflow's.",
+        {
+            "run": 'label_values(ictx_training_info{cluster="$cluster"}, mlflow_run)',
+            "job": 'label_values(ictx_training_info{cluster="$cluster",mlflow_run=~"$run"}, job_id)',
+        },
+    )
+    made = row(
+        made,
+        "Now",
+        number("Step", "Optimizer steps done.", "none", f"max(ictx_training_step{{{ME}}})"),
+        number("Loss", "Training loss, nats per token.", "none", f"min(ictx_training_loss{{{ME}}})"),
+        number("Tokens a second", "Of all ranks.", "none", f"sum(ictx_training_tokens_per_second{{{ME}}})"),
+        number(
+            "MFU",
+            "Model FLOPS utilisation: useful operations, of what the hardware can do.",
+            "percentunit",
+            f"avg(ictx_training_mfu_ratio{{{ME}}})",
+        ),
+        number(
+            "Last step",
+            "How long ago the job told about a step.",
+            "s",
+            f"min(job:training_record_age:seconds{{{ME}}})",
+            [(600, RED)],
+        ),
+        number(
+            "Last checkpoint",
+            "How long ago: this much would be lost now.",
+            "s",
+            f"min(job:training_checkpoint_age:seconds{{{ME}}})",
+            [(1800, YELLOW), (3600, RED)],
+        ),
+        listing("Runs", "Job, user, MLflow run, model and stage.", f'ictx_training_info{{{ME},mlflow_run=~"$run"}}'),
+    )
+    made = row(
+        made,
+        "Learning",
+        graph(
+            "Loss",
+            "Training and validation loss, nats per token.",
+            "none",
+            {BY: f"ictx_training_loss{{{ME}}}", f"{BY} validation": f"ictx_training_validation_loss{{{ME}}}"},
+        ),
+        graph(
+            "Gradient norm",
+            "Before clipping. A rise comes before most spikes of the loss.",
+            "none",
+            {BY: f"ictx_training_gradient_norm{{{ME}}}"},
+        ),
+        graph("Learning rate", "Of the optimizer.", "none", {BY: f"ictx_training_learning_rate{{{ME}}}"}),
+        graph(
+            "Steps",
+            "Steps done. A step back is a restart from a checkpoint.",
+            "none",
+            {BY: f"ictx_training_step{{{ME}}}"},
+        ),
+    )
+    made = row(
+        made,
+        "Speed",
+        graph("Tokens a second", "Of all ranks.", "none", {BY: f"ictx_training_tokens_per_second{{{ME}}}"}),
+        graph(
+            "MFU and GPU utilisation",
+            "MFU counts useful operations, utilisation only that a kernel ran.",
+            "percentunit",
+            {
+                f"{BY} MFU": f"ictx_training_mfu_ratio{{{ME}}}",
+                f"{BY} GPU utilisation": f"job:gpu_utilisation:avg{{{ME}}}",
+            },
+            top=1,
+        ),
+        graph(
+            "Time of a step",
+            "The whole step, and what of it was waiting for data.",
+            "s",
+            {f"{BY} step": f"ictx_training_step_seconds{{{ME}}}", f"{BY} data": f"ictx_training_data_seconds{{{ME}}}"},
+        ),
+        graph(
+            "Goodput",
+            "Share of the last hour in which the job got on.",
+            "percentunit",
+            {BY: f"avg_over_time(job:training_progressing{{{ME}}}[1h])"},
+            [(float("-inf"), RED), (0.9, "green")],
+            top=1,
+        ),
+    )
+    made = row(
+        made,
+        "Safety",
+        graph(
+            "Age of the last checkpoint",
+            "It falls to 0 with each checkpoint.",
+            "s",
+            {BY: f"job:training_checkpoint_age:seconds{{{ME}}}"},
+            [(1800, YELLOW)],
+        ),
+        graph(
+            "Age of the last record",
+            "It grows when the job hangs.",
+            "s",
+            {BY: f"job:training_record_age:seconds{{{ME}}}"},
+            [(600, RED)],
+        ),
+    )
+    return row(
+        made,
+        "Its nodes",
+        graph(
+            "CPU",
+            "CPU of the job's nodes.",
+            "percentunit",
+            {"{{node}}": f'node:cpu_utilisation:ratio{{cluster="$cluster"}} * {ON_NODES}'},
+            top=1,
+        ),
+        graph(
+            "GPU memory",
+            "Memory of the job's GPUs.",
+            "mbytes",
+            {"{{node}} gpu {{gpu}}": f'DCGM_FI_DEV_FB_USED{{cluster="$cluster"}} * {ON_NODES}'},
+        ),
+        graph(
+            "Network",
+            "Received by the job's nodes.",
+            "Bps",
+            {"{{node}}": f'node:network_receive:rate5m{{cluster="$cluster"}} * {ON_NODES}'},
+        ),
+        graph(
+            "GPU power",
+            "Power of the job's GPUs.",
+            "watt",
+            {"{{node}} gpu {{gpu}}": f'DCGM_FI_DEV_POWER_USAGE{{cluster="$cluster"}} * {ON_NODES}'},
+        ),
+    )

@@ -1,0 +1,56 @@
+"""The filters of playbooks/monitoring.yml."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import bcrypt
+import pytest
+from ansible.errors import AnsibleFilterError
+from cluster import ROOT
+
+SPEC = importlib.util.spec_from_file_location("monitoring_filters", ROOT / "playbooks/plugins/filter/monitoring.py")
+FILTERS = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(FILTERS)
+
+
+def test_a_web_password_is_a_hash_of_the_password_and_always_the_same() -> None:
+    made = FILTERS.web_password("secret", 21 * "a")
+    assert made == FILTERS.web_password("secret", 21 * "a")
+    assert bcrypt.checkpw(b"secret", made.encode())
+    assert not bcrypt.checkpw(b"Secret", made.encode())
+    assert made != FILTERS.web_password("secret", 21 * "b")
+
+
+@pytest.mark.parametrize("salt", ["", "short", 20 * "a" + "-", 22 * "a"])
+def test_a_salt_that_bcrypt_would_cut_or_refuse_is_named(salt: str) -> None:
+    with pytest.raises(AnsibleFilterError, match="21 letters or digits"):
+        FILTERS.web_password("secret", salt)
+
+
+def test_targets_are_the_hosts_addresses_with_their_names() -> None:
+    hostvars = {"b": {"ansible_host": "192.0.2.2"}, "a": {}}
+    assert FILTERS.scrape_targets(["b", "a"], hostvars, 9100, "x") == [
+        {"address": "a:9100", "labels": {"node": "a", "cluster": "x"}},
+        {"address": "192.0.2.2:9100", "labels": {"node": "b", "cluster": "x"}},
+    ]
+
+
+def test_secrets_are_taken_out_of_a_text_by_value_and_by_name() -> None:
+    text = (
+        "/etc/x.conf:StoragePass=hunter2hunter2\nurl: https://u:abcdefghijkl@h\npassword: 'quoted pass'\n"
+        "admin: $2b$10$"
+        + 53 * "a"
+        + "\n-----BEGIN EC PRIVATE KEY-----\nabc\n-----END EC PRIVATE KEY-----\npath=/etc/passwd\n"
+    )
+    made = FILTERS.redacted(text, {"one": "abcdefghijkl\n"})
+    assert "hunter2" not in made
+    assert "https://u:[one]@h" in made
+    assert "quoted" not in made
+    assert "[hash]" in made
+    assert "abc\n" not in made
+    assert "path=/etc/passwd" in made
+
+
+def test_a_short_secret_does_not_make_holes_everywhere() -> None:
+    assert FILTERS.redacted("a b c", {"salt": "b"}) == "a b c"
