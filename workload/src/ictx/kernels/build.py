@@ -147,8 +147,7 @@ def _compiling(cache: Path, target: int) -> Iterator[None]:
     before = driver._active
     with knobs.cache.scope():
         knobs.cache.dir = str(cache)
-        # Triton types its driver by a class that needs a GPU's library.
-        driver.set_active(_Driver(target))  # type: ignore[arg-type]
+        driver.set_active(_Driver(target))
         try:
             yield
         finally:
