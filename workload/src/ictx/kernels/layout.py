@@ -42,7 +42,7 @@ def quantise(rows: Tensor, stored: str) -> Tensor:
     """Returns rows [..., 576] as bytes [..., 656]."""
     out = torch.empty(*rows.shape[:-1], ROW_BYTES, dtype=torch.uint8, device=rows.device)
     latent, scales, rope = parts(out, stored, rows.dtype)
-    groups = rows[..., :LATENT].float().unflatten(-1, (GROUPS, GROUP))
+    groups = rows[..., :LATENT].float().reshape(*rows.shape[:-1], GROUPS, GROUP)
     scale = groups.abs().amax(-1) / LARGEST[stored]
     scaled = (groups / torch.where(scale == 0, 1.0, scale)[..., None]).flatten(-2)
     latent.copy_(scaled.round() if stored == "int8" else scaled)
@@ -54,5 +54,5 @@ def quantise(rows: Tensor, stored: str) -> Tensor:
 def dequantise(rows: Tensor, stored: str, dtype: torch.dtype) -> Tensor:
     """Returns bytes [..., 656] as float32 rows [..., 576]; `dtype` is that of the key part."""
     latent, scales, rope = parts(rows, stored, dtype)
-    values = latent.float().unflatten(-1, (GROUPS, GROUP)) * scales[..., None]
+    values = latent.float().reshape(*rows.shape[:-1], GROUPS, GROUP) * scales[..., None]
     return torch.cat([values.flatten(-2), rope.float()], -1)
