@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from ictx import __version__
+from ictx import __version__, model_cli
 from ictx.errors import UserError
 
 PREPARE_EXAMPLES = """
@@ -74,6 +74,8 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=raw,
     )
     pretrain.set_defaults(run=run_pretrain)
+
+    model_cli.register(areas)
     return top
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+import yaml
 from mlflow.exceptions import MlflowException
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ from ictx.data.loader import Batches
 from ictx.data.shards import TokenArray
 from ictx.errors import UserError
 from ictx.model import Transformer
-from ictx.train.checkpoint import Checkpoints
+from ictx.train.checkpoint import MODEL_FILE, Checkpoints
 from ictx.train.config import OptimizerConfig, PretrainConfig
 from ictx.train.journal import Journal
 from ictx.train.publish import publish
@@ -42,9 +43,9 @@ def learning_rate(step: int, steps: int, config: OptimizerConfig) -> float:
     return config.learning_rate * share
 
 
-def next_token_loss(model: nn.Module, tokens_bs: Tensor, labels_bs: Tensor) -> Tensor:
-    """Returns the mean cross-entropy, in nats, of each token's next one."""
-    return F.cross_entropy(model(tokens_bs).flatten(0, 1).float(), labels_bs.flatten())
+def next_token_loss(model: nn.Module, tokens_bs: Tensor, labels_bs: Tensor, **inputs: Tensor) -> Tensor:
+    """Returns the mean cross-entropy, in nats, of each token's next one; `inputs` are further ones of the model."""
+    return F.cross_entropy(model(tokens_bs, **inputs).flatten(0, 1).float(), labels_bs.flatten())
 
 
 class Pretraining:
@@ -79,14 +80,20 @@ class Pretraining:
     def _sharded_model(self) -> Transformer:
         """Returns the model with the seed's weights, each layer sharded over all ranks."""
         config, mesh = self.config, self.ranks.mesh
-        with self.ranks.device:
+        with torch.device("meta"):
             model = Transformer(config.model)
-        model.init_weights(config.train.seed)
         half = self.ranks.device.type == "cuda" and config.train.dtype == "bfloat16"
-        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if half else None, reduce_dtype=torch.float32)
-        for layer in model.model.layers:
+        policy = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16 if half else None,
+            reduce_dtype=torch.float32,
+            cast_forward_inputs=False,  # rotations stay float32
+        )
+        for layer in (*model.model.layers, *model.mtp):
             fully_shard(layer, mesh=mesh, mp_policy=policy)
         fully_shard(model, mesh=mesh, mp_policy=policy)
+        # Only now is memory taken, on each rank for its own shards.
+        model.to_empty(device=self.ranks.device)
+        model.init_weights(config.train.seed)
         return model
 
     def _new_optimizer(self) -> torch.optim.Optimizer:
@@ -136,11 +143,16 @@ class Pretraining:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         batch, device = self.batches.next(), self.ranks.device
-        loss = next_token_loss(self.model, batch.input_ids.to(device), batch.labels.to(device))
-        loss.backward()  # type: ignore[no-untyped-call]
+        labels = batch.labels.to(device)
+        apart = {"position_ids": batch.position_ids.to(device), "document_ids": batch.document_ids.to(device)}
+        loss = next_token_loss(
+            self.model, batch.input_ids.to(device), labels, **(apart if self.config.train.mask_documents else {})
+        )
+        (loss + self.model.auxiliary_loss(labels)).backward()  # type: ignore[no-untyped-call]
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimizer.clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
+        self.model.after_step()
         return loss.item(), norm.full_tensor().item()  # type: ignore[attr-defined]
 
     @torch.no_grad()
@@ -235,6 +247,8 @@ def main(config: PretrainConfig) -> int:
         training = Pretraining(config, ranks)
         training.directory.mkdir(parents=True, exist_ok=True)
         journal = Journal(ranks.first, training.directory, config.run.experiment, asdict(config), training.resumed_from)
+        if ranks.first:
+            (training.directory / MODEL_FILE).write_text(yaml.safe_dump(asdict(config.model), sort_keys=False))
         size = sum(weight.numel() for weight in training.model.parameters())
         origin = f"resuming after step {training.resumed_from}" if training.resumed_from else "from the start"
         journal.say(
