@@ -20,6 +20,22 @@ for unit in systemd-udevd.service systemd-udevd-kernel.socket systemd-udevd-cont
   ln -sf /dev/null "$root/etc/systemd/system/$unit"
 done
 
+# On a hybrid host (cgroups of both versions) podman gives the nodes one hierarchy of systemd's to share, and a node that
+# stops takes the groups of the others away: their engines then start no container. Nothing in a node needs it.
+cat >"$root/etc/systemd/system/forget-shared-hierarchy.service" <<'UNIT'
+[Unit]
+Description=Unmount the hierarchy that nodes of a hybrid host share
+DefaultDependencies=no
+Before=sysinit.target
+ConditionPathIsMountPoint=/sys/fs/cgroup/systemd
+ConditionPathIsMountPoint=/sys/fs/cgroup/unified
+[Service]
+Type=oneshot
+ExecStart=/bin/umount --lazy /sys/fs/cgroup/systemd
+UNIT
+mkdir -p "$root/etc/systemd/system/sysinit.target.wants"
+ln -s ../forget-shared-hierarchy.service "$root/etc/systemd/system/sysinit.target.wants/"
+
 # No package lists: they would be stale. The date of their folder must not pass for that of fresh ones.
 rm -rf "$root"/var/lib/apt/lists/*
 touch -d @0 "$root/var/lib/apt/lists"
