@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from ictx.data.loader import Batches, TokenArray
 from ictx.errors import UserError
 from ictx.model import Transformer
+from ictx.registry import as_user_error
 from ictx.train.checkpoint import Checkpoints
 from ictx.train.config import OptimizerConfig, PretrainConfig
 from ictx.train.journal import Journal
@@ -212,8 +212,7 @@ def explained(config: PretrainConfig) -> Iterator[None]:
     try:
         yield
     except MlflowException as error:
-        uri = os.environ.get("MLFLOW_TRACKING_URI", "")
-        raise UserError(f"MLFLOW_TRACKING_URI is {uri!r}: {str(error).partition(chr(10))[0]}") from error
+        raise as_user_error(error) from error
     except SafetensorError as error:
         raise UserError(f"cannot write the exported model below {config.run.dir}: {error}") from error
     except OSError as error:
@@ -231,7 +230,15 @@ def main(config: PretrainConfig) -> int:
     with explained(config), joined() as ranks:
         training = Pretraining(config, ranks)
         training.directory.mkdir(parents=True, exist_ok=True)
-        journal = Journal(ranks.first, training.directory, config.run.experiment, asdict(config), training.resumed_from)
+        run = config.run
+        journal = Journal(
+            ranks.first,
+            training.directory,
+            run.experiment,
+            asdict(config),
+            training.resumed_from,
+            run.tracking_patience,
+        )
         size = sum(weight.numel() for weight in training.model.parameters())
         origin = f"resuming after step {training.resumed_from}" if training.resumed_from else "from the start"
         journal.say(
