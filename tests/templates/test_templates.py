@@ -20,6 +20,7 @@ REGISTERED: dict[str, dict[str, Any]] = {
             "containers": {"ictx-ctl": "running"},
         }
     },
+    "kube_lab": {"item": {"address": "192.0.2.15:5000"}},
     "nvidia_driver": {"_nvidia_driver_pci": {"gpus": ["0000:07:00.0"], "nvswitches": [], "nouveau": False}},
 }
 # The lab's containers exist in its own inventory only.
