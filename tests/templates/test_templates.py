@@ -21,6 +21,8 @@ REGISTERED: dict[str, dict[str, Any]] = {
         }
     },
     "kube_lab": {"item": {"address": "192.0.2.15:5000"}},
+    # A task's loop gives the name: this one has an account in every inventory.
+    "mlflow_users": {"item": "serving"},
     "nvidia_driver": {"_nvidia_driver_pci": {"gpus": ["0000:07:00.0"], "nvswitches": [], "nouveau": False}},
 }
 # The lab's containers exist in its own inventory only.

@@ -124,7 +124,7 @@ def reason(error: MlflowException) -> str:
         "No route to host": "no route to the host",
         "imed out": "no answer in time",
         "error code 401": "the name or the password is wrong (MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD)",
-        "error code 403": "this user may not do that",
+        "error code 403": "there is no such thing, or this user may not see or change it",
     }.items():
         if sign in str(error):
             return words
