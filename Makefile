@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: help lab test check-fast lint unit down clean
+.PHONY: help lab test check-fast lint unit bench-cpu down clean
 
 help: ## Show every target
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -25,6 +25,11 @@ lint: ## Run every linter
 unit: ## Run the unit tests of the platform and of the workload
 	@scripts/bootstrap test
 	@scripts/unit
+
+bench-cpu: ## Run every benchmark that needs no GPU
+	@scripts/bootstrap test
+	@scripts/bootstrap workload
+	@for file in workload/benchmarks/*.py; do .venv-workload/bin/python "$$file" || exit; done
 
 down: ## Remove the lab and everything it started; caches stay
 	@scripts/bootstrap control

@@ -20,6 +20,7 @@ REGISTERED: dict[str, dict[str, Any]] = {
             "containers": {"ictx-ctl": "running"},
         }
     },
+    "k3s": {"_k3s_runtime": {"stat": {"exists": True}}},
     "kube_lab": {"item": {"address": "192.0.2.15:5000"}},
     # A task's loop gives the name: this one has an account in every inventory.
     "mlflow_users": {"item": "serving"},

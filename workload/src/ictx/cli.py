@@ -1,14 +1,15 @@
-"""The command line: `ictx data prepare`, `ictx train pretrain`, `ictx pull`, `ictx promote`."""
+"""The command line: `ictx data`, `ictx train`, `ictx pull`, `ictx promote`, and what model/cli.py adds."""
 
 from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from ictx import __version__
+from ictx import __version__, model_cli
 from ictx.errors import UserError
 
 PREPARE_EXAMPLES = """
@@ -18,6 +19,8 @@ already is not made again.
 examples:
   ictx data prepare --config pretrain/tiny.yaml --corpus /usr/lib/python3 /usr/share/doc --out /shared/data
   ictx data prepare --config pretrain/tiny.yaml --corpus notes/ --out data --set data.min_bytes=100000
+  ictx data prepare --config pretrain/tiny.yaml --corpus pages.jsonl books.parquet --out data --set data.text_field=body
+  ictx data prepare --config pretrain/tiny.yaml --corpus hf=HuggingFaceFW/fineweb-edu,sample-10BT --out /shared/data
 """
 PRETRAIN_EXAMPLES = """
 A run goes on from the newest checkpoint in run.dir. SIGTERM saves a checkpoint and ends with status 75.
@@ -60,10 +63,20 @@ def parser() -> argparse.ArgumentParser:
         epilog=PREPARE_EXAMPLES,
         formatter_class=raw,
     )
-    prepare.add_argument("--corpus", nargs="+", type=Path, required=True, metavar="PATH", help="text files and folders")
+    prepare.add_argument(
+        "--corpus",
+        nargs="+",
+        required=True,
+        metavar="SOURCE",
+        help="files and folders (text, gzipped or not; .jsonl; .parquet), and hf=NAME[,CONFIG[,SPLIT]]: a data set of "
+        "the Hugging Face Hub, or a folder that `datasets` reads",
+    )
     prepare.add_argument("--out", type=Path, required=True, help="folder below which the prepared corpus is put")
     prepare.add_argument("--link", type=Path, help="symbolic link to make to the prepared corpus")
     prepare.set_defaults(run=run_prepare)
+    verify = data.add_parser("verify", help="read a prepared corpus and compare it with its checksums")
+    verify.add_argument("dir", type=Path, metavar="DIR", help="what `ictx data prepare` printed")
+    verify.set_defaults(run=run_verify)
 
     train = areas.add_parser("train", help="training").add_subparsers(metavar="COMMAND", required=True)
     pretrain = train.add_parser(
@@ -89,6 +102,8 @@ def parser() -> argparse.ArgumentParser:
     promote.add_argument("--alias", required=True, help="alias that is to stand for it, such as champion")
     promote.add_argument("--model", default="", help="registered model; needed where there are several")
     promote.set_defaults(run=run_promote)
+
+    model_cli.register(areas)
     return top
 
 
@@ -97,6 +112,8 @@ def run_prepare(arguments: argparse.Namespace) -> int:
     from ictx.data.prepare import prepare
     from ictx.train.config import load
 
+    # A job that is told to stop tidies up like one that fails.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     # The whole configuration is read: what is wrong in it shows before the corpus is read, not after.
     directory = prepare(arguments.corpus, arguments.out, load(arguments.config, arguments.set).data)
     if arguments.link:
@@ -105,6 +122,17 @@ def run_prepare(arguments: argparse.Namespace) -> int:
         draft.symlink_to(directory.resolve())
         draft.replace(arguments.link)
     print(directory)
+    return 0
+
+
+def run_verify(arguments: argparse.Namespace) -> int:
+    """`ictx data verify`."""
+    from ictx.data.shards import verify
+
+    meta = verify(arguments.dir)
+    print(
+        f"{arguments.dir} is intact: {meta['train_tokens']:,} training, {meta['validation_tokens']:,} validation tokens"
+    )
     return 0
 
 

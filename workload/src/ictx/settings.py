@@ -16,6 +16,15 @@ from ictx.errors import UserError
 T = TypeVar("T")
 
 
+def config_path(name: str) -> Path:
+    """Returns the file: as given, or below the configs that come with the image or the checkout. Raises UserError."""
+    folders = [Path(), Path("/opt/ictx/configs"), Path(__file__).parents[2] / "configs"]
+    for folder in folders:
+        if (folder / name).is_file():
+            return folder / name
+    raise UserError(f"configuration {name} is neither here nor below {folders[1]}")
+
+
 def load_yaml(path: Path) -> dict[str, Any]:
     """Returns the mapping in a YAML file. Raises UserError when there is none."""
     try:

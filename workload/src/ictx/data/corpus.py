@@ -1,94 +1,121 @@
-"""Documents: the distinct text files below some paths, in an order that does not depend on the machine."""
+"""A corpus: the distinct documents of some sources, in an order that does not depend on the machine."""
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import os
-import zlib
+import sqlite3
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 
+from ictx.data.config import DataConfig
+from ictx.data.progress import Progress
+from ictx.data.sources import source
 from ictx.errors import UserError
 
-# Longer files (generated tables, change logs of decades) are cut into documents of this many characters.
-LONGEST_DOCUMENT = 1 << 20
-SKIPPED_FOLDERS = {"__pycache__", ".git"}
+# Of the hash by which documents are told apart: two among 10¹² share it with a chance of 10⁻¹⁵.
+HASH_BYTES = 16
+CACHE_KIB = 64 << 10
 
 
-def read_text(path: Path) -> str | None:
-    """Returns the text of a plain or gzipped file, or None for one that is not UTF-8 text or cannot be read."""
-    try:
-        content = path.read_bytes()
-        if path.suffix == ".gz":
-            content = gzip.decompress(content)
-        text = content.decode("utf-8")
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError):
-        return None
-    return None if "\0" in text else text
+@dataclass(frozen=True)
+class Document:
+    """A text and the SHA-256 of its UTF-8 bytes."""
 
-
-def text_files(paths: Sequence[Path]) -> list[Path]:
-    """Returns every regular file at or below the paths, sorted. Raises UserError for a path that does not exist."""
-    found: set[Path] = set()
-    for path in paths:
-        if not path.exists():
-            raise UserError(f"corpus path {path} does not exist")
-        if path.is_file():
-            found.add(path)
-        for folder, folders, names in os.walk(path):
-            folders[:] = [name for name in folders if name not in SKIPPED_FOLDERS]
-            found.update(file for name in names if (file := Path(folder, name)).is_file() and not file.is_symlink())
-    return sorted(found)
-
-
-@dataclass
-class Corpus:
-    """The distinct documents of the files below `paths`; text is read again at each pass, so memory stays flat."""
-
-    paths: Sequence[Path]
-    files: list[Path] = field(default_factory=list)
-    """Files that hold text not seen in an earlier one."""
-    bytes: int = 0
-    """UTF-8 bytes of all documents."""
-    fingerprint: str = ""
-    """SHA-256 over the contents: the same text has the same fingerprint wherever it lies."""
+    text: str
+    digest: bytes
+    bytes: int
+    """UTF-8 bytes of the text."""
 
     @classmethod
-    def scan(cls, paths: Sequence[Path], min_bytes: int) -> Corpus:
-        """Reads everything once. Raises UserError naming a path that is missing or empty, or a corpus too small."""
-        corpus = cls(paths)
-        seen: set[bytes] = set()
-        repeated: list[Path] = []
-        total = hashlib.sha256()
-        for file in text_files(paths):
-            text = read_text(file)
-            if not text:
-                continue
+    def of(cls, text: str) -> Document:
+        """Returns a text with its hash. Halves of surrogate pairs, which JSON can hold and UTF-8 cannot, become `?`."""
+        try:
             content = text.encode()
-            digest = hashlib.sha256(content).digest()
-            if digest in seen:
-                repeated.append(file)
-                continue
-            seen.add(digest)
-            total.update(digest)
-            corpus.files.append(file)
-            corpus.bytes += len(content)
-        for path in paths:
-            if not any(file.is_relative_to(path) for file in [*corpus.files, *repeated]):
-                raise UserError(f"corpus path {path} is empty: it holds no text (UTF-8, plain or gzipped)")
-        if corpus.bytes < min_bytes:
-            where = ", ".join(map(str, paths))
-            raise UserError(f"corpus {where} has {corpus.bytes:,} bytes of text: at least {min_bytes:,} are asked for")
-        corpus.fingerprint = total.hexdigest()
-        return corpus
+        except UnicodeEncodeError:
+            content = text.encode(errors="replace")
+            text = content.decode()
+        return cls(text, hashlib.sha256(content).digest(), len(content))
 
-    def documents(self) -> Iterator[str]:
-        """Yields each document."""
-        for file in self.files:
-            text = read_text(file)
-            if text is None:
-                raise UserError(f"corpus file {file} changed while it was read: run again")
-            for start in range(0, len(text), LONGEST_DOCUMENT):
-                yield text[start : start + LONGEST_DOCUMENT]
+    def share(self, salt: str) -> float:
+        """Returns a number in [0, 1) that depends on the text and the salt alone."""
+        digest = hashlib.sha256(salt.encode() + self.digest).digest()
+        return int.from_bytes(digest[:6], "big") / (1 << 48)
+
+
+class Seen:
+    """Hashes that were met, however many: SQLite's B-tree, 64 MiB of it in memory and the rest in a temporary file."""
+
+    def __init__(self) -> None:
+        """Starts empty; the file is the system's, nameless, and gone with this object."""
+        # A tokenizer that is trained takes documents in a thread of its own; no two threads do at once.
+        self._database = sqlite3.connect("", isolation_level=None, check_same_thread=False)
+        for pragma in (f"cache_size = -{CACHE_KIB}", "journal_mode = OFF", "synchronous = OFF"):
+            self._database.execute(f"PRAGMA {pragma}")
+        self._database.execute("CREATE TABLE seen (digest BLOB PRIMARY KEY) WITHOUT ROWID")
+        self._database.execute("BEGIN")
+
+    def add(self, digest: bytes) -> bool:
+        """Returns whether the digest is new. Raises UserError when the temporary file cannot grow."""
+        try:
+            return self._database.execute("INSERT OR IGNORE INTO seen VALUES (?)", (digest[:HASH_BYTES],)).rowcount == 1
+        except sqlite3.Error as error:
+            raise UserError(f"cannot keep hashes of documents in a temporary file (TMPDIR): {error}") from error
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What one pass over a corpus found."""
+
+    documents: int
+    repeated: int
+    """Documents that are there already, under another name."""
+    bytes: int
+    """UTF-8 bytes of all distinct documents."""
+    fingerprint: str
+    """SHA-256 over the documents: the same text has the same fingerprint wherever it lies."""
+
+
+class Corpus:
+    """The distinct documents of the sources. Text is read again at each pass, so memory stays flat."""
+
+    def __init__(self, names: Sequence[str], config: DataConfig) -> None:
+        """Raises UserError naming a path that does not exist."""
+        self.sources = [source(name) for name in sorted(names)]
+        self.config = config
+
+    def documents(self) -> Iterator[Document]:
+        """Yields each document once."""
+        seen = Seen()
+        yield from (document for document, new in self._all(seen) if new)
+
+    def scan(self) -> Summary:
+        """Reads everything once. Raises UserError naming a source that is empty, or a corpus that is too small."""
+        documents = repeated = size = 0
+        fingerprint = hashlib.sha256()
+        with Progress("reading the corpus") as progress:
+            for document, new in self._all(Seen()):
+                progress.add(document.bytes)
+                if not new:
+                    repeated += 1
+                    continue
+                documents, size = documents + 1, size + document.bytes
+                fingerprint.update(document.digest)
+        if size < self.config.min_bytes:
+            names = ", ".join(str(source) for source in self.sources)
+            raise UserError(
+                f"{names} has {size:,} bytes of text: at least {self.config.min_bytes:,} are asked for (data.min_bytes)"
+            )
+        return Summary(documents, repeated, size, fingerprint.hexdigest())
+
+    def _all(self, seen: Seen) -> Iterator[tuple[Document, bool]]:
+        """Yields every document, and whether it is new."""
+        for each in self.sources:
+            empty = True
+            for text in each.texts(self.config):
+                for start in range(0, len(text), self.config.longest_document):
+                    piece = text[start : start + self.config.longest_document]
+                    document = Document.of(piece)
+                    empty = False
+                    yield document, seen.add(document.digest)
+            if empty:
+                raise UserError(f"{each} is empty: it holds no text (UTF-8, plain or gzipped; JSON lines, Parquet)")

@@ -1,90 +1,185 @@
-"""Windows of tokens, shuffled and shared out among ranks; where it stands is one number."""
+"""Documents packed to sequences, shuffled and shared out among ranks; where it stands is one number."""
 
 from __future__ import annotations
 
-import json
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ictx.data.prepare import META_FILE
+from ictx.data.shards import TokenArray
 from ictx.errors import UserError
+
+Integers = npt.NDArray[np.int64]
+# Orders in memory: those of the shard that is read and of the next one, into which its last windows reach, with room
+# for a batch on the border of two shards and of two epochs.
+KEPT = 10
 
 
 @dataclass(frozen=True)
-class TokenArray:
-    """A prepared split, memory-mapped."""
+class Batch:
+    """Packed sequences of one rank, all int64 of shape (batch, sequence)."""
 
-    tokens: npt.NDArray[Any]
-    meta: dict[str, Any]
+    input_ids: Tensor
+    labels: Tensor
+    """Each input's next token; after a document's end that is the first of the next document."""
+    position_ids: Tensor
+    """Place in the document, or in the part of it that is in the sequence."""
+    document_ids: Tensor
+    """0, 1, … along a sequence: attention that stays within documents compares them."""
 
-    @classmethod
-    def open(cls, directory: Path, split: Literal["train", "validation"]) -> TokenArray:
-        """Maps the split of a prepared folder. Raises UserError when it is missing or has lost its end."""
-        try:
-            meta = json.loads((directory / META_FILE).read_text())
-            tokens = np.memmap(directory / f"{split}.bin", np.dtype(meta["dtype"]), "r")
-        except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"{directory} holds no prepared data ({error}): run `ictx data prepare`") from error
-        if len(tokens) != meta[f"{split}_tokens"]:
-            raise UserError(
-                f"{directory / f'{split}.bin'} has {len(tokens):,} tokens, but {META_FILE} says "
-                f"{meta[f'{split}_tokens']:,}: remove the folder and prepare it again"
-            )
-        return cls(tokens, meta)
 
-    def windows(self, length: int) -> int:
-        """Returns how many windows of `length` inputs and their next tokens there are."""
-        return (len(self.tokens) - 1) // length
+def shuffled(count: int, *seeds: int) -> Integers:
+    """Returns a permutation of range(count) that the seeds fix, on every machine and for every version of NumPy.
 
-    def window(self, index: int, length: int) -> Tensor:
-        """Returns window `index` as int64 of shape (length + 1,): inputs, and one more for the targets."""
-        start = index * length
-        return torch.from_numpy(self.tokens[start : start + length + 1].astype(np.int64))
+    It sorts by SplitMix64 (Steele et al., 2014, figure 15) of the numbers; equal keys stay in order.
+    """
+
+    def mixed(z: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return z ^ (z >> np.uint64(31))
+
+    golden = np.uint64(0x9E3779B97F4A7C15)
+    state = np.zeros(1, np.uint64)
+    for seed in seeds:
+        state = mixed((state ^ np.uint64(seed & (1 << 64) - 1)) + golden)
+    keys = mixed(state + (np.arange(count, dtype=np.uint64) + np.uint64(1)) * golden)
+    return np.argsort(keys, kind="stable").astype(np.int64)
+
+
+class Stream:
+    """The tokens of all documents, epoch after epoch without an end, cut to windows in an order of their own.
+
+    An epoch holds every document once: shards in an order that seed and epoch fix, and in each shard all its documents
+    in such an order. The windows that begin in a shard are shuffled too, so that a long document does not fill batch
+    after batch. A shard is a sample of the corpus: what is in memory is the index of the shards that are being read.
+    """
+
+    def __init__(self, data: TokenArray, length: int, seed: int) -> None:
+        """Args: `length` is a window's."""
+        self.data, self.length, self.seed = data, length, seed
+        self.tokens = len(data)
+        self._kept: dict[tuple[str, int, int], tuple[Integers, Integers]] = {}
+
+    def window(self, number: int) -> tuple[Integers, Integers]:
+        """Returns what window `number` has: see `read`; `length` tokens, and one more for the targets."""
+        # Shuffling stays within the windows that begin in a shard, so that of this number is one of them.
+        epoch, place = divmod(number * self.length, self.tokens)
+        shards, ends = self._shards(epoch)
+        at = int(np.searchsorted(ends, place, "right"))
+        start, end = (epoch * self.tokens + int(edge) for edge in (ends[at - 1] if at else 0, ends[at]))
+        first, last = -(-start // self.length), -(-end // self.length)
+        order, _ = self._windows(epoch, int(shards[at]), last - first)
+        return self.read((first + int(order[number - first])) * self.length, self.length + 1)
+
+    def read(self, position: int, count: int) -> tuple[Integers, Integers]:
+        """Returns tokens [position, position + count), and how many of them are of each document they are from."""
+        tokens, lengths = np.empty(count, np.int64), []
+        filled = 0
+        while filled < count:
+            epoch, place = divmod(position + filled, self.tokens)
+            shards, ends = self._shards(epoch)
+            at = int(np.searchsorted(ends, place, "right"))
+            shard = self.data.shards[shards[at]]
+            place -= int(ends[at - 1]) if at else 0
+            documents, ends = self._documents(epoch, int(shards[at]))
+            first = int(np.searchsorted(ends, place, "right"))
+            for number in range(first, len(documents)):
+                stop = int(shard.ends[documents[number]])
+                start = stop - int(ends[number] - place)
+                taken = min(stop - start, count - filled)
+                tokens[filled : filled + taken] = shard.tokens[start : start + taken]
+                lengths.append(taken)
+                filled, place = filled + taken, place + taken
+                if filled == count:
+                    break
+        return tokens, np.array(lengths, np.int64)
+
+    def _shards(self, epoch: int) -> tuple[Integers, Integers]:
+        """Returns the shards in the order of an epoch, and where each ends in it."""
+        sizes = np.array([len(shard.tokens) for shard in self.data.shards], np.int64)
+        return self._keep(("shards", epoch, 0), lambda: _in_order(shuffled(len(sizes), self.seed, epoch), sizes))
+
+    def _documents(self, epoch: int, shard: int) -> tuple[Integers, Integers]:
+        """Returns the documents of a shard in the order of an epoch, and where each ends in it."""
+
+        def order() -> tuple[Integers, Integers]:
+            sizes = np.diff(self.data.shards[shard].ends, prepend=0)
+            return _in_order(shuffled(len(sizes), self.seed, epoch, shard), sizes)
+
+        return self._keep(("documents", epoch, shard), order)
+
+    def _windows(self, epoch: int, shard: int, count: int) -> tuple[Integers, Integers]:
+        """Returns the windows that begin in a shard in the order of an epoch, and nothing."""
+        key = ("windows", epoch, shard)
+        return self._keep(key, lambda: (shuffled(count, self.seed, epoch, shard, 1), np.empty(0, np.int64)))
+
+    def _keep(
+        self, key: tuple[str, int, int], make: Callable[[], tuple[Integers, Integers]]
+    ) -> tuple[Integers, Integers]:
+        """Returns what is kept under a key, or makes it; only the last ones that were used are kept."""
+        self._kept[key] = self._kept.pop(key) if key in self._kept else make()
+        if len(self._kept) > KEPT:
+            del self._kept[next(iter(self._kept))]
+        return self._kept[key]
+
+
+def _in_order(order: Integers, sizes: Integers) -> tuple[Integers, Integers]:
+    """Returns an order, and where each thing ends in it."""
+    return order, np.cumsum(sizes[order])
 
 
 class Batches:
-    """Endless training batches: every window once an epoch, in an order that seed and epoch fix.
+    """Endless training batches: every token is an input once an epoch.
 
-    A global batch is the same for any number of ranks that divides it, so training goes on after a resume on more or
-    fewer nodes. `step` is all that a checkpoint keeps.
+    A step takes the next windows of the stream whatever the number of ranks: each rank a part of its own. So training
+    goes on after a resume on more or fewer nodes or with another batch size, and nothing is lost or repeated. How many
+    windows were taken is all that a checkpoint needs.
     """
 
     def __init__(self, data: TokenArray, length: int, batch: int, rank: int, ranks: int, seed: int) -> None:
         """Args: `batch` is a rank's; raises UserError when the data has too few windows for one global batch."""
-        self.data, self.length, self.batch, self.rank, self.ranks, self.seed = data, length, batch, rank, ranks, seed
-        self.step = 0
+        self.batch, self.rank, self.ranks = batch, rank, ranks
+        self.stream = Stream(data, length, seed)
+        self.taken = 0
         self.windows = data.windows(length)
         if self.windows < batch * ranks:
             raise UserError(
                 f"the training data has {self.windows} windows of {length} tokens, but a global batch takes "
                 f"{batch * ranks}: prepare a larger corpus or lower train.batch_size"
             )
-        self._order: tuple[int, npt.NDArray[np.int64]] = (-1, np.empty(0, np.int64))
 
-    def _window_at(self, position: int) -> int:
-        """Returns the window at a place of the endless sequence."""
-        epoch, place = divmod(position, self.windows)
-        if self._order[0] != epoch:
-            self._order = (epoch, np.random.default_rng([self.seed, epoch]).permutation(self.windows))
-        return int(self._order[1][place])
+    @property
+    def epoch(self) -> int:
+        """The epoch that the next batch begins in."""
+        return self.taken * self.stream.length // self.stream.tokens
 
-    def next(self) -> Tensor:
-        """Returns this rank's part of the next global batch, int64 of shape (batch, length + 1)."""
-        first = (self.step * self.ranks + self.rank) * self.batch
-        self.step += 1
-        places = range(first, first + self.batch)
-        return torch.stack([self.data.window(self._window_at(place), self.length) for place in places])
+    def next(self) -> Batch:
+        """Returns this rank's part of the next global batch."""
+        first = self.taken + self.rank * self.batch
+        self.taken += self.ranks * self.batch
+        rows = [self._row(first + number) for number in range(self.batch)]
+        return Batch(*(torch.from_numpy(np.stack(column)) for column in zip(*rows, strict=True)))
+
+    def _row(self, number: int) -> tuple[Integers, Integers, Integers, Integers]:
+        """Returns the sequence of a window."""
+        tokens, lengths = self.stream.window(number)
+        numbers = np.repeat(np.arange(len(lengths)), lengths)[:-1]
+        starts = np.repeat(np.cumsum(lengths) - lengths, lengths)[:-1]
+        return tokens[:-1], tokens[1:], np.arange(len(numbers)) - starts, numbers
 
     def state_dict(self) -> dict[str, int]:
-        """Returns where the sequence stands."""
-        return {"step": self.step}
+        """Returns where the stream stands, and what its order depends on."""
+        return {"taken": self.taken, "length": self.stream.length, "seed": self.stream.seed}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Goes on where the sequence stood."""
-        self.step = state["step"]
+        """Goes on where the stream stood. Raises UserError when its order was another one."""
+        for name, setting in {"length": "train.sequence_length", "seed": "train.seed"}.items():
+            value = getattr(self.stream, name)
+            if state[name] != value:
+                raise UserError(f"{setting} is {value}, but the checkpoint's data has the order of {state[name]}")
+        self.taken = state["taken"]

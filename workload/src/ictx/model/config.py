@@ -6,7 +6,22 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from ictx.errors import UserError
 from ictx.settings import build, load_yaml
+
+
+def require_positive(config: object, *names: str) -> None:
+    """Raises ValueError naming the first of these fields that is not a finite number above 0."""
+    for name in names:
+        if not 0 < getattr(config, name) < math.inf:
+            raise ValueError(f"{name} is {getattr(config, name)}: expected more than 0")
+
+
+def require_at_least(config: object, least: int, *names: str) -> None:
+    """Raises ValueError naming the first of these fields that is not a finite number of at least `least`."""
+    for name in names:
+        if not least <= getattr(config, name) < math.inf:
+            raise ValueError(f"{name} is {getattr(config, name)}: expected {least} or more")
 
 
 @dataclass(frozen=True)
@@ -27,30 +42,84 @@ class YarnConfig:
     """Weight of the length in the scale of the softmax."""
 
     def __post_init__(self) -> None:
-        if self.factor < 1:
-            raise ValueError(f"factor is {self.factor}: expected 1 or more")
-        if self.original_max_position_embeddings < 1:
+        require_at_least(self, 1, "factor", "original_max_position_embeddings")
+        # Where mscale or mscale_all_dim is 0, transformers and vLLM read different things into it.
+        require_positive(self, "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
+        if self.beta_fast <= self.beta_slow:
+            raise ValueError(f"beta_fast is {self.beta_fast}: expected more than beta_slow, {self.beta_slow}")
+
+
+@dataclass(frozen=True)
+class MoeConfig:
+    """DeepSeekMoE: shared and routed experts in place of feed-forward layers (arXiv:2412.19437, section 2.1.2)."""
+
+    n_routed_experts: int
+    """Experts among which a token is routed, in each layer."""
+    num_experts_per_tok: int
+    """Routed experts that a token goes to."""
+    moe_intermediate_size: int
+    """Width of an expert."""
+    n_shared_experts: int = 1
+    """Experts that every token goes to; they are computed as one of this many times the width."""
+    n_group: int = 1
+    """Groups of routed experts; at training time of the large model, one on each node."""
+    topk_group: int = 1
+    """Groups that a token may go to: those whose two best experts have the highest sum."""
+    first_k_dense_replace: int = 1
+    """Layers at the start that stay dense."""
+    norm_topk_prob: bool = True
+    """Whether the weights of the chosen experts are divided by their sum."""
+    routed_scaling_factor: float = 1.0
+    """Factor on the weights of the chosen experts."""
+    bias_update_speed: float = 0.001
+    """How far a training step moves the bias of an expert that got too few or too many tokens."""
+    balance_loss_weight: float = 0.0001
+    """Weight of the sequence-wise balance loss."""
+
+    def __post_init__(self) -> None:
+        require_at_least(
+            self,
+            1,
+            "n_routed_experts",
+            "num_experts_per_tok",
+            "moe_intermediate_size",
+            "n_shared_experts",
+            "n_group",
+            "topk_group",
+        )
+        require_at_least(self, 0, "first_k_dense_replace", "bias_update_speed", "balance_loss_weight")
+        require_positive(self, "routed_scaling_factor")
+        if self.n_routed_experts % self.n_group or self.n_routed_experts < 2 * self.n_group:
             raise ValueError(
-                f"original_max_position_embeddings is {self.original_max_position_embeddings}: expected 1 or more"
+                f"n_group is {self.n_group}: expected to divide n_routed_experts, {self.n_routed_experts}, into groups "
+                "of at least 2"
+            )
+        if self.topk_group > self.n_group:
+            raise ValueError(f"topk_group is {self.topk_group}: expected at most n_group, {self.n_group}")
+        reachable = self.topk_group * self.n_routed_experts // self.n_group
+        if self.num_experts_per_tok > reachable:
+            raise ValueError(
+                f"num_experts_per_tok is {self.num_experts_per_tok}: expected at most {reachable}, the experts of "
+                "topk_group groups"
             )
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A dense DeepSeek-V3 model."""
+    """A DeepSeek-V3 model; dense unless `moe` is given."""
 
     vocab_size: int
     """Entries of the vocabulary."""
     hidden_size: int
     """Width of the residual stream."""
     intermediate_size: int
-    """Width of the feed-forward layers."""
+    """Width of the dense feed-forward layers."""
     num_hidden_layers: int
     """Layers."""
     num_attention_heads: int
     """Attention heads."""
-    q_lora_rank: int
-    """Rank of the query's low-rank projection."""
+    q_lora_rank: int | None = None
+    """Rank of the query's low-rank projection; none projects in one step."""
     kv_lora_rank: int = 512
     """Width of the latent that the cache holds in place of keys and values."""
     qk_nope_head_dim: int = 128
@@ -67,17 +136,23 @@ class ModelConfig:
     """Added to the mean square before its root."""
     initializer_range: float = 0.02
     """Standard deviation of the weights at the start."""
+    num_nextn_predict_layers: int = 0
+    """Modules that learn to predict one token further (MTP); they train the model and are left out of it afterwards."""
+    mtp_loss_weight: float = 0.3
+    """Weight of the loss of those modules."""
     yarn: YarnConfig | None = None
     """Stretching of positions, or none."""
+    moe: MoeConfig | None = None
+    """Experts, or none."""
 
     def __post_init__(self) -> None:
-        for name in [
+        require_positive(
+            self,
             "vocab_size",
             "hidden_size",
             "intermediate_size",
             "num_hidden_layers",
             "num_attention_heads",
-            "q_lora_rank",
             "kv_lora_rank",
             "qk_nope_head_dim",
             "qk_rope_head_dim",
@@ -85,22 +160,38 @@ class ModelConfig:
             "max_position_embeddings",
             "rope_theta",
             "rms_norm_eps",
-        ]:
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}: expected more than 0")
+            "initializer_range",
+        )
+        if self.q_lora_rank is not None and self.q_lora_rank <= 0:
+            raise ValueError(f"q_lora_rank is {self.q_lora_rank}: expected more than 0, or none")
         if self.qk_rope_head_dim % 2:
             raise ValueError(f"qk_rope_head_dim is {self.qk_rope_head_dim}: expected an even number")
+        if self.rope_theta <= 1:
+            raise ValueError(f"rope_theta is {self.rope_theta}: expected more than 1")
+        if self.num_nextn_predict_layers not in (0, 1):
+            raise ValueError(f"num_nextn_predict_layers is {self.num_nextn_predict_layers}: expected 0 or 1")
+        require_at_least(self, 0, "mtp_loss_weight")
         if self.yarn and self.yarn.factor * self.yarn.original_max_position_embeddings != self.max_position_embeddings:
             raise ValueError(
                 f"max_position_embeddings is {self.max_position_embeddings}: expected yarn.factor × "
                 f"yarn.original_max_position_embeddings = "
                 f"{self.yarn.factor * self.yarn.original_max_position_embeddings:.0f}"
             )
+        if self.moe and self.moe.first_k_dense_replace > self.num_hidden_layers:
+            raise ValueError(
+                f"moe.first_k_dense_replace is {self.moe.first_k_dense_replace}: expected at most num_hidden_layers, "
+                f"{self.num_hidden_layers}"
+            )
 
     @property
     def qk_head_dim(self) -> int:
         """Width of a head's whole query and key."""
         return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def cache_width(self) -> int:
+        """Values that the cache holds of a token and layer: the normed latent, then the rotated key."""
+        return self.kv_lora_rank + self.qk_rope_head_dim
 
     @property
     def softmax_scale(self) -> float:
@@ -111,7 +202,15 @@ class ModelConfig:
             scale *= m * m
         return scale
 
+    def layer_moe(self, layer: int) -> MoeConfig | None:
+        """Returns the experts of a layer, or none where it is dense."""
+        return self.moe if self.moe and layer >= self.moe.first_k_dense_replace else None
+
     @classmethod
-    def load(cls, path: Path) -> ModelConfig:
-        """Reads a YAML file. Raises UserError naming what is wrong in it."""
-        return build(cls, load_yaml(path))
+    def from_yaml(cls, path: Path | str) -> ModelConfig:
+        """Reads a YAML file. Raises UserError naming the file and what is wrong in it."""
+        content = load_yaml(Path(path))
+        try:
+            return build(cls, content)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error

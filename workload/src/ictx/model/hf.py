@@ -1,122 +1,170 @@
-"""Writes a model the way Hugging Face and vLLM read it: `DeepseekV3ForCausalLM` in safetensors."""
+"""Writes and reads a model the way Hugging Face and vLLM do: `DeepseekV3ForCausalLM` in safetensors."""
 
 from __future__ import annotations
 
 import json
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
+from ictx.errors import UserError
+from ictx.folder import replacing
 from ictx.model.config import ModelConfig
+from ictx.model.hf_config import CONFIG_FILE, read_hf_config, to_hf
+from ictx.model.tensors import TensorFiles, write_tensors
+from ictx.model.transformer import Transformer
 
-TOKENIZER_FILE = "tokenizer.json"
-
-
-def hf_config(config: ModelConfig, dtype: torch.dtype, end_of_text: int) -> dict[str, Any]:
-    """Returns the content of config.json."""
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
-    if config.yarn:
-        rope |= {
-            "rope_type": "yarn",
-            "factor": config.yarn.factor,
-            "original_max_position_embeddings": config.yarn.original_max_position_embeddings,
-            "beta_fast": config.yarn.beta_fast,
-            "beta_slow": config.yarn.beta_slow,
-            "mscale": config.yarn.mscale,
-            "mscale_all_dim": config.yarn.mscale_all_dim,
-        }
-    return {
-        "architectures": ["DeepseekV3ForCausalLM"],
-        "model_type": "deepseek_v3",
-        "dtype": str(dtype).removeprefix("torch."),
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.num_hidden_layers,
-        "num_attention_heads": config.num_attention_heads,
-        "num_key_value_heads": config.num_attention_heads,
-        "q_lora_rank": config.q_lora_rank,
-        "kv_lora_rank": config.kv_lora_rank,
-        "qk_nope_head_dim": config.qk_nope_head_dim,
-        "qk_rope_head_dim": config.qk_rope_head_dim,
-        "qk_head_dim": config.qk_head_dim,
-        "v_head_dim": config.v_head_dim,
-        "head_dim": config.qk_rope_head_dim,
-        "max_position_embeddings": config.max_position_embeddings,
-        "rope_theta": config.rope_theta,
-        "rope_parameters": rope,
-        "rope_interleave": True,
-        "rms_norm_eps": config.rms_norm_eps,
-        "initializer_range": config.initializer_range,
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "tie_word_embeddings": False,
-        "use_cache": True,
-        "bos_token_id": None,
-        "eos_token_id": end_of_text,
-        # Every layer is dense. The number of experts must stay an int all the same: readers do arithmetic with it.
-        "first_k_dense_replace": config.num_hidden_layers,
-        "n_routed_experts": 1,
-        "n_shared_experts": 1,
-        "num_experts_per_tok": 1,
-        "moe_intermediate_size": config.intermediate_size,
-        "moe_layer_freq": 1,
-        "n_group": 1,
-        "topk_group": 1,
-        "topk_method": "noaux_tc",
-        "scoring_func": "sigmoid",
-        "norm_topk_prob": True,
-        "routed_scaling_factor": 1.0,
-        "num_nextn_predict_layers": 0,
-    }
+TOKENIZER_FILE, TOKENIZER_CONFIG_FILE = "tokenizer.json", "tokenizer_config.json"
+OTHER_TOKENIZER_FILES = ("special_tokens_map.json", "chat_template.jinja")
+TURN_END = "<|im_end|>"
+"""Ends the model's turn in a chat, where the vocabulary has it."""
+MAX_SHARD_BYTES = 1 << 30
+MTP = "mtp."
+"""Begins the names of what only trains the model."""
+ROUTER_BIAS = "e_score_correction_bias"
+"""Stays float32: readers add it to float32 scores, and its steps are smaller than those of half precision."""
 
 
-def export(
+def hf_tensors(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """Yields a tensor of ours under the names that it has in a checkpoint: experts there are tensors of their own."""
+    if name.endswith("experts.gate_up_proj"):
+        for expert, both in enumerate(tensor):
+            gate, up = both.chunk(2)
+            stem = name.removesuffix("gate_up_proj") + str(expert)
+            yield f"{stem}.gate_proj.weight", gate
+            yield f"{stem}.up_proj.weight", up
+    elif name.endswith("experts.down_proj"):
+        for expert, down in enumerate(tensor):
+            yield f"{name.removesuffix('down_proj')}{expert}.down_proj.weight", down
+    else:
+        yield name, tensor
+
+
+def save_pretrained(
+    model: Transformer,
+    path: Path | str,
+    tokenizer: Any = None,
+    *,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    end_of_text: str | None = None,
+) -> None:
+    """Writes the model, its configuration and tokenizer to a folder, which appears complete or not at all.
+
+    Args:
+        tokenizer: a folder with tokenizer.json, best with tokenizer_config.json, or that file; or an object with
+            `save_pretrained`, such as transformers' tokenizers.
+        dtype: of the weights; the model's own unless given.
+        end_of_text: token that ends a document, for a tokenizer that comes without tokenizer_config.json.
+
+    Raises UserError when a file cannot be written or other readers would compute something else.
+    """
+    dtype = dtype or model.lm_head.weight.dtype
+    write_pretrained(Path(path), model.config, model.state_dict(), tokenizer, dtype, max_shard_bytes, end_of_text)
+
+
+def write_pretrained(
     directory: Path,
     config: ModelConfig,
     weights: Mapping[str, Tensor],
-    tokenizer: Path,
-    end_of_text: tuple[int, str],
+    tokenizer: Any = None,
     dtype: torch.dtype = torch.bfloat16,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    end_of_text: str | None = None,
 ) -> None:
-    """Writes model, configuration and tokenizer to `directory`, which appears complete or not at all.
+    """Does what `save_pretrained` does with a `Transformer`'s state dict, each tensor whole."""
+    with replacing(directory) as draft:
+        special = write_tokenizer(draft, tokenizer, config.max_position_embeddings, end_of_text)
+        end, padding = special.get("eos_token"), special.get("pad_token")
+        _write_json(draft / CONFIG_FILE, to_hf(config, dtype, end, padding))
+        stops = sorted({number for number in (end, special.get(TURN_END)) if number is not None})
+        generation: dict[str, Any] = {"do_sample": False, "pad_token_id": padding}
+        _write_json(draft / "generation_config.json", generation | {"eos_token_id": stops or None})
+
+        def tensors() -> Iterator[tuple[str, Tensor]]:
+            for name, weight in weights.items():
+                if not name.startswith(MTP):
+                    kept = torch.float32 if name.endswith(ROUTER_BIAS) else dtype
+                    yield from hf_tensors(name, weight.detach().to(device="cpu", dtype=kept))
+
+        write_tensors(draft, tensors(), max_shard_bytes)
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_tokenizer(directory: Path, tokenizer: Any, longest: int, end_of_text: str | None = None) -> dict[str, int]:
+    """Puts a tokenizer's files there; returns the numbers of its special tokens by their part (`eos_token`, …)."""
+    if tokenizer is None:
+        return {}
+    if hasattr(tokenizer, "save_pretrained"):
+        tokenizer.save_pretrained(directory)
+    else:
+        source = Path(tokenizer)
+        folder = source if source.is_dir() else source.parent
+        shutil.copyfile(folder / TOKENIZER_FILE if source.is_dir() else source, directory / TOKENIZER_FILE)
+        for name in (TOKENIZER_CONFIG_FILE, *OTHER_TOKENIZER_FILES):
+            if (folder / name).exists():
+                shutil.copyfile(folder / name, directory / name)
+    path = directory / TOKENIZER_CONFIG_FILE
+    settings = json.loads(path.read_text()) if path.exists() else {"tokenizer_class": "PreTrainedTokenizerFast"}
+    if end_of_text:
+        settings = {"eos_token": end_of_text, "pad_token": end_of_text} | settings
+    # vLLM caps the context at this length without a word.
+    settings["model_max_length"] = longest
+    _write_json(path, settings)
+    numbers = {token["content"]: token["id"] for token in _added_tokens(directory / TOKENIZER_FILE)}
+    roles = {role: _text(settings.get(role)) for role in ("eos_token", "pad_token")} | {TURN_END: TURN_END}
+    return {role: numbers[text] for role, text in roles.items() if text in numbers}
+
+
+def _added_tokens(path: Path) -> list[dict[str, Any]]:
+    try:
+        return list(json.loads(path.read_text())["added_tokens"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is no tokenizer: {error!r}") from error
+
+
+def _text(token: Any) -> Any:
+    """Returns a special token's text: settings have it bare or with its properties."""
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def load_pretrained(
+    path: Path | str, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+) -> Transformer:
+    """Returns the model in a folder that this project, transformers or DeepSeek wrote, in evaluation mode.
 
     Args:
-        weights: a `Transformer`'s state dict, each tensor whole and on the CPU.
-        tokenizer: a `tokenizer.json`.
-        end_of_text: id and text of the token that ends a document.
+        dtype: of the weights; that of the folder's config.json unless given.
+
+    Raises UserError naming the file and the tensor, or the setting, that is wrong.
     """
-    draft = directory.with_name(directory.name + ".part")
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
-    number, text = end_of_text
-    save_file(
-        {name: weight.to(dtype).contiguous() for name, weight in weights.items()},
-        draft / "model.safetensors",
-        metadata={"format": "pt"},
-    )
-    generation = {"eos_token_id": number, "pad_token_id": number, "do_sample": False}
-    tokenizer_config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "eos_token": text,
-        "pad_token": text,
-        # vLLM caps the context at this length without a word.
-        "model_max_length": config.max_position_embeddings,
-        "clean_up_tokenization_spaces": False,
-    }
-    contents = {
-        "config.json": hf_config(config, dtype, number),
-        "generation_config.json": generation,
-        "tokenizer_config.json": tokenizer_config,
-    }
-    for name, content in contents.items():
-        (draft / name).write_text(json.dumps(content, indent=2) + "\n")
-    shutil.copyfile(tokenizer, draft / TOKENIZER_FILE)
-    shutil.rmtree(directory, ignore_errors=True)
-    draft.replace(directory)
+    directory = Path(path)
+    config, stored = read_hf_config(directory)
+    with torch.device("meta"):
+        model = Transformer(config)
+    model = model.to(dtype or stored)
+    for router in model.routers:
+        router.float_buffers()
+    model.to_empty(device=device)
+    for router in model.routers:
+        router.tokens_per_expert.zero_()
+    targets = {name: part for whole, tensor in model.state_dict().items() for name, part in hf_tensors(whole, tensor)}
+    files = TensorFiles(directory)
+    known = re.compile(r"model\.layers\.(\d+)\.")
+    for name in files.files:
+        layer = known.match(name)
+        # Layers behind the last predict further tokens: they train a model and are not part of it.
+        if name not in targets and not (layer and int(layer[1]) >= config.num_hidden_layers):
+            raise UserError(f"{files.files[name]}: tensor {name} is no part of a model with this {CONFIG_FILE}")
+    with torch.no_grad():
+        for name, tensor in files.read({name: tuple(target.shape) for name, target in targets.items()}):
+            targets[name].copy_(tensor)
+    return model.eval()

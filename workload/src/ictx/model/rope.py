@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,13 +11,20 @@ from torch import Tensor
 from ictx.model.config import ModelConfig
 
 
-def inverse_frequencies(config: ModelConfig) -> Tensor:
+class Rotations(NamedTuple):
+    """Cosine and sine of each pair's angle, float32 of shape (batch or 1, sequence, 1, qk_rope_head_dim / 2)."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+def inverse_frequencies(config: ModelConfig, device: torch.device | None = None) -> Tensor:
     """Returns the angle per position of each pair of dimensions, float32 of shape (qk_rope_head_dim / 2,)."""
     width = config.qk_rope_head_dim
-    plain = config.rope_theta ** -(torch.arange(0, width, 2, dtype=torch.float32) / width)
+    wavelengths = config.rope_theta ** (torch.arange(0, width, 2, dtype=torch.float32, device=device) / width)
     yarn = config.yarn
     if yarn is None:
-        return plain
+        return 1.0 / wavelengths
 
     def pair_that_turns(times: float) -> float:
         """The pair that turns this often over the original context (YaRN, section 3.2)."""
@@ -25,8 +33,9 @@ def inverse_frequencies(config: ModelConfig) -> Tensor:
 
     low = max(math.floor(pair_that_turns(yarn.beta_fast)), 0)
     high = min(math.ceil(pair_that_turns(yarn.beta_slow)), width - 1)
-    ramp = ((torch.arange(width // 2, dtype=torch.float32) - low) / max(high - low, 0.001)).clamp(0, 1)
-    return plain / yarn.factor * ramp + plain * (1 - ramp)
+    pairs = torch.arange(width // 2, dtype=torch.float32, device=device)
+    ramp = ((pairs - low) / max(high - low, 0.001)).clamp(0, 1)
+    return 1.0 / (yarn.factor * wavelengths) * ramp + 1.0 / wavelengths * (1 - ramp)
 
 
 def attention_factor(config: ModelConfig) -> float:
@@ -38,13 +47,19 @@ def attention_factor(config: ModelConfig) -> float:
     return (of_length * yarn.mscale + 1.0) / (of_length * yarn.mscale_all_dim + 1.0)
 
 
-def rotations(config: ModelConfig, positions: Tensor) -> Tensor:
-    """Returns the rotation of each pair at each position, complex64 of shape (len(positions), qk_rope_head_dim / 2)."""
-    angles = torch.outer(positions.float(), inverse_frequencies(config).to(positions.device))
-    return torch.polar(torch.full_like(angles, attention_factor(config)), angles)
+def rotations(config: ModelConfig, position_ids: Tensor) -> Rotations:
+    """Returns the rotations at positions of shape (batch or 1, sequence).
+
+    Angles are float32 products, as in every other implementation: at a million positions their rounding is part of
+    what the model learns.
+    """
+    angles = position_ids[:, :, None, None].float() * inverse_frequencies(config, position_ids.device)
+    factor = attention_factor(config)
+    return Rotations(angles.cos() * factor, angles.sin() * factor)
 
 
-def rotate(x_bshd: Tensor, rotations_sd: Tensor) -> Tensor:
+def rotate(x_bshd: Tensor, turn: Rotations) -> Tensor:
     """Turns each adjacent pair of the last dimension by its position's angle; computes in float32, keeps the dtype."""
-    pairs = torch.view_as_complex(x_bshd.float().reshape(*x_bshd.shape[:-1], -1, 2))
-    return torch.view_as_real(pairs * rotations_sd[:, None, :]).flatten(-2).to(x_bshd.dtype)
+    even, odd = x_bshd.float().view(*x_bshd.shape[:-1], -1, 2).unbind(-1)
+    turned = torch.stack([even * turn.cos - odd * turn.sin, even * turn.sin + odd * turn.cos], -1)
+    return turned.flatten(-2).to(x_bshd.dtype)

@@ -1,82 +1,49 @@
-"""A dense DeepSeek-V3 (arXiv:2412.19437, section 2.1). Module names are those of its published weights."""
+"""DeepSeek-V3 (arXiv:2412.19437, section 2). Module names are those of its published weights."""
 
 from __future__ import annotations
 
+import zlib
 from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
+from ictx.model.attention import Documents, LatentAttention, Mode
+from ictx.model.cache import LatentCache, Slots
 from ictx.model.config import ModelConfig
-from ictx.model.rope import rotate, rotations
-
-
-class LatentAttention(nn.Module):
-    """Multi-head Latent Attention, expanded: keys and values are made of the latent before the heads attend."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        heads, self.config = config.num_attention_heads, config
-        self.q_a_proj = nn.Linear(config.hidden_size, config.q_lora_rank, bias=False)
-        self.q_a_layernorm = nn.RMSNorm(config.q_lora_rank, eps=config.rms_norm_eps)
-        self.q_b_proj = nn.Linear(config.q_lora_rank, heads * config.qk_head_dim, bias=False)
-        latent = config.kv_lora_rank + config.qk_rope_head_dim
-        self.kv_a_proj_with_mqa = nn.Linear(config.hidden_size, latent, bias=False)
-        self.kv_a_layernorm = nn.RMSNorm(config.kv_lora_rank, eps=config.rms_norm_eps)
-        expanded = heads * (config.qk_nope_head_dim + config.v_head_dim)
-        self.kv_b_proj = nn.Linear(config.kv_lora_rank, expanded, bias=False)
-        self.o_proj = nn.Linear(heads * config.v_head_dim, config.hidden_size, bias=False)
-
-    def forward(self, x_bsd: Tensor, rotations_sd: Tensor) -> Tensor:
-        """Returns the attended values, of the shape and dtype of `x_bsd`."""
-        config, heads = self.config, self.config.num_attention_heads
-        q_bshd = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_bsd))).unflatten(-1, (heads, -1))
-        q_nope, q_rope = q_bshd.split([config.qk_nope_head_dim, config.qk_rope_head_dim], -1)
-        latent, k_rope = self.kv_a_proj_with_mqa(x_bsd).split([config.kv_lora_rank, config.qk_rope_head_dim], -1)
-        kv_bshd = self.kv_b_proj(self.kv_a_layernorm(latent)).unflatten(-1, (heads, -1))
-        k_nope, v_bshd = kv_bshd.split([config.qk_nope_head_dim, config.v_head_dim], -1)
-        # One rotary key for all heads.
-        k_rope = rotate(k_rope[:, :, None, :], rotations_sd).expand(-1, -1, heads, -1)
-        query = torch.cat([q_nope, rotate(q_rope, rotations_sd)], -1)
-        key = torch.cat([k_nope, k_rope], -1)
-        out_bhsd = F.scaled_dot_product_attention(
-            query.transpose(1, 2),
-            key.transpose(1, 2),
-            v_bshd.transpose(1, 2),
-            is_causal=True,
-            scale=config.softmax_scale,
-        )
-        return cast(Tensor, self.o_proj(out_bhsd.transpose(1, 2).flatten(-2)))
-
-
-class FeedForward(nn.Module):
-    """SwiGLU (arXiv:2002.05202)."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-
-    def forward(self, x_bsd: Tensor) -> Tensor:
-        """Returns down(silu(gate(x)) · up(x)), of the shape and dtype of `x_bsd`."""
-        return cast(Tensor, self.down_proj(F.silu(self.gate_proj(x_bsd)) * self.up_proj(x_bsd)))
+from ictx.model.moe import Experts, FeedForward, MoeFeedForward, Router, update_router_biases
+from ictx.model.rope import Rotations, rotations
 
 
 class Layer(nn.Module):
     """Attention and feed-forward, each behind a norm and added to the residual stream."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, index: int) -> None:
         super().__init__()
+        self.index, moe = index, config.layer_moe(index)
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.self_attn = LatentAttention(config)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.mlp = FeedForward(config)
+        self.mlp: nn.Module = (
+            MoeFeedForward(moe, config.hidden_size)
+            if moe
+            else FeedForward(config.hidden_size, config.intermediate_size)
+        )
 
-    def forward(self, x_bsd: Tensor, rotations_sd: Tensor) -> Tensor:
+    def forward(
+        self,
+        x_bsd: Tensor,
+        turn: Rotations,
+        documents: Documents | None = None,
+        cache: LatentCache | None = None,
+        slots: Slots | None = None,
+        mode: Mode = "auto",
+    ) -> Tensor:
         """Returns the residual stream after this layer."""
-        x_bsd = x_bsd + self.self_attn(self.input_layernorm(x_bsd), rotations_sd)
+        attended = self.self_attn(self.input_layernorm(x_bsd), turn, documents, cache, self.index, slots, mode)
+        x_bsd = x_bsd + attended
         return cast(Tensor, x_bsd + self.mlp(self.post_attention_layernorm(x_bsd)))
 
 
@@ -85,39 +52,160 @@ class Decoder(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(Layer(config, index) for index in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-    def forward(self, tokens_bs: Tensor) -> Tensor:
-        """Returns the normed residual stream of shape (batch, sequence, hidden_size)."""
-        x_bsd = self.embed_tokens(tokens_bs)
-        rotations_sd = rotations(self.config, torch.arange(tokens_bs.shape[1], device=tokens_bs.device))
-        for layer in self.layers:
-            x_bsd = layer(x_bsd, rotations_sd)
-        return cast(Tensor, self.norm(x_bsd))
+
+class NextTokenModule(nn.Module):
+    """Multi-Token Prediction: a layer that predicts one token further, with the model's embedding and head (2.2)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.enorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.hnorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.eh_proj = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
+        self.layer = Layer(config, config.num_hidden_layers)
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(self, next_bsd: Tensor, hidden_bsd: Tensor, turn: Rotations, documents: Documents | None) -> Tensor:
+        """Returns what the head reads.
+
+        Args:
+            next_bsd: embedding of each position's next token.
+            hidden_bsd: the model's normed residual stream at each position.
+        """
+        x_bsd = self.eh_proj(torch.cat([self.enorm(next_bsd), self.hnorm(hidden_bsd)], -1))
+        return cast(Tensor, self.norm(self.layer(x_bsd, turn, documents)))
 
 
 class Transformer(nn.Module):
     """A causal language model."""
+
+    mtp_logits: Tensor | None = None
+    """Logits of each token after the next, (batch, sequence - 1, vocab_size), of the last forward in training."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.mtp = nn.ModuleList(NextTokenModule(config) for _ in range(config.num_nextn_predict_layers))
 
-    def forward(self, tokens_bs: Tensor) -> Tensor:
-        """Returns the logits of each next token, of shape (batch, sequence, vocab_size)."""
-        return cast(Tensor, self.lm_head(self.model(tokens_bs)))
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None = None,
+        cache: LatentCache | None = None,
+        *,
+        attention_mask: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        last_only: bool = False,
+        mode: Mode = "auto",
+    ) -> Tensor:
+        """Returns the logits of each next token, of shape (batch, sequence, vocab_size).
+
+        Args:
+            input_ids: integers of shape (batch, sequence).
+            position_ids: positions of the same shape, or of one row for all; unless given, the tokens of each row
+                count from 0, or from what the cache holds, and padding does not count.
+            cache: earlier tokens of the batch's sequences; these are added.
+            attention_mask: 1 for tokens and 0 for padding, which may stand on either side.
+            document_ids: integers; where they change a document ends, and no token sees another document's.
+            last_only: whether only the logits of the last position are wanted, of shape (batch, 1, vocab_size).
+            mode: how to attend to a cache: "expanded", "absorbed", or whichever is cheaper.
+        """
+        slots = None
+        if cache is not None:
+            if document_ids is not None:
+                raise ValueError("document_ids are for whole sequences: a cache holds one document per row")
+            slots = cache.reserve(input_ids.shape[1], attention_mask)
+        if position_ids is None:
+            position_ids = self._positions(input_ids, attention_mask, slots)
+        documents = None if slots else Documents.of(document_ids, attention_mask)
+        turn = rotations(self.config, position_ids)
+        x_bsd = self.model.embed_tokens(input_ids)
+        for layer in self.model.layers:
+            x_bsd = layer(x_bsd, turn, documents, cache, slots, mode)
+        if cache is not None and slots is not None:
+            cache.commit(slots)
+        hidden_bsd = self.model.norm(x_bsd)
+        if self.training and torch.is_grad_enabled() and len(self.mtp) and input_ids.shape[1] > 1:
+            self.mtp_logits = self._predict_further(input_ids, hidden_bsd, turn, attention_mask, document_ids)
+        return cast(Tensor, self.lm_head(hidden_bsd[:, -1:] if last_only else hidden_bsd))
+
+    def _positions(self, input_ids: Tensor, attention_mask: Tensor | None, slots: Slots | None) -> Tensor:
+        """Returns the position of each token."""
+        if slots is not None:
+            return slots.positions_bs
+        if attention_mask is not None:
+            return (attention_mask.cumsum(1) - 1).clamp(min=0)
+        return torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+
+    def _predict_further(
+        self,
+        input_ids: Tensor,
+        hidden_bsd: Tensor,
+        turn: Rotations,
+        attention_mask: Tensor | None,
+        document_ids: Tensor | None,
+    ) -> Tensor:
+        """Returns `mtp_logits`."""
+        documents = Documents.of(*(ids[:, :-1] if ids is not None else None for ids in (document_ids, attention_mask)))
+        next_bsd = self.model.embed_tokens(input_ids[:, 1:])
+        earlier = Rotations(turn.cos[:, :-1], turn.sin[:, :-1])
+        return cast(Tensor, self.lm_head(self.mtp[0](next_bsd, hidden_bsd[:, :-1], earlier, documents)))
+
+    @property
+    def routers(self) -> list[Router]:
+        """The routers of all layers."""
+        return [module for module in self.modules() if isinstance(module, Router)]
+
+    def auxiliary_loss(self, labels_bs: Tensor) -> Tensor:
+        """Returns what training adds to the loss of the last forward; 0 for a dense model that predicts one token.
+
+        The balance losses of the layers with experts, and the weighted loss of predicting one token further.
+
+        Args:
+            labels_bs: the next token of each position; what is below 0 does not count.
+        """
+        total = torch.zeros((), device=labels_bs.device)
+        for layer in self.modules():
+            if isinstance(layer, MoeFeedForward) and layer.balance_loss is not None:
+                total = total + layer.balance_loss
+        if self.mtp_logits is not None:
+            further = labels_bs[:, 1:].flatten()
+            further = further.masked_fill(further < 0, -100)
+            loss = F.cross_entropy(self.mtp_logits.flatten(0, 1).float(), further, reduction="sum")
+            total = total + self.config.mtp_loss_weight * loss / (further >= 0).sum().clamp(min=1)
+        return total
+
+    def after_step(self) -> None:
+        """Does what follows each optimizer step: experts that got too few tokens become likelier to be chosen."""
+        update_router_biases(self.routers)
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """Fills the weights: norms with ones, everything else normal(0, initializer_range), the same for each seed."""
-        generator = torch.Generator(device=self.lm_head.weight.device).manual_seed(seed)
-        for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
-                module.weight.normal_(0.0, self.config.initializer_range, generator=generator)
-            elif isinstance(module, nn.RMSNorm):
+        """Fills the weights: norms with ones, everything else normal(0, initializer_range).
+
+        A seed gives the same weights however they are sharded; parameters may come from the meta device by way of
+        `to_empty`.
+        """
+        for number, module in enumerate(self.modules()):
+            if isinstance(module, nn.RMSNorm):
                 module.weight.fill_(1.0)
+            elif isinstance(module, Router):
+                module.e_score_correction_bias.zero_()
+                module.tokens_per_expert.zero_()
+            if isinstance(module, nn.Linear | nn.Embedding | Router | Experts):
+                for name, weight in module.named_parameters(recurse=False):
+                    self._fill(weight, f"{seed} {number} {name}")
+
+    def _fill(self, weight: Tensor, key: str) -> None:
+        """Fills a parameter with its own random numbers; a shard gets its part of them."""
+        generator = torch.Generator(device=weight.device).manual_seed(zlib.crc32(key.encode()))
+        full = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+        full.normal_(0.0, self.config.initializer_range, generator=generator)
+        if isinstance(weight, DTensor):
+            full = distribute_tensor(full, weight.device_mesh, weight.placements, src_data_rank=None)
+        weight.copy_(full)

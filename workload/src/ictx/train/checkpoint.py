@@ -8,13 +8,17 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from ictx.errors import UserError
+from ictx.model import ModelConfig, Transformer
 
+MODEL_FILE = "model.yaml"
+"""In a run's folder: the model's configuration, which its checkpoints need to be read without the run's settings."""
 NAME = re.compile(r"step-(\d{8})")
 
 
@@ -74,6 +78,25 @@ class Checkpoints:
         match = NAME.fullmatch(newest.name)
         assert match
         return int(match[1])
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a folder is one of a run's checkpoints."""
+    return bool(NAME.fullmatch(path.name)) and (path / ".metadata").exists()
+
+
+def load_model(path: Path) -> Transformer:
+    """Returns the model of a run's checkpoint. Raises UserError when its run's MODEL_FILE does not describe it."""
+    config = ModelConfig.from_yaml(path.parent.parent / MODEL_FILE)
+    with torch.device("meta"):
+        model = Transformer(config)
+    model.to_empty(device="cpu")
+    state: dict[str, Any] = {"model": model.state_dict()}
+    try:
+        load(state, checkpoint_id=path, no_dist=True)
+    except CheckpointException as error:
+        raise UserError(f"checkpoint {path} is no model of {MODEL_FILE}: {_cause(error)}") from error
+    return model.eval()
 
 
 def _cause(error: CheckpointException) -> str:

@@ -7,10 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ictx.data.prepare import DataConfig
-from ictx.errors import UserError
+from ictx.data.config import DataConfig
 from ictx.model import ModelConfig
-from ictx.settings import build, load_yaml, override
+from ictx.settings import build, config_path, load_yaml, override
 
 DTYPES = ("float32", "bfloat16")
 
@@ -58,6 +57,8 @@ class LoopConfig:
     """Windows of a rank and step."""
     dtype: str = "bfloat16"
     """Dtype of the computation on GPUs, and of the exported weights; weights are kept in float32 while training."""
+    mask_documents: bool = False
+    """Keep attention within documents, with positions that begin anew in each; else a window is one text."""
     seed: int = 0
     """Weights and order of the data."""
     log_every: int = 10
@@ -129,15 +130,6 @@ class PretrainConfig:
                 f"train.sequence_length is {self.train.sequence_length}: expected at most "
                 f"model.max_position_embeddings, {self.model.max_position_embeddings}"
             )
-
-
-def config_path(name: str) -> Path:
-    """Returns the file: as given, or below the configs that come with the image or the checkout. Raises UserError."""
-    folders = [Path(), Path("/opt/ictx/configs"), Path(__file__).parents[3] / "configs"]
-    for folder in folders:
-        if (folder / name).is_file():
-            return folder / name
-    raise UserError(f"configuration {name} is neither here nor below {folders[1]}")
 
 
 def read(name: str, assignments: list[str]) -> dict[str, Any]:

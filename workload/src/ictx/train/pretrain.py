@@ -9,19 +9,22 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+import yaml
 from mlflow.exceptions import MlflowException
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from ictx.data.loader import Batches, TokenArray
+from ictx.data.loader import Batches
+from ictx.data.shards import TokenArray
 from ictx.errors import UserError
 from ictx.model import Transformer
 from ictx.registry import as_user_error
-from ictx.train.checkpoint import Checkpoints
+from ictx.train.checkpoint import MODEL_FILE, Checkpoints
 from ictx.train.config import OptimizerConfig, PretrainConfig
 from ictx.train.journal import Journal
 from ictx.train.publish import publish
@@ -40,10 +43,9 @@ def learning_rate(step: int, steps: int, config: OptimizerConfig) -> float:
     return config.learning_rate * share
 
 
-def next_token_loss(model: nn.Module, tokens_bs: Tensor) -> Tensor:
-    """Returns the mean cross-entropy, in nats, of each window's tokens but the first."""
-    logits = model(tokens_bs[:, :-1])
-    return F.cross_entropy(logits.flatten(0, 1).float(), tokens_bs[:, 1:].flatten())
+def next_token_loss(model: nn.Module, tokens_bs: Tensor, labels_bs: Tensor, **inputs: Tensor) -> Tensor:
+    """Returns the mean cross-entropy, in nats, of each token's next one; `inputs` are further ones of the model."""
+    return F.cross_entropy(model(tokens_bs, **inputs).flatten(0, 1).float(), labels_bs.flatten())
 
 
 class Pretraining:
@@ -78,14 +80,20 @@ class Pretraining:
     def _sharded_model(self) -> Transformer:
         """Returns the model with the seed's weights, each layer sharded over all ranks."""
         config, mesh = self.config, self.ranks.mesh
-        with self.ranks.device:
+        with torch.device("meta"):
             model = Transformer(config.model)
-        model.init_weights(config.train.seed)
         half = self.ranks.device.type == "cuda" and config.train.dtype == "bfloat16"
-        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if half else None, reduce_dtype=torch.float32)
-        for layer in model.model.layers:
+        policy = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16 if half else None,
+            reduce_dtype=torch.float32,
+            cast_forward_inputs=False,  # rotations stay float32
+        )
+        for layer in (*model.model.layers, *model.mtp):
             fully_shard(layer, mesh=mesh, mp_policy=policy)
         fully_shard(model, mesh=mesh, mp_policy=policy)
+        # Only now is memory taken, on each rank for its own shards.
+        model.to_empty(device=self.ranks.device)
+        model.init_weights(config.train.seed)
         return model
 
     def _new_optimizer(self) -> torch.optim.Optimizer:
@@ -134,11 +142,17 @@ class Pretraining:
         rate = learning_rate(number, self.config.train.steps, self.config.optimizer)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        loss = next_token_loss(self.model, self.batches.next().to(self.ranks.device))
-        loss.backward()  # type: ignore[no-untyped-call]
+        batch, device = self.batches.next(), self.ranks.device
+        labels = batch.labels.to(device)
+        apart = {"position_ids": batch.position_ids.to(device), "document_ids": batch.document_ids.to(device)}
+        loss = next_token_loss(
+            self.model, batch.input_ids.to(device), labels, **(apart if self.config.train.mask_documents else {})
+        )
+        (loss + self.model.auxiliary_loss(labels)).backward()  # type: ignore[no-untyped-call]
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimizer.clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
+        self.model.after_step()
         return loss.item(), norm.full_tensor().item()  # type: ignore[attr-defined]
 
     @torch.no_grad()
@@ -154,7 +168,8 @@ class Pretraining:
             numbers = range(first, min(first + loop.batch_size, each))
             places = [(number * stride) * ranks.count + ranks.rank for number in numbers]
             windows = [self.validation.window(place, loop.sequence_length) for place in places]
-            total += next_token_loss(self.model, torch.stack(windows).to(ranks.device)).item() * len(numbers)
+            tokens = torch.from_numpy(np.stack(windows)).to(ranks.device)
+            total += next_token_loss(self.model, tokens[:, :-1], tokens[:, 1:]).item() * len(numbers)
         return ranks.total(total)[0] / (each * ranks.count)
 
     def run(self, journal: Journal) -> dict[str, Any] | None:
@@ -230,15 +245,10 @@ def main(config: PretrainConfig) -> int:
     with explained(config), joined() as ranks:
         training = Pretraining(config, ranks)
         training.directory.mkdir(parents=True, exist_ok=True)
-        run = config.run
-        journal = Journal(
-            ranks.first,
-            training.directory,
-            run.experiment,
-            asdict(config),
-            training.resumed_from,
-            run.tracking_patience,
-        )
+        start, patience = training.resumed_from, config.run.tracking_patience
+        journal = Journal(ranks.first, training.directory, config.run.experiment, asdict(config), start, patience)
+        if ranks.first:
+            (training.directory / MODEL_FILE).write_text(yaml.safe_dump(asdict(config.model), sort_keys=False))
         size = sum(weight.numel() for weight in training.model.parameters())
         origin = f"resuming after step {training.resumed_from}" if training.resumed_from else "from the start"
         journal.say(

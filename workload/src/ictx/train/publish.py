@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-from ictx.data.prepare import TOKENIZER_FILE
 from ictx.model import Transformer
-from ictx.model.hf import export
+from ictx.model.hf import write_pretrained
 from ictx.train.config import PretrainConfig
 from ictx.train.journal import Journal
 
@@ -27,9 +26,9 @@ def publish(config: PretrainConfig, model: Transformer, journal: Journal, result
         return
     directory = config.run.dir / "export"
     meta = json.loads((config.data.dir / "meta.json").read_text())
-    number, text = meta["end_of_text"]
+    _, end_of_text = meta["end_of_text"]
     dtype = getattr(torch, config.train.dtype)
-    export(directory, config.model, weights, config.data.dir / TOKENIZER_FILE, (number, text), dtype)
+    write_pretrained(directory, config.model, weights, config.data.dir, dtype, end_of_text=end_of_text)
     name = config.run.model_name
     version = tracker.register(directory, name, config.run.alias) if name else None
     result |= {

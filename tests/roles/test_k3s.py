@@ -1,0 +1,126 @@
+"""Which Kubernetes is chosen, and why; and clusters that the role k3s refuses."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from cluster import ROOT
+
+VERSION = yaml.safe_load((ROOT / "roles/k3s/defaults/main.yml").read_text())["k3s_version"]
+NOWHERE = "http://127.0.0.1:1/k3s"
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    """Serves a folder and says nothing."""
+
+    def log_message(self, format: str, *arguments: object) -> None:
+        """Says nothing."""
+
+
+@pytest.fixture(scope="module")
+def mirror(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Serves a mirror that has the release's list of checksums; yields its address."""
+    folder = tmp_path_factory.mktemp("mirror")
+    (folder / VERSION).mkdir()
+    (folder / VERSION / "sha256sum-amd64.txt").write_text("")
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(folder))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+
+
+def play(folder: Path, tasks: list[dict[str, Any]], variables: dict[str, Any]) -> subprocess.CompletedProcess[str]:
+    """Runs tasks on this machine."""
+    file = folder / "play.yml"
+    told = {**variables, "ansible_python_interpreter": sys.executable}
+    start = {"hosts": "localhost", "connection": "local", "gather_facts": False, "vars": told, "tasks": tasks}
+    file.write_text(yaml.safe_dump([start]))
+    return subprocess.run(
+        ["ansible-playbook", "-i", "localhost,", str(file)], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+
+
+def choose(folder: Path, wanted: str, mirror: str, *, lab: bool, **variables: str) -> tuple[bool, str]:
+    """Returns whether a choice was made, and what was said."""
+    told = {
+        "_kubernetes_wanted": wanted,
+        "_kubernetes_is_lab": lab,
+        "ictx_cache_dir": str(folder / "cache"),
+        "k3s_mirror": mirror,
+        **variables,
+    }
+    done = play(folder, [{"import_tasks": str(ROOT / "playbooks/tasks/choose_kubernetes.yml")}], told)
+    return done.returncode == 0, " ".join((done.stdout + done.stderr).split())
+
+
+@pytest.mark.parametrize("wanted", ["auto", "k3s"])
+def test_k3s_is_chosen_where_it_can_be_fetched(tmp_path: Path, mirror: str, wanted: str) -> None:
+    done, said = choose(tmp_path, wanted, mirror, lab=True)
+    assert done, said
+    assert f"Kubernetes: K3s, because kubernetes_distribution is {wanted} and {mirror}" in said
+
+
+def test_a_lab_that_cannot_fetch_k3s_says_so_and_takes_debians_sources(tmp_path: Path) -> None:
+    done, said = choose(tmp_path, "auto", NOWHERE, lab=True)
+    assert done, said
+    assert f"K3s {VERSION} cannot be fetched from {NOWHERE}" in said
+    assert "Debian''s sources (lab only)" in said
+
+
+@pytest.mark.parametrize(("wanted", "lab"), [("auto", False), ("k3s", True)])
+def test_elsewhere_it_is_an_error_that_names_the_release_the_address_and_the_remedy(
+    tmp_path: Path, wanted: str, lab: bool
+) -> None:
+    done, said = choose(tmp_path, wanted, NOWHERE, lab=lab)
+    assert not done
+    assert f"K3s {VERSION} cannot be fetched from {NOWHERE}" in said
+    assert "Set k3s_mirror to a mirror of its releases, or k3s_airgap_dir" in said
+
+
+def test_a_folder_that_lacks_a_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "k3s").write_text("")
+    done, said = choose(tmp_path, "k3s", NOWHERE, lab=False, k3s_airgap_dir=str(tmp_path))
+    assert not done
+    assert f"lacks k3s-airgap-images-amd64.tar.zst in k3s_airgap_dir {tmp_path}" in said
+
+
+def test_the_lab_takes_debians_sources_when_told_to_and_asks_nobody(tmp_path: Path, mirror: str) -> None:
+    done, said = choose(tmp_path, "debian", mirror, lab=True)
+    assert done, said
+    assert "sources (lab only), because kubernetes_distribution is debian" in said
+    assert "Ask the mirror" not in said
+
+
+def test_an_even_number_of_servers_is_refused(tmp_path: Path) -> None:
+    variables = {
+        "ansible_facts": {"architecture": "x86_64"},
+        "k3s_role": "server",
+        "k3s_servers": ["localhost", "other"],
+    }
+    role = {"include_role": {"name": "k3s", "tasks_from": "preflight"}}
+    done = play(tmp_path, [role], variables)
+    assert done.returncode != 0
+    assert (
+        "2 servers (localhost, other): an even number keeps no more failures than one less" in done.stdout + done.stderr
+    )
+
+
+def test_a_release_without_checksums_is_refused(tmp_path: Path) -> None:
+    variables = {
+        "ansible_facts": {"architecture": "x86_64"},
+        "k3s_role": "server",
+        "k3s_servers": ["localhost"],
+        "k3s_version": "v9.9.9+k3s1",
+    }
+    done = play(tmp_path, [{"include_role": {"name": "k3s", "tasks_from": "preflight"}}], variables)
+    assert done.returncode != 0
+    assert "k3s_checksums has no checksums of K3s v9.9.9+k3s1" in " ".join((done.stdout + done.stderr).split())

@@ -1,0 +1,57 @@
+"""Settings of a corpus."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ictx.data.tokenizer import SMALLEST_VOCABULARY
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """How a corpus becomes tokens."""
+
+    vocab_size: int = 4096
+    """Entries of the tokenizer's vocabulary."""
+    min_bytes: int = 20_000_000
+    """A smaller corpus is refused."""
+    validation_share: float = 0.02
+    """Share of the documents that are kept for validation; the text of a document decides, not its place."""
+    seed: int = 0
+    """Chooses the documents for validation and those that the tokenizer is trained on."""
+    text_field: str = "text"
+    """Field of a JSON line, column of a Parquet file or of a data set that holds a document."""
+    longest_document: int = 16 << 20
+    """Characters; what is longer becomes several documents. It bounds the memory that preparing takes."""
+    tokenizer: Path | None = None
+    """Folder with the tokenizer to use; one is trained on the corpus unless given."""
+    tokenizer_bytes: int = 256 << 20
+    """Text that a tokenizer is trained on: a sample of whole documents if the corpus has more."""
+    shard_bytes: int = 1 << 30
+    """Text of one file of tokens. The loader keeps a shard's index in memory and shuffles whole shards."""
+    streaming: bool = True
+    """Read data sets of the Hub over the network at each of the three passes, instead of downloading them first."""
+    dir: Path | None = None
+    """Prepared data (training only)."""
+
+    def __post_init__(self) -> None:
+        if not SMALLEST_VOCABULARY <= self.vocab_size <= 1 << 31:
+            raise ValueError(
+                f"vocab_size is {self.vocab_size}: expected at least {SMALLEST_VOCABULARY} (all bytes and the special "
+                "tokens)"
+            )
+        if not 0 < self.validation_share < 1:
+            raise ValueError(f"validation_share is {self.validation_share}: expected more than 0 and less than 1")
+        for name in ("min_bytes", "seed"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}: expected 0 or more")
+        for name in ("longest_document", "tokenizer_bytes", "shard_bytes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: expected 1 or more")
+
+    def identity(self) -> dict[str, Any]:
+        """Returns the settings that the tokens depend on, once the documents are known."""
+        names = ("vocab_size", "validation_share", "seed", "tokenizer_bytes", "shard_bytes")
+        return {name: getattr(self, name) for name in names}

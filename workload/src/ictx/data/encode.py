@@ -1,0 +1,108 @@
+"""Documents become tokens: on all cores, in the order in which they came, in memory that does not grow."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from tokenizers import Tokenizer
+
+from ictx.data.corpus import Document
+
+# Characters that one core encodes at a time.
+PIECE = 1 << 14
+# Characters that all cores encode at a time: four pieces each. Three such batches are on their way, so that reading and
+# writing go on meanwhile. Until a batch is done, the library takes some 200 bytes a token: that is where memory goes.
+BATCH = 4 * PIECE * len(os.sched_getaffinity(0))
+AHEAD = 3
+
+Tokens = npt.NDArray[Any]
+
+
+def encoded(
+    tokenizer: Tokenizer, documents: Iterable[Document], dtype: np.dtype[Any]
+) -> Iterator[tuple[Document, Tokens]]:
+    """Yields each document with its tokens, an array of shape (tokens,); token 0 is their last.
+
+    What looks like a special token in a text is text.
+    """
+    tokenizer.encode_special_tokens = True
+    parts: list[Tokens] = []
+    for tokens, document in _tokens(tokenizer, _pieces(documents), dtype):
+        parts.append(tokens)
+        if document is not None:
+            yield document, np.concatenate([*parts, np.zeros(1, dtype)])
+            parts.clear()
+
+
+def cut(text: str) -> list[str]:
+    """Returns the text in pieces of at most `PIECE` characters that have the same tokens as the whole.
+
+    A piece ends before a space that follows a letter, a digit or an ASCII sign, where no merge crosses. Text that has
+    none for so long (base64, Chinese, …) is cut anywhere; it is the same text all the same.
+    """
+    pieces, start = [], 0
+    while len(text) - start > PIECE:
+        end = start + PIECE
+        place = text.rfind(" ", start + 1, end)
+        while place > start and not _ends_a_word(text[place - 1]):
+            place = text.rfind(" ", start + 1, place)
+        end = place if place > start else end
+        pieces.append(text[start:end])
+        start = end
+    return [*pieces, text[start:]]
+
+
+def _ends_a_word(character: str) -> bool:
+    """Returns whether a character is no white space for sure: libraries differ about some of the others."""
+    return character.isalnum() or "!" <= character <= "~"
+
+
+def _pieces(documents: Iterable[Document]) -> Iterator[tuple[str, Document | None]]:
+    """Yields pieces; the last one of a document comes with it."""
+    for document in documents:
+        *first, last = cut(document.text)
+        yield from ((piece, None) for piece in first)
+        yield last, document
+
+
+def _batches(pieces: Iterable[tuple[str, Document | None]]) -> Iterator[list[tuple[str, Document | None]]]:
+    """Yields lists of pieces, together some `BATCH` characters long."""
+    batch, size = [], 0
+    for piece in pieces:
+        batch.append(piece)
+        size += len(piece[0])
+        if size >= BATCH:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _tokens(
+    tokenizer: Tokenizer, pieces: Iterable[tuple[str, Document | None]], dtype: np.dtype[Any]
+) -> Iterator[tuple[Tokens, Document | None]]:
+    """Yields the tokens of each piece. The library's own threads do the work; ours wait for them."""
+
+    def encode(texts: list[str]) -> list[Tokens]:
+        return [np.array(encoding.ids, dtype) for encoding in tokenizer.encode_batch_fast(texts)]
+
+    waiting: deque[tuple[list[tuple[str, Document | None]], Future[list[Tokens]]]] = deque()
+
+    def oldest() -> Iterator[tuple[Tokens, Document | None]]:
+        batch, future = waiting.popleft()
+        for (_, document), tokens in zip(batch, future.result(), strict=True):
+            yield tokens, document
+
+    with ThreadPoolExecutor(AHEAD) as pool:
+        for batch in _batches(pieces):
+            waiting.append((batch, pool.submit(encode, [text for text, _ in batch])))
+            if len(waiting) >= AHEAD:
+                yield from oldest()
+        while waiting:
+            yield from oldest()

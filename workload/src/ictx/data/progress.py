@@ -1,0 +1,43 @@
+"""How far a long piece of work has got: a bar on a terminal, a line now and then elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+
+from tqdm import tqdm
+
+# Seconds between two lines in a job's log.
+PAUSE = 10.0
+
+
+class Progress:
+    """Counts bytes. A total that is not known leaves the share and the remaining time out."""
+
+    def __init__(self, what: str, total: int | None = None) -> None:
+        """Starts at nothing."""
+        self.what, self.total, self.done = what, total, 0
+        self.began = self.told = time.monotonic()
+        terminal = sys.stderr.isatty()
+        self.bar = tqdm(desc=what, total=total, unit="B", unit_scale=True, file=sys.stderr) if terminal else None
+
+    def add(self, count: int) -> None:
+        """Counts `count` more bytes."""
+        self.done += count
+        if self.bar is not None:
+            self.bar.update(count)
+        elif time.monotonic() - self.told > PAUSE:
+            self.told = time.monotonic()
+            rate = self.done / (self.told - self.began) / 1e6
+            share = f" ({min(self.done / self.total, 1):.0%})" if self.total else ""
+            print(f"{self.what}: {self.done / 1e6:,.0f} MB{share}, {rate:.1f} MB/s", flush=True)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.bar is not None:
+            self.bar.close()

@@ -1,0 +1,114 @@
+"""The tokenizer: byte-level BPE with tokens for the ends of documents and for the turns of a chat."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from ictx.errors import UserError
+
+END_OF_TEXT, PAD = "<|endoftext|>", "<|pad|>"
+TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
+# The last four have no meaning yet: what a later stage needs gets a token without a new vocabulary.
+SPECIAL_TOKENS = (END_OF_TEXT, PAD, TURN_START, TURN_END, *(f"<|reserved_{number}|>" for number in range(4)))
+"""Their numbers are their places in this list: `<|endoftext|>` is 0."""
+SMALLEST_VOCABULARY = 256 + len(SPECIAL_TOKENS)
+
+TOKENIZER_FILE, TOKENIZER_CONFIG_FILE = "tokenizer.json", "tokenizer_config.json"
+TOKENIZER_FILES = (TOKENIZER_FILE, TOKENIZER_CONFIG_FILE)
+
+# What merges never cross: words with at most one sign before them, one to three digits, runs of signs, of ends of lines
+# and of spaces. A space belongs to the word that follows it.
+WORDS = "|".join(
+    [
+        r"[^\r\n\p{L}\p{M}\p{N}]?[\p{L}\p{M}]+",
+        r"\p{N}{1,3}",
+        r" ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*",
+        r"\s*[\r\n]+",
+        r"\s+(?!\S)",
+        r"\s+",
+    ]
+)
+
+# ChatML. What people write cannot end their turn: a control token in a message gets a space and is text again. The
+# `generation` block marks what the model writes, for losses on answers alone.
+_TEXT = "message['content']" + "".join(
+    f" | replace('{token}', '{token[:-2]} |>')" for token in (TURN_START, TURN_END, END_OF_TEXT)
+)
+CHAT_TEMPLATE = (
+    "{%- for message in messages -%}"
+    "{%- if message['role'] not in ['system', 'user', 'assistant', 'tool'] -%}"
+    "{{- raise_exception('a message has the role ' ~ message['role'] ~ ': not system, user, assistant or tool') -}}"
+    "{%- endif -%}"
+    f"{{{{- '{TURN_START}' ~ message['role'] ~ '\\n' -}}}}"
+    "{%- if message['role'] == 'assistant' -%}"
+    f"{{%- generation -%}}{{{{- ({_TEXT}) ~ '{TURN_END}' -}}}}{{%- endgeneration -%}}"
+    "{%- else -%}"
+    f"{{{{- ({_TEXT}) ~ '{TURN_END}' -}}}}"
+    "{%- endif -%}"
+    "{{- '\\n' -}}"
+    "{%- endfor -%}"
+    f"{{%- if add_generation_prompt -%}}{{{{- '{TURN_START}assistant\\n' -}}}}{{%- endif -%}}"
+)
+
+
+def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Returns a tokenizer of exactly `vocab_size` entries, the special tokens first. Raises UserError."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(WORDS), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(documents, trainer)
+    if tokenizer.get_vocab_size() != vocab_size:
+        raise UserError(
+            f"vocab_size is {vocab_size}, but the corpus yields only {tokenizer.get_vocab_size()} entries: "
+            "lower it or add text"
+        )
+    return tokenizer
+
+
+def load_tokenizer(directory: Path, vocab_size: int) -> Tokenizer:
+    """Returns the tokenizer that lies in a folder. Raises UserError naming what it lacks."""
+    path = directory / TOKENIZER_FILE
+    try:
+        tokenizer = Tokenizer.from_str(path.read_text())
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from error
+    except Exception as error:  # the library raises nothing more exact
+        raise UserError(f"{path} is no tokenizer: {error}") from error
+    if tokenizer.get_vocab_size() != vocab_size:
+        raise UserError(f"vocab_size is {vocab_size}, but {path} has {tokenizer.get_vocab_size()} entries")
+    for number, text in enumerate(SPECIAL_TOKENS):
+        if tokenizer.token_to_id(text) != number:
+            raise UserError(f"{path} has token {text} as {tokenizer.token_to_id(text)}: expected {number}")
+    return tokenizer
+
+
+def save_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
+    """Writes the two files (`TOKENIZER_FILES`) that transformers and vLLM read, the chat template among them.
+
+    The longest context is the model's: who exports a model adds `model_max_length`.
+    """
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": END_OF_TEXT,
+        "pad_token": PAD,
+        "additional_special_tokens": list(SPECIAL_TOKENS[2:]),
+        "chat_template": CHAT_TEMPLATE,
+        "clean_up_tokenization_spaces": False,
+    }
+    (directory / TOKENIZER_FILE).write_text(tokenizer.to_str(pretty=True))
+    (directory / TOKENIZER_CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")

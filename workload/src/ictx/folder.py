@@ -1,0 +1,47 @@
+"""Folders that appear complete or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def replacing(directory: Path) -> Iterator[Path]:
+    """Yields an empty folder beside `directory` that takes its place, with what was written there safe on disk.
+
+    An older `directory` goes. When the block raises, nothing of the new one stays and the older one is untouched; what
+    a killed process left is removed by the next that writes the same folder.
+    """
+    draft, old = (directory.with_name(f"{directory.name}.{suffix}") for suffix in ("part", "old"))
+    if old.exists() and not directory.exists():
+        # Killed between the two renames below.
+        old.replace(directory)
+    for left in (draft, old):
+        shutil.rmtree(left, ignore_errors=True)
+    draft.mkdir(parents=True)
+    try:
+        yield draft
+        for path in [*draft.rglob("*"), draft]:
+            _sync(path)
+        if directory.exists():
+            directory.replace(old)
+        draft.replace(directory)
+        _sync(directory.parent)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        if old.exists() and not directory.exists():
+            old.replace(directory)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

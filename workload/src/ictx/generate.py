@@ -1,0 +1,215 @@
+"""Generation: chunked prefill into the latent cache, then a token at a time."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
+from torch import Tensor
+
+from ictx.errors import UserError
+from ictx.model import LatentCache, Transformer
+from ictx.model.hf import TOKENIZER_FILE
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen."""
+
+    temperature: float = 0.0
+    """Divides the logits; 0 takes the likeliest token."""
+    top_k: int = 0
+    """Only this many likeliest tokens are in the draw; 0 leaves all in."""
+    top_p: float = 1.0
+    """Only the likeliest tokens that together have this probability are in the draw."""
+    seed: int | None = None
+    """Makes the draws repeatable."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < float("inf"):
+            raise UserError(f"temperature is {self.temperature}: expected 0 or more")
+        if self.top_k < 0:
+            raise UserError(f"top-k is {self.top_k}: expected 0 or more")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top-p is {self.top_p}: expected more than 0, and at most 1")
+
+
+class Sampler:
+    """Draws tokens."""
+
+    def __init__(self, sampling: Sampling, device: torch.device) -> None:
+        self.sampling = sampling
+        self.generator = torch.Generator(device)
+        if sampling.seed is None:
+            self.generator.seed()
+        else:
+            self.generator.manual_seed(sampling.seed)
+
+    def __call__(self, logits_bv: Tensor) -> Tensor:
+        """Returns a token for each row, int64 of shape (batch,)."""
+        sampling = self.sampling
+        if sampling.temperature == 0:
+            return logits_bv.argmax(-1)
+        logits_bv = logits_bv.float() / sampling.temperature
+        if sampling.top_k:
+            lowest = logits_bv.topk(min(sampling.top_k, logits_bv.shape[-1])).values[:, -1:]
+            logits_bv = logits_bv.masked_fill(logits_bv < lowest, -torch.inf)
+        ordered, tokens = logits_bv.softmax(-1).sort(-1, descending=True)
+        # The token that reaches the limit is the last one in.
+        ordered = ordered.masked_fill(ordered.cumsum(-1) - ordered >= sampling.top_p, 0.0)
+        return tokens.gather(1, torch.multinomial(ordered, 1, generator=self.generator)).squeeze(1)
+
+
+@dataclass
+class Report:
+    """What a generation took."""
+
+    prompt_tokens: int = 0
+    """Tokens of the prompt."""
+    new_tokens: int = 0
+    """Tokens generated."""
+    prefill_seconds: float = 0.0
+    """Time until the first new token."""
+    decode_seconds: float = 0.0
+    """Time for the others."""
+    cache_bytes: int = 0
+    """What the cache's tokens take."""
+    tokens: list[int] = field(default_factory=list)
+    """The new tokens."""
+
+    def __str__(self) -> str:
+        decoded = max(self.new_tokens - 1, 0) / self.decode_seconds if self.decode_seconds else 0.0
+        return (
+            f"{self.prompt_tokens:,} prompt tokens at {self.prompt_tokens / self.prefill_seconds:,.0f} tokens/s, "
+            f"{self.new_tokens:,} new tokens at {decoded:,.1f} tokens/s, cache {self.cache_bytes / 2**20:,.2f} MiB"
+        )
+
+
+@torch.inference_mode()
+def generate(
+    model: Transformer,
+    prompt: list[int],
+    *,
+    max_new_tokens: int,
+    sampling: Sampling = Sampling(),
+    stop: frozenset[int] = frozenset(),
+    chunk_size: int = 512,
+    block_size: int | None = 64,
+    cache_dtype: torch.dtype | None = None,
+    report: Report | None = None,
+) -> Iterator[int]:
+    """Yields new tokens until one of `stop` (which is not yielded) or `max_new_tokens`.
+
+    Args:
+        chunk_size: tokens of the prompt that go through the model at a time: what bounds the workspace of prefill.
+        block_size: tokens of a block of the cache; None makes it contiguous.
+        report: is filled in as generation goes on.
+
+    Raises UserError when the prompt is empty or does not fit the model's context.
+    """
+    config, weight = model.config, model.lm_head.weight
+    longest = len(prompt) + max_new_tokens
+    if not prompt:
+        raise UserError("the prompt is empty: expected at least one token")
+    for name, value in (("max-new-tokens", max_new_tokens), ("chunk-size", chunk_size)):
+        if value < 1:
+            raise UserError(f"{name} is {value}: expected 1 or more")
+    if longest > config.max_position_embeddings:
+        raise UserError(
+            f"{len(prompt)} tokens of the prompt and {max_new_tokens} new ones are more than the model's "
+            f"max_position_embeddings, {config.max_position_embeddings}"
+        )
+    dtype = cache_dtype or weight.dtype
+    cache = LatentCache(config, 1, longest, block_size=block_size, dtype=dtype, device=weight.device)
+    sampler, report = Sampler(sampling, weight.device), report or Report()
+    report.prompt_tokens = len(prompt)
+    began = time.perf_counter()
+    prompt_bs = torch.tensor([prompt], device=weight.device)
+    for first in range(0, len(prompt), chunk_size):
+        logits = model(prompt_bs[:, first : first + chunk_size], cache=cache, last_only=True)
+    for number in range(max_new_tokens):
+        if number:
+            logits = model(torch.tensor([report.tokens[-1:]], device=weight.device), cache=cache, last_only=True)
+        token = int(sampler(logits[:, -1]).item())
+        now = time.perf_counter()
+        if number == 0:
+            report.prefill_seconds = now - began
+            began = now
+        report.decode_seconds = now - began if number else 0.0
+        report.cache_bytes = cache.longest * cache.bytes_per_token
+        report.new_tokens += 1
+        report.tokens.append(token)
+        if token in stop:
+            return
+        yield token
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """A checkpoint's tokenizer, and the tokens that end generation."""
+
+    tokenizer: Tokenizer
+    stop: frozenset[int]
+    chat_template: str | None
+
+    @classmethod
+    def load(cls, directory: Path) -> Vocabulary:
+        """Reads them. Raises UserError when the folder has no tokenizer."""
+        path = directory / TOKENIZER_FILE
+        try:
+            tokenizer = Tokenizer.from_str(path.read_text())
+        except OSError as error:
+            raise UserError(f"{path}: {error.strerror}: the checkpoint was exported without a tokenizer") from error
+        except Exception as error:  # the library raises nothing more exact
+            raise UserError(f"{path} is no tokenizer: {error}") from error
+        settings, generation = (
+            json.loads(file.read_text()) if file.exists() else {}
+            for file in (directory / "tokenizer_config.json", directory / "generation_config.json")
+        )
+        template_file = directory / "chat_template.jinja"
+        template = template_file.read_text() if template_file.exists() else settings.get("chat_template")
+        ends = generation.get("eos_token_id")
+        return cls(tokenizer, frozenset([ends] if isinstance(ends, int) else ends or []), template)
+
+    def encode(self, text: str, chat: bool) -> list[int]:
+        """Returns the tokens of a text, or of a chat in which a user has said it. Raises UserError."""
+        if chat:
+            text = self._turn(text)
+        return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def _turn(self, text: str) -> str:
+        if self.chat_template is None:
+            raise UserError("the checkpoint has no chat template: leave --chat out")
+        from jinja2.ext import Extension
+        from jinja2.nodes import Node
+        from jinja2.parser import Parser
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+        class Generation(Extension):
+            """The block that marks what a model writes: it says nothing here."""
+
+            tags = {"generation"}  # noqa: RUF012
+
+            def parse(self, parser: Parser) -> list[Node]:
+                """Returns what is in the block."""
+                next(parser.stream)
+                return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation])
+        messages: list[dict[str, Any]] = [{"role": "user", "content": text}]
+        return environment.from_string(self.chat_template).render(messages=messages, add_generation_prompt=True)
+
+    def stream(self, tokens: Iterator[int], write: Callable[[str], object]) -> None:
+        """Writes text as its tokens come: a character of several tokens when it is whole."""
+        decoder = DecodeStream(skip_special_tokens=True)
+        for token in tokens:
+            text = decoder.step(self.tokenizer, token)
+            if text:
+                write(text)

@@ -1,0 +1,246 @@
+"""Multi-head Latent Attention in two modes that agree (arXiv:2405.04434, section 2.1).
+
+Expanded makes keys and values of the latents and attends head by head: cheaper where many queries share the keys, as in
+training and prefill. Absorbed multiplies the queries and the result with the two halves of `kv_b_proj` instead, and
+attends to the latents themselves: cheaper where few queries meet many keys, as in decoding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ictx.model.cache import LatentCache, Slots
+from ictx.model.config import ModelConfig
+from ictx.model.rope import Rotations, rotate
+
+KEYS_AT_ONCE = 2048
+"""Cached tokens that are expanded or scored at a time: what bounds the workspace."""
+LONGEST_DENSE_MASK = 2048
+"""Sequences up to this long attend with a mask where they hold several documents; longer ones document by document."""
+
+Mode = Literal["auto", "expanded", "absorbed"]
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Which tokens of a batch may see each other: those of one run of equal document numbers, and no padding."""
+
+    mask_bqk: Tensor | None
+    """True where a query sees a key, of shape (batch, 1, sequence, sequence); None for long sequences."""
+    bounds: list[list[int]]
+    """First token of each document, and the end, row by row, where there is no mask."""
+
+    @classmethod
+    def of(cls, document_ids: Tensor | None, attention_mask: Tensor | None) -> Documents | None:
+        """Returns them, or None where every token belongs to the same document.
+
+        Args:
+            document_ids: integers of shape (batch, sequence); where it changes a document ends.
+            attention_mask: 1 for tokens and 0 for padding, of the same shape. Padding sees padding only, so that its
+                attention has a result.
+        """
+        if document_ids is None and attention_mask is None:
+            return None
+        given = document_ids if document_ids is not None else attention_mask
+        assert given is not None
+        starts = torch.zeros_like(given, dtype=torch.bool)
+        for ids in (document_ids, attention_mask):
+            if ids is not None:
+                starts[:, 1:] |= ids[:, 1:] != ids[:, :-1]
+        length = given.shape[1]
+        if length <= LONGEST_DENSE_MASK:
+            runs = starts.cumsum(1)
+            mask = (runs[:, None, :, None] == runs[:, None, None, :]).tril()
+            return cls(mask, [])
+        bounds = [[0, *row.nonzero().flatten().tolist(), length] for row in starts]
+        return cls(None, bounds)
+
+
+class LatentAttention(nn.Module):
+    """Multi-head Latent Attention with low-rank projections and a decoupled rotary key."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        heads, self.config = config.num_attention_heads, config
+        if config.q_lora_rank is None:
+            self.q_proj = nn.Linear(config.hidden_size, heads * config.qk_head_dim, bias=False)
+        else:
+            self.q_a_proj = nn.Linear(config.hidden_size, config.q_lora_rank, bias=False)
+            self.q_a_layernorm = nn.RMSNorm(config.q_lora_rank, eps=config.rms_norm_eps)
+            self.q_b_proj = nn.Linear(config.q_lora_rank, heads * config.qk_head_dim, bias=False)
+        self.kv_a_proj_with_mqa = nn.Linear(config.hidden_size, config.cache_width, bias=False)
+        self.kv_a_layernorm = nn.RMSNorm(config.kv_lora_rank, eps=config.rms_norm_eps)
+        expanded = heads * (config.qk_nope_head_dim + config.v_head_dim)
+        self.kv_b_proj = nn.Linear(config.kv_lora_rank, expanded, bias=False)
+        self.o_proj = nn.Linear(heads * config.v_head_dim, config.hidden_size, bias=False)
+
+    def forward(
+        self,
+        x_bsd: Tensor,
+        turn: Rotations,
+        documents: Documents | None = None,
+        cache: LatentCache | None = None,
+        layer: int = 0,
+        slots: Slots | None = None,
+        mode: Mode = "auto",
+    ) -> Tensor:
+        """Returns the attended values, of the shape and dtype of `x_bsd`.
+
+        Args:
+            turn: rotations of the tokens' positions.
+            documents: who sees whom, without a cache.
+            cache: earlier tokens; these are added as those of `layer` at `slots`.
+            mode: how to attend with a cache; what takes fewer operations unless given.
+        """
+        q_nope, q_rope = self._queries(x_bsd)
+        latent, k_rope = self.kv_a_proj_with_mqa(x_bsd).split([self.config.kv_lora_rank, q_rope.shape[-1]], -1)
+        latent = self.kv_a_layernorm(latent)
+        q_rope = rotate(q_rope, turn)
+        # One rotary key for all heads.
+        k_rope = rotate(k_rope[:, :, None, :], turn).squeeze(2)
+        if cache is None:
+            out_bshv = self._within(q_nope, q_rope, latent, k_rope, documents)
+        else:
+            assert slots
+            cache.write(layer, torch.cat([latent, k_rope], -1), slots)
+            absorbed = mode == "absorbed" or (mode == "auto" and self._absorbing_is_cheaper(x_bsd.shape[1]))
+            attend = self._absorbed if absorbed else self._expanded
+            out_bshv = attend(q_nope, q_rope, cache, layer, slots)
+        return cast(Tensor, self.o_proj(out_bshv.flatten(-2)))
+
+    def _queries(self, x_bsd: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the queries' parts without and with position, each (batch, sequence, heads, width)."""
+        config = self.config
+        if config.q_lora_rank is None:
+            q = self.q_proj(x_bsd)
+        else:
+            q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_bsd)))
+        q_bshd = q.unflatten(-1, (config.num_attention_heads, -1))
+        q_nope, q_rope = q_bshd.split([config.qk_nope_head_dim, config.qk_rope_head_dim], -1)
+        return q_nope, q_rope
+
+    def _keys_values(self, latent_btc: Tensor, k_rope_btr: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns keys and values of cached tokens, each (batch, tokens, heads, width)."""
+        config, heads = self.config, self.config.num_attention_heads
+        kv = self.kv_b_proj(latent_btc).unflatten(-1, (heads, -1))
+        k_nope, v_bthv = kv.split([config.qk_nope_head_dim, config.v_head_dim], -1)
+        return torch.cat([k_nope, k_rope_btr[:, :, None].expand(-1, -1, heads, -1)], -1), v_bthv
+
+    def _absorbing_is_cheaper(self, queries: int) -> bool:
+        """Whether scores and sums over latents cost less than to expand each key and value for so many queries."""
+        config = self.config
+        longer = 2 * config.kv_lora_rank - config.qk_nope_head_dim - config.v_head_dim
+        return queries * longer < config.kv_lora_rank * (config.qk_nope_head_dim + config.v_head_dim)
+
+    def _within(
+        self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, documents: Documents | None
+    ) -> Tensor:
+        """Expanded, among the tokens of this forward; returns (batch, sequence, heads, v_head_dim)."""
+        q = torch.cat([q_nope, q_rope], -1).transpose(1, 2)
+        k, v = (x.transpose(1, 2) for x in self._keys_values(latent, k_rope))
+        if documents is None or documents.mask_bqk is not None:
+            mask = documents.mask_bqk if documents else None
+            return self._attend(q, k, v, mask).transpose(1, 2)
+        rows = []
+        for row, bounds in enumerate(documents.bounds):
+            spans = [slice(first, end) for first, end in pairwise(bounds)]
+            one = slice(row, row + 1)
+            rows.append(torch.cat([self._attend(q[one, :, s], k[one, :, s], v[one, :, s], None) for s in spans], 2))
+        return torch.cat(rows).transpose(1, 2)
+
+    def _attend(self, q_bhsd: Tensor, k_bhsd: Tensor, v_bhsv: Tensor, mask: Tensor | None) -> Tensor:
+        """Returns softmax(q·kᵀ·scale)·v, causal where there is no mask."""
+        width, scale = v_bhsv.shape[-1], self.config.softmax_scale
+        # PyTorch's fused attention on the CPU, unlike on GPUs, wants values as wide as keys.
+        if q_bhsd.device.type == "cpu" and width < q_bhsd.shape[-1]:
+            v_bhsv = F.pad(v_bhsv, (0, q_bhsd.shape[-1] - width))
+        out = F.scaled_dot_product_attention(q_bhsd, k_bhsd, v_bhsv, mask, is_causal=mask is None, scale=scale)
+        return out[..., :width]
+
+    def _expanded(self, q_nope: Tensor, q_rope: Tensor, cache: LatentCache, layer: int, slots: Slots) -> Tensor:
+        """Attends to the cache, its tokens expanded a part at a time; returns (batch, sequence, heads, v_head_dim)."""
+        q_bhsd = torch.cat([q_nope, q_rope], -1).transpose(1, 2)
+        rank = self.config.kv_lora_rank
+
+        def parts() -> Iterable[tuple[int, Tensor, Tensor]]:
+            for start, entries in cache.read(layer, slots.longest, KEYS_AT_ONCE):
+                entries = entries.to(q_bhsd.dtype)
+                k, v = self._keys_values(entries[..., :rank], entries[..., rank:])
+                yield start, k.transpose(1, 2), v.transpose(1, 2)
+
+        return attend_in_parts(q_bhsd, parts(), slots, self.config.softmax_scale).transpose(1, 2)
+
+    def _absorbed(self, q_nope: Tensor, q_rope: Tensor, cache: LatentCache, layer: int, slots: Slots) -> Tensor:
+        """Attends to the cached latents themselves; returns (batch, sequence, heads, v_head_dim)."""
+        config = self.config
+        weight = self.kv_b_proj.weight.view(config.num_attention_heads, -1, config.kv_lora_rank)
+        w_uk, w_uv = weight[:, : config.qk_nope_head_dim], weight[:, config.qk_nope_head_dim :]
+        q_latent = torch.einsum("bshn,hnc->bshc", q_nope, w_uk)
+        out_bshc = attend_to_latents(torch.cat([q_latent, q_rope], -1), cache, layer, slots, config.softmax_scale)
+        return torch.einsum("bshc,hvc->bshv", out_bshc, w_uv)
+
+
+def attend_to_latents(q_bshe: Tensor, cache: LatentCache, layer: int, slots: Slots, scale: float) -> Tensor:
+    """Returns softmax(q·eᵀ·scale)·c over the cached entries e = (c, k_rope), of shape (batch, sequence, heads, latent).
+
+    All heads share the entries. This is the one place where a kernel over the cache's own layout takes over.
+
+    Args:
+        q_bshe: absorbed queries and rotated parts, (batch, sequence, heads, cache_width).
+    """
+    rank = cache.config.kv_lora_rank
+    batch, sequence, heads, width = q_bshe.shape
+    # Heads and tokens are queries alike: (batch, 1, sequence · heads, width).
+    q = q_bshe.reshape(batch, 1, sequence * heads, width)
+
+    def parts() -> Iterable[tuple[int, Tensor, Tensor]]:
+        for start, entries in cache.read(layer, slots.longest, KEYS_AT_ONCE):
+            entries = entries.to(q.dtype)[:, None]
+            yield start, entries, entries[..., :rank]
+
+    return attend_in_parts(q, parts(), slots, scale, heads).reshape(batch, sequence, heads, rank)
+
+
+def attend_in_parts(
+    q_bhqd: Tensor, parts: Iterable[tuple[int, Tensor, Tensor]], slots: Slots, scale: float, repeat: int = 1
+) -> Tensor:
+    """Returns causal attention over keys that come a part at a time, of shape (batch, heads, queries, value width).
+
+    Running maximum, sum and result are float32 and rescaled as larger scores come (arXiv:2205.14135), so that any
+    division into parts gives the same.
+
+    Args:
+        parts: first position, keys and values (batch, heads or 1, tokens, width) of each part.
+        repeat: queries that stand at each position of `slots`.
+    """
+    places = slots.positions_bs.repeat_interleave(repeat, 1)[:, None, :, None]
+    highest: Tensor | None = None
+    total, out = torch.zeros((), device=q_bhqd.device), torch.zeros((), device=q_bhqd.device)
+    q_bhqd = q_bhqd * scale
+    # Every query sees the part's keys when the first of them comes after the last key.
+    single = slots.positions_bs.shape[1] == 1 and slots.real_bs is None and slots.positions_bs.shape[0] == 1
+    for start, keys, values in parts:
+        scores = torch.matmul(q_bhqd, keys.transpose(-1, -2)).float()
+        if not single:
+            tokens = torch.arange(start, start + keys.shape[2], device=scores.device)
+            scores = scores.masked_fill(tokens > places, -torch.inf)
+        peak = scores.amax(-1, keepdim=True)
+        if highest is None:
+            # Position 0 is in the first part: every query sees a key there.
+            weights = torch.exp(scores - peak)
+            total, out = weights.sum(-1, keepdim=True), torch.matmul(weights.to(values.dtype), values).float()
+            highest = peak
+            continue
+        new = torch.maximum(highest, peak)
+        weights, keep = torch.exp(scores - new), torch.exp(highest - new)
+        total = total * keep + weights.sum(-1, keepdim=True)
+        out = out * keep + torch.matmul(weights.to(values.dtype), values).float()
+        highest = new
+    return (out / total).to(q_bhqd.dtype)

@@ -1,0 +1,190 @@
+"""The latent cache: the only owner of how latents and rotated keys lie in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ictx.errors import UserError
+from ictx.model.config import ModelConfig
+
+CACHE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""What a cache may hold its values in."""
+
+
+def bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
+    """Returns what one token takes in the caches of all layers."""
+    return config.cache_width * dtype.itemsize * config.num_hidden_layers
+
+
+@dataclass(frozen=True)
+class Slots:
+    """Where the tokens of one forward go; the same in every layer."""
+
+    positions_bs: Tensor
+    """Place of each token in its sequence, int64; what padding has here means nothing."""
+    real_bs: Tensor | None
+    """Which tokens are no padding, bool; None when all are."""
+    lengths_b: Tensor
+    """Tokens of each sequence once these are in, int64."""
+    longest: int
+    """The largest of those lengths, at least 1: padding attends to something too."""
+
+
+class LatentCache:
+    """Normed latents and rotated keys of a batch of sequences, preallocated for `max_length` tokens of each.
+
+    The cache of a layer is one tensor (blocks, block_size, kv_lora_rank + qk_rope_head_dim), the latent first. Row
+    `b` of `block_tables`, int32 of shape (batch, blocks of a sequence), lists the blocks of sequence `b` in order;
+    blocks are handed out as a sequence grows and come back with `release`. Without `block_size` the cache is
+    contiguous: one block of `max_length` tokens for each sequence.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        batch: int,
+        max_length: int,
+        *,
+        block_size: int | None = None,
+        blocks: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        """Allocates the cache.
+
+        Args:
+            block_size: tokens of a block; None makes the cache contiguous.
+            blocks: blocks in all; enough for `max_length` tokens of every sequence unless given.
+        """
+        if batch < 1 or max_length < 1:
+            raise ValueError(f"batch is {batch} and max_length {max_length}: expected 1 or more")
+        if block_size is not None and block_size < 1:
+            raise ValueError(f"block_size is {block_size}: expected 1 or more")
+        self.config, self.max_length, self.dtype = config, max_length, dtype
+        self.contiguous = block_size is None
+        self.block_size = block_size or max_length
+        per_sequence = -(-max_length // self.block_size)
+        count = blocks if blocks is not None else batch * per_sequence
+        shape = (count, self.block_size, config.cache_width)
+        self.layers = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
+        self.block_tables = torch.zeros((batch, per_sequence), dtype=torch.int32, device=device)
+        self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
+        # The host knows the lengths too: to ask the device for them would wait for it in every step.
+        self._lengths = [0] * batch
+        self._owned: list[list[int]] = [[] for _ in range(batch)]
+        self._free = list(range(count - 1, -1, -1))
+        if self.contiguous and count == batch:
+            # Row b is block b, so that all sequences are one view of the layer.
+            for row in range(batch):
+                self._grow(row, max_length)
+
+    @property
+    def batch(self) -> int:
+        """Sequences."""
+        return len(self._lengths)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence."""
+        return max(self._lengths)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """What one token takes in all layers."""
+        return bytes_per_token(self.config, self.dtype)
+
+    @property
+    def bytes_allocated(self) -> int:
+        """What the cache takes, however many tokens are in it."""
+        return sum(layer.numel() * layer.element_size() for layer in self.layers)
+
+    def reserve(self, tokens: int, mask_bs: Tensor | None = None) -> Slots:
+        """Returns the slots of `tokens` more tokens of each sequence, fewer where `mask_bs` has padding (0).
+
+        Raises UserError when a sequence outgrows `max_length` or no block is free; the cache is as before then.
+        """
+        batch, device = self.batch, self.lengths.device
+        if mask_bs is None:
+            counts, real_bs = [tokens] * batch, None
+            positions_bs = self.lengths[:, None] + torch.arange(tokens, device=device)
+        else:
+            real_bs = mask_bs.to(device=device, dtype=torch.bool)
+            counts = [int(count) for count in real_bs.sum(1).tolist()]
+            # Padding gets the place of the token before it, or of the next: any that exists will do.
+            positions_bs = (self.lengths[:, None] + (real_bs.cumsum(1) - 1).clamp(min=0)).clamp(max=self.max_length - 1)
+        lengths = [old + new for old, new in zip(self._lengths, counts, strict=True)]
+        if max(lengths) > self.max_length:
+            raise UserError(
+                f"a sequence of {max(lengths)} tokens does not fit the cache: it is made for {self.max_length}"
+            )
+        needed = [self._blocks_for(length) - len(self._owned[row]) for row, length in enumerate(lengths)]
+        if sum(max(count, 0) for count in needed) > len(self._free):
+            raise UserError(
+                f"the cache has {len(self._free)} free blocks of {self.block_size} tokens: too few for this batch"
+            )
+        for row, length in enumerate(lengths):
+            self._grow(row, length)
+        lengths_b = self.lengths + tokens if real_bs is None else self.lengths + real_bs.sum(1)
+        return Slots(positions_bs, real_bs, lengths_b, max(1, *lengths))
+
+    def _blocks_for(self, length: int) -> int:
+        return -(-length // self.block_size)
+
+    def _grow(self, row: int, length: int) -> None:
+        """Hands out the blocks that a sequence of this length needs."""
+        owned = self._owned[row]
+        new = [self._free.pop() for _ in range(self._blocks_for(length) - len(owned))]
+        if new:
+            first = len(owned)
+            self.block_tables[row, first : first + len(new)] = torch.tensor(new, dtype=torch.int32)
+            owned.extend(new)
+
+    def write(self, layer: int, entries_bsc: Tensor, slots: Slots) -> None:
+        """Puts what the slots' tokens leave in a layer: normed latent and rotated key, (batch, tokens, cache_width)."""
+        positions_bs = slots.positions_bs
+        blocks_bs = self.block_tables.gather(1, positions_bs // self.block_size).long()
+        places_bs = blocks_bs * self.block_size + positions_bs % self.block_size
+        entries_bsc = entries_bsc.to(self.dtype)
+        flat = self.layers[layer].view(-1, self.config.cache_width)
+        if slots.real_bs is None:
+            flat.index_copy_(0, places_bs.flatten(), entries_bsc.flatten(0, 1))
+        else:
+            flat.index_copy_(0, places_bs[slots.real_bs], entries_bsc[slots.real_bs])
+
+    def commit(self, slots: Slots) -> None:
+        """Counts the slots' tokens, once every layer has written them."""
+        self.lengths = slots.lengths_b
+        if slots.real_bs is None:
+            self._lengths = [length + slots.positions_bs.shape[1] for length in self._lengths]
+        else:
+            self._lengths = [int(length) for length in slots.lengths_b.tolist()]
+
+    def read(self, layer: int, length: int, chunk: int) -> Iterator[tuple[int, Tensor]]:
+        """Yields the first `length` entries of every sequence, `chunk` at a time, each with its first position.
+
+        The tensors (batch, up to chunk, cache_width) are views of a contiguous cache and copies of a paged one. What
+        lies behind the end of a shorter sequence is finite, and without meaning.
+        """
+        if self.contiguous and self.layers[layer].shape[0] == self.batch:
+            for start in range(0, length, chunk):
+                yield start, self.layers[layer][:, start : min(start + chunk, length)]
+            return
+        step = max(chunk // self.block_size, 1)
+        for first in range(0, self._blocks_for(length), step):
+            tables = self.block_tables[:, first : first + step].long()
+            start = first * self.block_size
+            yield start, self.layers[layer][tables].flatten(1, 2)[:, : length - start]
+
+    def release(self, row: int) -> None:
+        """Empties a sequence; its blocks are free for others."""
+        self.lengths = self.lengths.clone()
+        self.lengths[row] = 0
+        self._lengths[row] = 0
+        if not self.contiguous:
+            self._free.extend(reversed(self._owned[row]))
+            self._owned[row] = []
+            self.block_tables[row] = 0

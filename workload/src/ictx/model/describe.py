@@ -1,0 +1,120 @@
+"""What a configuration costs: parameters, cache, operations, and which cards hold it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from ictx.model.cache import CACHE_DTYPES, bytes_per_token
+from ictx.model.config import ModelConfig
+from ictx.model.hf_config import DTYPES
+from ictx.model.transformer import Transformer
+
+GIB = 2**30
+CONTEXTS = {"32k": 32_768, "128k": 131_072, "1M": 1_048_576}
+CARDS = (8, 24, 40, 80)
+"""Memory of common cards, in GiB."""
+USABLE = 0.9
+"""Share of a card that a server may take: vLLM's default."""
+WORKSPACE = 0.75 * GIB
+"""What activations of a prefill chunk, CUDA's context and the allocator's gaps take beside weights and cache."""
+PARTS = {
+    "embed_tokens": "embedding",
+    "lm_head": "head",
+    "self_attn": "attention",
+    "experts": "routed experts",
+    "shared_experts": "shared experts",
+    "gate": "routers",
+    "mlp": "feed-forward",
+}
+
+
+def parameters_by_part(config: ModelConfig) -> dict[str, int]:
+    """Returns the parameters of each part, those that only train (MTP) apart; nothing is allocated."""
+    with torch.device("meta"):
+        model = Transformer(config)
+    counts: dict[str, int] = {}
+    for name, weight in model.named_parameters():
+        steps = name.split(".")
+        part = next((title for step, title in PARTS.items() if step in steps), "norms")
+        if steps[0] == "mtp":
+            part = "MTP (training only)"
+        counts[part] = counts.get(part, 0) + weight.numel()
+    return counts
+
+
+def active_parameters(config: ModelConfig) -> int:
+    """Returns the parameters that one token is multiplied with: without the embedding, and only the chosen experts."""
+    counts = parameters_by_part(config)
+    total = sum(counts.values()) - counts["embedding"] - counts.get("MTP (training only)", 0)
+    if config.moe:
+        total -= (
+            counts["routed experts"]
+            * (config.moe.n_routed_experts - config.moe.num_experts_per_tok)
+            // (config.moe.n_routed_experts)
+        )
+    return total
+
+
+def flops_per_token(config: ModelConfig, context: int, *, absorbed: bool) -> int:
+    """Returns the operations of one token's forward that attends to `context` tokens; a training step takes 3 times it.
+
+    Two for each parameter that the token meets, and two for each value of a key or of what is summed.
+    """
+    width = 2 * config.kv_lora_rank + config.qk_rope_head_dim if absorbed else config.qk_head_dim + config.v_head_dim
+    attention = 2 * config.num_attention_heads * width * context * config.num_hidden_layers
+    return 2 * active_parameters(config) + attention
+
+
+def longest_context(config: ModelConfig, card_gib: int, weights: int, cache: int) -> int:
+    """Returns how many tokens fit a card beside weights of that many bytes; `cache` is bytes per token."""
+    free = card_gib * GIB * USABLE - weights - WORKSPACE
+    return max(0, min(int(free // cache), config.max_position_embeddings))
+
+
+def describe(config: ModelConfig, context: int) -> Iterator[str]:
+    """Yields the lines of a table about a configuration; operations are those at `context` tokens."""
+    counts = parameters_by_part(config)
+    total = sum(count for part, count in counts.items() if not part.startswith("MTP"))
+    yield "parameters"
+    for part, count in sorted(counts.items(), key=lambda item: -item[1]):
+        yield _row(part, f"{count:,}")
+    yield _row("total", f"{total:,}")
+    if config.moe:
+        yield _row("at work for one token", f"{active_parameters(config) + counts['embedding']:,}")
+    yield "weights"
+    for name, dtype in DTYPES.items():
+        yield _row(name, f"{total * dtype.itemsize:,} bytes ({total * dtype.itemsize / GIB:.2f} GiB)")
+    yield "latent cache"
+    lengths = {name: length for name, length in CONTEXTS.items() if length <= config.max_position_embeddings}
+    for name, dtype in CACHE_DTYPES.items():
+        per_token = bytes_per_token(config, dtype)
+        sizes = [f"{length * per_token / GIB:.2f} GiB at {title}" for title, length in lengths.items()]
+        yield _row(name, ", ".join([f"{per_token:,} bytes/token", *sizes]))
+    yield f"operations per token at {context:,} tokens of context"
+    yield _row("decode (absorbed)", _operations(flops_per_token(config, context, absorbed=True)))
+    mean = flops_per_token(config, context // 2, absorbed=False)
+    yield _row("prefill (expanded), mean over the context", _operations(mean))
+    yield _row("training, mean over the context", _operations(3 * mean))
+    weights = total * 2
+    yield f"cards, weights in bfloat16 ({USABLE:.0%} of the memory, {WORKSPACE / GIB:.2f} GiB of workspace)"
+    for card in CARDS:
+        if longest_context(config, card, weights, bytes_per_token(config, torch.bfloat16)) == 0:
+            yield _row(f"{card} GB", "weights do not fit")
+            continue
+        verdicts = []
+        for name, dtype in CACHE_DTYPES.items():
+            if name != "float16":  # as large as bfloat16
+                fits = longest_context(config, card, weights, bytes_per_token(config, dtype))
+                full = " (all)" if fits == config.max_position_embeddings else ""
+                verdicts.append(f"{fits:,} tokens{full} with a {name} cache")
+        yield _row(f"{card} GB", ", ".join(verdicts))
+
+
+def _row(name: str, value: str) -> str:
+    return f"  {name:<42} {value}"
+
+
+def _operations(count: int) -> str:
+    return f"{count / 1e9:,.2f} GFLOP"

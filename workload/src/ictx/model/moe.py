@@ -1,0 +1,168 @@
+"""DeepSeekMoE: experts chosen by sigmoid scores, balanced by a bias that training moves (arXiv:2412.19437, 2.1.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ictx.model.config import MoeConfig
+
+
+class GatedProduct(nn.Module):
+    """silu(gate) · up: a module so that its magnitude can be watched."""
+
+    def forward(self, gate: Tensor, up: Tensor) -> Tensor:
+        """Returns the product, of the shape and dtype of both."""
+        return F.silu(gate) * up
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (arXiv:2002.05202)."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.product = GatedProduct()
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+
+    def forward(self, x_bsd: Tensor) -> Tensor:
+        """Returns down(silu(gate(x)) · up(x)), of the shape and dtype of `x_bsd`."""
+        return cast(Tensor, self.down_proj(self.product(self.gate_proj(x_bsd), self.up_proj(x_bsd))))
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Where tokens go."""
+
+    experts_nk: Tensor
+    """Numbers of the chosen experts, int64."""
+    weights_nk: Tensor
+    """Their weights, float32."""
+    scores_ne: Tensor
+    """Sigmoid scores of all experts, float32."""
+
+
+class Router(nn.Module):
+    """Chooses experts."""
+
+    e_score_correction_bias: Tensor
+    """Added to the scores for the choice only; moved by `update_router_biases`, not by gradients."""
+    tokens_per_expert: Tensor
+    """Tokens that went to each expert since the bias was moved last."""
+
+    def __init__(self, config: MoeConfig, hidden_size: int) -> None:
+        super().__init__()
+        self.config = config
+        self.weight = nn.Parameter(torch.empty(config.n_routed_experts, hidden_size))
+        self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts, dtype=torch.float32))
+        counts = torch.zeros(config.n_routed_experts, dtype=torch.float32)
+        self.register_buffer("tokens_per_expert", counts, persistent=False)
+
+    def float_buffers(self) -> None:
+        """Brings the buffers back to float32 after the model's dtype has changed."""
+        self.e_score_correction_bias = self.e_score_correction_bias.float()
+        self.tokens_per_expert = self.tokens_per_expert.float()
+
+    def forward(self, x_nd: Tensor) -> Routing:
+        """Returns the experts of each of n tokens; all of it is computed in float32."""
+        config = self.config
+        scores = F.linear(x_nd.float(), self.weight.float()).sigmoid()
+        choice = scores.detach() + self.e_score_correction_bias
+        if config.topk_group < config.n_group:
+            groups_ngm = choice.view(len(choice), config.n_group, -1)
+            worth_ng = groups_ngm.topk(2, -1).values.sum(-1)
+            kept = torch.zeros_like(worth_ng, dtype=torch.bool)
+            kept.scatter_(1, worth_ng.topk(config.topk_group, -1, sorted=False).indices, True)
+            choice = groups_ngm.masked_fill(~kept[..., None], -torch.inf).flatten(1)
+        experts = choice.topk(config.num_experts_per_tok, -1, sorted=False).indices
+        weights = scores.gather(1, experts)
+        if config.norm_topk_prob:
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+        return Routing(experts, weights * config.routed_scaling_factor, scores)
+
+
+class Experts(nn.Module):
+    """The routed experts of a layer, their weights stacked."""
+
+    def __init__(self, config: MoeConfig, hidden_size: int) -> None:
+        super().__init__()
+        count, width = config.n_routed_experts, config.moe_intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.empty(count, 2 * width, hidden_size))
+        self.down_proj = nn.Parameter(torch.empty(count, hidden_size, width))
+        self.product, self.results = GatedProduct(), nn.Identity()
+
+    def forward(self, x_nd: Tensor, routing: Routing) -> Tensor:
+        """Returns the weighted sum of each token's experts, of the shape and dtype of `x_nd`."""
+        chosen = routing.experts_nk.flatten()
+        # Tokens of the same expert become neighbours.
+        order = chosen.argsort(stable=True)
+        tokens = order // routing.experts_nk.shape[1]
+        ends = torch.bincount(chosen, minlength=len(self.down_proj)).cumsum(0)
+        gate, up = multiply_groups(x_nd[tokens], self.gate_up_proj, ends).chunk(2, -1)
+        results = self.results(multiply_groups(self.product(gate, up), self.down_proj, ends))
+        weighted = results * routing.weights_nk.flatten()[order, None].to(results.dtype)
+        return torch.zeros_like(x_nd).index_add_(0, tokens, weighted)
+
+
+def multiply_groups(x_nd: Tensor, weights_eod: Tensor, ends_e: Tensor) -> Tensor:
+    """Returns x·wᵀ of shape (n, o), with weight e for the rows from `ends_e[e - 1]` to `ends_e[e]`."""
+    aligned = x_nd.shape[1] * x_nd.element_size() % 16 == 0 and weights_eod.shape[1] * x_nd.element_size() % 16 == 0
+    if x_nd.device.type == "cuda" and x_nd.dtype == torch.bfloat16 and aligned and hasattr(F, "grouped_mm"):
+        return F.grouped_mm(x_nd, weights_eod.transpose(1, 2), offs=ends_e.to(torch.int32))
+    bounds = [0, *ends_e.tolist()]
+    spans = zip(bounds, bounds[1:], weights_eod.unbind(), strict=False)
+    return torch.cat([F.linear(x_nd[first:end], weight) for first, end, weight in spans])
+
+
+class MoeFeedForward(nn.Module):
+    """Shared and routed experts in place of a feed-forward layer."""
+
+    balance_loss: Tensor | None = None
+    """Sequence-wise balance loss of the last forward in training."""
+
+    def __init__(self, config: MoeConfig, hidden_size: int) -> None:
+        super().__init__()
+        self.config = config
+        self.gate = Router(config, hidden_size)
+        self.experts = Experts(config, hidden_size)
+        self.shared_experts = FeedForward(hidden_size, config.n_shared_experts * config.moe_intermediate_size)
+
+    def forward(self, x_bsd: Tensor) -> Tensor:
+        """Returns the experts' sum, of the shape and dtype of `x_bsd`."""
+        x_nd = x_bsd.flatten(0, 1)
+        routing = self.gate(x_nd)
+        if self.training and torch.is_grad_enabled():
+            count = self.config.n_routed_experts
+            self.gate.tokens_per_expert += torch.bincount(routing.experts_nk.flatten(), minlength=count)
+            self.balance_loss = balance_loss(routing.scores_ne.unflatten(0, x_bsd.shape[:2]), self.config)
+        return cast(Tensor, self.experts(x_nd, routing).view_as(x_bsd) + self.shared_experts(x_bsd))
+
+
+def balance_loss(scores_bse: Tensor, config: MoeConfig) -> Tensor:
+    """Returns DeepSeek-V3's loss for balance within each sequence (equations 17 to 20), the mean over sequences."""
+    best = scores_bse.topk(config.num_experts_per_tok, -1).indices
+    chosen = torch.zeros_like(scores_bse).scatter_(-1, best, 1.0)
+    share = chosen.mean(1) * (config.n_routed_experts / config.num_experts_per_tok)
+    probability = (scores_bse / scores_bse.sum(-1, keepdim=True)).mean(1)
+    return config.balance_loss_weight * (share * probability).sum(-1).mean()
+
+
+@torch.no_grad()
+def update_router_biases(routers: Iterable[Router]) -> None:
+    """Moves each bias up where an expert got fewer tokens than the mean since last time, down where more.
+
+    Once per optimizer step; in a distributed job every rank calls it, and the tokens of all ranks count.
+    """
+    for router in routers:
+        counts = router.tokens_per_expert
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(counts)
+        router.e_score_correction_bias += router.config.bias_update_speed * (counts.mean() - counts).sign()
+        counts.zero_()

@@ -1,0 +1,232 @@
+"""`ictx model describe`, `ictx export`, `ictx import`, `ictx generate`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ictx.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ictx.model import Transformer
+
+DTYPES = ("float32", "bfloat16", "float16")
+RAW = argparse.RawDescriptionHelpFormatter
+DESCRIBE_EXAMPLES = """
+examples:
+  ictx model describe ictx-1b
+  ictx model describe configs/model/tiny-moe.yaml --context 4096
+"""
+EXPORT_EXAMPLES = """
+A checkpoint is a model's folder, such as the `export` of a run, or a `step-…` folder of a run's `checkpoints`. The
+result appears complete or not at all. For float16 the model first reads a text: where an activation comes within 4× of
+the largest number, the export is refused by name, or with --rescale weights are scaled so that the model computes the
+same with smaller numbers.
+
+examples:
+  ictx export --checkpoint runs/1/export --out model-fp16 --dtype float16 --rescale
+  ictx export --checkpoint runs/1/checkpoints/step-00000100 --tokenizer data/0123456789abcdef --out model
+"""
+IMPORT_EXAMPLES = """
+Reads a DeepseekV3ForCausalLM that another program wrote, checks every tensor, and writes it as this one does: in shards
+with checksums, with the tokenizer.
+
+examples:
+  ictx import --checkpoint from-transformers --out model
+"""
+GENERATE_EXAMPLES = """
+examples:
+  ictx generate --checkpoint runs/1/export --prompt 'def main():'
+  ictx generate --checkpoint model --prompt-file book.txt --chunk-size 2048 --temperature 0.7 --top-p 0.9 --seed 1
+"""
+
+
+def register(areas: Any) -> None:
+    """Adds the commands to `ictx`."""
+    model = areas.add_parser("model", help="configurations").add_subparsers(metavar="COMMAND", required=True)
+    describe = model.add_parser(
+        "describe",
+        help="parameters, cache, operations and memory of a configuration",
+        epilog=DESCRIBE_EXAMPLES,
+        formatter_class=RAW,
+    )
+    describe.add_argument("config", help="name of a shipped configuration, or a YAML file")
+    describe.add_argument("--context", type=int, help="tokens at which operations are counted (the longest)")
+    describe.set_defaults(run=run_describe)
+
+    export = areas.add_parser(
+        "export", help="write a model for Hugging Face and vLLM", epilog=EXPORT_EXAMPLES, formatter_class=RAW
+    )
+    _add_conversion(export)
+    export.add_argument("--rescale", action="store_true", help="make float16 safe where that keeps the function")
+    export.add_argument("--calibration", type=Path, metavar="FILE", help="text for measuring (Python's own help)")
+    export.add_argument("--tokenizer", type=Path, metavar="DIR", help="tokenizer (that of the checkpoint)")
+    export.set_defaults(run=run_export)
+
+    imported = areas.add_parser(
+        "import", help="check and take over a DeepseekV3ForCausalLM", epilog=IMPORT_EXAMPLES, formatter_class=RAW
+    )
+    _add_conversion(imported)
+    imported.set_defaults(run=run_export, rescale=False, calibration=None, tokenizer=None)
+
+    generate = areas.add_parser(
+        "generate", help="let a model go on with a text", epilog=GENERATE_EXAMPLES, formatter_class=RAW
+    )
+    generate.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help="a model's folder")
+    prompt = generate.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("--prompt", help="text")
+    prompt.add_argument("--prompt-file", type=Path, metavar="FILE", help="file with the text")
+    generate.add_argument("--chat", action="store_true", help="the text is a user's turn in a chat")
+    generate.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="longest answer (128)")
+    generate.add_argument("--chunk-size", type=int, default=512, metavar="N", help="tokens of a prefill step (512)")
+    generate.add_argument("--block-size", type=int, default=64, metavar="N", help="tokens of a cache block (64)")
+    generate.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (0)")
+    generate.add_argument("--top-k", type=int, default=0, metavar="N", help="draw among so many; 0 for all (0)")
+    generate.add_argument("--top-p", type=float, default=1.0, help="draw among the likeliest with this sum (1)")
+    generate.add_argument("--seed", type=int, help="makes draws repeatable")
+    generate.add_argument("--dtype", choices=DTYPES, help="dtype of the weights (the checkpoint's)")
+    generate.add_argument("--cache-dtype", choices=DTYPES, help="dtype of the cache (that of the weights)")
+    generate.add_argument("--device", help="where to compute (a GPU where there is one)")
+    generate.set_defaults(run=run_generate)
+
+
+def _add_conversion(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help="what to read")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write; an older one goes")
+    parser.add_argument("--dtype", choices=DTYPES, help="dtype of the weights (the checkpoint's)")
+    parser.add_argument("--max-shard-size", type=int, default=1024, metavar="MIB", help="largest file (1024)")
+
+
+def run_describe(arguments: argparse.Namespace) -> int:
+    """`ictx model describe`."""
+    from ictx.model.config import ModelConfig
+    from ictx.model.describe import describe
+    from ictx.settings import config_path
+
+    name = arguments.config
+    config = ModelConfig.from_yaml(Path(name) if Path(name).is_file() else config_path(f"model/{name}.yaml"))
+    context = config.max_position_embeddings if arguments.context is None else arguments.context
+    if not 1 <= context <= config.max_position_embeddings:
+        raise UserError(f"--context is {context}: expected 1 to {config.max_position_embeddings}")
+    for line in describe(config, context):
+        print(line)
+    return 0
+
+
+def run_export(arguments: argparse.Namespace) -> int:
+    """`ictx export` and `ictx import`."""
+    import torch
+
+    from ictx.model.hf import TOKENIZER_FILE, save_pretrained
+
+    source, out = arguments.checkpoint, arguments.out
+    if out.resolve() == source.resolve():
+        raise UserError(f"--out is {out}: expected another folder than the checkpoint's")
+    if arguments.max_shard_size < 1:
+        raise UserError(f"--max-shard-size is {arguments.max_shard_size}: expected 1 or more")
+    model = _model_of(source)
+    stored = model.lm_head.weight.dtype
+    dtype = getattr(torch, arguments.dtype) if arguments.dtype else stored
+    tokenizer = arguments.tokenizer or (source if (source / TOKENIZER_FILE).exists() else None)
+    if arguments.rescale and dtype != torch.float16:
+        raise UserError("--rescale is for --dtype float16")
+    if dtype == torch.float16 != stored:
+        _make_safe(model, tokenizer, arguments)
+    save_pretrained(model, out, tokenizer, dtype=dtype, max_shard_bytes=arguments.max_shard_size << 20)
+    size = sum(path.stat().st_size for path in out.glob("*.safetensors"))
+    print(f"{out}: {str(dtype).removeprefix('torch.')}, {size:,} bytes of weights")
+    if tokenizer is None:
+        print(f"without a tokenizer: {source} has none", file=sys.stderr)
+    return 0
+
+
+def _model_of(source: Path) -> Transformer:
+    """Returns the model of a model's folder or of a training checkpoint."""
+    from ictx.model.hf import load_pretrained
+    from ictx.train.checkpoint import is_checkpoint, load_model
+
+    return load_model(source) if is_checkpoint(source) else load_pretrained(source)
+
+
+def _make_safe(model: Transformer, tokenizer: Path | None, arguments: argparse.Namespace) -> None:
+    """Raises UserError naming what is too large for float16, after rescaling where that is wanted."""
+    from ictx.model.half import measure, require_float16, rescale
+
+    # In float32: what overflows is to be seen, not to happen.
+    model.float()
+    batches = list(_calibration(model, tokenizer, arguments.calibration))
+    amax = measure(model, batches)
+    if not arguments.rescale:
+        require_float16(amax, "export with --rescale, or as bfloat16")
+    else:
+        for line in rescale(model, amax):
+            print(line)
+        amax = measure(model, batches)
+        require_float16(amax, "no scale of the weights changes that; export as bfloat16")
+    name, value = max(amax.items(), key=lambda item: item[1])
+    print(f"largest magnitude {value:,.1f} ({name})")
+
+
+def _calibration(model: Transformer, tokenizer: Path | None, file: Path | None) -> Iterator[Tensor]:
+    """Yields eight windows of text, spread over a file; random tokens where there is no tokenizer."""
+    import torch
+
+    from ictx.generate import Vocabulary
+
+    length = min(512, model.config.max_position_embeddings)
+    if tokenizer is None:
+        if file:
+            raise UserError("--calibration needs a tokenizer: give --tokenizer")
+        print("no tokenizer: measured with random tokens", file=sys.stderr)
+        generator = torch.Generator().manual_seed(0)
+        yield torch.randint(model.config.vocab_size, (8, length), generator=generator)
+        return
+    if file is None:
+        from pydoc_data import topics
+
+        text = "\n".join(topics.topics.values())
+    else:
+        text = file.read_text()
+    tokens = torch.tensor(Vocabulary.load(tokenizer).encode(text, chat=False))
+    if not len(tokens):
+        raise UserError(f"{file} is empty: expected text")
+    for start in range(0, max(len(tokens) - length, 0) + 1, max((len(tokens) - length) // 7, 1)):
+        yield tokens[None, start : start + length]
+
+
+def run_generate(arguments: argparse.Namespace) -> int:
+    """`ictx generate`."""
+    import torch
+
+    from ictx.generate import Report, Sampling, Vocabulary, generate
+    from ictx.model.hf import load_pretrained
+
+    sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)
+    if arguments.block_size < 1:
+        raise UserError(f"block-size is {arguments.block_size}: expected 1 or more")
+    text = arguments.prompt if arguments.prompt is not None else arguments.prompt_file.read_text()
+    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtypes = {name: getattr(torch, name) for name in DTYPES}
+    vocabulary = Vocabulary.load(arguments.checkpoint)
+    model = load_pretrained(arguments.checkpoint, dtype=dtypes.get(arguments.dtype), device=device)
+    report = Report()
+    tokens = generate(
+        model,
+        vocabulary.encode(text, arguments.chat),
+        max_new_tokens=arguments.max_new_tokens,
+        sampling=sampling,
+        stop=vocabulary.stop,
+        chunk_size=arguments.chunk_size,
+        block_size=arguments.block_size,
+        cache_dtype=dtypes.get(arguments.cache_dtype),
+        report=report,
+    )
+    vocabulary.stream(tokens, lambda piece: print(piece, end="", flush=True))
+    print(flush=True)
+    print(report, file=sys.stderr)
+    return 0

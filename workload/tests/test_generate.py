@@ -1,0 +1,199 @@
+"""Generation: what is generated, how it is drawn, and the commands that people type."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from models import MOE, YARN, reference_of, small
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from ictx.cli import main
+from ictx.errors import UserError
+from ictx.generate import Report, Sampler, Sampling, Vocabulary, generate
+from ictx.model.hf import load_pretrained, save_pretrained
+
+END, TURN = "<|endoftext|>", "<|im_end|>"
+CHAT = (
+    "{% for m in messages %}{{ m['role'] + ': ' }}{% generation %}{{ m['content'] }}{% endgeneration %}<|im_end|>"
+    "{% endfor %}{% if add_generation_prompt %}a{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that knows bytes, with its tokenizer."""
+    folder = tmp_path_factory.mktemp("generate")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = Tokenizer(models.BPE({letter: number for number, letter in enumerate(alphabet)}, []))
+    vocabulary.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    vocabulary.decoder = decoders.ByteLevel()
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=vocabulary, eos_token=END)
+    wrapped.add_special_tokens({"additional_special_tokens": [TURN]})
+    wrapped.chat_template = CHAT
+    save_pretrained(small(vocab_size=258, moe=MOE, yarn=YARN), folder / "model", wrapped)
+    return folder / "model"
+
+
+def ictx(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["ictx", *map(str, arguments)])
+    return main()
+
+
+@pytest.mark.parametrize("moe", [None, MOE], ids=["dense", "moe"])
+def test_greedy_tokens_are_those_of_transformers(moe: object) -> None:
+    model = small(moe=moe, yarn=YARN)
+    reference = reference_of(model)
+    for seed in range(4):
+        prompt = torch.randint(97, (1, 20), generator=torch.Generator().manual_seed(seed))
+        with torch.no_grad():
+            theirs = reference.generate(prompt, max_new_tokens=40, min_new_tokens=40, do_sample=False)[0, 20:].tolist()
+        assert list(generate(model, prompt[0].tolist(), max_new_tokens=40)) == theirs
+
+
+def test_chunks_and_blocks_change_nothing() -> None:
+    model, prompt = small(yarn=YARN), list(range(90))
+    expected = list(generate(model, prompt, max_new_tokens=20))
+    for chunk_size, block_size in ((1, 16), (7, None), (64, 1), (90, 64)):
+        tokens = generate(model, prompt, max_new_tokens=20, chunk_size=chunk_size, block_size=block_size)
+        assert list(tokens) == expected
+
+
+def test_a_stop_token_ends_generation_and_is_not_yielded() -> None:
+    model = small()
+    tokens, report = list(generate(model, [1, 2, 3], max_new_tokens=30)), Report()
+    stop = tokens[4]
+    stopped = list(generate(model, [1, 2, 3], max_new_tokens=30, stop=frozenset([stop]), report=report))
+    assert stopped == tokens[: tokens.index(stop)]
+    assert report.new_tokens == len(stopped) + 1
+    assert report.cache_bytes == (3 + len(stopped)) * model.config.cache_width * 4 * 3
+
+
+def draws(sampling: Sampling, logits: Tensor, count: int = 3000) -> Tensor:
+    sampler = Sampler(sampling, torch.device("cpu"))
+    return torch.bincount(sampler(logits.expand(count, -1)), minlength=logits.shape[-1]) / count
+
+
+def test_draws_follow_temperature_top_k_and_top_p() -> None:
+    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
+    assert draws(Sampling(), logits)[0] == 1
+    assert (draws(Sampling(1.0, seed=1), logits) - logits.exp()).abs().max() < 0.04
+    hot = torch.tensor([0.5, 0.3, 0.15, 0.05]) ** 0.5
+    assert (draws(Sampling(2.0, seed=1), logits) - hot / hot.sum()).abs().max() < 0.04
+    expected = torch.tensor([0.625, 0.375, 0, 0])
+    assert (draws(Sampling(1.0, top_k=2, seed=1), logits) - expected).abs().max() < 0.04
+    # 0.5 is less than 0.6, so the token that reaches it is in as well.
+    assert (draws(Sampling(1.0, top_p=0.6, seed=1), logits) - expected).abs().max() < 0.04
+    assert draws(Sampling(1.0, top_p=0.5, seed=1), logits)[0] == 1
+    shuffled = logits[[3, 0, 2, 1]]
+    assert set(draws(Sampling(1.0, top_p=0.6, seed=1), shuffled).nonzero().flatten().tolist()) == {1, 3}
+
+
+def test_a_seed_repeats_the_draws() -> None:
+    model = small()
+
+    def once(seed: int) -> list[int]:
+        return list(generate(model, [1, 2], max_new_tokens=30, sampling=Sampling(1.0, seed=seed)))
+
+    assert once(1) == once(1) != once(2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--prompt", ""], "the prompt is empty"),
+        (["--prompt", "x", "--max-new-tokens", "256"], "1 tokens of the prompt and 256 new ones are more than"),
+        (["--prompt", "x", "--max-new-tokens", "0"], "max-new-tokens is 0: expected 1 or more"),
+        (["--prompt", "x", "--chunk-size", "0"], "chunk-size is 0: expected 1 or more"),
+        (["--prompt", "x", "--block-size", "0"], "block-size is 0: expected 1 or more"),
+        (["--prompt", "x", "--temperature", "-1"], "temperature is -1.0: expected 0 or more"),
+        (["--prompt", "x", "--top-p", "0"], "top-p is 0.0: expected more than 0"),
+        (["--prompt", "x", "--top-k", "-1"], "top-k is -1: expected 0 or more"),
+        (["--prompt-file", "/nowhere"], "/nowhere: No such file"),
+    ],
+)
+def test_wrong_requests_are_one_line(
+    checkpoint: Path,
+    arguments: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert ictx(monkeypatch, "generate", "--checkpoint", checkpoint, *arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_command_streams_text_and_tells_speed_and_cache(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    arguments = ["generate", "--checkpoint", checkpoint, "--max-new-tokens", "20", "--chunk-size", "4"]
+    assert ictx(monkeypatch, *arguments, "--prompt", "grün", "--cache-dtype", "bfloat16") == 0
+    told = capsys.readouterr()
+    prompt = Vocabulary.load(checkpoint).encode("grün", chat=False)
+    assert len(prompt) == 5, "ü is two bytes"
+    model = load_pretrained(checkpoint)
+    stop = Vocabulary.load(checkpoint).stop
+    tokens = list(generate(model, prompt, max_new_tokens=20, stop=stop, cache_dtype=torch.bfloat16))
+    text = Vocabulary.load(checkpoint).tokenizer.decode(tokens)
+    assert told.out.rstrip("\n").rstrip("�") == text.rstrip("�").rstrip("\n")
+    assert re.search(
+        r"5 prompt tokens at [\d,]+ tokens/s, \d+ new tokens at [\d,.]+ tokens/s, cache [\d.]+ MiB", told.err
+    )
+    (tmp_path / "prompt").write_text("grün")
+    assert ictx(monkeypatch, *arguments, "--prompt-file", tmp_path / "prompt", "--cache-dtype", "bfloat16") == 0
+    assert capsys.readouterr().out == told.out
+
+
+def test_a_chat_uses_the_template(checkpoint: Path, tmp_path: Path) -> None:
+    vocabulary = Vocabulary.load(checkpoint)
+    assert vocabulary.encode("hi", chat=True) == vocabulary.encode(f"user: hi{TURN}a", chat=False)
+    assert vocabulary.stop == {256, 257}
+    for file in ("tokenizer.json", "generation_config.json"):
+        (tmp_path / file).write_bytes((checkpoint / file).read_bytes())
+    with pytest.raises(UserError, match="no chat template: leave --chat out"):
+        Vocabulary.load(tmp_path).encode("hi", chat=True)
+    (tmp_path / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match="exported without a tokenizer"):
+        Vocabulary.load(tmp_path)
+
+
+def test_describe_tells_the_large_model_s_size_and_cache(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert ictx(monkeypatch, "model", "describe", "ictx-1b") == 0
+    lines = {line[:44].strip(): line[44:].strip() for line in capsys.readouterr().out.splitlines()}
+    assert lines["total"] == "1,004,623,872"
+    assert lines["8 GB"].endswith("266,731 tokens with a bfloat16 cache")
+    assert "18,432 bytes/token, 0.56 GiB at 32k, 2.25 GiB at 128k, 18.00 GiB at 1M" in lines["float16"]
+    assert ictx(monkeypatch, "model", "describe", "ictx-1b", "--context", "-1") == 2
+    assert "--context is -1: expected 1 to 1048576" in capsys.readouterr().err
+    assert ictx(monkeypatch, "model", "describe", "ictx-2b") == 2
+    assert "configuration model/ictx-2b.yaml is neither here nor" in capsys.readouterr().err
+
+
+def test_import_and_export_take_a_model_over(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    for command in ("import", "export"):
+        assert ictx(monkeypatch, command, "--checkpoint", checkpoint, "--out", tmp_path / command) == 0
+        for file in checkpoint.iterdir():
+            assert (tmp_path / command / file.name).read_bytes() == file.read_bytes(), file.name
+    arguments = ["export", "--checkpoint", checkpoint, "--out", tmp_path / "half", "--dtype", "bfloat16"]
+    assert ictx(monkeypatch, *arguments) == 0
+    assert load_pretrained(tmp_path / "half").lm_head.weight.dtype == torch.bfloat16
+    capsys.readouterr()
+    assert ictx(monkeypatch, "export", "--checkpoint", checkpoint, "--out", checkpoint) == 2
+    assert "expected another folder than the checkpoint's" in capsys.readouterr().err
+    assert ictx(monkeypatch, *arguments, "--rescale") == 2
+    assert "--rescale is for --dtype float16" in capsys.readouterr().err
+    content = json.loads((tmp_path / "import" / "config.json").read_text())
+    (tmp_path / "import" / "config.json").write_text(json.dumps(content | {"architectures": ["Other"]}))
+    assert ictx(monkeypatch, "import", "--checkpoint", tmp_path / "import", "--out", tmp_path / "again") == 2
+    assert "architectures is ['Other']" in capsys.readouterr().err
+    assert not (tmp_path / "again").exists()

@@ -1,0 +1,171 @@
+"""Experts and the prediction of further tokens in training: groups, balance, biases, losses, shards."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import MOE, small
+from torch import nn
+from torch.nn.functional import cross_entropy, silu
+
+from ictx.model.config import MoeConfig
+from ictx.model.moe import Experts, MoeFeedForward, Router, Routing, balance_loss, update_router_biases
+
+
+def filled(module: nn.Module, scale: float = 0.3) -> nn.Module:
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for weight in module.parameters():
+            weight.normal_(0, scale, generator=generator)
+    return module
+
+
+def chosen_by_hand(scores: list[float], bias: list[float], config: MoeConfig) -> tuple[set[int], dict[int, float]]:
+    """The paper's words, one token at a time."""
+    size = config.n_routed_experts // config.n_group
+    choice = [score + b for score, b in zip(scores, bias, strict=True)]
+    groups = [range(first, first + size) for first in range(0, len(scores), size)]
+    worth = [sum(sorted((choice[e] for e in group), reverse=True)[:2]) for group in groups]
+    kept = sorted(range(len(groups)), key=lambda g: -worth[g])[: config.topk_group]
+    allowed = [e for g in kept for e in groups[g]]
+    experts = sorted(allowed, key=lambda e: -choice[e])[: config.num_experts_per_tok]
+    total = sum(scores[e] for e in experts) if config.norm_topk_prob else 1.0
+    return set(experts), {e: scores[e] / total * config.routed_scaling_factor for e in experts}
+
+
+@settings(max_examples=50, deadline=None)
+@given(data=st.data())
+def test_experts_are_chosen_as_the_paper_says(data: st.DataObject) -> None:
+    groups, size = data.draw(st.integers(1, 4)), data.draw(st.integers(2, 5))
+    kept = data.draw(st.integers(1, groups))
+    config = MoeConfig(
+        n_routed_experts=groups * size,
+        num_experts_per_tok=data.draw(st.integers(1, kept * size)),
+        moe_intermediate_size=4,
+        n_group=groups,
+        topk_group=kept,
+        norm_topk_prob=data.draw(st.booleans()),
+        routed_scaling_factor=2.5,
+    )
+    router = filled(Router(config, 16), 0.5)
+    assert isinstance(router, Router)
+    torch.manual_seed(data.draw(st.integers(0, 1000)))
+    router.e_score_correction_bias.normal_(0, 0.3)
+    x = torch.randn(7, 16)
+    with torch.no_grad():
+        routing = router(x)
+    for token, scores in enumerate((x @ router.weight.T).sigmoid().tolist()):
+        experts, weights = chosen_by_hand(scores, router.e_score_correction_bias.tolist(), config)
+        assert set(routing.experts_nk[token].tolist()) == experts
+        for expert, weight in zip(routing.experts_nk[token].tolist(), routing.weights_nk[token].tolist(), strict=True):
+            assert weight == pytest.approx(weights[expert], rel=1e-5)
+
+
+def test_experts_compute_what_a_loop_over_tokens_does() -> None:
+    experts = filled(Experts(MOE, 24))
+    assert isinstance(experts, Experts)
+    x = torch.randn(11, 24)
+    # Experts 0 and 7 get nothing.
+    routing = Routing(torch.randint(1, 7, (11, 3)), torch.rand(11, 3), torch.rand(11, 8))
+    with torch.no_grad():
+        expected = torch.zeros_like(x)
+        for token in range(11):
+            for expert, weight in zip(routing.experts_nk[token], routing.weights_nk[token], strict=True):
+                gate, up = (experts.gate_up_proj[expert] @ x[token]).chunk(2)
+                expected[token] += weight * (experts.down_proj[expert] @ (silu(gate) * up))
+        torch.testing.assert_close(experts(x, routing), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_biases_bring_balance() -> None:
+    config = dataclasses.replace(MOE, n_group=1, topk_group=1, bias_update_speed=0.02, balance_loss_weight=0.0)
+    layer = filled(MoeFeedForward(config, 16))
+    assert isinstance(layer, MoeFeedForward)
+    x = torch.randn(4, 64, 16) + 1.0
+
+    def unevenness() -> float:
+        layer(x)
+        counts = layer.gate.tokens_per_expert
+        result = (counts.max() / counts.mean()).item()
+        update_router_biases([layer.gate])
+        assert not layer.gate.tokens_per_expert.any()
+        return result
+
+    first = unevenness()
+    for _ in range(60):
+        last = unevenness()
+    assert first > 1.5 > 1.25 > last
+    layer.eval()
+    layer(x)
+    assert not layer.gate.tokens_per_expert.any(), "what is served is not counted"
+
+
+def test_the_balance_loss_is_least_where_experts_share_evenly() -> None:
+    config = dataclasses.replace(MOE, balance_loss_weight=1.0)
+    even = torch.full((1, 8, 8), 0.1)
+    for token in range(8):
+        even[0, token, [(token + k) % 8 for k in range(3)]] = 0.9
+    uneven = torch.full((1, 8, 8), 0.1)
+    uneven[:, :, :3] = 0.9
+    assert balance_loss(even, config).item() == pytest.approx(1.0, rel=1e-5)
+    assert balance_loss(uneven, config).item() == pytest.approx(8 / 3 * 2.7 / 3.2, rel=1e-5)
+    two = balance_loss(torch.cat([even, uneven]), config).item()
+    assert two == pytest.approx((1.0 + 8 / 3 * 2.7 / 3.2) / 2, rel=1e-5), "each sequence for itself"
+
+
+def test_the_further_prediction_learns_and_shares_embedding_and_head() -> None:
+    model = small(moe=MOE, num_nextn_predict_layers=1, num_hidden_layers=2).train()
+    tokens = torch.arange(64).repeat(2, 1) % 13
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+    for step in range(60):
+        logits = model(tokens[:, :-1])
+        main = cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+        further = model.auxiliary_loss(tokens[:, 1:])
+        if step == 0:
+            first = further.item()
+            assert first > 0.3 * 0.8 * math.log(97)
+        (main + further).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        model.after_step()
+    assert further.item() < first / 3
+    assert model.mtp_logits is not None
+    further_tokens = tokens[0, 2:]
+    assert (model.mtp_logits[0].argmax(-1) == further_tokens)[20:].float().mean() > 0.9
+    # Its gradient reaches what it shares.
+    model.auxiliary_loss(torch.full((2, 63), -100))
+    model(tokens[:, :-1])
+    model.auxiliary_loss(tokens[:, 1:]).backward()
+    for shared in (model.model.embed_tokens.weight, model.lm_head.weight):
+        assert shared.grad is not None
+        assert shared.grad.abs().sum() > 0
+
+
+def test_a_further_prediction_sees_no_later_token() -> None:
+    model = small(num_nextn_predict_layers=1).train()
+    tokens = torch.randint(97, (1, 30), generator=torch.Generator().manual_seed(2))
+    changed = tokens.clone()
+    changed[0, 20:] = 96 - changed[0, 20:]
+    model(tokens)
+    one = model.mtp_logits
+    model(changed)
+    other = model.mtp_logits
+    assert one is not None
+    assert other is not None
+    # Position i has read tokens up to i + 1.
+    torch.testing.assert_close(one[:, :19], other[:, :19])
+    assert not torch.allclose(one[:, 19], other[:, 19])
+
+
+def test_labels_below_zero_do_not_count() -> None:
+    model = small(num_nextn_predict_layers=1).train()
+    tokens = torch.arange(20)[None]
+    model(tokens)
+    assert model.auxiliary_loss(torch.full((1, 20), -100)).item() == 0
+    dense = small().train()
+    dense(tokens)
+    assert dense.auxiliary_loss(tokens).item() == 0
