@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: help lab test check-fast lint unit bench-cpu down clean
+.PHONY: help lab test check-fast lint unit bench-cpu kernels down clean
 
 help: ## Show every target
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,6 +30,10 @@ bench-cpu: ## Run every benchmark that needs no GPU
 	@scripts/bootstrap test
 	@scripts/bootstrap workload
 	@for file in workload/benchmarks/*.py; do .venv-workload/bin/python "$$file" || exit; done
+
+kernels: ## Compile every GPU kernel for every target (no GPU needed) and report what each takes
+	@scripts/bootstrap workload
+	@.venv-workload/bin/ictx kernels build
 
 down: ## Remove the lab and everything it started; caches stay
 	@scripts/bootstrap control

@@ -163,7 +163,10 @@ def test_windows_run_across_shards(tmp_path: Path, corpus: Path) -> None:
     assert len(data.shards) > 3
     assert data.windows(length) == (len(tokens) - 1) // length
     for index in range(data.windows(length)):
-        assert data.window(index, length).tolist() == tokens[index * length : (index + 1) * length + 1].tolist()
+        window, lengths = data.window(index, length)
+        assert window.tolist() == tokens[index * length : (index + 1) * length + 1].tolist()
+        # A document ends with token 0, and no other token of it is 0.
+        assert (np.cumsum(lengths)[:-1] - 1).tolist() == np.flatnonzero(window[:-1] == 0).tolist()
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import sys
@@ -9,9 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from models import MOE, YARN, reference_of, small
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict_saver import save
 from transformers import PreTrainedTokenizerFast
 
 from ictx.cli import main
@@ -197,3 +200,21 @@ def test_import_and_export_take_a_model_over(
     assert ictx(monkeypatch, "import", "--checkpoint", tmp_path / "import", "--out", tmp_path / "again") == 2
     assert "architectures is ['Other']" in capsys.readouterr().err
     assert not (tmp_path / "again").exists()
+
+
+def test_export_reads_a_run_s_checkpoint(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    model = load_pretrained(checkpoint)
+    step = tmp_path / "run" / "checkpoints" / "step-00000007"
+    save({"model": model.state_dict(), "losses": {"loss": 1.0}}, checkpoint_id=step, no_dist=True)
+    settings = dataclasses.asdict(model.config)
+    (tmp_path / "run" / "model.yaml").write_text(yaml.safe_dump(settings))
+    arguments = ["export", "--checkpoint", step, "--tokenizer", checkpoint, "--out", tmp_path / "out"]
+    assert ictx(monkeypatch, *arguments) == 0
+    for file in checkpoint.iterdir():
+        assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes(), file.name
+    (tmp_path / "run" / "model.yaml").write_text(yaml.safe_dump(settings | {"hidden_size": 40}))
+    capsys.readouterr()
+    assert ictx(monkeypatch, *arguments) == 2
+    assert f"checkpoint {step} is no model of model.yaml" in capsys.readouterr().err

@@ -22,7 +22,11 @@ from mlflow.artifacts import download_artifacts
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from ictx.data.config import DataConfig
+from ictx.data.prepare import prepare
 from ictx.errors import UserError
+from ictx.model.hf import load_pretrained
+from ictx.train.checkpoint import load_model
 from ictx.train.config import load
 from ictx.train.pretrain import main as train
 
@@ -118,9 +122,44 @@ def test_the_export_has_the_loss_that_was_measured(whole: Path, prepared: Path) 
         logits = model(windows[:, :-1]).logits
     loss = cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten()).item()
     assert loss == pytest.approx(result_of(whole)["val_loss"], rel=1e-5)
+    kept = load_model(whole / "checkpoints" / f"step-{STEPS:08}").state_dict()
+    for name, weight in load_pretrained(whole / "export").state_dict().items():
+        assert torch.equal(weight, kept[name]), name
     tokenizer = AutoTokenizer.from_pretrained(whole / "export")
     assert tokenizer.decode(tokenizer("def f(): return 'ü'").input_ids) == "def f(): return 'ü'"
     assert tokenizer.model_max_length == model.config.max_position_embeddings
+
+
+def test_attention_ends_where_documents_end(
+    commands: Commands, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the mask, the loss is that of each document alone, as transformers computes it with the exported model."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", commands.tracking_uri)
+    lines = [json.dumps({"text": f"{number} is followed by {number + 1}"}) for number in range(600)]
+    (tmp_path / "short.jsonl").write_text("\n".join(lines))
+    data = DataConfig(512, min_bytes=1, validation_share=0.2, tokenizer=prepared)
+    folder = prepare([tmp_path / "short.jsonl"], tmp_path / "data", data)
+    losses = {}
+    for mask in (True, False):
+        run = tmp_path / str(mask)
+        chosen = ["train.steps=20", "run.model_name=", f"train.mask_documents={mask}", "train.validation_batches=100"]
+        wanted = [f"run.dir={run}", f"data.dir={folder}", *chosen]
+        assert train(load(str(commands.folder / "test.yaml"), wanted)) == 0
+        losses[mask] = result_of(run)["val_loss"]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "True" / "export")
+    tokens = np.fromfile(folder / "validation-00000.bin", "<u2").astype(np.int64)
+    total = count = 0.0
+    for start in range(0, len(tokens) - 32, 32):
+        inputs, labels = tokens[start : start + 32], tokens[start + 1 : start + 33]
+        ends = [*(np.flatnonzero(inputs == 0) + 1), 32]
+        for first, last in zip([0, *ends], ends, strict=False):
+            if first < last:
+                with torch.no_grad():
+                    logits = model(torch.from_numpy(inputs[None, first:last])).logits[0]
+                total += cross_entropy(logits, torch.from_numpy(labels[first:last]), reduction="sum").item()
+                count += last - first
+    assert losses[True] == pytest.approx(total / count, rel=1e-5)
+    assert abs(losses[False] / losses[True] - 1) > 1e-3
 
 
 def test_the_registry_has_the_model_its_alias_and_where_it_came_from(

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ictx import __version__, model_cli
 from ictx.errors import UserError
+from ictx.kernels.cli import register as register_kernels
 
 PREPARE_EXAMPLES = """
 The folder that holds the prepared corpus is printed last. Its name follows the text and the settings, so what is there
@@ -104,6 +105,7 @@ def parser() -> argparse.ArgumentParser:
     promote.set_defaults(run=run_promote)
 
     model_cli.register(areas)
+    register_kernels(areas)
     return top
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +30,20 @@ class Batch:
     """Place in the document, or in the part of it that is in the sequence."""
     document_ids: Tensor
     """0, 1, … along a sequence: attention that stays within documents compares them."""
+
+    @classmethod
+    def of(cls, windows: Sequence[tuple[Integers, Integers]]) -> Batch:
+        """Returns windows as sequences: of each its tokens, and how many of them are of each document."""
+        rows = []
+        for tokens, lengths in windows:
+            numbers = np.repeat(np.arange(len(lengths)), lengths)[:-1]
+            starts = np.repeat(np.cumsum(lengths) - lengths, lengths)[:-1]
+            rows.append((tokens[:-1], tokens[1:], np.arange(len(numbers)) - starts, numbers))
+        return cls(*(torch.from_numpy(np.stack(column)) for column in zip(*rows, strict=True)))
+
+    def to(self, device: torch.device) -> Batch:
+        """Returns the batch on a device."""
+        return Batch(*(getattr(self, field.name).to(device) for field in fields(self)))
 
 
 def shuffled(count: int, *seeds: int) -> Integers:
@@ -162,15 +176,7 @@ class Batches:
         """Returns this rank's part of the next global batch."""
         first = self.taken + self.rank * self.batch
         self.taken += self.ranks * self.batch
-        rows = [self._row(first + number) for number in range(self.batch)]
-        return Batch(*(torch.from_numpy(np.stack(column)) for column in zip(*rows, strict=True)))
-
-    def _row(self, number: int) -> tuple[Integers, Integers, Integers, Integers]:
-        """Returns the sequence of a window."""
-        tokens, lengths = self.stream.window(number)
-        numbers = np.repeat(np.arange(len(lengths)), lengths)[:-1]
-        starts = np.repeat(np.cumsum(lengths) - lengths, lengths)[:-1]
-        return tokens[:-1], tokens[1:], np.arange(len(numbers)) - starts, numbers
+        return Batch.of([self.stream.window(first + number) for number in range(self.batch)])
 
     def state_dict(self) -> dict[str, int]:
         """Returns where the stream stands, and what its order depends on."""

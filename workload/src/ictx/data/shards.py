@@ -114,16 +114,23 @@ class TokenArray:
         """Returns how many windows of `length` inputs and their next tokens there are."""
         return (len(self) - 1) // length
 
-    def window(self, index: int, length: int) -> npt.NDArray[np.int64]:
-        """Returns window `index` in the order of the disk, shape (length + 1,): one more for the targets."""
+    def window(self, index: int, length: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Returns window `index` in the order of the disk, and how many of its tokens are of each document.
+
+        It has `length` tokens, and one more for the targets.
+        """
         start, missing = index * length, length + 1
         parts: list[npt.NDArray[Any]] = []
+        lengths: list[npt.NDArray[np.int64]] = []
         for shard in self.shards:
             if start < len(shard.tokens) and missing:
-                parts.append(shard.tokens[start : start + missing])
-                missing -= len(parts[-1])
+                stop = min(start + missing, len(shard.tokens))
+                first, last = np.searchsorted(shard.ends, start, "right"), np.searchsorted(shard.ends, stop)
+                parts.append(shard.tokens[start:stop])
+                lengths.append(np.diff(shard.ends[first:last], prepend=start, append=stop))
+                missing -= stop - start
             start = max(start - len(shard.tokens), 0)
-        return np.concatenate(parts).astype(np.int64)
+        return np.concatenate(parts).astype(np.int64), np.concatenate(lengths)
 
 
 def read_meta(directory: Path) -> dict[str, Any]:

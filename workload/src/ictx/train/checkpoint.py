@@ -91,6 +91,8 @@ def load_model(path: Path) -> Transformer:
     with torch.device("meta"):
         model = Transformer(config)
     model.to_empty(device="cpu")
+    for router in model.routers:
+        router.tokens_per_expert.zero_()
     state: dict[str, Any] = {"model": model.state_dict()}
     try:
         load(state, checkpoint_id=path, no_dist=True)

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 import yaml
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from ictx.data.loader import Batches
+from ictx.data.loader import Batch, Batches
 from ictx.data.shards import TokenArray
 from ictx.errors import UserError
 from ictx.model import Transformer
@@ -43,9 +42,15 @@ def learning_rate(step: int, steps: int, config: OptimizerConfig) -> float:
     return config.learning_rate * share
 
 
-def next_token_loss(model: nn.Module, tokens_bs: Tensor, labels_bs: Tensor, **inputs: Tensor) -> Tensor:
-    """Returns the mean cross-entropy, in nats, of each token's next one; `inputs` are further ones of the model."""
-    return F.cross_entropy(model(tokens_bs, **inputs).flatten(0, 1).float(), labels_bs.flatten())
+def next_token_loss(model: nn.Module, batch: Batch, mask_documents: bool) -> Tensor:
+    """Returns the mean cross-entropy, in nats, of each token's next one.
+
+    Args:
+        mask_documents: whether a token sees its own document only. If it sees the others, positions count through:
+            with those of the documents, distances between two of them would mean nothing.
+    """
+    documents = {"position_ids": batch.position_ids, "document_ids": batch.document_ids} if mask_documents else {}
+    return F.cross_entropy(model(batch.input_ids, **documents).flatten(0, 1).float(), batch.labels.flatten())
 
 
 class Pretraining:
@@ -142,13 +147,9 @@ class Pretraining:
         rate = learning_rate(number, self.config.train.steps, self.config.optimizer)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        batch, device = self.batches.next(), self.ranks.device
-        labels = batch.labels.to(device)
-        apart = {"position_ids": batch.position_ids.to(device), "document_ids": batch.document_ids.to(device)}
-        loss = next_token_loss(
-            self.model, batch.input_ids.to(device), labels, **(apart if self.config.train.mask_documents else {})
-        )
-        (loss + self.model.auxiliary_loss(labels)).backward()  # type: ignore[no-untyped-call]
+        batch = self.batches.next().to(self.ranks.device)
+        loss = next_token_loss(self.model, batch, self.config.train.mask_documents)
+        (loss + self.model.auxiliary_loss(batch.labels)).backward()  # type: ignore[no-untyped-call]
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimizer.clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -167,9 +168,9 @@ class Pretraining:
         for first in range(0, each, loop.batch_size):
             numbers = range(first, min(first + loop.batch_size, each))
             places = [(number * stride) * ranks.count + ranks.rank for number in numbers]
-            windows = [self.validation.window(place, loop.sequence_length) for place in places]
-            tokens = torch.from_numpy(np.stack(windows)).to(ranks.device)
-            total += next_token_loss(self.model, tokens[:, :-1], tokens[:, 1:]).item() * len(numbers)
+            batch = Batch.of([self.validation.window(place, loop.sequence_length) for place in places])
+            loss = next_token_loss(self.model, batch.to(ranks.device), self.config.train.mask_documents)
+            total += loss.item() * len(numbers)
         return ranks.total(total)[0] / (each * ranks.count)
 
     def run(self, journal: Journal) -> dict[str, Any] | None:

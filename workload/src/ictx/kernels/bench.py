@@ -1,0 +1,199 @@
+"""`ictx kernels bench`: our kernels beside what else computes the same, on the same inputs in the same run.
+
+Times are medians over replays of a CUDA graph that goes through several sets of random inputs, so that no set stays
+in the L2 cache. The ceilings, copy bandwidth and matrix rate, are measured in the same run.
+"""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import importlib.util
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ictx.errors import UserError
+from ictx.kernels import layout
+from ictx.kernels.decode import mla_decode
+
+HEADS = 16
+PAGE = 64
+SCALE = 192**-0.5
+CASES = [
+    (1, 4096, None), (1, 32768, None), (1, 131072, None), (1, 1 << 20, None), (32, 32768, None), (1, 131072, "int8"),
+    (1, 131072, "fp8"), (1, 1 << 20, "int8"),
+]  # fmt: skip
+"""Batch, context, dtype of a quantised cache."""
+NOT_OURS = {
+    "vllm": "vLLM's Triton MLA",
+    "flash_mla": "FlashMLA",
+    "flashinfer": "FlashInfer MLA",
+    "flash_attn": "FlashAttention",
+}
+
+
+@dataclass
+class Row:
+    """One measurement."""
+
+    implementation: str
+    batch: int
+    context: int
+    cache: str
+    microseconds: float | None
+    share_of_copy: float | None
+    """Bytes of the cached rows over the time, as a share of the measured copy bandwidth."""
+    note: str = ""
+
+
+def median_time(calls: list[Callable[[], object]], repeats: int = 15) -> float:
+    """Returns the median time of one call in seconds, over replays of a graph that makes each call in turn."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for call in calls:
+            call()
+    torch.cuda.synchronize()
+    times = max(1, 8 // len(calls)) * len(calls)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for index in range(times):
+            calls[index % len(calls)]()
+    graph.replay()
+    measured = []
+    for _ in range(repeats):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        measured.append(begin.elapsed_time(end) / times * 1e-3)
+    return sorted(measured)[repeats // 2]
+
+
+def copy_bandwidth() -> float:
+    """Returns the best of several device-to-device copies in bytes read and written per second."""
+    best = 0.0
+    for size in (1 << 28, 1 << 30, 1 << 31):
+        sources = [torch.randint(0, 255, (size,), dtype=torch.uint8, device="cuda") for _ in range(2)]
+        target = torch.empty_like(sources[0])
+        calls: list[Callable[[], object]] = [
+            lambda source=source, target=target: target.copy_(source) for source in sources
+        ]
+        best = max(best, 2 * size / median_time(calls))
+    return best
+
+
+def matrix_rate() -> float:
+    """Returns the rate of a bfloat16 product of two 8192 × 8192 matrices in operations per second."""
+    left, right = (torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+    return 2 * 8192**3 / median_time([lambda: left @ right])
+
+
+def eager(q: Tensor, cache: Tensor, context: int) -> Tensor:
+    """Absorbed attention as one would write it, on contiguous rows."""
+    rows = cache.view(q.shape[0], context, layout.ROW)
+    score = torch.einsum("bhd,btd->bht", q[:, 0], rows) * SCALE
+    return torch.einsum("bht,btd->bhd", score.softmax(-1), rows[..., : layout.LATENT])
+
+
+def sdpa(q: Tensor, cache: Tensor, context: int) -> Tensor:
+    """PyTorch's own attention; the value is the whole row, of which the latent is kept."""
+    rows = cache.view(q.shape[0], 1, context, layout.ROW)
+    return F.scaled_dot_product_attention(q, rows, rows, scale=SCALE)[..., : layout.LATENT]
+
+
+def measure(batch: int, context: int, stored: str | None, bandwidth: float, peers: bool) -> list[Row]:
+    """Returns the times of every implementation on one case."""
+    row_bytes = layout.ROW_BYTES if stored else 2 * layout.ROW
+    moved = batch * context * row_bytes
+    sets = 2 if moved > 10**8 else 8
+    blocks = context // PAGE
+    queries = [torch.randn(batch, 1, HEADS, layout.ROW, dtype=torch.bfloat16, device="cuda") for _ in range(sets)]
+    caches = [torch.randn(batch * blocks, PAGE, layout.ROW, dtype=torch.bfloat16, device="cuda") for _ in range(sets)]
+    table = torch.arange(batch * blocks, dtype=torch.int32, device="cuda").view(batch, blocks)
+    lens = torch.full((batch,), context, dtype=torch.int32, device="cuda")
+    held = [layout.quantise(cache, stored) for cache in caches] if stored else caches
+    implementations: dict[str, Callable[[int], object]] = {
+        "ictx": lambda at: mla_decode(queries[at], held[at], lens, SCALE, table, stored)
+    }
+    if peers and not stored:
+        implementations["eager"] = lambda at: eager(queries[at], caches[at], context)
+        implementations["sdpa"] = lambda at: sdpa(
+            queries[at].transpose(1, 2).reshape(batch, 1, HEADS, -1), caches[at], context
+        )
+    rows = []
+    for name, call in implementations.items():
+        try:
+            seconds = median_time([lambda at=at, call=call: call(at) for at in range(sets)])  # type: ignore[misc]
+            rows.append(Row(name, batch, context, stored or "bf16", seconds * 1e6, moved / seconds / bandwidth))
+        except (RuntimeError, torch.OutOfMemoryError) as error:
+            rows.append(Row(name, batch, context, stored or "bf16", None, None, str(error).splitlines()[0][:100]))
+            torch.cuda.empty_cache()
+    return rows
+
+
+def plot(rows: list[Row], out: Path) -> None:
+    """Draws bandwidth over context and speed-up over eager, where Matplotlib is installed."""
+    if importlib.util.find_spec("matplotlib") is None:
+        print("no plots: Matplotlib is not installed")
+        return
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    ours = {(row.batch, row.context): row for row in rows if row.implementation == "ictx" and row.cache == "bf16"}
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4))
+    for name in sorted({row.implementation for row in rows}):
+        points = [
+            r for r in rows if r.implementation == name and r.cache == "bf16" and r.batch == 1 and r.share_of_copy
+        ]
+        left.plot([r.context for r in points], [100 * (r.share_of_copy or 0) for r in points], marker="o", label=name)
+        if name != "ictx":
+            ratios = [(r.microseconds or 0) / (ours[r.batch, r.context].microseconds or 1) for r in points]
+            right.plot([r.context for r in points], ratios, marker="o", label=f"over {name}")
+    left.set(xscale="log", xlabel="cached tokens, batch 1", ylabel="% of copy bandwidth", title="decode")
+    right.set(xscale="log", xlabel="cached tokens, batch 1", ylabel="times faster", title="speed-up")
+    for axis in (left, right):
+        axis.grid(True, alpha=0.3)
+        axis.legend()
+    figure.tight_layout()
+    figure.savefig(out / "decode.png", dpi=110)
+
+
+def main(out: Path, quick: bool) -> int:
+    """Measures, prints and saves; returns the exit status."""
+    if not torch.cuda.is_available():
+        raise UserError("no NVIDIA GPU: nothing can be measured here")
+    import triton
+
+    out.mkdir(parents=True, exist_ok=True)
+    bandwidth, rate = copy_bandwidth(), matrix_rate()
+    print(
+        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}, "
+        f"{datetime.date.today()}"
+    )
+    print(f"copy {bandwidth * 1e-12:.3f} TB/s, bfloat16 product {rate * 1e-12:.0f} TFLOP/s")
+    for module, title in NOT_OURS.items():
+        if importlib.util.find_spec(module) is None:
+            print(f"{title}: not installed, not measured")
+    rows: list[Row] = []
+    for batch, context, stored in CASES[:2] if quick else CASES:
+        for row in measure(batch, context, stored, bandwidth, peers=True):
+            rows.append(row)
+            time = (
+                f"{row.microseconds:10.1f} µs {100 * (row.share_of_copy or 0):6.1f} %" if row.microseconds else row.note
+            )
+            print(f"{row.implementation:6} batch {batch:3} context {context:8} {row.cache:5} {time}", flush=True)
+        torch.cuda.empty_cache()
+    with (out / "decode.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(asdict(rows[0])))
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in rows)
+    plot(rows, out)
+    return 0

@@ -1,0 +1,90 @@
+"""The command line of the kernels: `ictx kernels build|explain|bench`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+EXAMPLES = """
+examples:
+  ictx kernels explain
+  ictx kernels explain --capability 75
+  ictx kernels build --cache /opt/ictx/kernels --target 80 90
+  ictx kernels bench --out bench/
+"""
+
+
+def register(areas: Any) -> None:
+    """Adds `kernels` to the areas of the command line."""
+    raw = argparse.RawDescriptionHelpFormatter
+    area = areas.add_parser(
+        "kernels", help="GPU kernels: choice, build, measurement", epilog=EXAMPLES, formatter_class=raw
+    )
+    commands = area.add_subparsers(metavar="COMMAND", required=True)
+    explain = commands.add_parser("explain", help="say which implementation of each operation runs here, and why")
+    explain.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
+    explain.add_argument(
+        "--capability",
+        type=int,
+        metavar="CC",
+        help="a GPU's compute capability, such as 90, in place of this machine's",
+    )
+    explain.set_defaults(run=run_explain)
+    build = commands.add_parser(
+        "build", help="compile every kernel ahead of time; fails on a spill or a lost tensor core"
+    )
+    build.add_argument(
+        "--cache",
+        type=Path,
+        help="folder of the compiled kernels (default: ICTX_KERNEL_CACHE, or ~/.cache/ictx/kernels)",
+    )
+    build.add_argument(
+        "--target", type=int, nargs="+", metavar="CC", help="compute capabilities (default: all that are known)"
+    )
+    build.add_argument("--jobs", type=int, default=2, help="processes that compile at once (default: 2)")
+    build.set_defaults(run=run_build)
+    bench = commands.add_parser("bench", help="measure on this GPU, beside what else computes the same")
+    bench.add_argument("--out", type=Path, required=True, help="folder of the CSV and the plots")
+    bench.add_argument("--quick", action="store_true", help="the shortest contexts alone")
+    bench.set_defaults(run=run_bench)
+
+
+def run_explain(arguments: argparse.Namespace) -> int:
+    """`ictx kernels explain`."""
+    import torch
+
+    from ictx.kernels.dispatch import explain
+
+    device = torch.device("cuda" if torch.cuda.is_available() and arguments.capability is None else "cpu")
+    for operation, stored, choice in explain(device, getattr(torch, arguments.dtype), arguments.capability):
+        print(f"{operation:15} {stored:7} {choice.name:7} {choice.reason}")
+    return 0
+
+
+def run_build(arguments: argparse.Namespace) -> int:
+    """`ictx kernels build`: status 1 where a variant must not ship."""
+    from ictx.errors import UserError
+    from ictx.kernels.build import TARGETS, build, default_cache
+
+    targets = tuple(arguments.target or TARGETS)
+    if unknown := sorted(set(targets) - set(TARGETS)):
+        raise UserError(f"no such target: {unknown[0]} (there are {', '.join(map(str, TARGETS))})")
+    faulty = 0
+    print(f"{'target':7} {'variant':38} {'registers':>9} {'spilled':>7} {'shared':>7} {'matrix':>6} {'cubin':>7}")
+    for report in build(arguments.cache or default_cache(), targets, arguments.jobs):
+        print(
+            f"sm_{report.target:<4} {report.name:38} {report.registers:9} {report.spilled:7} {report.shared:7} "
+            f"{report.tensor_cores:6} {report.cubin:7}  {'; '.join(report.faults)}".rstrip()
+        )
+        faulty += bool(report.faults)
+    if faulty:
+        print(f"{faulty} variants must not ship")
+    return 1 if faulty else 0
+
+
+def run_bench(arguments: argparse.Namespace) -> int:
+    """`ictx kernels bench`."""
+    from ictx.kernels.bench import main
+
+    return main(arguments.out, arguments.quick)

@@ -1,0 +1,203 @@
+"""`mla_decode`: absorbed attention of a few new tokens over the latent cache."""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ictx.kernels import dispatch, reference
+from ictx.kernels.layout import LATENT, ROPE, ROPE_AT, ROW, ROW_BYTES, SCALE_AT
+from ictx.kernels.tuning import DecodeConfig, decode_config
+
+INTERPRETER = DecodeConfig(block_n=64, warps=4, stages=1, programs=1, reduce_all=False)
+"""Triton's interpreter runs one program after the other: none may wait for another."""
+INTERPRETER_PROGRAMS = 3
+
+
+@dataclass
+class Workspace:
+    """Partial results and counters of one stream: two launches that run at once must not share one.
+
+    The counters are zero between launches; the kernel itself clears them.
+    """
+
+    part: Tensor
+    part_lse: Tensor
+    counters: Tensor
+
+    @classmethod
+    def make(cls, device: torch.device, programs: int, block_m: int, items: int) -> Workspace:
+        """Returns a workspace for that many programs, rows per program, and row blocks of all sequences."""
+        return cls(
+            torch.empty(2 * programs * block_m * LATENT, dtype=torch.float32, device=device),
+            torch.empty(2 * programs * block_m, dtype=torch.float32, device=device),
+            torch.zeros(2, items, dtype=torch.int32, device=device),
+        )
+
+    def fits(self, programs: int, block_m: int, items: int) -> bool:
+        """Whether it is large enough."""
+        return self.part_lse.numel() >= 2 * programs * block_m and self.counters.shape[1] >= items
+
+
+_workspaces: dict[tuple[torch.device, int], Workspace] = {}
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Returns the number of multiprocessors."""
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def _workspace(device: torch.device, programs: int, block_m: int, items: int) -> Workspace:
+    """Returns the current stream's workspace, made larger where it must be."""
+    on_gpu = device.type == "cuda"
+    key = (device, torch.cuda.current_stream(device).cuda_stream if on_gpu else 0)
+    found = _workspaces.get(key)
+    if found is None or not found.fits(programs, block_m, items):
+        # Rounded up, so that a growing batch does not ask again and again.
+        found = Workspace.make(device, programs, block_m, max(256, 1 << (items - 1).bit_length()))
+        # What is allocated during a capture is zeroed by the graph's replay, not now: only the graph may use it.
+        if not (on_gpu and torch.cuda.is_current_stream_capturing()):
+            _workspaces[key] = found
+    return found
+
+
+def mla_decode(
+    q: Tensor,
+    cache: Tensor,
+    lens: Tensor,
+    scale: float,
+    table: Tensor | None = None,
+    stored: str | None = None,
+    out: Tensor | None = None,
+    workspace: Workspace | None = None,
+    config: DecodeConfig | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attends to the cached tokens of each sequence, the new ones included, causally among the new ones.
+
+    Args:
+        q: absorbed queries [batch, query, heads, 576], query 1–8, heads 1–128: latent part, then rotary part.
+        cache: [blocks, block_size, 576] in q's dtype, or uint8 [blocks, block_size, 656] (see `layout`).
+        lens: cached tokens of each sequence, new ones included, int32 [batch]. 0 gives zeros.
+        scale: factor on the scores before the softmax.
+        table: blocks of each sequence, int32 [batch, max_blocks]; none where block b belongs to sequence b.
+        stored: dtype of a quantised latent, int8 or fp8.
+        out: where the result goes, contiguous [batch, query, heads, 512].
+        workspace: where partial results go; each stream's own when none is given.
+        config: replaces the tuned configuration.
+
+    Returns:
+        Attended latents [batch, query, heads, 512] in q's dtype, and the natural log-sum-exp of the scaled scores,
+        float32 [batch, query, heads] (-inf where nothing was attended to).
+
+    Raises:
+        ValueError: a shape or dtype is not as above.
+    """
+    _check(q, cache, lens, table, stored)
+    choice = dispatch.choose("mla_decode", q.device, q.dtype, stored=stored)
+    if choice.name == "torch":
+        result, lse = reference.mla_decode(q, cache, lens, scale, table, stored)
+        return (out.copy_(result) if out is not None else result), lse
+    return _launch(q, cache, lens, scale, table, stored, out, workspace, config)
+
+
+def _check(q: Tensor, cache: Tensor, lens: Tensor, table: Tensor | None, stored: str | None) -> None:
+    """Raises ValueError for inputs that the kernel would misread."""
+    if q.dim() != 4 or q.shape[-1] != ROW or not 1 <= q.shape[1] <= 8 or not 1 <= q.shape[2] <= 128:
+        raise ValueError(f"q is {list(q.shape)}: expected [batch, 1 to 8, 1 to 128 heads, {ROW}]")
+    row, dtype = (ROW_BYTES, torch.uint8) if stored else (ROW, q.dtype)
+    if cache.dim() != 3 or cache.shape[-1] != row or cache.dtype != dtype:
+        raise ValueError(f"cache is {list(cache.shape)} {cache.dtype}: expected [blocks, block_size, {row}] {dtype}")
+    if cache.stride(2) != 1 or cache.stride(1) != row or cache.stride(0) % row:
+        raise ValueError("the rows of the cache do not follow one another, or its blocks are not whole rows apart")
+    if cache.data_ptr() % 16:
+        raise ValueError("the cache does not begin at a multiple of 16 bytes")
+    if lens.shape != (q.shape[0],) or lens.dtype != torch.int32:
+        raise ValueError(f"lens is {list(lens.shape)} {lens.dtype}: expected [{q.shape[0]}] int32")
+    if table is not None:
+        if table.dim() != 2 or table.shape[0] != q.shape[0] or table.dtype != torch.int32 or table.stride(1) != 1:
+            raise ValueError(f"table is {list(table.shape)} {table.dtype}: expected [{q.shape[0]}, max_blocks] int32")
+        if cache.shape[1] & (cache.shape[1] - 1):
+            raise ValueError(f"block_size is {cache.shape[1]}: expected a power of 2")
+    elif cache.shape[0] < q.shape[0]:
+        raise ValueError(f"cache has {cache.shape[0]} blocks for {q.shape[0]} sequences and there is no table")
+
+
+def block_m_of(rows: int) -> int:
+    """Returns how many rows (query position × head) a program takes."""
+    return 16 if rows <= 16 else 32
+
+
+def constants(stored: str | None, page: int, block_m: int, config: DecodeConfig) -> dict[str, Any]:
+    """Returns the kernel's compile-time parameters and options."""
+    options: dict[str, Any] = {"num_warps": config.warps}
+    if config.reduce_all:
+        options["launch_cooperative_grid"] = True
+    return options | {
+        "LATENT": LATENT,
+        "ROPE": ROPE,
+        "PAGE": page,
+        "QUANTISED": stored is not None,
+        "LATENT_ROW": ROW_BYTES if stored else ROW,
+        "SCALE_ROW": ROW_BYTES // 4,
+        "SCALE_AT": SCALE_AT // 4,
+        "ROPE_ROW": ROW_BYTES // 2 if stored else ROW,
+        "ROPE_AT": ROPE_AT // 2 if stored else LATENT,
+        "BLOCK_M": block_m,
+        "BLOCK_N": config.block_n,
+        "REDUCE_ALL": config.reduce_all,
+        "STAGES": config.stages,
+        "SCAN": 128,
+    }
+
+
+def _launch(
+    q: Tensor,
+    cache: Tensor,
+    lens: Tensor,
+    scale: float,
+    table: Tensor | None,
+    stored: str | None,
+    out: Tensor | None,
+    workspace: Workspace | None,
+    config: DecodeConfig | None,
+) -> tuple[Tensor, Tensor]:
+    """Runs the Triton kernel."""
+    from ictx.kernels import decode_triton
+
+    batch, query, heads, _ = q.shape
+    rows, block_m = query * heads, block_m_of(query * heads)
+    row_blocks = -(-rows // block_m)
+    if q.stride(3) != 1 or q.stride(1) != heads * q.stride(2) or q.stride(2) % 8 or q.stride(0) % 8:
+        q = q.contiguous()
+    if out is None:
+        out = torch.empty(batch, query, heads, LATENT, dtype=q.dtype, device=q.device)
+    lse = torch.empty(batch, query, heads, dtype=torch.float32, device=q.device)
+    if batch == 0:
+        return out, lse
+    if dispatch.interpreted():
+        config, programs = replace(config or INTERPRETER, reduce_all=False), INTERPRETER_PROGRAMS
+    else:
+        config = config or decode_config(dispatch.capability(q.device), block_m, stored)
+        programs = multiprocessors(q.device) * config.programs
+    work = workspace or _workspace(q.device, programs, block_m, batch * row_blocks)
+    # The same bytes, seen as each of the dtypes that a row holds.
+    flat = cache.as_strided((cache.untyped_storage().nbytes() // cache.element_size() - cache.storage_offset(),), (1,))
+    latent = scales = rope = flat
+    if stored:
+        latent = flat.view(torch.int8 if stored == "int8" else torch.float8_e4m3fn)
+        whole = flat[: flat.numel() // 4 * 4]
+        scales, rope = whole.view(torch.float32), whole.view(q.dtype)
+    decode_triton.decode[(programs,)](
+        q, latent, scales, rope, table if table is not None else lens, lens, out, lse,
+        work.part, work.part_lse, work.counters[0], work.counters[1], scale * math.log2(math.e),
+        q.stride(0) // 8, q.stride(2) // 8, cache.stride(0) // cache.stride(1),
+        table.stride(0) if table is not None else 0, batch, rows, heads, row_blocks, query,
+        **constants(stored, 0 if table is None else cache.shape[1], block_m, config),
+    )  # fmt: skip
+    return out, lse

@@ -1,0 +1,95 @@
+"""Which implementation runs: decided in one place from device, dtype and shape, and said with its reason on request."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from dataclasses import dataclass
+
+import torch
+
+from ictx.errors import UserError
+
+VARIABLE = "ICTX_KERNELS"
+"""Environment variable that forces an implementation: auto (the default), triton or torch."""
+OLDEST = {"mla_decode": 80}
+"""Lowest compute capability that each operation's Triton kernel is built for."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """An implementation and why it was chosen."""
+
+    name: str
+    reason: str
+
+
+@functools.cache
+def have_triton() -> bool:
+    """Whether Triton can be imported."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def interpreted() -> bool:
+    """Whether Triton runs its kernels on the CPU, in its interpreter."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def capability(device: torch.device) -> int:
+    """Returns the compute capability as one number, such as 90, or 0 where the device is no NVIDIA GPU."""
+    if device.type != "cuda" or torch.version.hip:
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return major * 10 + minor
+
+
+def choose(
+    operation: str, device: torch.device, dtype: torch.dtype, *, stored: str | None = None, cc: int | None = None
+) -> Choice:
+    """Returns the implementation for an operation's inputs; `cc` replaces the device's compute capability.
+
+    Raises:
+        UserError: the environment variable has no such value, or forces Triton where it cannot run.
+    """
+    forced = os.environ.get(VARIABLE, "auto")
+    if forced not in ("auto", "triton", "torch"):
+        raise UserError(f"{VARIABLE} is {forced!r}: expected auto, triton or torch")
+    if forced == "torch":
+        return Choice("torch", f"{VARIABLE}=torch")
+    obstacle = _obstacle(operation, device, dtype, stored, capability(device) if cc is None else cc)
+    if obstacle and forced == "triton":
+        raise UserError(f"{VARIABLE}=triton, but {operation} cannot use Triton here: {obstacle}")
+    if obstacle:
+        return Choice("torch", obstacle)
+    where = "Triton's interpreter" if interpreted() else "a GPU that the kernel is built for"
+    return Choice("triton", f"{VARIABLE}=triton" if forced == "triton" else where)
+
+
+def _obstacle(operation: str, device: torch.device, dtype: torch.dtype, stored: str | None, cc: int) -> str | None:
+    """Returns what keeps the Triton kernel from running, or None."""
+    if not have_triton():
+        return "Triton is not installed"
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"dtype {str(dtype).removeprefix('torch.')} is neither float16 nor bfloat16"
+    if interpreted():
+        # It holds bfloat16 as 16-bit integers, and multiplies these.
+        return "Triton's interpreter multiplies float16 alone" if dtype != torch.float16 else None
+    if device.type != "cuda" and not cc:
+        return f"device {device.type} is no NVIDIA GPU"
+    if cc < OLDEST[operation]:
+        return f"compute capability {cc / 10} is below {OLDEST[operation] / 10}"
+    if dtype == torch.bfloat16 and cc < 80:
+        return f"compute capability {cc / 10} has no bfloat16"
+    if stored == "fp8" and cc < 89:
+        return f"compute capability {cc / 10} has no fp8"
+    return None
+
+
+def explain(device: torch.device, dtype: torch.dtype, cc: int | None = None) -> list[tuple[str, str, Choice]]:
+    """Returns (operation, cache, choice) for every operation and cache dtype."""
+    rows = []
+    for operation in OLDEST:
+        for stored in (None, "int8", "fp8"):
+            rows.append((operation, stored or "16-bit", choose(operation, device, dtype, stored=stored, cc=cc)))
+    return rows

@@ -1,0 +1,53 @@
+"""Tuned configurations: read from a versioned file, chosen without a search."""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+FILE = Path(__file__).with_name("tuned.json")
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    """How `mla_decode` is cut up."""
+
+    block_n: int
+    """Cached tokens per step."""
+    warps: int
+    """Warps per program."""
+    stages: int
+    """Depth of the software pipeline."""
+    programs: int
+    """Programs per multiprocessor."""
+    reduce_all: bool = True
+    """Whether all programs of a sequence join its partial results (needs all of them resident), or the last alone."""
+
+
+@functools.cache
+def table() -> dict[str, dict[str, dict[str, int | bool]]]:
+    """Returns the file's `decode` section: target, then kind of input, then configuration."""
+    content: dict[str, dict[str, dict[str, dict[str, int | bool]]]] = json.loads(FILE.read_text("utf-8"))
+    return content["decode"]
+
+
+def decode_key(block_m: int, stored: str | None) -> str:
+    """Returns the name under which the file holds a kind of input."""
+    return f"{stored or 'plain'}/rows{block_m}"
+
+
+def decode_config(cc: int, block_m: int, stored: str | None) -> DecodeConfig:
+    """Returns the configuration of the newest target that is not newer than compute capability `cc`."""
+    targets = sorted(int(name.removeprefix("sm_")) for name in table())
+    target = max((known for known in targets if known <= cc), default=targets[0])
+    return DecodeConfig(**table()[f"sm_{target}"][decode_key(block_m, stored)])  # type: ignore[arg-type]
+
+
+def save_decode(cc: int, found: dict[str, DecodeConfig]) -> None:
+    """Writes found configurations of one target into the file."""
+    content = json.loads(FILE.read_text("utf-8"))
+    content["decode"].setdefault(f"sm_{cc}", {}).update({key: asdict(config) for key, config in found.items()})
+    FILE.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", "utf-8")
+    table.cache_clear()

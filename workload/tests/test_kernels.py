@@ -1,0 +1,261 @@
+"""The kernels agree with a float64 reference: in Triton's interpreter on a CPU, and on a GPU where there is one.
+
+With `-m gpu`, on a machine that has one, they run in bfloat16 as well, and at lengths that are too slow for a CPU.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ictx.errors import UserError
+from ictx.kernels import dispatch, layout, reference
+from ictx.kernels.decode import mla_decode
+
+BOUND = {torch.float16: 2e-3, torch.bfloat16: 8e-3}
+STORED_BOUND = {"int8": 1.5e-2, "fp8": 5e-2}
+"""Relative error against the unquantised cache of random normal rows."""
+SCALE = 0.06
+
+
+def inputs(
+    lens: list[int],
+    heads: int,
+    query: int,
+    page: int,
+    dtype: torch.dtype = torch.float16,
+    device: str = "cpu",
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Random queries and cache; what lies behind a sequence's end is NaN, as freed memory may be."""
+    generator = torch.Generator(device).manual_seed(seed)
+    q = torch.randn(len(lens), query, heads, layout.ROW, dtype=dtype, device=device, generator=generator)
+    if page:
+        needed = [-(-length // page) for length in lens]
+        order = torch.randperm(sum(needed) + 1, device=device, generator=generator).to(torch.int32)
+        table = torch.zeros(len(lens), max(needed) + 1, dtype=torch.int32, device=device)
+        cache = torch.full((sum(needed) + 1, page, layout.ROW), torch.nan, dtype=dtype, device=device)
+        first = 0
+        for index, count in enumerate(needed):
+            table[index, :count] = order[first : first + count]
+            first += count
+    else:
+        table = None
+        cache = torch.full((len(lens), max(*lens, 1), layout.ROW), torch.nan, dtype=dtype, device=device)
+    for index, length in enumerate(lens):
+        rows = torch.randn(length, layout.ROW, dtype=dtype, device=device, generator=generator)
+        if table is None:
+            cache[index, :length] = rows
+        else:
+            for at in range(0, length, page):
+                cache[table[index, at // page], : length - at] = rows[at : at + page]
+    return {
+        "q": q,
+        "cache": cache,
+        "lens": torch.tensor(lens, dtype=torch.int32, device=device),
+        "scale": SCALE,
+        "table": table,
+    }
+
+
+def expected(given: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """The float64 result, on the rows as they are before they are quantised."""
+    return reference.mla_decode(
+        given["q"].double(), given["cache"].double(), given["lens"], given["scale"], given["table"], None
+    )
+
+
+def error(found: Tensor, wanted: Tensor) -> float:
+    """‖found − wanted‖ / ‖wanted‖, or ‖found‖ where zeros are wanted."""
+    return float((found.double() - wanted).norm() / (wanted.norm() or 1.0))
+
+
+def agrees(given: dict[str, Any], stored: str | None = None) -> None:
+    """Runs the kernel on poisoned output, twice on one workspace, and compares."""
+    q = given["q"]
+    wanted, wanted_lse = expected(given)
+    if stored:
+        clean = given["cache"].nan_to_num(0.0)
+        given = {**given, "cache": layout.quantise(clean, stored), "stored": stored}
+    for _ in range(2):
+        out = torch.full((*q.shape[:3], layout.LATENT), torch.nan, dtype=q.dtype, device=q.device)
+        found, lse = mla_decode(**given, out=out)
+        assert found is out
+        assert torch.isfinite(found).all()
+        assert error(found, wanted) <= (STORED_BOUND[stored] if stored else BOUND[q.dtype])
+        empty = wanted_lse.isinf()
+        assert (lse.isinf() == empty).all()
+        assert ((lse.double() - wanted_lse)[~empty].abs() <= (0.2 if stored else 5e-3)).all()
+        assert (found[empty] == 0).all()
+
+
+@pytest.fixture
+def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Skips where Triton was imported to compile: one process cannot do both."""
+    if not dispatch.interpreted():
+        pytest.skip("runs with TRITON_INTERPRET=1")
+
+
+CASES = [
+    pytest.param([0, 1, 15, 16, 17, 63, 64, 65], 16, 1, 64, id="ragged"),
+    pytest.param([0], 1, 1, 64, id="empty"),
+    pytest.param([200, 3], 3, 2, 16, id="small-blocks"),
+    pytest.param([70, 1], 5, 8, 0, id="contiguous, speculative, 40 rows"),
+]
+
+
+@pytest.mark.usefixtures("interpreter")
+@pytest.mark.parametrize(("lens", "heads", "query", "page"), CASES)
+def test_decode_agrees_in_the_interpreter(lens: list[int], heads: int, query: int, page: int) -> None:
+    given = inputs(lens, heads, query, page)
+    assert dispatch.choose("mla_decode", given["q"].device, torch.float16).name == "triton"
+    agrees(given)
+
+
+@pytest.mark.usefixtures("interpreter")
+@pytest.mark.parametrize("stored", ["int8", "fp8"])
+def test_decode_from_quantised_caches(stored: str) -> None:
+    agrees(inputs([130, 0, 7], 4, 1, 64), stored)
+
+
+@pytest.mark.parametrize("stored", [None, "int8", "fp8"])
+def test_the_fallback_agrees(stored: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(dispatch.VARIABLE, "torch")
+    for dtype in BOUND:
+        agrees(inputs([0, 1, 17, 65], 3, 2, 16, dtype), stored)
+
+
+def test_interpreted_cases_pass_in_a_process_of_their_own() -> None:
+    if dispatch.interpreted():
+        pytest.skip("this is that process")
+    tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "interpreter or quantised"]
+    ended = subprocess.run(
+        tests,
+        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert "6 passed" in ended.stdout
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("lens", "heads", "query", "page"),
+    [
+        *CASES,
+        pytest.param([4095, 4096, 4097, 0, 33], 16, 1, 64, id="boundaries"),
+        pytest.param([131072], 16, 1, 64, id="128k"),
+        pytest.param([9000, 10], 128, 1, 16, id="128 heads"),
+        pytest.param([5, 2047] * 100, 16, 1, 64, id="200 sequences"),
+        pytest.param([1 << 20] * 2, 4, 1, 0, id="beyond 32-bit offsets"),
+    ],
+)
+def test_decode_agrees_on_a_gpu(lens: list[int], heads: int, query: int, page: int, dtype: torch.dtype) -> None:
+    given = inputs(lens, heads, query, page, dtype, "cuda")
+    assert dispatch.choose("mla_decode", given["q"].device, dtype).name == "triton"
+    agrees(given)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("stored", ["int8", "fp8"])
+def test_decode_from_quantised_caches_on_a_gpu(stored: str) -> None:
+    agrees(inputs([4097, 0, 130], 16, 1, 64, torch.bfloat16, "cuda"), stored)
+
+
+@pytest.mark.gpu
+def test_one_graph_serves_every_length() -> None:
+    given = inputs([70000, 5], 16, 1, 64, torch.bfloat16, "cuda")
+    longest = given["lens"].clone()
+    mla_decode(**given)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, _ = mla_decode(**given)
+    for lens in ([1, 5], [70000, 0], [33333, 4]):
+        given["lens"].copy_(torch.tensor(lens, dtype=torch.int32))
+        graph.replay()
+        assert error(out, expected(given)[0]) <= BOUND[torch.bfloat16]
+    assert longest.tolist() == [70000, 5]
+
+
+def test_dispatch_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    cpu = torch.device("cpu")
+    choose = dispatch.choose
+    assert choose("mla_decode", cpu, torch.bfloat16).name == "torch"
+    assert "no NVIDIA GPU" in choose("mla_decode", cpu, torch.bfloat16).reason
+    assert choose("mla_decode", cpu, torch.bfloat16, cc=90).name == "triton"
+    assert "below 8.0" in choose("mla_decode", cpu, torch.float16, cc=75).reason
+    assert "no fp8" in choose("mla_decode", cpu, torch.bfloat16, stored="fp8", cc=80).reason
+    assert "neither" in choose("mla_decode", cpu, torch.float32, cc=90).reason
+    monkeypatch.setenv(dispatch.VARIABLE, "torch")
+    assert choose("mla_decode", cpu, torch.bfloat16, cc=90).name == "torch"
+    monkeypatch.setenv(dispatch.VARIABLE, "triton")
+    with pytest.raises(UserError, match="cannot use Triton here"):
+        choose("mla_decode", cpu, torch.bfloat16)
+    monkeypatch.setenv(dispatch.VARIABLE, "cuda")
+    with pytest.raises(UserError, match="expected auto, triton or torch"):
+        choose("mla_decode", cpu, torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"q": torch.zeros(1, 9, 2, 576, dtype=torch.float16)}, "q is"),
+        ({"cache": torch.zeros(1, 64, 512, dtype=torch.float16)}, "cache is"),
+        ({"lens": torch.tensor([5])}, "lens is"),
+        ({"table": torch.zeros(1, 4)}, "table is"),
+        ({"cache": torch.zeros(5, 48, 576, dtype=torch.float16)}, "power of 2"),
+        ({"cache": torch.zeros(0, 64, 576, dtype=torch.float16), "table": None}, "no table"),
+        ({"cache": torch.zeros(1, 64, 600, dtype=torch.float16)[..., :576]}, "do not follow"),
+    ],
+)
+def test_wrong_inputs_are_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        mla_decode(**(inputs([5], 2, 1, 64) | change))
+
+
+def test_every_variant_for_every_target_is_fit_to_ship(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Builds what the cache does not hold yet; a spill, too much shared memory or a lost tensor core fails."""
+    from ictx.kernels.build import MANIFEST, default_cache
+
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    cache = default_cache()
+    built = subprocess.run(
+        [sys.executable, "-m", "ictx", "kernels", "build", "--cache", cache],
+        env=environment, capture_output=True, text=True, timeout=1800,
+    )  # fmt: skip
+    assert built.returncode == 0, built.stdout + built.stderr
+    reports = json.loads((cache / MANIFEST).read_text("utf-8"))["reports"]
+    assert len(reports) == built.stdout.count("\nsm_") == 40
+
+
+def test_a_stale_or_foreign_cache_is_never_trusted(tmp_path: Path) -> None:
+    from ictx.kernels.build import MANIFEST, build, fingerprint, state
+
+    assert state(tmp_path) == "missing"
+    (tmp_path / MANIFEST).write_text("{")
+    assert state(tmp_path) == "unreadable"
+    (tmp_path / MANIFEST).write_text(json.dumps({"fingerprint": fingerprint(), "reports": {}}))
+    assert state(tmp_path) == "fresh"
+    foreign = fingerprint() | {"triton": "0.0"}
+    (tmp_path / MANIFEST).write_text(json.dumps({"fingerprint": foreign, "reports": {"sm_80/x": {}}}))
+    (tmp_path / "left").write_text("")
+    assert state(tmp_path) == "stale: triton changed"
+    assert build(tmp_path, ()) == []
+    assert state(tmp_path) == "fresh"
+    assert [path.name for path in tmp_path.iterdir()] == [MANIFEST]
+    (tmp_path / MANIFEST).unlink()
+    (tmp_path / "precious").write_text("")
+    with pytest.raises(UserError, match="not empty"):
+        build(tmp_path, ())
