@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import time
@@ -20,6 +21,20 @@ SHARED = STATE / "shared"
 @dataclass(frozen=True)
 class Lab:
     """Runs commands on the lab's nodes over SSH."""
+
+    def address(self, node: str) -> str:
+        """Returns a node's address."""
+        match = re.search(rf"^Host {node}\n  HostName (\S+)", (STATE / "ssh/config").read_text(), re.MULTILINE)
+        assert match, f"the lab has no node {node}"
+        return match[1]
+
+    def tracking(self) -> dict[str, str]:
+        """Returns the environment in which MLflow's client reaches the lab's server as its administrator."""
+        return {
+            "MLFLOW_TRACKING_URI": f"http://{self.address('kube1')}:30500",
+            "MLFLOW_TRACKING_USERNAME": "admin",
+            "MLFLOW_TRACKING_PASSWORD": (STATE / "secrets/mlflow_admin_password").read_text().strip(),
+        }
 
     def run(self, node: str, command: str, user: str = "root") -> subprocess.CompletedProcess[str]:
         """Returns what a command did on a node, whatever its exit status."""

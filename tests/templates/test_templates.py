@@ -23,10 +23,15 @@ REGISTERED: dict[str, dict[str, Any]] = {
     "k3s": {"_k3s_runtime": {"stat": {"exists": True}}},
     "kube_lab": {"item": {"address": "192.0.2.15:5000"}},
     "prometheus": {"item": {"name": "node", "targets": [{"address": "192.0.2.1:9100", "labels": {"node": "n1"}}]}},
+    # A task's loop gives the name: this one has an account in every inventory.
+    "mlflow_users": {"item": "serving"},
     "nvidia_driver": {"_nvidia_driver_pci": {"gpus": ["0000:07:00.0"], "nvswitches": [], "nouveau": False}},
 }
 # The lab's containers exist in its own inventory only.
-PLAYBOOKS = {"lab": ["site.yml", "playbooks/lab.yml"], "example": ["site.yml"]}
+PLAYBOOKS = {
+    "lab": ["site.yml", "playbooks/mlflow.yml", "playbooks/serving.yml", "playbooks/lab.yml"],
+    "example": ["site.yml", "playbooks/mlflow.yml", "playbooks/serving.yml"],
+}
 TEMPLATES = sorted(path.relative_to(ROOT) for path in ROOT.glob("roles/*/templates/**/*.j2"))
 
 

@@ -6,8 +6,10 @@ import json
 import math
 import shutil
 import signal
+import sqlite3
 import subprocess
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -192,6 +194,47 @@ def test_a_job_that_starts_again_after_its_end_changes_nothing(
     run_id = before["mlflow_run_id"]
     assert len(client.search_model_versions(f"name = 'ictx-test' and run_id = '{run_id}'")) == 1
     assert len(client.get_metric_history(run_id, "loss")) == STEPS
+
+
+def test_a_store_that_is_away_for_a_while_loses_no_metric(commands: Commands, prepared: Path, tmp_path: Path) -> None:
+    settings = ["train.checkpoint_every=5", "train.validation_batches=1", "run.model_name="]
+    process = commands.start(*commands.pretrain(tmp_path, prepared, *settings))
+    sent = tmp_path / "mlflow_sent_step"
+    while not sent.exists() and process.poll() is None:
+        time.sleep(0.01)
+    said = []
+    assert process.stdout
+    # What a writer of another program does, for longer than SQLite waits.
+    with closing(sqlite3.connect(commands.tracking_uri.removeprefix("sqlite:///"), timeout=60)) as store:
+        store.execute("BEGIN EXCLUSIVE")
+        for line in process.stdout:
+            said.append(line)
+            if "MLflow does not answer" in line:
+                break
+        missing_from = int(sent.read_text())
+    ended = commands.end(process)
+    assert ended.status == 0, "".join(said) + ended.out + ended.err
+    assert "MLflow answers again" in ended.out
+    client = MlflowClient(commands.tracking_uri)
+    run = client.get_run(result_of(tmp_path)["mlflow_run_id"])
+    logged = client.get_metric_history(run.info.run_id, "loss")
+    assert [(metric.step, metric.value) for metric in logged] == [(r["step"], r["loss"]) for r in records(tmp_path)]
+    assert 0 < missing_from < STEPS == len(logged)
+    assert run.info.status == "FINISHED"
+
+
+def test_what_a_run_could_not_send_its_next_start_sends_once(
+    commands: Commands, resumed: Path, prepared: Path, tmp_path: Path
+) -> None:
+    run = shutil.copytree(resumed, tmp_path / "run")
+    client, run_id = MlflowClient(commands.tracking_uri), result_of(run)["mlflow_run_id"]
+    before = [(m.step, m.timestamp, m.value) for m in client.get_metric_history(run_id, "loss")]
+    # As if the server had got the last records, and the job had died before it learnt so.
+    (run / "mlflow_sent_step").write_text("100\n")
+    ended = commands.run(*commands.pretrain(run, prepared))
+    assert ended.status == 0, ended.err
+    assert [(m.step, m.timestamp, m.value) for m in client.get_metric_history(run_id, "loss")] == before
+    assert (run / "mlflow_sent_step").read_text() == f"{STEPS}\n"
 
 
 def test_the_settings_file_is_refused_by_name_before_anything_starts(

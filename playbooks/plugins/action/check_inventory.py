@@ -51,7 +51,10 @@ class Problems:
 
     def add(self, subject: str, text: str, host: str = "") -> None:
         """Notes that something is wrong with `subject` (on one host, or everywhere)."""
-        self._found[subject, text].append(host)
+        hosts = self._found[subject, text]
+        # A role that several plays run on a host asks as often.
+        if host not in hosts:
+            hosts.append(host)
 
     def lines(self) -> list[str]:
         """Returns one line per problem, sorted."""

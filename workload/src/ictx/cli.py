@@ -1,4 +1,4 @@
-"""The command line: `ictx data prepare|verify`, `ictx train pretrain`."""
+"""The command line: `ictx data`, `ictx train`, `ictx pull`, `ictx promote`, and what model/cli.py adds."""
 
 from __future__ import annotations
 
@@ -30,6 +30,19 @@ examples:
   torchrun --nproc-per-node 2 -m ictx train pretrain --config pretrain/tiny.yaml \\
       --set run.dir=runs/1 --set data.dir=data/0123456789abcdef
   ictx train pretrain --config pretrain/tiny.yaml --set run.dir=runs/2 --set data.dir=data/… --set train.steps=20
+"""
+PULL_EXAMPLES = """
+The server, name and password are MLflow's: MLFLOW_TRACKING_URI, MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD. The
+folder appears complete and verified, or not at all; a pull that was interrupted goes on where it was.
+
+examples:
+  ictx pull models:/ictx-tiny@champion --to /models/ictx-tiny/champion
+  ictx pull models:/ictx-tiny/3 --to /models/ictx-tiny/3
+"""
+PROMOTE_EXAMPLES = """
+examples:
+  ictx promote 3 --alias champion
+  ictx promote candidate --alias champion --model ictx-tiny    # the version that another alias stands for
 """
 
 
@@ -75,6 +88,21 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=raw,
     )
     pretrain.set_defaults(run=run_pretrain)
+
+    pull = areas.add_parser(
+        "pull", help="fetch a registered model and verify it", epilog=PULL_EXAMPLES, formatter_class=raw
+    )
+    pull.add_argument("uri", help="models:/<name>@<alias> or models:/<name>/<version>")
+    pull.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="where its files go")
+    pull.set_defaults(run=run_pull)
+
+    promote = areas.add_parser(
+        "promote", help="point an alias to a registered version", epilog=PROMOTE_EXAMPLES, formatter_class=raw
+    )
+    promote.add_argument("version", help="number, or an alias that stands for it")
+    promote.add_argument("--alias", required=True, help="alias that is to stand for it, such as champion")
+    promote.add_argument("--model", default="", help="registered model; needed where there are several")
+    promote.set_defaults(run=run_promote)
 
     model_cli.register(areas)
     register_kernels(areas)
@@ -122,6 +150,26 @@ def run_pretrain(arguments: argparse.Namespace) -> int:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
+
+
+def run_pull(arguments: argparse.Namespace) -> int:
+    """`ictx pull`."""
+    from ictx.registry import ModelRef, explained, new_client
+    from ictx.serve.pull import pull
+
+    with explained():
+        pull(new_client(), ModelRef.parse(arguments.uri), arguments.to)
+    return 0
+
+
+def run_promote(arguments: argparse.Namespace) -> int:
+    """`ictx promote`."""
+    from ictx.registry import explained, new_client
+    from ictx.serve.promote import promote
+
+    with explained():
+        print(promote(new_client(), arguments.version, arguments.alias, arguments.model))
+    return 0
 
 
 def told(command: Callable[[], int]) -> int:

@@ -101,6 +101,8 @@ class RunConfig:
     """Registered model; `ictx-<name of the model's file>` unless given, nothing is registered if empty."""
     alias: str = "candidate"
     """Alias that the registered version gets."""
+    tracking_patience: float = 300.0
+    """Seconds for which the beginning and the end of a run wait for a tracking server that does not answer."""
 
 
 @dataclass(frozen=True)

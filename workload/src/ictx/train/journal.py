@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ictx.train.tracking import Tracker
+from mlflow.exceptions import MlflowException
+
+from ictx.registry import reason
+from ictx.train.tracking import Tracker, patiently
 
 
 class MetricsFile:
@@ -33,17 +37,61 @@ class MetricsFile:
         with self.path.open("a") as file:
             file.write(json.dumps(record) + "\n")
 
+    def after(self, step: int) -> list[dict[str, float]]:
+        """Returns the records of later steps."""
+        return [record for record in map(json.loads, self._lines()) if record["step"] > step]
+
+
+class Outbox:
+    """What the tracking server has not got yet: the records of metrics.jsonl behind the step in `note`.
+
+    A server that is away loses nothing: records wait in the file, also over restarts of the job.
+    """
+
+    def __init__(self, tracker: Tracker, metrics: MetricsFile, note: Path, resumed_from: int) -> None:
+        """Takes up what an earlier start of the run could not send."""
+        self.tracker, self.note = tracker, note
+        self.sent = min(int(note.read_text()), resumed_from) if note.exists() else 0
+        self.waiting: list[Mapping[str, float]] = [*metrics.after(self.sent)]
+        self._away = False
+
+    def send(self) -> None:
+        """Sends what waits. Raises MlflowException; nothing is lost then."""
+        if self.waiting:
+            self.tracker.log(self.waiting)
+            self.sent = int(self.waiting[-1]["step"])
+            self.note.write_text(f"{self.sent}\n")
+        if self._away:
+            print(f"MLflow answers again: {len(self.waiting)} records sent", flush=True)
+        self._away, self.waiting = False, []
+
+    def try_to_send(self) -> None:
+        """Sends what waits, or says why it goes on waiting."""
+        try:
+            self.send()
+        except MlflowException as error:
+            print(f"MLflow does not answer ({reason(error)}): {len(self.waiting)} records wait", flush=True)
+            self._away = True
+
 
 class Journal:
     """The first rank's voice; on other ranks every method does nothing."""
 
     def __init__(
-        self, first: bool, directory: Path, experiment: str, settings: Mapping[str, Any], resumed_from: int
+        self,
+        first: bool,
+        directory: Path,
+        experiment: str,
+        settings: Mapping[str, Any],
+        resumed_from: int,
+        patience: float,
     ) -> None:
         """Begins, or after a restart goes on with, the records in `directory`."""
-        self.tracker = Tracker(directory, experiment, settings) if first else None
+        self.tracker = Tracker(directory, experiment, settings, patience) if first else None
         self.metrics = MetricsFile(directory / "metrics.jsonl", resumed_from) if first else None
-        self._pending: list[Mapping[str, float]] = []
+        self.outbox: Outbox | None = None
+        if self.tracker and self.metrics:
+            self.outbox = Outbox(self.tracker, self.metrics, directory / "mlflow_sent_step", resumed_from)
 
     def say(self, text: str) -> None:
         """Prints a line."""
@@ -52,18 +100,34 @@ class Journal:
 
     def record(self, record: Mapping[str, float]) -> None:
         """Writes a record with its `step`; it reaches MLflow at the next `flush`."""
-        if self.metrics:
-            self.metrics.append(record)
-            self._pending.append(record)
+        if self.metrics and self.outbox:
+            timed = {**record, "time": round(time.time(), 3)}
+            self.metrics.append(timed)
+            self.outbox.waiting.append(timed)
 
     def flush(self) -> None:
-        """Sends what is pending to MLflow: together with each checkpoint, so that a restart repeats no step there."""
-        if self.tracker and self._pending:
-            self.tracker.log(self._pending)
-            self._pending = []
+        """Sends what waits to MLflow: together with each checkpoint, so that a restart repeats no step there."""
+        if self.outbox and self.outbox.waiting:
+            self.outbox.try_to_send()
 
     def finish(self, status: str) -> None:
-        """Ends the MLflow run as FINISHED, FAILED or KILLED."""
+        """Ends the MLflow run as FINISHED, FAILED or KILLED.
+
+        Only a run that succeeded waits for a server that is away: one that was killed goes on later and then sends what
+        waits, and the reason of a failure must not be hidden by another.
+        """
+        if not self.tracker or not self.outbox:
+            return
+        if status == "FINISHED":
+            patiently(self.outbox.send, self.tracker.patience)
+            patiently(lambda: self._end(status), self.tracker.patience)
+            return
+        self.outbox.try_to_send()
+        try:
+            self._end(status)
+        except MlflowException as error:
+            print(f"MLflow did not learn that the run is {status} ({reason(error)})", flush=True)
+
+    def _end(self, status: str) -> None:
         if self.tracker:
-            self.flush()
             self.tracker.finish(status)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ from ictx.data.shards import TokenArray
 from ictx.errors import UserError
 from ictx.metrics import flops_per_token, model_flops_utilisation, peak_flops, write_about
 from ictx.model import Transformer
+from ictx.registry import as_user_error
 from ictx.train.checkpoint import MODEL_FILE, Checkpoints
 from ictx.train.config import OptimizerConfig, PretrainConfig
 from ictx.train.journal import Journal
@@ -237,8 +237,7 @@ def explained(config: PretrainConfig) -> Iterator[None]:
     try:
         yield
     except MlflowException as error:
-        uri = os.environ.get("MLFLOW_TRACKING_URI", "")
-        raise UserError(f"MLFLOW_TRACKING_URI is {uri!r}: {str(error).partition(chr(10))[0]}") from error
+        raise as_user_error(error) from error
     except SafetensorError as error:
         raise UserError(f"cannot write the exported model below {config.run.dir}: {error}") from error
     except OSError as error:
@@ -256,7 +255,8 @@ def main(config: PretrainConfig) -> int:
     with explained(config), joined() as ranks:
         training = Pretraining(config, ranks)
         training.directory.mkdir(parents=True, exist_ok=True)
-        journal = Journal(ranks.first, training.directory, config.run.experiment, asdict(config), training.resumed_from)
+        start, patience = training.resumed_from, config.run.tracking_patience
+        journal = Journal(ranks.first, training.directory, config.run.experiment, asdict(config), start, patience)
         if ranks.first:
             (training.directory / MODEL_FILE).write_text(yaml.safe_dump(asdict(config.model), sort_keys=False))
         size = sum(weight.numel() for weight in training.model.parameters())

@@ -1,0 +1,319 @@
+"""From the registry to an answer: what was trained is served, rolls lose no request, what cannot be served is told."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from helm import program
+from kubernetes import client, config
+from lab import ROOT, SHARED, STATE, Lab, wait_for
+
+pytestmark = pytest.mark.serving
+
+NAMESPACE, RELEASE, MODEL = "ictx", "ictx", "ictx-tiny"
+SERVER = f"app.kubernetes.io/instance={RELEASE},app.kubernetes.io/component=server"
+
+
+def endpoint() -> str:
+    return f"http://{Lab().address('kube1')}:30800"
+
+
+def key() -> str:
+    return (STATE / "secrets/serving_api_key").read_text().strip()
+
+
+def post(path: str, body: dict[str, Any], secret: str) -> tuple[int, str]:
+    """Returns status and text of a request to the model."""
+    request = urllib.request.Request(endpoint() + path, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    if secret:
+        request.add_header("Authorization", f"Bearer {secret}")
+    try:
+        with urllib.request.urlopen(request, timeout=300) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+def complete(secret: str, **more: Any) -> tuple[int, str]:
+    asked = {"model": MODEL, "prompt": "def f(", "max_tokens": 8, "temperature": 0, "ignore_eos": True}
+    return post("/v1/completions", {**asked, **more}, secret)
+
+
+def run(*command: object, status: int = 0) -> str:
+    """Returns what a command prints, errors included."""
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == status, f"{command}: {done.stdout}{done.stderr}"
+    return done.stdout + done.stderr
+
+
+def helm(*arguments: object) -> str:
+    return run(program(), *arguments, "--kubeconfig", STATE / "kubeconfig", "--namespace", NAMESPACE)
+
+
+def playbook(*arguments: str, status: int = 0) -> str:
+    return run(ROOT / ".venv/bin/ansible-playbook", *arguments, status=status)
+
+
+@dataclass
+class Client:
+    """Asks again and again, as fast as answers come; remembers every failure."""
+
+    answered: int = 0
+    failures: list[str] = field(default_factory=list)
+    done: threading.Event = field(default_factory=threading.Event)
+
+    def ask(self) -> None:
+        """Asks until told to end."""
+        while not self.done.is_set():
+            try:
+                status, text = complete(key())
+            except OSError as error:
+                status, text = 0, str(error)
+            if status == 200:
+                self.answered += 1
+            else:
+                self.failures.append(f"{status} {text[:200]}")
+            time.sleep(0.1)
+
+
+@pytest.fixture
+def steady() -> Iterator[Client]:
+    """A client that asks while a test runs."""
+    asking = Client()
+    thread = threading.Thread(target=asking.ask)
+    thread.start()
+    yield asking
+    asking.done.set()
+    thread.join()
+
+
+@pytest.fixture(scope="module")
+def core() -> client.CoreV1Api:
+    config.load_kube_config(str(STATE / "kubeconfig"))
+    return client.CoreV1Api()
+
+
+def server(core: client.CoreV1Api) -> Any:
+    """Returns the pod that serves; of two in a roll, the one that stays."""
+    pods = core.list_namespaced_pod(NAMESPACE, label_selector=SERVER).items
+    (pod,) = [pod for pod in pods if not pod.metadata.deletion_timestamp]
+    return pod
+
+
+@dataclass(frozen=True)
+class Registry:
+    """The lab's MLflow server, through its own client."""
+
+    def run(self, script: str, *arguments: str) -> Any:
+        """Returns the JSON that a Python script prints last; `client` is an MlflowClient of the administrator."""
+        begin = "import json, sys\nfrom mlflow import MlflowClient\nclient = MlflowClient()\n"
+        done = subprocess.run(
+            [ROOT / ".venv-workload/bin/python", "-c", begin + script, *arguments],
+            env={**os.environ, **Lab().tracking()},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout.splitlines()[-1])
+
+    def alias(self, name: str) -> str:
+        """Returns the version that an alias of the model stands for."""
+        script = "print(json.dumps(str(client.get_model_version_by_alias(sys.argv[1], sys.argv[2]).version)))"
+        return str(self.run(script, MODEL, name))
+
+    def register(self, change: str) -> str:
+        """Registers the served model anew with `change` (Python; `folder` is its path) made; returns the version."""
+        script = f"""
+import pathlib, tempfile
+from mlflow.artifacts import download_artifacts
+version = client.get_model_version_by_alias(sys.argv[1], "champion")
+source = client.get_model_version_download_uri(sys.argv[1], version.version)
+folder = pathlib.Path(download_artifacts(source, dst_path=tempfile.mkdtemp()))
+{change}
+run = client.create_run(client.get_run(version.run_id).info.experiment_id)
+client.log_artifacts(run.info.run_id, str(folder), "model")
+made = client.create_model_version(sys.argv[1], run.info.artifact_uri + "/model", run.info.run_id)
+client.set_terminated(run.info.run_id)
+print(json.dumps(str(made.version)))
+"""
+        return str(self.run(script, MODEL))
+
+
+@pytest.fixture(scope="module")
+def registry() -> Registry:
+    return Registry()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def served(lab: Lab, registry: Registry) -> str:
+    """The version that is served: the newest that a job of the lab registered, trained first if need be."""
+    results = [json.loads(path.read_text()) for path in SHARED.glob("runs/researcher/*/result.json")]
+    if not any(result["model_version"] and result["mlflow_run_id"] for result in results):
+        status, output = lab.follow(lab.submit())
+        assert status == 0, output[-3000:]
+    lab.user(f"/opt/ictx/bin/ictx promote candidate --alias champion --model {MODEL}")
+    playbook("playbooks/serving.yml")
+    return registry.alias("champion")
+
+
+def test_the_endpoint_answers_with_the_key_and_only_with_it() -> None:
+    status, text = complete(key())
+    assert status == 200, text
+    assert json.loads(text)["usage"]["completion_tokens"] == 8
+    assert [complete(secret)[0] for secret in ("", "not-the-key")] == [401, 401]
+
+
+def test_completions_stream() -> None:
+    status, text = complete(key(), stream=True)
+    events = [line for line in text.splitlines() if line.startswith("data: ")]
+    assert (status, events[-1]) == (200, "data: [DONE]")
+    assert len(events) > 4
+
+
+@pytest.mark.parametrize("release", ["ictx", "ictx-mlflow"])
+def test_the_charts_test_themselves(release: str) -> None:
+    assert "Phase:          Succeeded" in helm("test", release, "--timeout", "10m")
+
+
+def test_pods_run_as_nobody_in_particular_on_a_root_that_cannot_be_written(core: client.CoreV1Api) -> None:
+    for pod in core.list_namespaced_pod(NAMESPACE).items:
+        assert pod.spec.security_context.run_as_non_root
+        for container in [*pod.spec.containers, *(pod.spec.init_containers or [])]:
+            assert container.security_context.read_only_root_filesystem, (pod.metadata.name, container.name)
+            assert "@sha256:" in container.image
+
+
+def test_digests_and_version_are_on_the_pod_and_on_the_run(
+    core: client.CoreV1Api, registry: Registry, served: str
+) -> None:
+    script = """
+version = client.get_model_version_by_alias(sys.argv[1], "champion")
+print(json.dumps({**client.get_run(version.run_id).data.tags}))
+"""
+    tags, pod = registry.run(script, MODEL), server(core)
+    image = json.loads((STATE / "images/serving.json").read_text())
+    assert tags["ictx.model_version"] == f"{MODEL}/{served}"
+    assert tags["ictx.serving_image_digest"] == image["digest"]
+    assert pod.metadata.labels["ictx/model-version"] == served
+    assert pod.metadata.annotations["ictx/training-image-digest"] == tags["ictx.image_digest"]
+    assert pod.metadata.annotations["ictx/image-digest"] == image["digest"]
+
+
+def test_a_promoted_version_is_served_and_no_request_fails(
+    core: client.CoreV1Api, registry: Registry, lab: Lab, steady: Client
+) -> None:
+    before = server(core).metadata.name
+    version = registry.register("")
+    lab.user(f"/opt/ictx/bin/ictx promote {version} --alias champion --model {MODEL}")
+    wait_for("the first answers", lambda: steady.answered > 2)
+    playbook("playbooks/serving.yml")
+    wait_for("the old pod's end", lambda: len(core.list_namespaced_pod(NAMESPACE, label_selector=SERVER).items) == 1)
+    answered = steady.answered
+    wait_for("answers of the new pod", lambda: steady.answered > answered + 2)
+    pod = server(core)
+    assert pod.metadata.name != before
+    assert pod.metadata.labels["ictx/model-version"] == version
+    assert steady.failures == []
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (
+            "file = folder / 'model.safetensors'; file.write_bytes(file.read_bytes()[:-64])",
+            "model.safetensors of version .* does not have the checksum",
+        ),
+        (
+            "(folder / 'SHA256SUMS').unlink(); file = folder / 'config.json'; "
+            "file.write_text(file.read_text().replace('\"kv_lora_rank\": 512', '\"kv_lora_rank\": 256'))",
+            "has kv_lora_rank 256: vLLM serves latent attention with kv_lora_rank 512 only",
+        ),
+    ],
+    ids=["truncated", "latent size"],
+)
+def test_a_model_that_cannot_be_served_is_told_and_the_one_before_serves_on(
+    registry: Registry, lab: Lab, steady: Client, change: str, reason: str
+) -> None:
+    good, bad = registry.alias("champion"), registry.register(change)
+    promote = "/opt/ictx/bin/ictx promote {} --alias champion --model " + MODEL
+    lab.user(promote.format(bad))
+    try:
+        told = playbook("playbooks/serving.yml", "-e", "ictx_serving_timeout_minutes=2", status=2)
+    finally:
+        lab.user(promote.format(good))
+    assert re.search(reason, told.replace("\n", " ")), told[-3000:]
+    assert "the previous release serves on" in told
+    playbook("playbooks/serving.yml")
+    assert steady.answered > 0
+    assert steady.failures == []
+
+
+def test_an_alias_that_does_not_exist_changes_nothing(core: client.CoreV1Api) -> None:
+    before = server(core).metadata.name
+    told = playbook("playbooks/serving.yml", "-e", '{"_serving_alias": "nobody"}')
+    assert f"models:/{MODEL}@nobody does not exist yet: nothing is served" in told
+    assert server(core).metadata.name == before
+
+
+def test_by_hand_as_the_readme_says(core: client.CoreV1Api, served: str) -> None:
+    image = json.loads((STATE / "images/serving.json").read_text())["ref"].split("@")[0]
+    try:
+        helm(
+            "install", "byhand", "charts/serving", "-f", "charts/serving/ci/cpu.yaml", "--wait", "--timeout", "15m",
+            "--set", f"image.repository={image}",
+        )  # fmt: skip
+        helm("test", "byhand", "--timeout", "10m")
+        helm(
+            "upgrade",
+            "byhand",
+            "charts/serving",
+            "--reuse-values",
+            "--set",
+            "vllm.maxNumSeqs=2",
+            "--wait",
+            "--timeout",
+            "15m",
+        )
+        helm("rollback", "byhand", "1", "--wait", "--timeout", "15m")
+        claims = {claim.metadata.name for claim in core.list_namespaced_persistent_volume_claim(NAMESPACE).items}
+    finally:
+        helm("uninstall", "byhand", "--wait")
+    left = {claim.metadata.name for claim in core.list_namespaced_persistent_volume_claim(NAMESPACE).items}
+    assert left == claims, "the model volume is an emptyDir; MLflow's claim stays"
+
+
+def test_a_training_loses_no_metric_when_mlflow_goes_away(core: client.CoreV1Api, registry: Registry, lab: Lab) -> None:
+    steps = 60
+    job = lab.submit("pretrain/tiny.yaml", f"train.steps={steps}", "train.log_every=1", "train.checkpoint_every=5",
+                     "train.validate_every=30", "run.model_name=")  # fmt: skip
+    lab.wait_in(job, "the first checkpoint", lambda: (lab.folder(job) / "mlflow_sent_step").exists())
+    labels = "app.kubernetes.io/instance=ictx-mlflow,app.kubernetes.io/component=server"
+    (pod,) = core.list_namespaced_pod(NAMESPACE, label_selector=labels).items
+    core.delete_namespaced_pod(pod.metadata.name, NAMESPACE, grace_period_seconds=0)
+    status, output = lab.follow(job)
+    assert status == 0, output[-3000:]
+    script = "print(json.dumps([[m.step, m.value] for m in client.get_metric_history(sys.argv[1], 'loss')]))"
+    logged = registry.run(script, lab.result(job)["mlflow_run_id"])
+    assert logged == [[record["step"], record["loss"]] for record in lab.records(job)]
+    assert [step for step, _ in logged] == list(range(1, steps + 1))
+    assert "MLflow does not answer" in output, "the pod was gone between two checkpoints: nothing was tried"
+
+
+def test_people_log_as_themselves_with_a_password_that_root_keeps(lab: Lab) -> None:
+    file = "/etc/ictx/mlflow/researcher.env"
+    assert lab.run("n1", f"stat -c '%U %G %a' {file}").stdout.split() == ["root", "researcher", "440"]
+    assert lab.run("n1", f"runuser -u nobody -- cat {file}").returncode != 0
+    password = (STATE / "secrets/mlflow_user_researcher").read_text().strip()
+    assert password in lab.run("n1", f"cat {file}").stdout

@@ -1,0 +1,226 @@
+"""`ictx pull`: brings a registered model's files into a folder, verified, and not twice."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlflow import MlflowClient
+from mlflow.artifacts import download_artifacts, list_artifacts
+from safetensors import SafetensorError, safe_open
+
+from ictx.errors import UserError
+from ictx.registry import SUMS_FILE, SUMS_TAG, ModelRef, read_sums, sha256
+
+STATE_FILE = ".ictx-model.json"
+"""In a complete folder: which version it holds, and the checksums with which it was verified."""
+
+# What vLLM's MLA can serve. Another width passes its start and its health checks, and fails at the first request.
+SERVABLE = {
+    "kv_lora_rank": 512,
+    "qk_rope_head_dim": 64,
+    "qk_nope_head_dim": 128,
+    "v_head_dim": 128,
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A version's files in the registry."""
+
+    ref: ModelRef
+    version: str
+    uri: str
+    sums_digest: str
+    """SHA-256 of SUMS_FILE, empty where the version was registered without."""
+
+    @classmethod
+    def find(cls, client: MlflowClient, ref: ModelRef) -> Source:
+        """Asks the registry. Raises UserError."""
+        found = ref.find(client)
+        uri = client.get_model_version_download_uri(ref.name, found.version)
+        return cls(ref, str(found.version), uri.rstrip("/"), (found.tags or {}).get(SUMS_TAG, ""))
+
+    def sizes(self) -> dict[str, int]:
+        """Returns path → bytes of all files."""
+        found: dict[str, int] = {}
+        folders = [self.uri]
+        while folders:
+            for entry in list_artifacts(artifact_uri=(folder := folders.pop())):
+                place = f"{folder}/{Path(entry.path).name}"
+                if entry.is_dir:
+                    folders.append(place)
+                else:
+                    found[place.removeprefix(f"{self.uri}/")] = int(entry.file_size or 0)
+        return found
+
+    def fetch(self, path: str, directory: Path) -> None:
+        """Downloads a file into the folder, at its place there."""
+        target = directory / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        download_artifacts(artifact_uri=f"{self.uri}/{path}", dst_path=str(target.parent))
+
+
+def pull(client: MlflowClient, ref: ModelRef, target: Path) -> str:
+    """Brings the version's files to `target`, which is complete and verified or not there; returns the version.
+
+    Files that an interrupted pull has verified already are not fetched again. A fixed version that is there already
+    needs no server. Raises UserError naming the model and what is wrong with it.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    draft = target.with_name(f".{target.name}.part")
+    with _locked(target.with_name(f".{target.name}.lock")), _explained(target):
+        held = held_version(target)
+        if ref.version and held == (ref.name, ref.version):
+            _say(f"{ref} is in {target} already")
+            return ref.version
+        source = Source.find(client, ref)
+        if held == (ref.name, source.version):
+            _say(f"{ref} is version {source.version}, in {target} already")
+            return source.version
+        _say(f"{ref} is version {source.version}, at {source.uri}")
+        fetch_all(source, draft)
+        check_servable(ref, draft)
+        if target.exists():
+            shutil.rmtree(target)
+        draft.rename(target)
+    _say(f"{ref} is complete in {target}")
+    return source.version
+
+
+def held_version(target: Path) -> tuple[str, str] | None:
+    """Returns name and version of what the folder holds, complete and unchanged; None otherwise."""
+    try:
+        state = json.loads((target / STATE_FILE).read_text())
+        sums: dict[str, str] = state["sha256"]
+        whole = all((target / path).is_file() and sha256(target / path) == digest for path, digest in sums.items())
+        return (state["name"], state["version"]) if whole else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def fetch_all(source: Source, draft: Path) -> None:
+    """Fills `draft` with the version's files and writes STATE_FILE there. Raises UserError."""
+    draft.mkdir(exist_ok=True)
+    sizes = source.sizes()
+    sums = _sums(source, draft, sizes)
+    if not sums:
+        _say(f"registered without {SUMS_FILE}: sizes and structure are checked, checksums are not")
+    wanted = sorted(sums or sizes)
+    if not wanted:
+        raise UserError(f"{source.ref} is version {source.version}, which has no files at {source.uri}")
+    for file in sorted(draft.rglob("*")):
+        # What an interrupted pull of another version left.
+        if file.is_file() and file.relative_to(draft).as_posix() not in wanted:
+            file.unlink()
+    missing = [path for path in wanted if not _verified(draft / path, sizes[path], sums.get(path))]
+    if len(missing) < len(wanted):
+        _say(f"{len(wanted) - len(missing)} of {len(wanted)} files are there from an interrupted pull")
+    _check_space(draft, sum(sizes[path] for path in missing))
+    for path in missing:
+        began = time.monotonic()
+        source.fetch(path, draft)
+        if (draft / path).stat().st_size != sizes[path]:
+            raise UserError(f"{source.ref}: {path} came with {(draft / path).stat().st_size} of {sizes[path]} bytes")
+        if sums and sha256(draft / path) != sums[path]:
+            (draft / path).unlink()
+            raise UserError(
+                f"{source.ref}: {path} of version {source.version} does not have the checksum in its {SUMS_FILE}: "
+                "the registered file is damaged; promote another version"
+            )
+        _say(f"fetched {path}, {sizes[path] / 1e6:,.1f} MB in {time.monotonic() - began:.1f} s")
+    state = {
+        "name": source.ref.name,
+        "version": source.version,
+        "sha256": sums or {path: sha256(draft / path) for path in wanted},
+    }
+    (draft / STATE_FILE).write_text(json.dumps(state, indent=1) + "\n")
+
+
+def check_servable(ref: ModelRef, directory: Path) -> None:
+    """Refuses what a server would only fail on later: broken weights, latents of a size that vLLM cannot serve."""
+    weights = sorted(directory.rglob("*.safetensors"))
+    if not weights:
+        raise UserError(f"{ref} has no *.safetensors: it is not an exported model")
+    for file in weights:
+        try:
+            with safe_open(file, framework="numpy") as content:
+                content.keys()
+        except SafetensorError as error:
+            raise UserError(f"{ref}: {file.name} is broken ({error}): promote another version") from error
+    try:
+        config: dict[str, Any] = json.loads((directory / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{ref} has no readable config.json ({error})") from error
+    if config.get("model_type") != "deepseek_v3":
+        return
+    wrong = {name: config.get(name) for name, size in SERVABLE.items() if config.get(name) != size}
+    if wrong:
+        found = ", ".join(f"{name} {size}" for name, size in wrong.items())
+        needed = ", ".join(f"{name} {SERVABLE[name]}" for name in wrong)
+        raise UserError(f"{ref} has {found}: vLLM serves latent attention with {needed} only")
+
+
+def _sums(source: Source, draft: Path, sizes: dict[str, int]) -> dict[str, str]:
+    """Returns path → SHA-256, empty for a version without SUMS_FILE. Raises UserError when the list cannot be right."""
+    if SUMS_FILE not in sizes:
+        if source.sums_digest:
+            raise UserError(f"{source.ref}: version {source.version} has lost its {SUMS_FILE}")
+        return {}
+    source.fetch(SUMS_FILE, draft)
+    file = draft / SUMS_FILE
+    if source.sums_digest and sha256(file) != source.sums_digest:
+        raise UserError(f"{source.ref}: {SUMS_FILE} of version {source.version} is not what the registry vouches for")
+    sums = read_sums(file.read_text())
+    for path in sums:
+        if path not in sizes:
+            raise UserError(f"{source.ref}: version {source.version} lacks {path}, which its {SUMS_FILE} lists")
+    return sums
+
+
+def _verified(file: Path, size: int, digest: str | None) -> bool:
+    """Returns whether a file is there from before and good."""
+    if not file.is_file() or file.stat().st_size != size:
+        return False
+    return digest is not None and sha256(file) == digest
+
+
+def _check_space(directory: Path, needed: int) -> None:
+    free = shutil.disk_usage(directory).free
+    if needed > free:
+        raise UserError(f"{directory} has {free / 1e9:.1f} GB free, the model needs {needed / 1e9:.1f} GB more")
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Keeps other pods that share the volume out until this pull has ended."""
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            _say(f"another pull into this folder is under way: waiting ({path})")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
+def _explained(target: Path) -> Iterator[None]:
+    """Names the folder where a write to an open file fails (full disk) without a name."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename or not error.strerror:
+            raise
+        raise UserError(f"cannot write below {target}: {error.strerror}") from error
+
+
+def _say(text: str) -> None:
+    """Prints at once: the log is read while the container runs."""
+    print(f"pull: {text}", flush=True)

@@ -1,0 +1,288 @@
+"""Fetching and promoting models of a real MLflow store: what arrives is whole, or the reason is one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from mlflow import MlflowClient
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+
+from ictx.errors import UserError
+from ictx.model import ModelConfig, Transformer
+from ictx.model.hf import export
+from ictx.registry import SUMS_FILE, ModelRef
+from ictx.serve.promote import promote
+from ictx.serve.pull import pull
+from ictx.train.tracking import Tracker
+
+NAME = "ictx-served"
+SIZES = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "q_lora_rank": 16}
+
+Registered = Callable[..., str]
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model as training exports it."""
+    folder = tmp_path_factory.mktemp("exported")
+    config = ModelConfig(num_attention_heads=1, max_position_embeddings=64, **SIZES)
+    model = Transformer(config)
+    model.init_weights(seed=3)
+    Tokenizer(BPE()).save(str(folder / "tokenizer.json"))
+    export(folder / "model", config, model.state_dict(), folder / "tokenizer.json", (0, "<eot>"), torch.float32)
+    return folder / "model"
+
+
+@pytest.fixture(scope="module")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An MLflow store with its tables and nothing in them: making them takes seconds."""
+    folder = tmp_path_factory.mktemp("store")
+    MlflowClient(f"sqlite:///{folder}/mlflow.db").search_experiments()
+    return folder / "mlflow.db"
+
+
+@pytest.fixture
+def client(empty_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MlflowClient:
+    """A store of its own for each test."""
+    shutil.copy(empty_store, tmp_path / "mlflow.db")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    return MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+
+
+@pytest.fixture
+def registered(client: MlflowClient, exported: Path, tmp_path: Path) -> Registered:
+    """Registers the model as a job does, or as `change` leaves its folder; returns the version."""
+
+    def register(change: Callable[[Path], object] = lambda _: None, name: str = NAME) -> str:
+        run = tmp_path / "runs" / f"{len(list(tmp_path.glob('runs/*')))}"
+        shutil.copytree(exported, run / "export")
+        change(run / "export")
+        return Tracker(run, "test", {}, patience=0).register(run / "export", name, "candidate")
+
+    return register
+
+
+def artifacts(client: MlflowClient, version: str) -> Path:
+    """Returns the folder in which the store keeps a version's files."""
+    return Path(client.get_model_version_download_uri(NAME, version).removeprefix("file://"))
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if not path.name.startswith(".")}
+
+
+@pytest.mark.parametrize("uri", [f"models:/{NAME}@candidate", f"models:/{NAME}/1"])
+def test_a_pulled_model_is_the_exported_one(
+    client: MlflowClient, registered: Registered, exported: Path, tmp_path: Path, uri: str
+) -> None:
+    registered()
+    assert pull(client, ModelRef.parse(uri), tmp_path / "models" / "m") == "1"
+    fetched = files(tmp_path / "models" / "m")
+    assert fetched.pop(SUMS_FILE, None) is None, "what is verified is a model; the list has done its work"
+    assert fetched == files(exported)
+    assert [path.name for path in (tmp_path / "models").iterdir() if path.name != ".m.lock"] == ["m"]
+
+
+def test_what_is_there_is_not_fetched_again_and_needs_no_server(
+    client: MlflowClient, registered: Registered, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    version, target = registered(), tmp_path / "m"
+    pull(client, ModelRef(NAME, version=version), target)
+    before = {path: path.stat().st_mtime_ns for path in target.iterdir()}
+    shutil.rmtree(artifacts(client, version))
+    pull(client, ModelRef(NAME, alias="candidate"), target)
+    (tmp_path / "mlflow.db").unlink()
+    pull(client, ModelRef(NAME, version=version), target)
+    assert {path: path.stat().st_mtime_ns for path in target.iterdir()} == before
+    assert "already" in capsys.readouterr().out
+
+
+def test_a_file_that_changed_since_is_fetched_again(
+    client: MlflowClient, registered: Registered, exported: Path, tmp_path: Path
+) -> None:
+    version, target = registered(), tmp_path / "m"
+    pull(client, ModelRef(NAME, version=version), target)
+    weights = target / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+    pull(client, ModelRef(NAME, version=version), target)
+    assert files(target) == files(exported)
+
+
+def test_an_alias_that_moved_replaces_the_folder_as_a_whole(
+    client: MlflowClient, registered: Registered, tmp_path: Path
+) -> None:
+    target = tmp_path / "m"
+    registered(lambda folder: (folder / "old.txt").write_text("1"))
+    assert pull(client, ModelRef(NAME, alias="candidate"), target) == "1"
+    registered(lambda folder: (folder / "new.txt").write_text("2"))
+    assert pull(client, ModelRef(NAME, alias="candidate"), target) == "2"
+    assert (target / "new.txt").exists()
+    assert not (target / "old.txt").exists()
+
+
+def test_a_pull_that_was_killed_goes_on_where_it_was(
+    client: MlflowClient, registered: Registered, exported: Path, tmp_path: Path
+) -> None:
+    version, target = registered(), tmp_path / "m"
+    stored = artifacts(client, version)
+    # The last file of the listing cannot be read to its end: a pipe that nobody writes to.
+    last = stored / "tokenizer_config.json"
+    content = last.read_bytes()
+    last.unlink()
+    os.mkfifo(last)
+    command = [sys.executable, "-m", "ictx", "pull", f"models:/{NAME}/{version}", "--to", str(target)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout
+    for line in process.stdout:
+        if "tokenizer.json" in line:
+            break
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    last.unlink()
+    last.write_bytes(content)
+    assert not target.exists()
+    kept = tmp_path / ".m.part" / "model.safetensors"
+    before = kept.stat().st_mtime_ns
+    pull(client, ModelRef(NAME, version=version), target)
+    assert (target / "model.safetensors").stat().st_mtime_ns == before, "fetched twice"
+    assert files(target) == files(exported)
+
+
+def test_two_pods_that_share_a_volume_take_turns(registered: Registered, exported: Path, tmp_path: Path) -> None:
+    version, target = registered(), tmp_path / "m"
+    command = [sys.executable, "-m", "ictx", "pull", f"models:/{NAME}/{version}", "--to", str(target)]
+    pods = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    told = [pod.communicate(timeout=600)[0] for pod in pods]
+    assert [pod.returncode for pod in pods] == [0, 0], told
+    assert sorted("fetched model.safetensors" in text for text in told) == [False, True], told
+    assert files(target) == files(exported)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def set_config(folder: Path, **values: int) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | values))
+
+
+@pytest.mark.parametrize(
+    ("in_export", "in_store", "message"),
+    [
+        (lambda m: truncate(m / "model.safetensors"), None, r"model.safetensors is broken \(.*\): promote another"),
+        (
+            None,
+            lambda m: truncate(m / "model.safetensors"),
+            "model.safetensors of version 1 does not have the checksum",
+        ),
+        (None, lambda m: (m / "config.json").write_text("{}"), "config.json of version 1 does not have the checksum"),
+        (None, lambda m: (m / "tokenizer.json").unlink(), "version 1 lacks tokenizer.json, which its SHA256SUMS lists"),
+        (None, lambda m: (m / SUMS_FILE).unlink(), "version 1 has lost its SHA256SUMS"),
+        (
+            None,
+            lambda m: (m / SUMS_FILE).write_text(""),
+            "SHA256SUMS of version 1 is not what the registry vouches for",
+        ),
+        (lambda m: (m / "model.safetensors").unlink(), None, r"has no \*.safetensors"),
+        (lambda m: (m / "config.json").unlink(), None, "has no readable config.json"),
+        (
+            lambda m: set_config(m, kv_lora_rank=256, qk_rope_head_dim=32),
+            None,
+            "has kv_lora_rank 256, qk_rope_head_dim 32: vLLM serves latent attention with kv_lora_rank 512, qk_rope_",
+        ),
+    ],
+)
+def test_a_broken_model_is_refused_by_name_and_leaves_what_was_there(
+    client: MlflowClient,
+    registered: Registered,
+    tmp_path: Path,
+    in_export: Callable[[Path], object] | None,
+    in_store: Callable[[Path], object] | None,
+    message: str,
+) -> None:
+    target = tmp_path / "m"
+    target.mkdir()
+    (target / "config.json").write_text("an older version")
+    version = registered(in_export or (lambda _: None))
+    if in_store:
+        in_store(artifacts(client, version))
+    with pytest.raises(UserError, match=message) as error:
+        pull(client, ModelRef(NAME, alias="candidate"), target)
+    assert f"models:/{NAME}@candidate" in str(error.value)
+    assert files(target) == {"config.json": b"an older version"}
+
+
+def test_a_version_without_checksums_is_checked_by_size_and_structure(
+    client: MlflowClient, registered: Registered, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    version = registered()
+    (artifacts(client, version) / SUMS_FILE).unlink()
+    client.delete_model_version_tag(NAME, version, "ictx.sha256sums")
+    pull(client, ModelRef(NAME, version=version), tmp_path / "m")
+    assert "registered without SHA256SUMS" in capsys.readouterr().out
+    truncate(artifacts(client, version) / "model.safetensors")
+    with pytest.raises(UserError, match=r"model\.safetensors is broken"):
+        pull(client, ModelRef(NAME, version=version), tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    ("uri", "message"),
+    [
+        (f"models:/{NAME}@champion", f"models:/{NAME}@champion does not exist: .*champion"),
+        (f"models:/{NAME}/7", f"models:/{NAME}/7 does not exist"),
+        ("models:/nothing@champion", "models:/nothing@champion does not exist"),
+        (f"models:/{NAME}", "names no model: expected models:/<name>@<alias> or models:/<name>/<version>"),
+        ("runs:/0123/model", "names no model"),
+    ],
+)
+def test_what_is_not_registered_is_named(
+    client: MlflowClient, registered: Registered, tmp_path: Path, uri: str, message: str
+) -> None:
+    registered()
+    with pytest.raises(UserError, match=message):
+        pull(client, ModelRef.parse(uri), tmp_path / "m")
+
+
+def test_a_server_that_is_down_is_one_line_within_a_minute(tmp_path: Path) -> None:
+    address = "http://127.0.0.1:9"  # discard: nothing listens
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", "ictx", "pull", f"models:/{NAME}@champion", "--to", str(tmp_path / "m")],
+        env={**os.environ, "MLFLOW_TRACKING_URI": address},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    last = done.stderr.splitlines()[-1]
+    assert last == f"ictx: MLFLOW_TRACKING_URI is '{address}': nothing listens there (connection refused)"
+    assert "Traceback" not in done.stderr
+    assert time.monotonic() - began < 120
+
+
+def test_promotion_moves_the_alias_and_says_what_it_was(client: MlflowClient, registered: Registered) -> None:
+    registered()
+    assert promote(client, "1", "champion") == f"models:/{NAME}@champion is version 1 now"
+    registered()
+    assert promote(client, "candidate", "champion") == f"models:/{NAME}@champion is version 2 now, was 1"
+    assert client.get_model_version_by_alias(NAME, "champion").version == 2
+    assert promote(client, "2", "champion") == f"models:/{NAME}@champion is version 2 already"
+    with pytest.raises(UserError, match=f"models:/{NAME}/9 does not exist"):
+        promote(client, "9", "champion")
+    registered(name="ictx-other")
+    with pytest.raises(UserError, match=f"name the model with --model; registered are ictx-other, {NAME}"):
+        promote(client, "1", "champion")
+    promote(client, "1", "champion", NAME)
+    assert client.get_model_version_by_alias(NAME, "champion").version == 1
