@@ -20,7 +20,7 @@ from tokenizers.models import BPE
 
 from ictx.errors import UserError
 from ictx.model import ModelConfig, Transformer
-from ictx.model.hf import export
+from ictx.model.hf import write_pretrained
 from ictx.registry import SUMS_FILE, ModelRef
 from ictx.serve.promote import promote
 from ictx.serve.pull import pull
@@ -40,7 +40,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = Transformer(config)
     model.init_weights(seed=3)
     Tokenizer(BPE()).save(str(folder / "tokenizer.json"))
-    export(folder / "model", config, model.state_dict(), folder / "tokenizer.json", (0, "<eot>"), torch.float32)
+    write_pretrained(folder / "model", config, model.state_dict(), folder / "tokenizer.json", torch.float32)
     return folder / "model"
 
 
