@@ -289,7 +289,7 @@ def test_what_cannot_be_trained_is_refused_by_name(
 def test_a_full_disk_leaves_the_last_good_checkpoint(commands: Commands, prepared: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     arguments = commands.pretrain(run, prepared, "train.steps=15", "train.checkpoint_every=15", "run.model_name=")
-    ended = commands.run(*arguments, prefix=("prlimit", "--fsize=1500000"))
+    ended = commands.run(*arguments, prefix=("prlimit", "--fsize=4000000"))
     assert ended.status == 2, ended
     assert f"ictx: cannot write checkpoint {run}/checkpoints/step-00000015: " in ended.err
     assert "Traceback" not in ended.err
