@@ -1,4 +1,4 @@
-"""The command line: `ictx data`, `ictx train`, `ictx pull`, `ictx promote`, and what model/cli.py adds."""
+"""The command line: `ictx data`, `ictx train`, `ictx pull`, `ictx promote`, and what model_cli and kernels.cli add."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Folders that appear complete or not at all."""
+"""Folders that appear complete or not at all, and stay."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ def replacing(directory: Path) -> Iterator[Path]:
     try:
         yield draft
         for path in [*draft.rglob("*"), draft]:
-            _sync(path)
+            sync(path)
         if directory.exists():
             directory.replace(old)
         draft.replace(directory)
-        _sync(directory.parent)
+        sync(directory.parent)
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)
         if old.exists() and not directory.exists():
@@ -39,7 +39,8 @@ def replacing(directory: Path) -> Iterator[Path]:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Makes a file, or the names in a folder, survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

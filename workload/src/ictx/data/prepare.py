@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import time
 import uuid
@@ -31,6 +30,7 @@ from ictx.data.tokenizer import (
     train_tokenizer,
 )
 from ictx.errors import UserError
+from ictx.folder import sync
 
 # Folders that nothing was added to for so long are not being written any more.
 STALE_SECONDS = 24 * 3600
@@ -76,15 +76,15 @@ def prepare(sources: Sequence[str | Path], out: Path, config: DataConfig) -> Pat
         about = {"ictx": __version__, "format": FORMAT, "fingerprint": fingerprint, "sha256": sums}
         (draft / META_FILE).write_text(json.dumps({**about, **meta}, indent=1) + "\n")
         for name in (*TOKENIZER_FILES, META_FILE):
-            _sync(draft / name)
-        _sync(draft)
+            sync(draft / name)
+        sync(draft)
         try:
             draft.replace(directory)
         except OSError:
             # Another job was quicker with the same text.
             if not (directory / META_FILE).exists():
                 raise
-        _sync(out)
+        sync(out)
     except OSError as error:
         raise UserError(f"cannot write {error.filename or draft}: {error.strerror}") from error
     finally:
@@ -168,12 +168,3 @@ def unigram_entropy(train: npt.NDArray[np.int64], validation: npt.NDArray[np.int
     """
     probability = (train + 1) / (train.sum() + len(train))
     return float(-(validation * np.log(probability)).sum() / validation.sum())
-
-
-def _sync(path: Path) -> None:
-    """Makes a file, or the names in a folder, survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from ictx.errors import UserError
+from ictx.folder import sync
 from ictx.model import ModelConfig, Transformer
 
 MODEL_FILE = "model.yaml"
@@ -51,7 +51,7 @@ class Checkpoints:
             raise UserError(f"cannot write checkpoint {final}: {_cause(error)}") from error
         if dist.get_rank() == 0:
             draft.replace(final)
-            _sync(self.directory)
+            sync(self.directory)
             for old in self.complete()[: -self.keep]:
                 shutil.rmtree(old)
         dist.barrier()
@@ -104,12 +104,3 @@ def load_model(path: Path) -> Transformer:
 def _cause(error: CheckpointException) -> str:
     """Returns the first line of what went wrong on the lowest rank that something went wrong on."""
     return str(error.failures[min(error.failures)][0]).partition("\n")[0]
-
-
-def _sync(directory: Path) -> None:
-    """Makes a rename in the folder survive a power cut."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
