@@ -132,7 +132,7 @@ def test_an_export_replaces_an_older_one_as_a_whole(saved: Path, monkeypatch: py
         with pytest.raises(KeyboardInterrupt):
             save_pretrained(small(), saved)
     with monkeypatch.context() as patch:
-        patch.setattr(folder, "_sync", interrupted)
+        patch.setattr(folder, "sync", interrupted)
         with pytest.raises(KeyboardInterrupt):
             save_pretrained(small(), saved)
     assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
