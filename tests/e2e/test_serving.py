@@ -19,7 +19,7 @@ from helm import program
 from kubernetes import client, config
 from lab import ROOT, SHARED, STATE, Lab, wait_for
 
-pytestmark = pytest.mark.serving
+pytestmark = pytest.mark.lab
 
 NAMESPACE, RELEASE, MODEL = "ictx", "ictx", "ictx-tiny"
 SERVER = f"app.kubernetes.io/instance={RELEASE},app.kubernetes.io/component=server"

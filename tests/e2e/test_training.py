@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -40,24 +39,25 @@ def trained(lab: Lab) -> str:
 
 @pytest.fixture(scope="session")
 def registry(trained: str, lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The job's MLflow run and registered version, read with MLflow's own client from a copy of the embedded store."""
-    store = shutil.copy(SHARED / "mlflow" / "mlflow.db", tmp_path_factory.mktemp("mlflow"))
+    """The job's MLflow run and registered version with its files, as the server gives them to MLflow's own client."""
+    artifacts = tmp_path_factory.mktemp("artifacts")
     script = """
 import json, sys
 from mlflow import MlflowClient
+from mlflow.artifacts import download_artifacts
 client = MlflowClient()
 version = client.get_model_version_by_alias(sys.argv[1], "candidate")
 run = client.get_run(sys.argv[2])
 print(json.dumps({
-    "version": version.version, "source": version.source, "run_id": version.run_id, "tags": run.data.tags,
-    "status": run.info.status, "params": run.data.params,
+    "version": version.version, "run_id": version.run_id, "tags": run.data.tags, "status": run.info.status,
+    "artifacts": download_artifacts(client.get_model_version_download_uri(sys.argv[1], version.version), dst_path=sys.argv[3]),
     "losses": [metric.value for metric in client.get_metric_history(sys.argv[2], "validation_loss")],
 }))
 """
     result = lab.result(trained)
     done = subprocess.run(
-        [ROOT / ".venv-workload/bin/python", "-c", script, result["model_name"], result["mlflow_run_id"]],
-        env={**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{store}"},
+        [ROOT / ".venv-workload/bin/python", "-c", script, result["model_name"], result["mlflow_run_id"], artifacts],
+        env={**os.environ, **lab.tracking()},
         capture_output=True,
         text=True,
         check=False,
@@ -88,7 +88,7 @@ def test_the_registered_version_is_the_exported_model(lab: Lab, trained: str, re
     assert str(registry["version"]) == result["model_version"]
     assert registry["status"] == "FINISHED"
     assert registry["losses"][-1] == pytest.approx(result["val_loss"])
-    artifacts = SHARED / Path(registry["source"].removeprefix("file://")).relative_to("/shared")
+    artifacts = Path(registry["artifacts"])
     exported = lab.folder(trained) / "export"
     assert json.loads((artifacts / "config.json").read_text())["architectures"] == ["DeepseekV3ForCausalLM"]
     assert (artifacts / "model.safetensors").read_bytes() == (exported / "model.safetensors").read_bytes()

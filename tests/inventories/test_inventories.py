@@ -29,9 +29,8 @@ def test_site_yml_parses(inventory: str) -> None:
 def test_every_role_of_the_platform_is_in_site_yml() -> None:
     tasks = playbook("-i", "inventories/example", "--list-tasks", "site.yml")
     listed = set(re.findall(r"^ {6}(\w+) : ", tasks, re.MULTILINE))
-    # The lab's machines are made by playbooks/lab.yml: other inventories bring their own. What runs on Kubernetes has
-    # playbooks of its own, mlflow.yml and serving.yml.
-    assert listed == {path.name for path in (ROOT / "roles").iterdir()} - {"lab", "helm_release", "mlflow_users"}
+    # The lab's machines are made by playbooks/lab.yml: other inventories bring their own.
+    assert listed == {path.name for path in (ROOT / "roles").iterdir()} - {"lab"}
 
 
 @pytest.mark.parametrize("inventory", INVENTORIES)
