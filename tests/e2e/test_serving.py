@@ -84,7 +84,7 @@ class Client:
                 self.answered += 1
             else:
                 self.failures.append(f"{status} {text[:200]}")
-            time.sleep(0.1)
+            time.sleep(0.3)
 
 
 @pytest.fixture
@@ -109,6 +109,14 @@ def server(core: client.CoreV1Api) -> Any:
     pods = core.list_namespaced_pod(NAMESPACE, label_selector=SERVER).items
     (pod,) = [pod for pod in pods if not pod.metadata.deletion_timestamp]
     return pod
+
+
+def last_words(core: client.CoreV1Api, namespace: str) -> list[str]:
+    """Returns what the init containers that failed said at their end."""
+    pods = core.list_namespaced_pod(namespace, label_selector=SERVER).items
+    states = [state for pod in pods for state in pod.status.init_container_statuses or []]
+    ends = [end for state in states for end in (state.state.terminated, state.last_state.terminated) if end]
+    return [end.message or "" for end in ends if end.exit_code]
 
 
 @dataclass(frozen=True)
@@ -263,35 +271,51 @@ def test_a_model_that_cannot_be_served_is_told_and_the_one_before_serves_on(
 def test_an_alias_that_does_not_exist_changes_nothing(core: client.CoreV1Api) -> None:
     before = server(core).metadata.name
     told = playbook("playbooks/serving.yml", "-e", '{"_serving_alias": "nobody"}')
-    assert f"models:/{MODEL}@nobody does not exist yet: nothing is served" in told
+    assert f"models:/{MODEL}@nobody does not exist: nothing is rolled out" in told
     assert server(core).metadata.name == before
 
 
-def test_by_hand_as_the_readme_says(core: client.CoreV1Api, served: str) -> None:
-    image = json.loads((STATE / "images/serving.json").read_text())["ref"].split("@")[0]
-    try:
-        helm(
-            "install", "byhand", "charts/serving", "-f", "charts/serving/ci/cpu.yaml", "--wait", "--timeout", "15m",
-            "--set", f"image.repository={image}",
-        )  # fmt: skip
-        helm("test", "byhand", "--timeout", "10m")
-        helm(
-            "upgrade",
-            "byhand",
-            "charts/serving",
-            "--reuse-values",
-            "--set",
-            "vllm.maxNumSeqs=2",
-            "--wait",
-            "--timeout",
-            "15m",
+def test_a_registry_that_is_down_is_named_and_the_model_serves_on(steady: Client) -> None:
+    apps = client.AppsV1Api()
+
+    def scale(replicas: int) -> None:
+        apps.patch_namespaced_deployment_scale("ictx-mlflow", NAMESPACE, {"spec": {"replicas": replicas}})
+        wait_for(
+            f"{replicas} pods of MLflow",
+            lambda: (apps.read_namespaced_deployment("ictx-mlflow", NAMESPACE).status.ready_replicas or 0) == replicas,
         )
-        helm("rollback", "byhand", "1", "--wait", "--timeout", "15m")
-        claims = {claim.metadata.name for claim in core.list_namespaced_persistent_volume_claim(NAMESPACE).items}
+
+    scale(0)
+    try:
+        told = playbook("playbooks/serving.yml", status=2)
     finally:
-        helm("uninstall", "byhand", "--wait")
-    left = {claim.metadata.name for claim in core.list_namespaced_persistent_volume_claim(NAMESPACE).items}
-    assert left == claims, "the model volume is an emptyDir; MLflow's claim stays"
+        scale(1)
+    assert re.search(r"MLflow at http://\S+:30500 does not answer.*what is served stays", told.replace("\n", " ")), told
+    answered = steady.answered
+    wait_for("another answer", lambda: steady.answered > answered)
+    assert steady.failures == []
+
+
+def test_by_hand_as_the_readme_says(core: client.CoreV1Api) -> None:
+    def by_hand(*words: str) -> str:
+        return run(program(), *words, "--kubeconfig", STATE / "kubeconfig", "--timeout", "15m")
+
+    values = ["charts/serving", "-f", "charts/serving/ci/cpu.yaml"]
+    try:
+        by_hand("install", "ictx", *values, "--wait")
+        by_hand("test", "ictx")
+        by_hand("upgrade", "ictx", *values, "--set", "vllm.maxNumSeqs=2", "--wait")
+        (pod,) = [pod for pod in core.list_namespaced_pod("default", label_selector=SERVER).items
+                  if not pod.metadata.deletion_timestamp]  # fmt: skip
+        (container,) = pod.spec.containers
+        assert container.args[container.args.index("--max-num-seqs") + 1] == "2"
+        by_hand("upgrade", "ictx", *values, "--set", "model.alias=nobody")
+        wait_for("the reason", lambda: any("@nobody does not exist" in words for words in last_words(core, "default")))
+        assert core.read_namespaced_pod(pod.metadata.name, "default").status.container_statuses[0].ready
+        by_hand("rollback", "ictx", "1", "--wait")
+    finally:
+        by_hand("uninstall", "ictx", "--wait")
+    assert core.list_namespaced_persistent_volume_claim("default").items == [], "the model volume is an emptyDir"
 
 
 def test_a_training_loses_no_metric_when_mlflow_goes_away(core: client.CoreV1Api, registry: Registry, lab: Lab) -> None:

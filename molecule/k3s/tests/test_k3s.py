@@ -108,6 +108,7 @@ def test_nodes_reach_the_registry_with_its_certificate_and_password() -> None:
     assert entry["auth"] == {"username": "ictx", "password": secrets()[2]}
     ours = (STATE / "ca/ca.crt").read_text().strip()
     assert node("a1").file(entry["tls"]["ca_file"]).content_string.strip() == ours
+    assert registries["mirrors"]["docker.io"]["endpoint"] == ["https://192.0.2.15:5000"]
 
 
 def test_a_node_with_the_runtime_serves_gpus() -> None:
