@@ -50,7 +50,7 @@ version = client.get_model_version_by_alias(sys.argv[1], "candidate")
 run = client.get_run(sys.argv[2])
 print(json.dumps({
     "version": version.version, "run_id": version.run_id, "tags": run.data.tags, "status": run.info.status,
-    "artifacts": download_artifacts(client.get_model_version_download_uri(sys.argv[1], version.version), dst_path=sys.argv[3]),
+    "artifacts": download_artifacts(f"models:/{sys.argv[1]}/{version.version}", dst_path=sys.argv[3]),
     "losses": [metric.value for metric in client.get_metric_history(sys.argv[2], "validation_loss")],
 }))
 """
