@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -218,3 +219,9 @@ def test_export_reads_a_run_s_checkpoint(
     capsys.readouterr()
     assert ictx(monkeypatch, *arguments) == 2
     assert f"checkpoint {step} is no model of model.yaml" in capsys.readouterr().err
+
+
+def test_a_reader_that_has_seen_enough_is_no_error() -> None:
+    command = f"{{ {sys.executable} -m ictx model describe ictx-1b; echo status $? >&2; }} | true"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert done.stderr == "status 141\n"

@@ -189,4 +189,11 @@ def told(command: Callable[[], int]) -> int:
 def main() -> int:
     """Runs the command line."""
     arguments = parser().parse_args()
-    return told(lambda: int(arguments.run(arguments)))
+    try:
+        status = told(lambda: int(arguments.run(arguments)))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever reads has seen enough (`ictx … | head`). What is left must not be flushed at the interpreter's end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    return status
