@@ -219,7 +219,7 @@ def gradients(
     tiles = config.keys_values
     blocks = -(-rows // tiles.block_n)
     kernels.keys_values[(blocks * heads,)](
-        *sources(tiles), dk, dv, sums, first, end, *strides,
+        *sources(tiles), dk, dv, sums, end, *strides,
         rows, padded, heads, blocks, scale, scale * math.log2(math.e),
         **constants(d0, d1, value, tiles, packing is not None),
     )  # fmt: skip

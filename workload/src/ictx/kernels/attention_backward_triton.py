@@ -36,10 +36,10 @@ def row_sums(
 
 @triton.jit
 def through_queries(
-    dk_0, dk_1, dv, k_0, k_1, v, q_0_src, q_1_src, grad_src, lse_ptr, delta_ptr, first_ptr,
-    q_token, grad_token, q_col, grad_col, low, high, end, key, rows, scale_log2,
+    dk_0, dk_1, dv, k_0, k_1, v, q_0_src, q_1_src, grad_src, lse_ptr, delta_ptr,
+    q_token, grad_token, q_col, grad_col, low, high, end, key, key_end, rows, scale_log2,
     D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr,
-    DOCUMENTS: tl.constexpr, MASKED: tl.constexpr, TMA: tl.constexpr, STAGES: tl.constexpr,
+    MASKED: tl.constexpr, TMA: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Adds the share of the queries from `low` to `high`; those from `end` on see none of these keys."""
     offs_m = tl.arange(0, BLOCK_M)
@@ -59,10 +59,7 @@ def through_queries(
         delta = tl.load(delta_ptr + row)
         weight = tl.exp2(score * scale_log2 - lse[None, :])
         if MASKED:
-            seen = key[:, None] <= row[None, :]
-            if DOCUMENTS:
-                first = tl.load(first_ptr + row, row < rows, other=0)
-                seen = seen & (key[:, None] >= first[None, :])
+            seen = (key[:, None] <= row[None, :]) & (row[None, :] < key_end[:, None])
             weight = tl.where(seen, weight, 0.0)
         d_score = (weight * (d_weight - delta[None, :])).to(q_0.dtype)
         dv = tl.dot(weight.to(grad.dtype), grad, dv)
@@ -72,9 +69,9 @@ def through_queries(
     return dk_0, dk_1, dv
 
 
-@triton.jit(do_not_specialize=["rows", "tiles"], do_not_specialize_on_alignment=["first_ptr", "end_ptr"])
+@triton.jit(do_not_specialize=["rows", "tiles"], do_not_specialize_on_alignment=["end_ptr"])
 def keys_values(
-    q_0_src, q_1_src, k_0_src, k_1_src, v_src, grad_src, dk_ptr, dv_ptr, sums_ptr, first_ptr, end_ptr,
+    q_0_src, q_1_src, k_0_src, k_1_src, v_src, grad_src, dk_ptr, dv_ptr, sums_ptr, end_ptr,
     q_token, q_head, k_token, k_head, v_token, v_head, grad_token, grad_head,
     rows, padded, heads, tiles, scale, scale_log2,
     D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -86,7 +83,9 @@ def keys_values(
     key = key_0 + tl.arange(0, BLOCK_N)
     end = rows
     diagonal = key_0 + BLOCK_N
+    key_end = tl.full([BLOCK_N], rows, tl.int32)
     if DOCUMENTS:
+        key_end = tl.load(end_ptr + tl.minimum(key, rows - 1))
         end = tl.load(end_ptr + tl.minimum(diagonal, rows) - 1)
         # Where a document begins in this tile, every query is masked.
         diagonal = tl.where(tl.load(end_ptr + key_0) == end, diagonal, end)
@@ -105,14 +104,14 @@ def keys_values(
     lse_head = sums_ptr + head.to(tl.int64) * padded
     delta_head = sums_ptr + (head.to(tl.int64) + heads) * padded
     dk_0, dk_1, dv = through_queries(
-        dk_0, dk_1, dv, k_0, k_1, v, q_0_src, q_1_src, grad_src, lse_head, delta_head, first_ptr,
-        q_token, grad_token, head * q_head, head * grad_head, low, diagonal, end, key, rows, scale_log2,
-        D0, D1, DV, BLOCK_M, DOCUMENTS, True, TMA, STAGES,
+        dk_0, dk_1, dv, k_0, k_1, v, q_0_src, q_1_src, grad_src, lse_head, delta_head,
+        q_token, grad_token, head * q_head, head * grad_head, low, diagonal, end, key, key_end, rows, scale_log2,
+        D0, D1, DV, BLOCK_M, True, TMA, STAGES,
     )  # fmt: skip
     dk_0, dk_1, dv = through_queries(
-        dk_0, dk_1, dv, k_0, k_1, v, q_0_src, q_1_src, grad_src, lse_head, delta_head, first_ptr,
-        q_token, grad_token, head * q_head, head * grad_head, diagonal, end, end, key, rows, scale_log2,
-        D0, D1, DV, BLOCK_M, DOCUMENTS, False, TMA, STAGES,
+        dk_0, dk_1, dv, k_0, k_1, v, q_0_src, q_1_src, grad_src, lse_head, delta_head,
+        q_token, grad_token, head * q_head, head * grad_head, diagonal, end, end, key, key_end, rows, scale_log2,
+        D0, D1, DV, BLOCK_M, False, TMA, STAGES,
     )  # fmt: skip
     ok = (key < rows)[:, None]
     place = (key.to(tl.int64) * heads + head)[:, None]
