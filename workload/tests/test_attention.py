@@ -161,6 +161,9 @@ def test_packing_knows_each_tokens_document() -> None:
     packing = Packing.of(bounds_of([2, 0, 3]), 6)
     assert packing.first.tolist() == [0, 0, 2, 2, 2, 5]
     assert packing.end.tolist() == [2, 2, 5, 5, 5, 6]
+    assert packing.bounds() == [0, 2, 5]
+    again = Packing.of_starts(torch.tensor([False, False, True, False, False, True]))
+    assert torch.equal(again.first, packing.first) and torch.equal(again.end, packing.end)
 
 
 def test_widths_are_powers_of_two() -> None:

@@ -22,8 +22,6 @@ WIDEST, WIDEST_VALUE = 192, 128
 class Packing:
     """Where the documents of packed tokens lie; the same in every layer, so computed once."""
 
-    cu_seqlens: Tensor
-    """First token of each document in ascending order, and the end of the last, int32 [documents + 1]."""
     first: Tensor
     """First token of each token's document, int32 [tokens]."""
     end: Tensor
@@ -35,7 +33,20 @@ class Packing:
         places = torch.arange(tokens, dtype=torch.int32, device=cu_seqlens.device)
         document = torch.searchsorted(cu_seqlens, places, right=True)
         edges = F.pad(F.pad(cu_seqlens, (1, 0)), (0, 1), value=tokens)
-        return cls(cu_seqlens, edges[document], edges[document + 1])
+        return cls(edges[document], edges[document + 1])
+
+    @classmethod
+    def of_starts(cls, starts: Tensor) -> Packing:
+        """Returns it without waiting for the device, from whether a document starts at each token, bool [tokens]."""
+        places = torch.arange(len(starts), dtype=torch.int32, device=starts.device)
+        first = torch.where(starts, places, 0).cummax(0).values
+        # The end of a token's document is the first start behind the token.
+        later = F.pad(torch.where(starts, places, len(starts))[1:], (0, 1), value=len(starts))
+        return cls(first, later.flip(0).cummin(0).values.flip(0))
+
+    def bounds(self) -> list[int]:
+        """Returns the first token of each document; waits for the device."""
+        return list(dict.fromkeys(self.first.tolist()))
 
 
 def widths(columns: int) -> tuple[int, int]:
@@ -72,7 +83,7 @@ def mla_attention(
         v: values [tokens, heads, value width] in q's dtype; the kernels take value widths up to 128.
         scale: factor on the scores before the softmax, above 0.
         cu_seqlens: first token of each document in ascending order, and the end of the last, int32 [documents + 1];
-            or what `Packing.of` made of it. One document when it is not given.
+            or a `Packing`, made once for all layers. One document when it is not given.
         config: replaces the tuned configuration.
 
     Returns:
@@ -89,12 +100,17 @@ def mla_attention(
         raise ValueError(f"v is {list(v.shape)} {v.dtype}: expected {[*q.shape[:2], 'width']} {q.dtype}")
     if not scale > 0:
         raise ValueError(f"scale is {scale}: expected more than 0")
-    given = cu_seqlens.cu_seqlens if isinstance(cu_seqlens, Packing) else cu_seqlens
-    if given is not None and (given.dim() != 1 or given.dtype != torch.int32 or not len(given)):
-        raise ValueError(f"cu_seqlens is {list(given.shape)} {given.dtype}: expected [documents + 1] int32")
+    if isinstance(cu_seqlens, Tensor):
+        if cu_seqlens.dim() != 1 or cu_seqlens.dtype != torch.int32 or not len(cu_seqlens):
+            raise ValueError(
+                f"cu_seqlens is {list(cu_seqlens.shape)} {cu_seqlens.dtype}: expected [documents + 1] int32"
+            )
+        cu_seqlens = Packing.of(cu_seqlens, q.shape[0])
+    packing = cu_seqlens
+    if packing is not None and packing.first.shape != q.shape[:1]:
+        raise ValueError(f"cu_seqlens is for {len(packing.first)} tokens: expected {q.shape[0]}")
     if choice("mla_attention", q, v.shape[-1]).name == "torch":
-        return attention_reference.mla_attention(q, k, v, scale, [] if given is None else given.tolist())
-    packing = Packing.of(cu_seqlens, q.shape[0]) if isinstance(cu_seqlens, Tensor) else cu_seqlens
+        return attention_reference.mla_attention(q, k, v, scale, packing.bounds() if packing else [])
     width, value_width = sum(widths(q.shape[-1])), max(16, 1 << (v.shape[-1] - 1).bit_length())
     if width != q.shape[-1]:
         # Columns of 0 change no score.

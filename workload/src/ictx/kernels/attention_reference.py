@@ -15,7 +15,7 @@ def mla_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, bounds: list[in
     """Returns causal attention within each document, [tokens, heads, value width], differentiable.
 
     Args:
-        bounds: first token of each document in ascending order, and the end of the last.
+        bounds: first token of each document, in ascending order.
     """
     parts = []
     for first, end in pairwise([0, *bounds, q.shape[0]]):

@@ -78,7 +78,7 @@ def mla_prefill(
         table: blocks of the sequence, int32 [max_blocks]; none where it lies in block 0.
         workspace: bytes that expanded keys and values may take; at least one tile of keys is expanded. Besides, an
             expanded call in several parts holds its result in float32, and an absorbed one its queries in latent space.
-        mode: how to attend; what `cost` finds cheaper unless given.
+        mode: how to attend; what `cost` finds cheaper unless given. Blocks that are no power of 2 are expanded.
 
     Returns:
         Attended values [new, heads, value] in q's dtype.
@@ -87,6 +87,9 @@ def mla_prefill(
         ValueError: a shape or dtype is not as above.
     """
     nope, value = _check(q, cache, length, w_kv, table)
+    size = cache.shape[1]
+    if table is not None and size & (size - 1):
+        mode = "expanded"
     if mode == "auto":
         processors = multiprocessors(q.device) if q.device.type == "cuda" else 1
         estimate = cost(q.shape[0], length, q.shape[1], nope, q.shape[2] - nope, value, processors)
