@@ -170,7 +170,7 @@ def forward(
         source(v, tiles.block_n, dv, tiles.tma), out, lse, lse if first is None else first,
         q.stride(0), q.stride(1), k_0.stride(0), k_0.stride(1), k_1.stride(0), k_1.stride(1), v.stride(0), v.stride(1),
         rows, k_0.shape[0], shift, heads, blocks, scale * math.log2(math.e),
-        CARRY=carry, **constants(d0, d1, dv, tiles, first is not None),
+        CARRY=carry, AHEAD=tiles.ahead, **constants(d0, d1, dv, tiles, first is not None),
     )  # fmt: skip
 
 

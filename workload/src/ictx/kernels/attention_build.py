@@ -65,7 +65,7 @@ def compile_kernel(kernel: str, target: int, dtype: Any) -> Any:
         )
     else:
         part, packed = name == "part", name == "forward"
-        fixed = {**fixed, "CARRY": part}
+        fixed = {**fixed, "CARRY": part, "AHEAD": tiles.ahead}
         target_of, first = float32 if part else out, int32 if packed else float32
         kernel_function, arguments = (
             attention_triton.forward,

@@ -25,20 +25,44 @@ def fetch(source, token, column, row, rows, ROWS: tl.constexpr, COLS: tl.constex
 
 
 @triton.jit
-def attend(
-    acc, total, best, q_0, q_1, k_0_src, k_1_src, v_src, k_0_token, k_1_token, v_token, k_0_col, k_1_col, v_col,
-    low, high, k_rows, first, last, scale_log2,
-    D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
-    TMA: tl.constexpr, STAGES: tl.constexpr,
+def scores(
+    q_0, q_1, k_0_src, k_1_src, k_0_token, k_1_token, k_0_col, k_1_col, start, k_rows,
+    D0: tl.constexpr, D1: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """Goes on with a softmax over the keys from `low` to `high`; a row sees `first` to `last` of them."""
+    """q · kᵀ for the keys from `start` on."""
+    k_0 = fetch(k_0_src, k_0_token, k_0_col, start, k_rows, BLOCK_N, D0, TMA)
+    if D1 > 0:
+        # The smaller product first: the compiler waits for it, and lets the larger run behind what follows.
+        k_1 = fetch(k_1_src, k_1_token, k_1_col, start, k_rows, BLOCK_N, D1, TMA)
+        return tl.dot(q_0, tl.trans(k_0), tl.dot(q_1, tl.trans(k_1)))
+    else:
+        return tl.dot(q_0, tl.trans(k_0))
+
+
+@triton.jit
+def attend(
+    acc, total, best, ahead, q_0, q_1, k_0_src, k_1_src, v_src, k_0_token, k_1_token, v_token, k_0_col, k_1_col, v_col,
+    low, full, high, k_rows, first, last, scale_log2,
+    D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr,
+    AHEAD: tl.constexpr, TMA: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Goes on with a softmax over the keys from `low` to `high`; a row sees `first` to `last` of those from `full` on.
+
+    With AHEAD the scores of the next tile are computed while those of this one go through the softmax: `ahead` holds
+    the first tile's. One loop, not two: with two the assembler for sm_90 lets no product run beside other work.
+    """
     for start in tl.range(low, high, BLOCK_N, num_stages=STAGES):
-        k_0 = fetch(k_0_src, k_0_token, k_0_col, start, k_rows, BLOCK_N, D0, TMA)
-        score = tl.dot(q_0, tl.trans(k_0))
-        if D1 > 0:
-            k_1 = fetch(k_1_src, k_1_token, k_1_col, start, k_rows, BLOCK_N, D1, TMA)
-            score = tl.dot(q_1, tl.trans(k_1), score)
-        if MASKED:
+        score = ahead
+        if AHEAD:
+            ahead = scores(
+                q_0, q_1, k_0_src, k_1_src, k_0_token, k_1_token, k_0_col, k_1_col, start + BLOCK_N, k_rows,
+                D0, D1, BLOCK_N, TMA,
+            )  # fmt: skip
+        else:
+            score = scores(
+                q_0, q_1, k_0_src, k_1_src, k_0_token, k_1_token, k_0_col, k_1_col, start, k_rows, D0, D1, BLOCK_N, TMA
+            )  # fmt: skip
+        if start >= full:
             key = start + tl.arange(0, BLOCK_N)
             seen = (key[None, :] <= last[:, None]) & (key[None, :] >= first[:, None])
             score = tl.where(seen, score, -float("inf"))
@@ -60,7 +84,7 @@ def forward(
     q_token, q_head, k_0_token, k_0_head, k_1_token, k_1_head, v_token, v_head,
     q_rows, k_rows, shift, heads, tiles, scale_log2,
     D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    DOCUMENTS: tl.constexpr, CARRY: tl.constexpr, TMA: tl.constexpr, STAGES: tl.constexpr,
+    DOCUMENTS: tl.constexpr, CARRY: tl.constexpr, AHEAD: tl.constexpr, TMA: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """out = softmax(q · kᵀ · scale) · v; query r stands at key r + shift and sees no later one.
 
@@ -103,15 +127,16 @@ def forward(
         best = tl.full([BLOCK_M], -1.0e38, tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
         acc = tl.zeros([BLOCK_M, DV], tl.float32)
+    ahead = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    if AHEAD:
+        ahead = scores(
+            q_0, q_1, k_0_src, k_1_src, k_0_token, k_1_token, head * k_0_head, head * k_1_head, low, k_rows,
+            D0, D1, BLOCK_N, TMA,
+        )  # fmt: skip
     acc, total, best = attend(
-        acc, total, best, q_0, q_1, k_0_src, k_1_src, v_src, k_0_token, k_1_token, v_token,
-        head * k_0_head, head * k_1_head, head * v_head, low, full, k_rows, first, last, scale_log2,
-        D0, D1, DV, BLOCK_N, False, TMA, STAGES,
-    )  # fmt: skip
-    acc, total, best = attend(
-        acc, total, best, q_0, q_1, k_0_src, k_1_src, v_src, k_0_token, k_1_token, v_token,
-        head * k_0_head, head * k_1_head, head * v_head, full, high, k_rows, first, last, scale_log2,
-        D0, D1, DV, BLOCK_N, True, TMA, STAGES,
+        acc, total, best, ahead, q_0, q_1, k_0_src, k_1_src, v_src, k_0_token, k_1_token, v_token,
+        head * k_0_head, head * k_1_head, head * v_head, low, full, high, k_rows, first, last, scale_log2,
+        D0, D1, DV, BLOCK_N, AHEAD, TMA, STAGES,
     )  # fmt: skip
     empty = total == 0.0
     out = acc / tl.where(empty, 1.0, total)[:, None]

@@ -24,6 +24,8 @@ class Tiles:
     """Depth of the software pipeline."""
     tma: bool = False
     """Whether tiles are read through tensor descriptors (from sm_90 on)."""
+    ahead: bool = False
+    """Whether the forward kernel computes the next tile's scores beside the softmax of this one."""
 
 
 @dataclass(frozen=True)
