@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import tempfile
+from pathlib import Path
 from typing import Any
 
 from ictx.kernels.attention import constants
@@ -15,6 +19,20 @@ KERNELS = (
 
 NO_PRODUCTS = ("mla_attention.row_sums",)
 """Kernels that need no tensor cores."""
+
+
+def serialised(ptx: str, target: int) -> bool:
+    """Whether the assembler gives up running Hopper's products beside other work, as its notes C7510 to C7519 say."""
+    if "wgmma.mma_async" not in ptx:
+        return False
+    from triton import knobs
+
+    with tempfile.TemporaryDirectory() as folder:
+        source, result = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
+        source.write_text(ptx, "utf-8")
+        command = [knobs.nvidia.ptxas.path, f"--gpu-name=sm_{target}a", "-v", source, "-o", result]
+        told = subprocess.run(command, check=True, capture_output=True, text=True)
+    return re.search(r"\(C751\d\)", told.stdout + told.stderr) is not None
 
 
 def tiles_of(kernel: str, target: int) -> Tiles:

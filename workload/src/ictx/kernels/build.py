@@ -209,6 +209,8 @@ def inspect(variant: Variant, compiled: Any) -> Report:
         faults.append(f"{programs} × {warps} warps × {found['REG']} registers do not fit")
     if not matrix and variant.kernel not in attention_build.NO_PRODUCTS and variant.target >= 80:
         faults.append("no tensor-core instruction")
+    if attention_build.serialised(compiled.asm["ptx"], variant.target):
+        faults.append("the assembler serialises its products")
     return Report(
         variant.name, variant.target, found["REG"], spilled, shared, matrix, len(compiled.asm["cubin"]), tuple(faults)
     )
