@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ictx.errors import UserError
-from ictx.kernels import layout
+from ictx.kernels import attention_bench, layout
 from ictx.kernels.decode import mla_decode
 
 HEADS = 16
@@ -195,4 +195,5 @@ def main(out: Path, quick: bool) -> int:
         writer.writeheader()
         writer.writerows(asdict(row) for row in rows)
     plot(rows, out)
+    attention_bench.save(attention_bench.measure(rate, quick), out)
     return 0

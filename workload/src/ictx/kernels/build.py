@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from ictx.errors import UserError
-from ictx.kernels import dispatch, tuning
+from ictx.kernels import attention_build, dispatch, tuning
 
 TARGETS = (80, 86, 89, 90, 100, 120)
 SHARED_LIMIT = {75: 65536, 80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
@@ -49,6 +49,8 @@ class Variant:
     @property
     def name(self) -> str:
         """Names it in reports."""
+        if self.kernel != "mla_decode":
+            return f"{self.kernel}/{self.dtype}"
         return f"{self.kernel}/{self.dtype}/{self.stored or 'plain'}/page{self.page}/rows{self.block_m}"
 
 
@@ -82,6 +84,8 @@ def variants(targets: tuple[int, ...]) -> Iterator[Variant]:
         yield Variant("mla_decode", target, "bf16", "int8", 64, 16)
         if target >= 89:
             yield Variant("mla_decode", target, "bf16", "fp8", 64, 16)
+        for kernel in attention_build.KERNELS:
+            yield Variant(kernel, target, "bf16", None, 0, 0)
 
 
 def default_cache() -> Path:
@@ -97,7 +101,8 @@ def fingerprint() -> dict[str, str]:
 
     digest = hashlib.sha256()
     kernels = sorted(Path(__file__).parent.glob("*_triton.py"))
-    for path in [*kernels, tuning.FILE, Path(__file__).with_name("decode.py")]:
+    callers = [Path(__file__).with_name(name) for name in ("decode.py", "attention.py", "prefill.py")]
+    for path in [*kernels, tuning.FILE, *callers]:
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     assembler = hashlib.sha256(str(get_ptxas_version(90)).encode()).hexdigest()[:16]
     return {"sources": digest.hexdigest(), "triton": triton.__version__, "assembler": assembler}
@@ -164,6 +169,8 @@ def compile_variant(variant: Variant) -> Any:
 
     tensor = MockTensor.wrap_dtype
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[variant.dtype]
+    if variant.kernel != "mla_decode":
+        return attention_build.compile_kernel(variant.kernel, variant.target, dtype)
     latent = {None: dtype, "int8": torch.int8, "fp8": torch.float8_e4m3fn}[variant.stored]
     config = tuning.decode_config(variant.target, variant.block_m, variant.stored)
     float32, int32 = tensor(torch.float32), tensor(torch.int32)
@@ -190,18 +197,20 @@ def inspect(variant: Variant, compiled: Any) -> Report:
     matrix = len(re.findall(r"wgmma\.mma_async|mma\.sync|tcgen05\.mma", compiled.asm["ptx"]))
     spilled = found["STACK"] + found["LOCAL"]
     faults = []
-    config = tuning.decode_config(variant.target, variant.block_m, variant.stored)
+    warps, programs = int(compiled.metadata.num_warps), 1
+    if variant.kernel == "mla_decode":
+        programs = tuning.decode_config(variant.target, variant.block_m, variant.stored).programs
     if spilled > SPILL:
         faults.append(f"spills {spilled} bytes")
     shared = int(compiled.metadata.shared)
-    if shared * config.programs > SHARED_LIMIT[variant.target]:
-        faults.append(
-            f"{config.programs} × {shared} bytes of shared memory, the limit is {SHARED_LIMIT[variant.target]}"
-        )
-    if found["REG"] * 32 * config.warps * config.programs > REGISTERS:
-        faults.append(f"{config.programs} × {config.warps} warps × {found['REG']} registers do not fit")
-    if not matrix and variant.target >= 80:
+    if shared * programs > SHARED_LIMIT[variant.target]:
+        faults.append(f"{programs} × {shared} bytes of shared memory, the limit is {SHARED_LIMIT[variant.target]}")
+    if found["REG"] * 32 * warps * programs > REGISTERS:
+        faults.append(f"{programs} × {warps} warps × {found['REG']} registers do not fit")
+    if not matrix and variant.kernel not in attention_build.NO_PRODUCTS and variant.target >= 80:
         faults.append("no tensor-core instruction")
+    if attention_build.serialised(compiled.asm["ptx"], variant.target):
+        faults.append("the assembler serialises its products")
     return Report(
         variant.name, variant.target, found["REG"], spilled, shared, matrix, len(compiled.asm["cubin"]), tuple(faults)
     )

@@ -13,7 +13,7 @@ from ictx.errors import UserError
 
 VARIABLE = "ICTX_KERNELS"
 """Environment variable that forces an implementation: auto (the default), triton or torch."""
-OLDEST = {"mla_decode": 80}
+OLDEST = {"mla_attention": 80, "mla_decode": 80, "mla_prefill": 80}
 """Lowest compute capability that each operation's Triton kernel is built for."""
 
 
@@ -45,9 +45,18 @@ def capability(device: torch.device) -> int:
 
 
 def choose(
-    operation: str, device: torch.device, dtype: torch.dtype, *, stored: str | None = None, cc: int | None = None
+    operation: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    stored: str | None = None,
+    cc: int | None = None,
+    shape: str | None = None,
 ) -> Choice:
     """Returns the implementation for an operation's inputs; `cc` replaces the device's compute capability.
+
+    Args:
+        shape: what the kernel cannot do with the inputs' shape.
 
     Raises:
         UserError: the environment variable has no such value, or forces Triton where it cannot run.
@@ -57,7 +66,7 @@ def choose(
         raise UserError(f"{VARIABLE} is {forced!r}: expected auto, triton or torch")
     if forced == "torch":
         return Choice("torch", f"{VARIABLE}=torch")
-    obstacle = _obstacle(operation, device, dtype, stored, capability(device) if cc is None else cc)
+    obstacle = shape or _obstacle(operation, device, dtype, stored, capability(device) if cc is None else cc)
     if obstacle and forced == "triton":
         raise UserError(f"{VARIABLE}=triton, but {operation} cannot use Triton here: {obstacle}")
     if obstacle:
@@ -90,6 +99,6 @@ def explain(device: torch.device, dtype: torch.dtype, cc: int | None = None) -> 
     """Returns (operation, cache, choice) for every operation and cache dtype."""
     rows = []
     for operation in OLDEST:
-        for stored in (None, "int8", "fp8"):
+        for stored in (None, "int8", "fp8") if operation == "mla_decode" else (None,):
             rows.append((operation, stored or "16-bit", choose(operation, device, dtype, stored=stored, cc=cc)))
     return rows

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from itertools import pairwise
 from typing import Literal, cast
 
@@ -16,6 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ictx.kernels import layout
+from ictx.kernels.attention import Packing, choice, mla_attention
+from ictx.kernels.prefill import SLICE, mla_prefill
 from ictx.model.cache import LatentCache, Slots
 from ictx.model.config import ModelConfig
 from ictx.model.rope import Rotations, rotate
@@ -32,10 +36,8 @@ Mode = Literal["auto", "expanded", "absorbed"]
 class Documents:
     """Which tokens of a batch may see each other: those of one run of equal document numbers, and no padding."""
 
-    mask_bqk: Tensor | None
-    """True where a query sees a key, of shape (batch, 1, sequence, sequence); None for long sequences."""
-    bounds: list[list[int]]
-    """First token of each document, and the end, row by row, where there is no mask."""
+    starts_bs: Tensor
+    """True where another run begins, of shape (batch, sequence); what rows begin with means nothing."""
 
     @classmethod
     def of(cls, document_ids: Tensor | None, attention_mask: Tensor | None) -> Documents | None:
@@ -54,13 +56,38 @@ class Documents:
         for ids in (document_ids, attention_mask):
             if ids is not None:
                 starts[:, 1:] |= ids[:, 1:] != ids[:, :-1]
-        length = given.shape[1]
-        if length <= LONGEST_DENSE_MASK:
-            runs = starts.cumsum(1)
-            mask = (runs[:, None, :, None] == runs[:, None, None, :]).tril()
-            return cls(mask, [])
-        bounds = [[0, *row.nonzero().flatten().tolist(), length] for row in starts]
-        return cls(None, bounds)
+        return cls(starts)
+
+    @cached_property
+    def mask_bqk(self) -> Tensor | None:
+        """True where a query sees a key, of shape (batch, 1, sequence, sequence); None for long sequences."""
+        if self.starts_bs.shape[1] > LONGEST_DENSE_MASK:
+            return None
+        runs = self.starts_bs.cumsum(1)
+        return (runs[:, None, :, None] == runs[:, None, None, :]).tril()
+
+    @cached_property
+    def bounds(self) -> list[list[int]]:
+        """First token of each document, and the end, row by row."""
+        return [[0, *row.nonzero().flatten().tolist(), len(row)] for row in self.starts_bs]
+
+    @cached_property
+    def packing(self) -> Packing:
+        """The same for the kernels, which take all rows as one sequence."""
+        return packing_of(self.starts_bs)
+
+
+def packing_of(starts_bs: Tensor) -> Packing:
+    """Returns the packing of rows that follow one another."""
+    starts_bs = starts_bs.clone()
+    starts_bs[:, :1] = True
+    return Packing.of_starts(starts_bs.flatten())
+
+
+@lru_cache(8)
+def packing_of_rows(batch: int, sequence: int, device: torch.device) -> Packing:
+    """Returns the packing of rows that are one document each."""
+    return packing_of(torch.zeros(batch, sequence, dtype=torch.bool, device=device))
 
 
 class LatentAttention(nn.Module):
@@ -110,6 +137,9 @@ class LatentAttention(nn.Module):
         else:
             assert slots
             cache.write(layer, torch.cat([latent, k_rope], -1), slots)
+            if self._kernel_prefills(q_nope, cache, slots):
+                out_bshv = self._prefill(torch.cat([q_nope, q_rope], -1), cache, layer, slots, mode)
+                return cast(Tensor, self.o_proj(out_bshv.flatten(-2)))
             absorbed = mode == "absorbed" or (mode == "auto" and self._absorbing_is_cheaper(x_bsd.shape[1]))
             attend = self._absorbed if absorbed else self._expanded
             out_bshv = attend(q_nope, q_rope, cache, layer, slots)
@@ -143,8 +173,14 @@ class LatentAttention(nn.Module):
         self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, documents: Documents | None
     ) -> Tensor:
         """Expanded, among the tokens of this forward; returns (batch, sequence, heads, v_head_dim)."""
-        q = torch.cat([q_nope, q_rope], -1).transpose(1, 2)
-        k, v = (x.transpose(1, 2) for x in self._keys_values(latent, k_rope))
+        q = torch.cat([q_nope, q_rope], -1)
+        k, v = self._keys_values(latent, k_rope)
+        if choice("mla_attention", q, v.shape[-1]).name == "triton":
+            batch, sequence = q.shape[:2]
+            packing = documents.packing if documents else packing_of_rows(batch, sequence, q.device)
+            q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+            return mla_attention(q, k, v, self.config.softmax_scale, packing).view(batch, sequence, *v.shape[1:])
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         if documents is None or documents.mask_bqk is not None:
             mask = documents.mask_bqk if documents else None
             return self._attend(q, k, v, mask).transpose(1, 2)
@@ -163,6 +199,27 @@ class LatentAttention(nn.Module):
             v_bhsv = F.pad(v_bhsv, (0, q_bhsd.shape[-1] - width))
         out = F.scaled_dot_product_attention(q_bhsd, k_bhsd, v_bhsv, mask, is_causal=mask is None, scale=scale)
         return out[..., :width]
+
+    def _kernel_prefills(self, q_nope: Tensor, cache: LatentCache, slots: Slots) -> bool:
+        """Whether `mla_prefill` has a kernel for this forward: several tokens of each sequence, and no gradient."""
+        config = self.config
+        return (
+            q_nope.shape[1] > SLICE
+            and slots.real_bs is None
+            and not torch.is_grad_enabled()
+            and cache.dtype == q_nope.dtype
+            and (config.kv_lora_rank, config.qk_rope_head_dim) == (layout.LATENT, layout.ROPE)
+            and choice("mla_prefill", q_nope, config.v_head_dim).name == "triton"
+        )
+
+    def _prefill(self, q_bshd: Tensor, cache: LatentCache, layer: int, slots: Slots, mode: Mode) -> Tensor:
+        """Attends to the cache by `mla_prefill`; returns (batch, sequence, heads, v_head_dim)."""
+        weight, scale = self.kv_b_proj.weight, self.config.softmax_scale
+        rows = []
+        for row, q in enumerate(q_bshd):
+            entries, table = cache.sequence(layer, row)
+            rows.append(mla_prefill(q, entries, slots.lengths[row], weight, scale, table, mode=mode))
+        return torch.stack(rows)
 
     def _expanded(self, q_nope: Tensor, q_rope: Tensor, cache: LatentCache, layer: int, slots: Slots) -> Tensor:
         """Attends to the cache, its tokens expanded a part at a time; returns (batch, sequence, heads, v_head_dim)."""

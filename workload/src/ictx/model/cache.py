@@ -30,8 +30,13 @@ class Slots:
     """Which tokens are no padding, bool; None when all are."""
     lengths_b: Tensor
     """Tokens of each sequence once these are in, int64."""
-    longest: int
-    """The largest of those lengths, at least 1: padding attends to something too."""
+    lengths: list[int]
+    """Those lengths, where the host knows them."""
+
+    @property
+    def longest(self) -> int:
+        """The largest of those lengths, at least 1: padding attends to something too."""
+        return max(1, *self.lengths)
 
 
 class LatentCache:
@@ -129,7 +134,7 @@ class LatentCache:
         for row, length in enumerate(lengths):
             self._grow(row, length)
         lengths_b = self.lengths + tokens if real_bs is None else self.lengths + real_bs.sum(1)
-        return Slots(positions_bs, real_bs, lengths_b, max(1, *lengths))
+        return Slots(positions_bs, real_bs, lengths_b, lengths)
 
     def _blocks_for(self, length: int) -> int:
         return -(-length // self.block_size)
@@ -178,6 +183,12 @@ class LatentCache:
             tables = self.block_tables[:, first : first + step].long()
             start = first * self.block_size
             yield start, self.layers[layer][tables].flatten(1, 2)[:, : length - start]
+
+    def sequence(self, layer: int, row: int) -> tuple[Tensor, Tensor | None]:
+        """Returns a layer's blocks and which of them hold a sequence, or its one block and None (see `read`)."""
+        if self.contiguous and self.layers[layer].shape[0] == self.batch:
+            return self.layers[layer][row : row + 1], None
+        return self.layers[layer], self.block_tables[row]
 
     def release(self, row: int) -> None:
         """Empties a sequence; its blocks are free for others."""

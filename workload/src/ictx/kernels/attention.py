@@ -1,0 +1,248 @@
+"""`mla_attention`: causal attention among the tokens of packed documents, with its gradient, for training."""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ictx.kernels import attention_reference, dispatch
+from ictx.kernels.attention_tuning import INTERPRETER, AttentionConfig, Tiles, attention_config
+
+WIDEST, WIDEST_VALUE = 192, 128
+"""Columns of a head's queries and values that the kernels' tiles are cut for."""
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Where the documents of packed tokens lie; the same in every layer, so computed once."""
+
+    first: Tensor
+    """First token of each token's document, int32 [tokens]."""
+    end: Tensor
+    """End of each token's document, int32 [tokens]."""
+
+    @classmethod
+    def of(cls, cu_seqlens: Tensor, tokens: int) -> Packing:
+        """Returns it without waiting for the device. Tokens behind the last document are one more document."""
+        places = torch.arange(tokens, dtype=torch.int32, device=cu_seqlens.device)
+        document = torch.searchsorted(cu_seqlens, places, right=True)
+        edges = F.pad(F.pad(cu_seqlens, (1, 0)), (0, 1), value=tokens)
+        return cls(edges[document], edges[document + 1])
+
+    @classmethod
+    def of_starts(cls, starts: Tensor) -> Packing:
+        """Returns it without waiting for the device, from whether a document starts at each token, bool [tokens]."""
+        places = torch.arange(len(starts), dtype=torch.int32, device=starts.device)
+        first = torch.where(starts, places, 0).cummax(0).values
+        # The end of a token's document is the first start behind the token.
+        later = F.pad(torch.where(starts, places, len(starts))[1:], (0, 1), value=len(starts))
+        return cls(first, later.flip(0).cummin(0).values.flip(0))
+
+    def bounds(self) -> list[int]:
+        """Returns the first token of each document; waits for the device."""
+        return list(dict.fromkeys(self.first.tolist()))
+
+
+def widths(columns: int) -> tuple[int, int]:
+    """Returns the two powers of 2, the second at most half of the first or 0, that hold so many columns."""
+    whole = max(16, 1 << (columns.bit_length() - 1))
+    rest = columns - whole
+    second = 0 if rest <= 0 else max(16, 1 << (rest - 1).bit_length())
+    return (whole, second) if second < whole else (2 * whole, 0)
+
+
+def choice(operation: str, q: Tensor, value_width: int) -> dispatch.Choice:
+    """Returns which implementation attends with these queries [..., width], and why."""
+    wide = q.shape[-1] > WIDEST or value_width > WIDEST_VALUE
+    shape = f"heads of {q.shape[-1]} and {value_width} columns are wider than {WIDEST} and {WIDEST_VALUE}"
+    return dispatch.choose(operation, q.device, q.dtype, shape=shape if wide else None)
+
+
+def mla_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    cu_seqlens: Tensor | Packing | None = None,
+    *,
+    config: AttentionConfig | None = None,
+) -> Tensor:
+    """Attends causally within each document: softmax(q · kᵀ · scale) · v, differentiable in q, k and v.
+
+    Result and gradients have the same bits in each run.
+
+    Args:
+        q: queries [tokens, heads, width]; the kernels take widths up to 192, PyTorch the others.
+        k: keys, of the shape and dtype of q.
+        v: values [tokens, heads, value width] in q's dtype; the kernels take value widths up to 128.
+        scale: factor on the scores before the softmax, above 0.
+        cu_seqlens: first token of each document in ascending order, and the end of the last, int32 [documents + 1];
+            or a `Packing`, made once for all layers. One document when it is not given.
+        config: replaces the tuned configuration.
+
+    Returns:
+        Attended values [tokens, heads, value width] in q's dtype, contiguous.
+
+    Raises:
+        ValueError: a shape or dtype is not as above.
+    """
+    if q.dim() != 3 or not q.shape[1] * q.shape[2]:
+        raise ValueError(f"q is {list(q.shape)}: expected [tokens, heads, width]")
+    if k.shape != q.shape or k.dtype != q.dtype:
+        raise ValueError(f"k is {list(k.shape)} {k.dtype}: expected {list(q.shape)} {q.dtype}")
+    if v.dim() != 3 or v.shape[:2] != q.shape[:2] or not v.shape[2] or v.dtype != q.dtype:
+        raise ValueError(f"v is {list(v.shape)} {v.dtype}: expected {[*q.shape[:2], 'width']} {q.dtype}")
+    if not scale > 0:
+        raise ValueError(f"scale is {scale}: expected more than 0")
+    if isinstance(cu_seqlens, Tensor):
+        if cu_seqlens.dim() != 1 or cu_seqlens.dtype != torch.int32 or not len(cu_seqlens):
+            raise ValueError(
+                f"cu_seqlens is {list(cu_seqlens.shape)} {cu_seqlens.dtype}: expected [documents + 1] int32"
+            )
+        cu_seqlens = Packing.of(cu_seqlens, q.shape[0])
+    packing = cu_seqlens
+    if packing is not None and packing.first.shape != q.shape[:1]:
+        raise ValueError(f"cu_seqlens is for {len(packing.first)} tokens: expected {q.shape[0]}")
+    if choice("mla_attention", q, v.shape[-1]).name == "torch":
+        return attention_reference.mla_attention(q, k, v, scale, packing.bounds() if packing else [])
+    width, value_width = sum(widths(q.shape[-1])), max(16, 1 << (v.shape[-1] - 1).bit_length())
+    if width != q.shape[-1]:
+        # Columns of 0 change no score.
+        q, k = (F.pad(x, (0, width - x.shape[-1])) for x in (q, k))
+    wide = F.pad(v, (0, value_width - v.shape[-1])) if value_width != v.shape[-1] else v
+    if config is None:
+        config = INTERPRETER if dispatch.interpreted() else attention_config(dispatch.capability(q.device))
+    out: Tensor = _Attention.apply(q, k, wide, scale, packing, config)  # type: ignore[no-untyped-call]
+    return out[..., : v.shape[-1]]
+
+
+def readable(x: Tensor) -> Tensor:
+    """Returns x [tokens, heads, columns], copied where the kernels cannot read it as it lies."""
+    aligned = all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:2])
+    return x if x.stride(2) == 1 and aligned and x.data_ptr() % 16 == 0 else x.contiguous()
+
+
+def source(x: Tensor, rows: int, columns: int, tma: bool) -> Any:
+    """Returns what a kernel reads tiles of x [tokens, heads, width] through: head h begins at column h · stride."""
+    if not tma:
+        return x
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    shape = [x.shape[0], (x.shape[1] - 1) * x.stride(1) + x.shape[2]]
+    return TensorDescriptor(x, shape, [x.stride(0), 1], [rows, columns])
+
+
+def constants(d0: int, d1: int, dv: int, tiles: Tiles, documents: bool) -> dict[str, Any]:
+    """Returns the compile-time parameters and options that all kernels share."""
+    return {
+        "D0": d0, "D1": d1, "DV": dv, "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n, "DOCUMENTS": documents,
+        "TMA": tiles.tma, "STAGES": tiles.stages, "num_warps": tiles.warps,
+    }  # fmt: skip
+
+
+def forward(
+    q: Tensor, k: tuple[Tensor, Tensor], v: Tensor, scale: float, first: Tensor | None, tiles: Tiles,
+    out: Tensor, lse: Tensor, shift: int = 0, carry: bool = False,
+) -> None:  # fmt: skip
+    """Launches the forward kernel, which writes `out` and `lse`.
+
+    Args:
+        k: the keys' columns in two parts, [tokens, heads, …] each; the heads of a part may be one and the same.
+        shift: key that the first query stands at.
+        carry: whether `out` (float32) and `lse` hold the result over earlier keys, to go on with.
+    """
+    from ictx.kernels import attention_triton
+
+    rows, heads, _ = q.shape
+    (d0, d1), dv = widths(q.shape[-1]), v.shape[-1]
+    blocks = -(-rows // tiles.block_m)
+    q_1 = q[..., d0:] if d1 else q
+    k_0, k_1 = k
+    attention_triton.forward[(blocks * heads,)](
+        source(q, tiles.block_m, d0, tiles.tma), source(q_1, tiles.block_m, d1 or d0, tiles.tma),
+        source(k_0, tiles.block_n, d0, tiles.tma), source(k_1, tiles.block_n, d1 or d0, tiles.tma),
+        source(v, tiles.block_n, dv, tiles.tma), out, lse, lse if first is None else first,
+        q.stride(0), q.stride(1), k_0.stride(0), k_0.stride(1), k_1.stride(0), k_1.stride(1), v.stride(0), v.stride(1),
+        rows, k_0.shape[0], shift, heads, blocks, scale * math.log2(math.e),
+        CARRY=carry, AHEAD=tiles.ahead, **constants(d0, d1, dv, tiles, first is not None),
+    )  # fmt: skip
+
+
+class _Attention(torch.autograd.Function):
+    """The Triton kernels."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, packing: Packing | None, config: AttentionConfig
+    ) -> Tensor:  # fmt: skip
+        """Returns the attended values."""
+        q, k, v = readable(q), readable(k), readable(v)
+        rows, heads, width = q.shape
+        out = torch.empty(rows, heads, v.shape[-1], dtype=q.dtype, device=q.device)
+        lse = torch.empty(heads, rows, dtype=torch.float32, device=q.device)
+        if rows:
+            d0, d1 = widths(width)
+            parts = (k[..., :d0], k[..., d0:] if d1 else k)
+            forward(q, parts, v, scale, packing.first if packing else None, config.forward, out, lse)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.rest = scale, packing, config
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Returns the gradients of q, k and v."""
+        q, k, v, out, lse = ctx.saved_tensors
+        scale, packing, config = ctx.rest
+        return *gradients(readable(grad), q, k, v, out, lse, scale, packing, config), None, None, None
+
+
+def gradients(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, packing: Packing | None,
+    config: AttentionConfig,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Returns the gradients of q, k and v, contiguous."""
+    from ictx.kernels import attention_backward_triton as kernels
+
+    rows, heads, _ = q.shape
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    if not rows:
+        return dq, dk, dv
+    # Whole tiles, so that kernels read them without masks.
+    padded = -(-rows // 256) * 256
+    sums = torch.empty(2, heads, padded, dtype=torch.float32, device=q.device)
+    (d0, d1), value = widths(q.shape[-1]), v.shape[-1]
+    kernels.row_sums[(padded // 64, heads)](
+        out, grad, lse, sums, grad.stride(0), grad.stride(1), rows, padded, heads, DV=value, ROWS=64
+    )
+    first, end = (packing.first, packing.end) if packing else (lse, lse)
+    strides = (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *grad.stride()[:2])
+
+    def sources(tiles: Tiles) -> list[Any]:
+        take = functools.partial(source, tma=tiles.tma)
+        split = [(x, x[..., d0:] if d1 else x) for x in (q, k)]
+        return [
+            *(take(x, tiles.block_m, n) for x, n in zip(split[0], (d0, d1 or d0), strict=True)),
+            *(take(x, tiles.block_n, n) for x, n in zip(split[1], (d0, d1 or d0), strict=True)),
+            take(v, tiles.block_n, value), take(grad, tiles.block_m, value),
+        ]  # fmt: skip
+
+    tiles = config.keys_values
+    blocks = -(-rows // tiles.block_n)
+    kernels.keys_values[(blocks * heads,)](
+        *sources(tiles), dk, dv, sums, end, *strides,
+        rows, padded, heads, blocks, scale, scale * math.log2(math.e),
+        **constants(d0, d1, value, tiles, packing is not None),
+    )  # fmt: skip
+    tiles = config.queries
+    blocks = -(-rows // tiles.block_m)
+    kernels.queries[(blocks * heads,)](
+        *sources(tiles), dq, sums, first, *strides, rows, padded, heads, blocks, scale, scale * math.log2(math.e),
+        **constants(d0, d1, value, tiles, packing is not None),
+    )  # fmt: skip
+    return dq, dk, dv

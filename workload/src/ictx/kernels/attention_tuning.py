@@ -1,0 +1,50 @@
+"""Tuned configurations of `mla_attention` and `mla_prefill`, read from the versioned file, chosen without a search."""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from ictx.kernels.tuning import FILE
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How one kernel is cut up."""
+
+    block_m: int
+    """Queries of a tile."""
+    block_n: int
+    """Keys of a tile."""
+    warps: int
+    """Warps per program."""
+    stages: int
+    """Depth of the software pipeline."""
+    tma: bool = False
+    """Whether tiles are read through tensor descriptors (from sm_90 on)."""
+    ahead: bool = False
+    """Whether the forward kernel computes the next tile's scores beside the softmax of this one."""
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """How the kernels of `mla_attention` are cut up."""
+
+    forward: Tiles
+    keys_values: Tiles
+    queries: Tiles
+
+
+INTERPRETER = AttentionConfig(Tiles(32, 32, 4, 1), Tiles(32, 32, 4, 1), Tiles(32, 32, 4, 1))
+"""What Triton's interpreter runs with."""
+
+
+@functools.cache
+def attention_config(cc: int) -> AttentionConfig:
+    """Returns the configuration of the newest target that is not newer than compute capability `cc`."""
+    known: dict[str, dict[str, Any]] = json.loads(FILE.read_text("utf-8"))["attention"]
+    targets = sorted(int(name.removeprefix("sm_")) for name in known)
+    found = known[f"sm_{max((target for target in targets if target <= cc), default=targets[0])}"]
+    return AttentionConfig(**{name: Tiles(**tiles) for name, tiles in found.items()})

@@ -1,0 +1,93 @@
+"""The model attends by the kernels where they can run, and its results stay what they are: in Triton's interpreter."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from models import small
+from torch import Tensor
+
+from ictx.kernels import dispatch
+from ictx.model import LatentCache, Transformer, attention
+
+TOKENS = torch.randint(97, (2, 40), generator=torch.Generator().manual_seed(1))
+DOCUMENTS = torch.tensor([[0] * 13 + [1] * 27, [0] * 39 + [1]])
+
+
+@contextmanager
+def counted(monkeypatch: pytest.MonkeyPatch, name: str, expected: int) -> Iterator[None]:
+    """Expects so many calls of a kernel's function."""
+    function, calls = getattr(attention, name), []
+    with monkeypatch.context() as patch:
+        patch.setattr(attention, name, lambda *a, **k: calls.append(name) or function(*a, **k))
+        yield
+    assert len(calls) == expected
+
+
+def agrees(run: Callable[[Transformer], Tensor]) -> None:
+    """Compares a model in float16 with its like in float32, where PyTorch alone runs."""
+    exact, found = run(small(num_hidden_layers=1)), run(small(num_hidden_layers=1).half())
+    assert float((found.float() - exact).norm() / exact.norm()) <= 1e-2
+
+
+@pytest.fixture(autouse=True)
+def interpreter(request: pytest.FixtureRequest) -> None:
+    """Skips where Triton was imported to compile."""
+    if "own" not in request.node.name and not dispatch.interpreted():
+        pytest.skip("runs with TRITON_INTERPRET=1")
+
+
+def gradients(model: Transformer, **given: Any) -> Tensor:
+    """Returns the gradient of what attention reads, flat."""
+    model.zero_grad()
+    (model(TOKENS, **given).float().log_softmax(-1)[..., 5]).sum().backward()
+    return torch.cat([layer.self_attn.kv_b_proj.weight.grad.flatten() for layer in model.model.layers])
+
+
+def test_training_on_documents(monkeypatch: pytest.MonkeyPatch) -> None:
+    with counted(monkeypatch, "mla_attention", 2):
+        agrees(lambda model: model(TOKENS, document_ids=DOCUMENTS).detach())
+        agrees(lambda model: gradients(model, document_ids=DOCUMENTS))
+
+
+def test_rows_do_not_see_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    mask = torch.ones_like(TOKENS)
+    mask[1, 30:] = 0
+    with counted(monkeypatch, "mla_attention", 2):
+        agrees(lambda model: model(TOKENS).detach())
+        agrees(lambda model: model(TOKENS, attention_mask=mask)[mask.bool()].detach())
+
+
+@pytest.mark.parametrize("block_size", [16, None])
+@pytest.mark.parametrize("mode", ["expanded", "absorbed"])
+def test_prefill_in_chunks(block_size: int | None, mode: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    @torch.no_grad()
+    def run(model: Transformer) -> Tensor:
+        dtype = model.lm_head.weight.dtype
+        cache = LatentCache(model.config, 2, 64, block_size=block_size, dtype=dtype)
+        return torch.cat([model(part, cache=cache, mode=mode) for part in TOKENS.split([17, 12, 11], 1)], 1)
+
+    # Three chunks of two sequences, in the one layer.
+    with counted(monkeypatch, "mla_prefill", 6):
+        agrees(run)
+
+
+def test_interpreted_cases_pass_in_a_process_of_their_own() -> None:
+    if dispatch.interpreted():
+        pytest.skip("this is that process")
+    ended = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
+        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert "6 passed, 1 skipped" in ended.stdout
