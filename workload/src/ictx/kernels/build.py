@@ -8,6 +8,7 @@ variant takes.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -22,14 +23,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ictx.errors import UserError
 from ictx.kernels import dispatch, tuning
 
-TARGETS = (80, 86, 89, 90, 100, 120)
+TARGETS = (75, 80, 86, 89, 90, 100, 120)
 SHARED_LIMIT = {75: 65536, 80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
 """Most shared memory of a program, in bytes (CUDA C++ Programming Guide, compute capabilities)."""
-SPILL = 96
-"""Bytes of stack that pass: the state of the loop over sequences, set aside while tokens are read. The aim is 0."""
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 REGISTERS = 65536
 """32-bit registers of a multiprocessor, on every target."""
 MANIFEST = "ictx-kernels.json"
@@ -43,13 +45,14 @@ class Variant:
     target: int
     dtype: str
     stored: str | None
-    page: int
-    block_m: int
+    page: int = 0
+    block_m: int = 0
 
     @property
     def name(self) -> str:
         """Names it in reports."""
-        return f"{self.kernel}/{self.dtype}/{self.stored or 'plain'}/page{self.page}/rows{self.block_m}"
+        blocks = f"/page{self.page}/rows{self.block_m}" if self.block_m else ""
+        return f"{self.kernel}/{self.dtype}/{self.stored or 'plain'}{blocks}"
 
 
 @dataclass(frozen=True)
@@ -73,15 +76,20 @@ class Report:
 
 def variants(targets: tuple[int, ...]) -> Iterator[Variant]:
     """Yields the variants that are compiled ahead of time for these targets."""
-    # What is not here compiles at its first use. Quantised caches are ours alone, with blocks of 64.
+    # What is not here compiles at its first use.
     for target in targets:
-        for page in (0, 16, 64):
-            yield Variant("mla_decode", target, "bf16", None, page, 16)
-        yield Variant("mla_decode", target, "bf16", None, 64, 32)
-        yield Variant("mla_decode", target, "fp16", None, 64, 16)
-        yield Variant("mla_decode", target, "bf16", "int8", 64, 16)
-        if target >= 89:
-            yield Variant("mla_decode", target, "bf16", "fp8", 64, 16)
+        dtypes = ("bf16", "fp16") if target >= 80 else ("fp16",)
+        for dtype, stored in itertools.product(dtypes, (None, "int8", "fp8")):
+            if dispatch.refused("mla_rope_cache", target, DTYPES[dtype], stored) is None:
+                yield Variant("mla_rope_cache", target, dtype, stored)
+            if dispatch.refused("mla_decode", target, DTYPES[dtype], stored):
+                continue
+            # Nobody keeps a quantised cache without blocks.
+            pages = (64,) if dtype == "fp16" else (16, 64) if stored else (0, 16, 64)
+            for page in pages:
+                yield Variant("mla_decode", target, dtype, stored, page, 16)
+            if dtype == "bf16":
+                yield Variant("mla_decode", target, dtype, stored, 64, 32)
 
 
 def default_cache() -> Path:
@@ -97,7 +105,7 @@ def fingerprint() -> dict[str, str]:
 
     digest = hashlib.sha256()
     kernels = sorted(Path(__file__).parent.glob("*_triton.py"))
-    for path in [*kernels, tuning.FILE, Path(__file__).with_name("decode.py")]:
+    for path in [*kernels, tuning.FILE, *(Path(__file__).with_name(name) for name in ("decode.py", "rope_cache.py"))]:
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     assembler = hashlib.sha256(str(get_ptxas_version(90)).encode()).hexdigest()[:16]
     return {"sources": digest.hexdigest(), "triton": triton.__version__, "assembler": assembler}
@@ -139,7 +147,7 @@ class _Driver:
 
 
 @contextmanager
-def _compiling(cache: Path, target: int) -> Iterator[None]:
+def compiling(cache: Path, target: int) -> Iterator[None]:
     """Compiles for `target` into `cache` within."""
     from triton import knobs
     from triton.runtime import driver
@@ -156,23 +164,44 @@ def _compiling(cache: Path, target: int) -> Iterator[None]:
 
 def compile_variant(variant: Variant) -> Any:
     """Returns Triton's compiled kernel of a variant, as at run time."""
-    import torch
+    kernel = {"mla_decode": _warm_decode, "mla_rope_cache": _warm_rope_cache}[variant.kernel]
+    result = kernel(variant)
+    return result.result() if hasattr(result, "result") else result
+
+
+def _warm_decode(variant: Variant) -> Any:
+    """Compiles `mla_decode`."""
     from triton.runtime.jit import MockTensor
 
     from ictx.kernels.decode import constants
     from ictx.kernels.decode_triton import decode
 
     tensor = MockTensor.wrap_dtype
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[variant.dtype]
-    latent = {None: dtype, "int8": torch.int8, "fp8": torch.float8_e4m3fn}[variant.stored]
+    dtype = DTYPES[variant.dtype]
     config = tuning.decode_config(variant.target, variant.block_m, variant.stored)
     float32, int32 = tensor(torch.float32), tensor(torch.int32)
-    result = decode.warmup(
-        tensor(dtype), tensor(latent), float32, tensor(dtype), int32, int32, tensor(dtype), float32,
-        float32, float32, int32, int32, 0.1, 72, 72, 72, 72, 2, 16, 16, 1, 1,
+    return decode.warmup(
+        tensor(dtype), tensor(torch.int16 if variant.stored else dtype), float32 if variant.stored else tensor(dtype),
+        tensor(dtype), int32, int32, tensor(dtype), float32,
+        tensor(dtype), float32, int32, 0.1, 72, 72, 72, 72, 72, 2, 16, 16, 1, 1,
         grid=(1,), **constants(variant.stored, variant.page, variant.block_m, config),
     )  # fmt: skip
-    return result.result() if hasattr(result, "result") else result
+
+
+def _warm_rope_cache(variant: Variant) -> Any:
+    """Compiles `mla_rope_cache`."""
+    from triton.runtime.jit import MockTensor
+
+    from ictx.kernels.rope_cache import constants
+    from ictx.kernels.rope_cache_triton import rope_cache
+
+    tensor = MockTensor.wrap_dtype
+    dtype = tensor(DTYPES[variant.dtype])
+    float32 = tensor(torch.float32)
+    return rope_cache.warmup(
+        dtype, dtype, float32, float32, tensor(torch.int64), tensor(torch.uint8) if variant.stored else dtype,
+        float32 if variant.stored else dtype, dtype, 1e-6, 72, 72, 72, grid=(1,), **constants(variant.stored),
+    )  # fmt: skip
 
 
 def inspect(variant: Variant, compiled: Any) -> Report:
@@ -190,17 +219,17 @@ def inspect(variant: Variant, compiled: Any) -> Report:
     matrix = len(re.findall(r"wgmma\.mma_async|mma\.sync|tcgen05\.mma", compiled.asm["ptx"]))
     spilled = found["STACK"] + found["LOCAL"]
     faults = []
-    config = tuning.decode_config(variant.target, variant.block_m, variant.stored)
-    if spilled > SPILL:
+    programs = 1
+    if variant.kernel == "mla_decode":
+        programs = tuning.decode_config(variant.target, variant.block_m, variant.stored).programs
+    if spilled:
         faults.append(f"spills {spilled} bytes")
-    shared = int(compiled.metadata.shared)
-    if shared * config.programs > SHARED_LIMIT[variant.target]:
-        faults.append(
-            f"{config.programs} × {shared} bytes of shared memory, the limit is {SHARED_LIMIT[variant.target]}"
-        )
-    if found["REG"] * 32 * config.warps * config.programs > REGISTERS:
-        faults.append(f"{config.programs} × {config.warps} warps × {found['REG']} registers do not fit")
-    if not matrix and variant.target >= 80:
+    shared, warps = int(compiled.metadata.shared), int(compiled.metadata.num_warps)
+    if shared * programs > SHARED_LIMIT[variant.target]:
+        faults.append(f"{programs} × {shared} bytes of shared memory, the limit is {SHARED_LIMIT[variant.target]}")
+    if found["REG"] * 32 * warps * programs > REGISTERS:
+        faults.append(f"{programs} × {warps} warps × {found['REG']} registers do not fit")
+    if variant.kernel == "mla_decode" and not matrix:
         faults.append("no tensor-core instruction")
     return Report(
         variant.name, variant.target, found["REG"], spilled, shared, matrix, len(compiled.asm["cubin"]), tuple(faults)
@@ -245,5 +274,5 @@ def _key(variant: Variant) -> str:
 
 def _build_one(cache: Path, variant: Variant) -> Report:
     """Compiles and inspects one variant."""
-    with _compiling(cache, variant.target):
+    with compiling(cache, variant.target):
         return inspect(variant, compile_variant(variant))
