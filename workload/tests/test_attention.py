@@ -217,7 +217,7 @@ def test_what_is_built_ahead_is_what_a_run_asks_for(
     from ictx.kernels import attention_backward_triton, attention_build, attention_triton, build
     from ictx.kernels.prefill import mla_prefill
 
-    with build._compiling(tmp_path, target):
+    with build.compiling(tmp_path, target):
         for kernel in attention_build.KERNELS:
             attention_build.compile_kernel(kernel, target, torch.bfloat16)
         built = sorted(tmp_path.rglob("*.cubin"))

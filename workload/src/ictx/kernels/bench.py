@@ -21,15 +21,18 @@ from torch import Tensor
 from ictx.errors import UserError
 from ictx.kernels import attention_bench, layout
 from ictx.kernels.decode import mla_decode
+from ictx.kernels.rope_cache import mla_rope_cache
 
 HEADS = 16
 PAGE = 64
 SCALE = 192**-0.5
 CASES = [
     (1, 4096, None), (1, 32768, None), (1, 131072, None), (1, 1 << 20, None), (32, 32768, None), (1, 131072, "int8"),
-    (1, 131072, "fp8"), (1, 1 << 20, "int8"),
+    (1, 131072, "fp8"), (1, 1 << 20, "int8"), (32, 32768, "int8"),
 ]  # fmt: skip
 """Batch, context, dtype of a quantised cache."""
+ROPE_CACHE_CASES = [(1, None), (32, None), (8192, None), (32, "int8"), (8192, "int8"), (8192, "fp8")]
+"""New tokens, dtype of a quantised cache."""
 NOT_OURS = {
     "vllm": "vLLM's Triton MLA",
     "flash_mla": "FlashMLA",
@@ -106,19 +109,41 @@ def sdpa(q: Tensor, cache: Tensor, context: int) -> Tensor:
     return F.scaled_dot_product_attention(q, rows, rows, scale=SCALE)[..., : layout.LATENT]
 
 
+@dataclass
+class Inputs:
+    """Random queries and caches of one case, several sets of them: more bytes than the L2 cache holds."""
+
+    queries: list[Tensor]
+    caches: list[Tensor]
+    plain: list[Tensor]
+    """The caches before they are quantised."""
+    table: Tensor
+    lens: Tensor
+
+    @classmethod
+    def make(cls, batch: int, context: int, stored: str | None, heads: int = HEADS) -> Inputs:
+        """Returns inputs in bfloat16 with blocks of 64."""
+        sets = 2 if batch * context * (layout.ROW_BYTES if stored else 2 * layout.ROW) > 10**8 else 8
+        blocks = context // PAGE
+        plain = [
+            torch.randn(batch * blocks, PAGE, layout.ROW, dtype=torch.bfloat16, device="cuda") for _ in range(sets)
+        ]
+        return cls(
+            [torch.randn(batch, 1, heads, layout.ROW, dtype=torch.bfloat16, device="cuda") for _ in range(sets)],
+            [layout.quantise(cache, stored) for cache in plain] if stored else plain,
+            plain,
+            torch.arange(batch * blocks, dtype=torch.int32, device="cuda").view(batch, blocks),
+            torch.full((batch,), context, dtype=torch.int32, device="cuda"),
+        )
+
+
 def measure(batch: int, context: int, stored: str | None, bandwidth: float, peers: bool) -> list[Row]:
     """Returns the times of every implementation on one case."""
-    row_bytes = layout.ROW_BYTES if stored else 2 * layout.ROW
-    moved = batch * context * row_bytes
-    sets = 2 if moved > 10**8 else 8
-    blocks = context // PAGE
-    queries = [torch.randn(batch, 1, HEADS, layout.ROW, dtype=torch.bfloat16, device="cuda") for _ in range(sets)]
-    caches = [torch.randn(batch * blocks, PAGE, layout.ROW, dtype=torch.bfloat16, device="cuda") for _ in range(sets)]
-    table = torch.arange(batch * blocks, dtype=torch.int32, device="cuda").view(batch, blocks)
-    lens = torch.full((batch,), context, dtype=torch.int32, device="cuda")
-    held = [layout.quantise(cache, stored) for cache in caches] if stored else caches
+    moved = batch * context * (layout.ROW_BYTES if stored else 2 * layout.ROW)
+    given = Inputs.make(batch, context, stored)
+    queries, caches, sets = given.queries, given.plain, len(given.queries)
     implementations: dict[str, Callable[[int], object]] = {
-        "ictx": lambda at: mla_decode(queries[at], held[at], lens, SCALE, table, stored)
+        "ictx": lambda at: mla_decode(queries[at], given.caches[at], given.lens, SCALE, given.table, stored)
     }
     if peers and not stored:
         implementations["eager"] = lambda at: eager(queries[at], caches[at], context)
@@ -136,6 +161,22 @@ def measure(batch: int, context: int, stored: str | None, bandwidth: float, peer
     return rows
 
 
+def measure_rope_cache(tokens: int, stored: str | None, bandwidth: float) -> Row:
+    """Returns the time of writing that many new tokens; its bytes are the inputs and the rows that are written."""
+    sets = 8
+    xs = [torch.randn(tokens, layout.ROW, dtype=torch.bfloat16, device="cuda") for _ in range(sets)]
+    width, dtype = (layout.ROW_BYTES, torch.uint8) if stored else (layout.ROW, torch.bfloat16)
+    caches = [torch.zeros(-(-tokens // PAGE), PAGE, width, dtype=dtype, device="cuda") for _ in range(sets)]
+    weight = torch.ones(layout.LATENT, dtype=torch.bfloat16, device="cuda")
+    cos, sin = (torch.randn(tokens, layout.ROPE // 2, device="cuda") for _ in range(2))
+    slots = torch.arange(tokens, device="cuda")
+    seconds = median_time(
+        [lambda at=at: mla_rope_cache(xs[at], weight, cos, sin, slots, caches[at], stored=stored) for at in range(sets)]  # type: ignore[misc]
+    )
+    moved = tokens * (2 * layout.ROW + (layout.ROW_BYTES if stored else 2 * layout.ROW) + 4 * layout.ROPE + 8)
+    return Row("ictx rope_cache", tokens, 1, stored or "bf16", seconds * 1e6, moved / seconds / bandwidth)
+
+
 def plot(rows: list[Row], out: Path) -> None:
     """Draws bandwidth over context and speed-up over eager, where Matplotlib is installed."""
     if importlib.util.find_spec("matplotlib") is None:
@@ -149,6 +190,8 @@ def plot(rows: list[Row], out: Path) -> None:
     ours = {(row.batch, row.context): row for row in rows if row.implementation == "ictx" and row.cache == "bf16"}
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4))
     for name in sorted({row.implementation for row in rows}):
+        if "rope_cache" in name:
+            continue
         points = [
             r for r in rows if r.implementation == name and r.cache == "bf16" and r.batch == 1 and r.share_of_copy
         ]
@@ -190,6 +233,10 @@ def main(out: Path, quick: bool) -> int:
             )
             print(f"{row.implementation:6} batch {batch:3} context {context:8} {row.cache:5} {time}", flush=True)
         torch.cuda.empty_cache()
+    for tokens, stored in () if quick else ROPE_CACHE_CASES:
+        row = measure_rope_cache(tokens, stored, bandwidth)
+        rows.append(row)
+        print(f"{row.implementation} {tokens} tokens {row.cache:5} {row.microseconds:10.1f} µs", flush=True)
     with (out / "decode.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, list(asdict(rows[0])))
         writer.writeheader()

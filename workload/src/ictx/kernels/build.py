@@ -8,6 +8,7 @@ variant takes.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -22,14 +23,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ictx.errors import UserError
 from ictx.kernels import attention_build, dispatch, tuning
 
-TARGETS = (80, 86, 89, 90, 100, 120)
+TARGETS = (75, 80, 86, 89, 90, 100, 120)
 SHARED_LIMIT = {75: 65536, 80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
 """Most shared memory of a program, in bytes (CUDA C++ Programming Guide, compute capabilities)."""
-SPILL = 96
-"""Bytes of stack that pass: the state of the loop over sequences, set aside while tokens are read. The aim is 0."""
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 REGISTERS = 65536
 """32-bit registers of a multiprocessor, on every target."""
 MANIFEST = "ictx-kernels.json"
@@ -43,15 +45,16 @@ class Variant:
     target: int
     dtype: str
     stored: str | None
-    page: int
-    block_m: int
+    page: int = 0
+    block_m: int = 0
 
     @property
     def name(self) -> str:
         """Names it in reports."""
-        if self.kernel != "mla_decode":
+        if self.kernel in attention_build.KERNELS:
             return f"{self.kernel}/{self.dtype}"
-        return f"{self.kernel}/{self.dtype}/{self.stored or 'plain'}/page{self.page}/rows{self.block_m}"
+        blocks = f"/page{self.page}/rows{self.block_m}" if self.block_m else ""
+        return f"{self.kernel}/{self.dtype}/{self.stored or 'plain'}{blocks}"
 
 
 @dataclass(frozen=True)
@@ -75,17 +78,23 @@ class Report:
 
 def variants(targets: tuple[int, ...]) -> Iterator[Variant]:
     """Yields the variants that are compiled ahead of time for these targets."""
-    # What is not here compiles at its first use. Quantised caches are ours alone, with blocks of 64.
+    # What is not here compiles at its first use.
     for target in targets:
-        for page in (0, 16, 64):
-            yield Variant("mla_decode", target, "bf16", None, page, 16)
-        yield Variant("mla_decode", target, "bf16", None, 64, 32)
-        yield Variant("mla_decode", target, "fp16", None, 64, 16)
-        yield Variant("mla_decode", target, "bf16", "int8", 64, 16)
-        if target >= 89:
-            yield Variant("mla_decode", target, "bf16", "fp8", 64, 16)
-        for kernel in attention_build.KERNELS:
-            yield Variant(kernel, target, "bf16", None, 0, 0)
+        dtypes = ("bf16", "fp16") if target >= 80 else ("fp16",)
+        for dtype, stored in itertools.product(dtypes, (None, "int8", "fp8")):
+            if dispatch.refused("mla_rope_cache", target, DTYPES[dtype], stored) is None:
+                yield Variant("mla_rope_cache", target, dtype, stored)
+            if dispatch.refused("mla_decode", target, DTYPES[dtype], stored):
+                continue
+            # Nobody keeps a quantised cache without blocks.
+            pages = (64,) if dtype == "fp16" else (16, 64) if stored else (0, 16, 64)
+            for page in pages:
+                yield Variant("mla_decode", target, dtype, stored, page, 16)
+            if dtype == "bf16":
+                yield Variant("mla_decode", target, dtype, stored, 64, 32)
+        if dispatch.refused("mla_attention", target, torch.bfloat16, None) is None:
+            for kernel in attention_build.KERNELS:
+                yield Variant(kernel, target, "bf16", None)
 
 
 def default_cache() -> Path:
@@ -101,8 +110,8 @@ def fingerprint() -> dict[str, str]:
 
     digest = hashlib.sha256()
     kernels = sorted(Path(__file__).parent.glob("*_triton.py"))
-    callers = [Path(__file__).with_name(name) for name in ("decode.py", "attention.py", "prefill.py")]
-    for path in [*kernels, tuning.FILE, *callers]:
+    callers = ("attention.py", "decode.py", "prefill.py", "rope_cache.py")
+    for path in [*kernels, tuning.FILE, *(Path(__file__).with_name(name) for name in callers)]:
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     assembler = hashlib.sha256(str(get_ptxas_version(90)).encode()).hexdigest()[:16]
     return {"sources": digest.hexdigest(), "triton": triton.__version__, "assembler": assembler}
@@ -144,7 +153,7 @@ class _Driver:
 
 
 @contextmanager
-def _compiling(cache: Path, target: int) -> Iterator[None]:
+def compiling(cache: Path, target: int) -> Iterator[None]:
     """Compiles for `target` into `cache` within."""
     from triton import knobs
     from triton.runtime import driver
@@ -161,25 +170,46 @@ def _compiling(cache: Path, target: int) -> Iterator[None]:
 
 def compile_variant(variant: Variant) -> Any:
     """Returns Triton's compiled kernel of a variant, as at run time."""
-    import torch
+    if variant.kernel in attention_build.KERNELS:
+        return attention_build.compile_kernel(variant.kernel, variant.target, DTYPES[variant.dtype])
+    kernel = {"mla_decode": _warm_decode, "mla_rope_cache": _warm_rope_cache}[variant.kernel]
+    result = kernel(variant)
+    return result.result() if hasattr(result, "result") else result
+
+
+def _warm_decode(variant: Variant) -> Any:
+    """Compiles `mla_decode`."""
     from triton.runtime.jit import MockTensor
 
     from ictx.kernels.decode import constants
     from ictx.kernels.decode_triton import decode
 
     tensor = MockTensor.wrap_dtype
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[variant.dtype]
-    if variant.kernel != "mla_decode":
-        return attention_build.compile_kernel(variant.kernel, variant.target, dtype)
-    latent = {None: dtype, "int8": torch.int8, "fp8": torch.float8_e4m3fn}[variant.stored]
+    dtype = DTYPES[variant.dtype]
     config = tuning.decode_config(variant.target, variant.block_m, variant.stored)
     float32, int32 = tensor(torch.float32), tensor(torch.int32)
-    result = decode.warmup(
-        tensor(dtype), tensor(latent), float32, tensor(dtype), int32, int32, tensor(dtype), float32,
-        float32, float32, int32, int32, 0.1, 72, 72, 72, 72, 2, 16, 16, 1, 1,
+    return decode.warmup(
+        tensor(dtype), tensor(torch.int16 if variant.stored else dtype), float32 if variant.stored else tensor(dtype),
+        tensor(dtype), int32, int32, tensor(dtype), float32,
+        tensor(dtype), float32, int32, 0.1, 72, 72, 72, 72, 72, 2, 16, 16, 1, 1,
         grid=(1,), **constants(variant.stored, variant.page, variant.block_m, config),
     )  # fmt: skip
-    return result.result() if hasattr(result, "result") else result
+
+
+def _warm_rope_cache(variant: Variant) -> Any:
+    """Compiles `mla_rope_cache`."""
+    from triton.runtime.jit import MockTensor
+
+    from ictx.kernels.rope_cache import constants
+    from ictx.kernels.rope_cache_triton import rope_cache
+
+    tensor = MockTensor.wrap_dtype
+    dtype = tensor(DTYPES[variant.dtype])
+    float32 = tensor(torch.float32)
+    return rope_cache.warmup(
+        dtype, dtype, float32, float32, tensor(torch.int64), tensor(torch.uint8) if variant.stored else dtype,
+        float32 if variant.stored else dtype, dtype, 1e-6, 72, 72, 72, grid=(1,), **constants(variant.stored),
+    )  # fmt: skip
 
 
 def inspect(variant: Variant, compiled: Any) -> Report:
@@ -197,17 +227,17 @@ def inspect(variant: Variant, compiled: Any) -> Report:
     matrix = len(re.findall(r"wgmma\.mma_async|mma\.sync|tcgen05\.mma", compiled.asm["ptx"]))
     spilled = found["STACK"] + found["LOCAL"]
     faults = []
-    warps, programs = int(compiled.metadata.num_warps), 1
+    programs = 1
     if variant.kernel == "mla_decode":
         programs = tuning.decode_config(variant.target, variant.block_m, variant.stored).programs
-    if spilled > SPILL:
+    if spilled:
         faults.append(f"spills {spilled} bytes")
-    shared = int(compiled.metadata.shared)
+    shared, warps = int(compiled.metadata.shared), int(compiled.metadata.num_warps)
     if shared * programs > SHARED_LIMIT[variant.target]:
         faults.append(f"{programs} × {shared} bytes of shared memory, the limit is {SHARED_LIMIT[variant.target]}")
     if found["REG"] * 32 * warps * programs > REGISTERS:
         faults.append(f"{programs} × {warps} warps × {found['REG']} registers do not fit")
-    if not matrix and variant.kernel not in attention_build.NO_PRODUCTS and variant.target >= 80:
+    if not matrix and variant.kernel not in (*attention_build.NO_PRODUCTS, "mla_rope_cache"):
         faults.append("no tensor-core instruction")
     if attention_build.serialised(compiled.asm["ptx"], variant.target):
         faults.append("the assembler serialises its products")
@@ -254,5 +284,5 @@ def _key(variant: Variant) -> str:
 
 def _build_one(cache: Path, variant: Variant) -> Report:
     """Compiles and inspects one variant."""
-    with _compiling(cache, variant.target):
+    with compiling(cache, variant.target):
         return inspect(variant, compile_variant(variant))

@@ -1,4 +1,4 @@
-"""The command line of the kernels: `ictx kernels build|explain|bench`."""
+"""The command line of the kernels: `ictx kernels build|explain|tune|bench`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ examples:
   ictx kernels explain
   ictx kernels explain --capability 75
   ictx kernels build --cache /opt/ictx/kernels --target 80 90
+  ictx kernels tune --seconds 300
   ictx kernels bench --out bench/
 """
 
@@ -44,6 +45,11 @@ def register(areas: Any) -> None:
     )
     build.add_argument("--jobs", type=int, default=2, help="processes that compile at once (default: 2)")
     build.set_defaults(run=run_build)
+    tune = commands.add_parser("tune", help="find the fastest configurations on this GPU, and write them to the file")
+    tune.add_argument("--out", type=Path, help="where to write (default: the file of the installed package)")
+    tune.add_argument("--seconds", type=float, default=600, help="longest search (default: 600)")
+    tune.add_argument("--jobs", type=int, default=8, help="processes that compile at once (default: 8)")
+    tune.set_defaults(run=run_tune)
     bench = commands.add_parser("bench", help="measure on this GPU, beside what else computes the same")
     bench.add_argument("--out", type=Path, required=True, help="folder of the CSV and the plots")
     bench.add_argument("--quick", action="store_true", help="the shortest contexts alone")
@@ -81,6 +87,14 @@ def run_build(arguments: argparse.Namespace) -> int:
     if faulty:
         print(f"{faulty} variants must not ship")
     return 1 if faulty else 0
+
+
+def run_tune(arguments: argparse.Namespace) -> int:
+    """`ictx kernels tune`."""
+    from ictx.kernels.tune import main
+    from ictx.kernels.tuning import FILE
+
+    return main(arguments.seconds, arguments.out or FILE, arguments.jobs)
 
 
 def run_bench(arguments: argparse.Namespace) -> int:

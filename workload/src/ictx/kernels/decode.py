@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ictx.kernels import dispatch, reference
-from ictx.kernels.layout import LATENT, ROPE, ROPE_AT, ROW, ROW_BYTES, SCALE_AT
+from ictx.kernels import dispatch, layout, reference
+from ictx.kernels.layout import LATENT, ROPE, ROW, ROW_BYTES
 from ictx.kernels.tuning import DecodeConfig, decode_config
 
 INTERPRETER = DecodeConfig(block_n=64, warps=4, stages=1, programs=1, reduce_all=False)
@@ -23,7 +23,7 @@ INTERPRETER_PROGRAMS = 3
 class Workspace:
     """Partial results and counters of one stream: two launches that run at once must not share one.
 
-    The counters are zero between launches; the kernel itself clears them.
+    Between launches a counter is 0 or, where all programs join results, -2^31.
     """
 
     part: Tensor
@@ -34,14 +34,14 @@ class Workspace:
     def make(cls, device: torch.device, programs: int, block_m: int, items: int) -> Workspace:
         """Returns a workspace for that many programs, rows per program, and row blocks of all sequences."""
         return cls(
-            torch.empty(2 * programs * block_m * LATENT, dtype=torch.float32, device=device),
+            torch.empty(2 * programs * block_m * LATENT, dtype=torch.float16, device=device),
             torch.empty(2 * programs * block_m, dtype=torch.float32, device=device),
-            torch.zeros(2, items, dtype=torch.int32, device=device),
+            torch.zeros(items, dtype=torch.int32, device=device),
         )
 
     def fits(self, programs: int, block_m: int, items: int) -> bool:
         """Whether it is large enough."""
-        return self.part_lse.numel() >= 2 * programs * block_m and self.counters.shape[1] >= items
+        return self.part_lse.numel() >= 2 * programs * block_m and self.counters.numel() >= items
 
 
 _workspaces: dict[tuple[torch.device, int], Workspace] = {}
@@ -110,13 +110,7 @@ def _check(q: Tensor, cache: Tensor, lens: Tensor, table: Tensor | None, stored:
     """Raises ValueError for inputs that the kernel would misread."""
     if q.dim() != 4 or q.shape[-1] != ROW or not 1 <= q.shape[1] <= 8 or not 1 <= q.shape[2] <= 128:
         raise ValueError(f"q is {list(q.shape)}: expected [batch, 1 to 8, 1 to 128 heads, {ROW}]")
-    row, dtype = (ROW_BYTES, torch.uint8) if stored else (ROW, q.dtype)
-    if cache.dim() != 3 or cache.shape[-1] != row or cache.dtype != dtype:
-        raise ValueError(f"cache is {list(cache.shape)} {cache.dtype}: expected [blocks, block_size, {row}] {dtype}")
-    if cache.stride(2) != 1 or cache.stride(1) != row or cache.stride(0) % row:
-        raise ValueError("the rows of the cache do not follow one another, or its blocks are not whole rows apart")
-    if cache.data_ptr() % 16:
-        raise ValueError("the cache does not begin at a multiple of 16 bytes")
+    layout.check(cache, q.dtype, stored)
     if lens.shape != (q.shape[0],) or lens.dtype != torch.int32:
         raise ValueError(f"lens is {list(lens.shape)} {lens.dtype}: expected [{q.shape[0]}] int32")
     if table is not None:
@@ -138,21 +132,22 @@ def constants(stored: str | None, page: int, block_m: int, config: DecodeConfig)
     options: dict[str, Any] = {"num_warps": config.warps}
     if config.reduce_all:
         options["launch_cooperative_grid"] = True
+    if config.registers:
+        options["maxnreg"] = config.registers
     return options | {
         "LATENT": LATENT,
         "ROPE": ROPE,
         "PAGE": page,
-        "QUANTISED": stored is not None,
-        "LATENT_ROW": ROW_BYTES if stored else ROW,
-        "SCALE_ROW": ROW_BYTES // 4,
-        "SCALE_AT": SCALE_AT // 4,
-        "ROPE_ROW": ROW_BYTES // 2 if stored else ROW,
-        "ROPE_AT": ROPE_AT // 2 if stored else LATENT,
+        "STORED": stored or "plain",
+        "ASM": not dispatch.interpreted(),
+        "ROW": ROW,
+        "BLOCK_WORDS": ROW_BYTES // 2,
         "BLOCK_M": block_m,
         "BLOCK_N": config.block_n,
         "REDUCE_ALL": config.reduce_all,
         "STAGES": config.stages,
         "SCAN": 128,
+        "COLS": 64 if config.programs == 1 else 32,
     }
 
 
@@ -187,16 +182,14 @@ def _launch(
         programs = multiprocessors(q.device) * config.programs
     work = workspace or _workspace(q.device, programs, block_m, batch * row_blocks)
     # The same bytes, seen as each of the dtypes that a row holds.
-    flat = cache.as_strided((cache.untyped_storage().nbytes() // cache.element_size() - cache.storage_offset(),), (1,))
+    flat = layout.flat(cache)
     latent = scales = rope = flat
     if stored:
-        latent = flat.view(torch.int8 if stored == "int8" else torch.float8_e4m3fn)
-        whole = flat[: flat.numel() // 4 * 4]
-        scales, rope = whole.view(torch.float32), whole.view(q.dtype)
+        latent, scales, rope = flat.view(torch.int16), flat.view(torch.float32), flat.view(q.dtype)
     decode_triton.decode[(programs,)](
         q, latent, scales, rope, table if table is not None else lens, lens, out, lse,
-        work.part, work.part_lse, work.counters[0], work.counters[1], scale * math.log2(math.e),
-        q.stride(0) // 8, q.stride(2) // 8, cache.stride(0) // cache.stride(1),
+        work.part.view(q.dtype), work.part_lse, work.counters, scale * math.log2(math.e),
+        q.stride(0) // 8, q.stride(2) // 8, cache.stride(0) // cache.stride(1), cache.shape[1],
         table.stride(0) if table is not None else 0, batch, rows, heads, row_blocks, query,
         **constants(stored, 0 if table is None else cache.shape[1], block_m, config),
     )  # fmt: skip

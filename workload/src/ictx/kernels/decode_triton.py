@@ -18,125 +18,31 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def first_of(program, quota, rest):
-    """The first tile of a program: the first `rest` programs hold one tile more than `quota`."""
-    return program * quota + tl.minimum(program, rest)
+from ictx.kernels.join_triton import arrive, join_share, wait
+from ictx.kernels.schedule_triton import first_of, owner_of, sequence_tiles
+from ictx.kernels.unpack_triton import INT8_UNIT, add_score, add_values, halves
 
 
 @triton.jit
-def owner_of(tile, quota, rest):
-    """The program that holds a tile."""
-    long = rest * (quota + 1)
-    return tl.where(tile < long, tile // (quota + 1), rest + (tile - long) // tl.maximum(quota, 1))
-
-
-@triton.jit
-def join(
-    out_ptr, lse_ptr, part_ptr, part_lse_ptr, row_out, row, col, first_program, parts,
-    BLOCK_M: tl.constexpr, LATENT: tl.constexpr, COLS: tl.constexpr, PARTS: tl.constexpr,
-):  # fmt: skip
-    """Joins `COLS` columns of one row out of the partial softmaxes of `parts` neighbouring programs."""
-    cols = col + tl.arange(0, COLS)
-    best = -float("inf")
-    weight_sum = 0.0
-    acc = tl.zeros([COLS], tl.float32)
-    for start in range(0, parts, PARTS):
-        index = start + tl.arange(0, PARTS)
-        ok = index < parts
-        # A program has two places: one for a sequence that began before it, one for a sequence that goes on after it.
-        slot = 2 * (first_program + index) + tl.where(index == 0, 1, 0)
-        at = slot.to(tl.int64) * BLOCK_M + row
-        # Other programs wrote these: .cg reads past this multiprocessor's own cache.
-        lse = tl.load(part_lse_ptr + at, ok, other=-float("inf"), cache_modifier=".cg")
-        values = tl.load(part_ptr + at[:, None] * LATENT + cols[None, :], ok[:, None], other=0.0, cache_modifier=".cg")
-        new_best = tl.maximum(best, tl.max(lse, 0))
-        anchor = tl.where(new_best == -float("inf"), 0.0, new_best)
-        weight = tl.exp2(lse - anchor)
-        decay = tl.exp2(best - anchor)
-        acc = acc * decay + tl.sum(values * weight[:, None], 0)
-        weight_sum = weight_sum * decay + tl.sum(weight, 0)
-        best = new_best
-    empty = weight_sum == 0.0
-    out = tl.where(empty, 0.0, acc / tl.where(empty, 1.0, weight_sum))
-    tl.store(out_ptr + row_out * LATENT + cols, out.to(out_ptr.dtype.element_ty))
-    if col == 0:
-        lse = tl.where(empty, -float("inf"), (best + tl.log2(tl.where(empty, 1.0, weight_sum))) * 0.6931471805599453)
-        tl.store(lse_ptr + row_out, lse)
-
-
-@triton.jit
-def join_slices(
-    out_ptr, lse_ptr, part_ptr, part_lse_ptr, base, here, first_program, parts, share, shares,
-    BLOCK_M: tl.constexpr, LATENT: tl.constexpr, COLS: tl.constexpr, PARTS: tl.constexpr,
-):  # fmt: skip
-    """Joins every `shares`-th slice of `here` rows, beginning with slice `share`."""
-    slices: tl.constexpr = LATENT // COLS
-    for piece in range(share, here * slices, shares):
-        row = piece // slices
-        join(
-            out_ptr, lse_ptr, part_ptr, part_lse_ptr, base + row, row, (piece % slices) * COLS, first_program, parts,
-            BLOCK_M, LATENT, COLS, PARTS,
-        )  # fmt: skip
-
-
-@triton.jit
-def join_share(
-    out_ptr, lse_ptr, part_ptr, part_lse_ptr, sequence, row_block, rows, first_program, parts, share, shares,
-    BLOCK_M: tl.constexpr, LATENT: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
-    """Joins this program's share of a row block: whole rows of few parts, or narrow slices of many parts at once."""
-    here = tl.minimum(rows - row_block * BLOCK_M, BLOCK_M)
-    base = sequence.to(tl.int64) * rows + row_block * BLOCK_M
-    if WIDE or parts <= 8:
-        join_slices(
-            out_ptr, lse_ptr, part_ptr, part_lse_ptr, base, here, first_program, parts, share, shares,
-            BLOCK_M, LATENT, LATENT, 8,
-        )  # fmt: skip
+def rows_at(first, start, at, WIDTH: tl.constexpr, columns):
+    """Pointers to `columns` of rows `at`, WIDTH apart, from `start` (one for the tile, or one for each row) on."""
+    if len(start.shape) == 0:
+        return first + start + (at[:, None] * WIDTH + columns[None, :])
     else:
-        join_slices(
-            out_ptr, lse_ptr, part_ptr, part_lse_ptr, base, here, first_program, parts, share, shares,
-            BLOCK_M, LATENT, 32, 256,
-        )  # fmt: skip
+        return first + (start + at * WIDTH)[:, None] + columns[None, :]
 
 
 @triton.jit
-def wait_and_join(
-    out_ptr, lse_ptr, part_ptr, part_lse_ptr, arrived_ptr, left_ptr, lens_ptr,
-    item, row_blocks, rows, first, program, quota, rest,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, LATENT: tl.constexpr,
-):  # fmt: skip
-    """Waits for every partial of a row block and joins this program's slice; the last to leave clears the counters."""
-    sequence = item // row_blocks
-    tiles = tl.maximum((tl.load(lens_ptr + sequence) + BLOCK_N - 1) // BLOCK_N, 1)
-    first_program = owner_of(first, quota, rest)
-    parts = owner_of(first + tiles - 1, quota, rest) - first_program + 1
-    while tl.atomic_add(arrived_ptr + item, 0, sem="acquire") < parts:
-        pass
-    tl.debug_barrier()
-    join_share(
-        out_ptr, lse_ptr, part_ptr, part_lse_ptr, sequence, item % row_blocks, rows, first_program, parts,
-        program - first_program, parts, BLOCK_M, LATENT, False,
-    )  # fmt: skip
-    if tl.atomic_add(left_ptr + item, 1, sem="acq_rel") == parts - 1:
-        tl.atomic_xchg(arrived_ptr + item, 0, sem="relaxed")
-        tl.atomic_xchg(left_ptr + item, 0, sem="relaxed")
-
-
-@triton.jit
-def sequence_tiles(lens_ptr, index, batch, row_blocks, BLOCK_N: tl.constexpr):
-    """Tiles of each sequence, row blocks together. An empty sequence has one: its output must be written too."""
-    length = tl.load(lens_ptr + index, index < batch, other=0)
-    tiles = tl.maximum((length + BLOCK_N - 1) // BLOCK_N, 1) * row_blocks
-    return tl.where(index < batch, tiles, 0)
-
-
-@triton.jit
-def put(target, acc, divisor, row_ok, LATENT: tl.constexpr):
-    """Stores acc / divisor as rows that lie LATENT elements apart."""
+def put(target, acc, factor, row_ok, LATENT: tl.constexpr):
+    """Stores acc * factor as rows that lie LATENT elements apart."""
     at = tl.arange(0, acc.shape[0])[:, None] * LATENT + tl.arange(0, acc.shape[1])[None, :]
-    tl.store(target + at, (acc / divisor[:, None]).to(target.dtype.element_ty), row_ok[:, None])
+    tl.store(target + at, (acc * factor[:, None]).to(target.dtype.element_ty), row_ok[:, None])
+
+
+@triton.jit
+def put_group(target, low, high, factor, row_ok, LATENT: tl.constexpr):
+    """Stores one group's columns in their order."""
+    put(target, tl.interleave(low, high), factor, row_ok, LATENT)
 
 
 @triton.jit(
@@ -144,6 +50,7 @@ def put(target, acc, divisor, row_ok, LATENT: tl.constexpr):
         "q_batch8",
         "q_row8",
         "block_rows",
+        "block_size",
         "table_stride",
         "batch",
         "rows",
@@ -151,17 +58,16 @@ def put(target, acc, divisor, row_ok, LATENT: tl.constexpr):
         "row_blocks",
         "query",
     ],
-    do_not_specialize_on_alignment=["table_ptr", "lens_ptr", "lse_ptr", "arrived_ptr", "left_ptr"],
+    do_not_specialize_on_alignment=["table_ptr", "lens_ptr", "lse_ptr", "count_ptr"],
 )
 def decode(
     q_ptr, latent_ptr, scale_ptr, rope_ptr, table_ptr, lens_ptr, out_ptr, lse_ptr,
-    part_ptr, part_lse_ptr, arrived_ptr, left_ptr, softmax_log2,
-    q_batch8, q_row8, block_rows, table_stride, batch, rows, heads, row_blocks, query,
-    LATENT: tl.constexpr, ROPE: tl.constexpr, PAGE: tl.constexpr, QUANTISED: tl.constexpr,
-    LATENT_ROW: tl.constexpr, SCALE_ROW: tl.constexpr, SCALE_AT: tl.constexpr,
-    ROPE_ROW: tl.constexpr, ROPE_AT: tl.constexpr,
+    part_ptr, part_lse_ptr, count_ptr, softmax_log2,
+    q_batch8, q_row8, block_rows, block_size, table_stride, batch, rows, heads, row_blocks, query,
+    LATENT: tl.constexpr, ROPE: tl.constexpr, PAGE: tl.constexpr, STORED: tl.constexpr, ASM: tl.constexpr,
+    ROW: tl.constexpr, BLOCK_WORDS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, REDUCE_ALL: tl.constexpr, STAGES: tl.constexpr,
-    SCAN: tl.constexpr,
+    SCAN: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """out = softmax(q · cacheᵀ · scale) · latent for every row, causal among the last `query` positions.
 
@@ -169,7 +75,7 @@ def decode(
     `block_rows` is the distance of two blocks in rows.
     PAGE is the block size of the paged cache, 0 where each sequence has one block.
     Rows of a quantised cache are never scaled back: a group's scale goes into its part of the scores and of the
-    weights, so that the products take the stored numbers, which are exact in both 16-bit formats.
+    weights, so that the products take the stored numbers, which are exact in float16.
     """
     program = tl.program_id(0)
     programs = tl.num_programs(0)
@@ -203,13 +109,13 @@ def decode(
 
     offs_m = tl.arange(0, BLOCK_M)
     offs_n = tl.arange(0, BLOCK_N)
-    offs_c = tl.arange(0, LATENT)
     offs_g = tl.arange(0, 128)
+    offs_h = tl.arange(0, 64)
     offs_r = tl.arange(0, ROPE)
     # One item is one row block of one sequence. At most two are shared with other programs: the first and the last.
     item = sequence * row_blocks + row_block
-    a_item, a_first = -1, 0
-    b_item, b_first = -1, 0
+    a_item, a_before, a_program, a_parts = -1, 0, 0, 0
+    b_item, b_before, b_program, b_parts = -1, 0, 0, 0
 
     while tile < last:
         sequence = item // row_blocks
@@ -217,132 +123,184 @@ def decode(
         length = tl.load(lens_ptr + sequence)
         tiles = tl.maximum((length + BLOCK_N - 1) // BLOCK_N, 1)
         end = tl.minimum(last - first, tiles)
+        # Divided here, while the first rows are on their way.
+        first_program = owner_of(first, quota, rest)
+        parts = owner_of(first + tiles - 1, quota, rest) - first_program + 1
         row = row_block * BLOCK_M + offs_m
         row_ok = row < rows
         # Row r is query position r // heads; the last position sees everything, the one before it one token less.
         limit = length - query + 1 + row // heads
-        q_at = q_ptr + sequence.to(tl.int64) * (q_batch8.to(tl.int64) * 8) + row.to(tl.int64)[:, None] * (q_row8 * 8)
-        q_r = tl.load(q_at + LATENT + offs_r[None, :], row_ok[:, None], other=0.0)
-        if QUANTISED:
-            q_0 = tl.load(q_at + offs_g[None, :], row_ok[:, None], other=0.0)
-            q_1 = tl.load(q_at + 128 + offs_g[None, :], row_ok[:, None], other=0.0)
-            q_2 = tl.load(q_at + 256 + offs_g[None, :], row_ok[:, None], other=0.0)
-            q_3 = tl.load(q_at + 384 + offs_g[None, :], row_ok[:, None], other=0.0)
-            acc_0 = tl.zeros([BLOCK_M, 128], tl.float32)
-            acc_1 = tl.zeros([BLOCK_M, 128], tl.float32)
-            acc_2 = tl.zeros([BLOCK_M, 128], tl.float32)
-            acc_3 = tl.zeros([BLOCK_M, 128], tl.float32)
-        else:
-            q_c = tl.load(q_at + offs_c[None, :], row_ok[:, None], other=0.0)
-            acc = tl.zeros([BLOCK_M, LATENT], tl.float32)
-        best = tl.full([BLOCK_M], -float("inf"), tl.float32)
-        weight_sum = tl.zeros([BLOCK_M], tl.float32)
-
         # The number of the next tile's block is read one tile ahead: the compiler's pipeline would spend a stage on it.
         table_row = table_ptr + sequence.to(tl.int64) * table_stride
         block = sequence
         if PAGE >= BLOCK_N:
-            block = tl.load(table_row + ((tile - first) * BLOCK_N) // PAGE, length > 0, other=0)
+            origin = (tile - first) * BLOCK_N
+            block = tl.load(table_row + origin // PAGE, length > 0, other=0)
+        q_at = q_ptr + sequence.to(tl.int64) * (q_batch8.to(tl.int64) * 8) + row.to(tl.int64)[:, None] * (q_row8 * 8)
+        q_r = tl.load(q_at + LATENT + offs_r[None, :], row_ok[:, None], other=0.0)
+        q_0 = tl.load(q_at + offs_g[None, :], row_ok[:, None], other=0.0)
+        q_1 = tl.load(q_at + 128 + offs_g[None, :], row_ok[:, None], other=0.0)
+        q_2 = tl.load(q_at + 256 + offs_g[None, :], row_ok[:, None], other=0.0)
+        q_3 = tl.load(q_at + 384 + offs_g[None, :], row_ok[:, None], other=0.0)
+        if STORED != "plain":
+            # A power of two brings a row's largest query to between 1 and 2: float16 holds it as exactly as bfloat16.
+            top = tl.maximum(tl.maximum(tl.abs(q_0), tl.abs(q_1)), tl.maximum(tl.abs(q_2), tl.abs(q_3)))
+            power = (tl.maximum(tl.max(top.to(tl.float32), 1), 1e-30).to(tl.int32, bitcast=True) & 0x7F800000).to(
+                tl.float32, bitcast=True
+            )
+            q_0l, q_0h = halves(q_0, 1.0 / power, BLOCK_M)
+            q_1l, q_1h = halves(q_1, 1.0 / power, BLOCK_M)
+            q_2l, q_2h = halves(q_2, 1.0 / power, BLOCK_M)
+            q_3l, q_3h = halves(q_3, 1.0 / power, BLOCK_M)
+            if STORED == "int8":
+                power = power / INT8_UNIT
+            acc_0l = tl.zeros([BLOCK_M, 64], tl.float32)
+            acc_0h = tl.zeros([BLOCK_M, 64], tl.float32)
+            acc_1l = tl.zeros([BLOCK_M, 64], tl.float32)
+            acc_1h = tl.zeros([BLOCK_M, 64], tl.float32)
+            acc_2l = tl.zeros([BLOCK_M, 64], tl.float32)
+            acc_2h = tl.zeros([BLOCK_M, 64], tl.float32)
+            acc_3l = tl.zeros([BLOCK_M, 64], tl.float32)
+            acc_3h = tl.zeros([BLOCK_M, 64], tl.float32)
+        else:
+            acc_0 = tl.zeros([BLOCK_M, 128], tl.float32)
+            acc_1 = tl.zeros([BLOCK_M, 128], tl.float32)
+            acc_2 = tl.zeros([BLOCK_M, 128], tl.float32)
+            acc_3 = tl.zeros([BLOCK_M, 128], tl.float32)
+        best = tl.full([BLOCK_M], -float("inf"), tl.float32)
+        sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+
         for index in tl.range(tile - first, end, num_stages=STAGES):
             token = index * BLOCK_N + offs_n
             ok = token < length
-            # A 64-bit base for the tile and 32-bit offsets within it take the fewest registers.
+            # Where the tile begins: its block in rows of the cache, 64 bits, and its rows within the block, 32 bits.
             if PAGE == 0 or PAGE >= BLOCK_N:
                 origin = index * BLOCK_N
-                base = block.to(tl.int64) * block_rows
-                if PAGE == 0:
-                    base += origin
-                else:
-                    base += origin % PAGE
+                start = block.to(tl.int64) * block_rows
+                inner = origin
+                if PAGE > 0:
+                    inner = origin % PAGE
                     block = tl.load(table_row + (origin + BLOCK_N) // PAGE, origin + BLOCK_N < length, other=0)
                 at = offs_n
             else:
-                base = tl.zeros([], tl.int64)
-                blocks = tl.load(table_row + token // PAGE, ok, other=0)
-                at = blocks.to(tl.int64) * block_rows + token % PAGE
-            rope_at = at[:, None] * ROPE_ROW + (ROPE_AT + offs_r[None, :])
-            k_r = tl.load(rope_ptr + base * ROPE_ROW + rope_at, ok[:, None], other=0.0)
-            if QUANTISED:
-                k_at = latent_ptr + base * LATENT_ROW + (at[:, None] * LATENT_ROW + offs_g[None, :])
-                s_at = scale_ptr + base * SCALE_ROW + (at * SCALE_ROW + SCALE_AT)
-                k_0 = tl.load(k_at, ok[:, None], other=0.0).to(q_r.dtype)
-                k_1 = tl.load(k_at + 128, ok[:, None], other=0.0).to(q_r.dtype)
-                k_2 = tl.load(k_at + 256, ok[:, None], other=0.0).to(q_r.dtype)
-                k_3 = tl.load(k_at + 384, ok[:, None], other=0.0).to(q_r.dtype)
-                s_0 = tl.load(s_at, ok, other=0.0)[None, :]
-                s_1 = tl.load(s_at + 1, ok, other=0.0)[None, :]
-                s_2 = tl.load(s_at + 2, ok, other=0.0)[None, :]
-                s_3 = tl.load(s_at + 3, ok, other=0.0)[None, :]
-                score = tl.dot(q_0, tl.trans(k_0)) * s_0
-                score += tl.dot(q_1, tl.trans(k_1)) * s_1
-                score += tl.dot(q_2, tl.trans(k_2)) * s_2
-                score += tl.dot(q_3, tl.trans(k_3)) * s_3
-                score = tl.dot(q_r, tl.trans(k_r), score)
+                start = tl.load(table_row + token // PAGE, ok, other=0).to(tl.int64) * block_rows
+                inner = 0
+                at = token % PAGE
+            if STORED != "plain":
+                # A block's latents lie together, then its scales, then its keys.
+                k_at = rows_at(latent_ptr + inner * (LATENT // 2), start * BLOCK_WORDS, at, LATENT // 2, offs_h)
+                s_at = scale_ptr + (128 * block_size + inner) + (start * (BLOCK_WORDS // 2) + at)
+                rope_at = rope_ptr + (inner * ROPE + 264 * block_size.to(tl.int64))
+                k_r = tl.load(rows_at(rope_at, start * BLOCK_WORDS, at, ROPE, offs_r), ok[:, None], other=0.0)
+                w_0 = tl.load(k_at, ok[:, None], other=0)
+                w_1 = tl.load(k_at + 64, ok[:, None], other=0)
+                w_2 = tl.load(k_at + 128, ok[:, None], other=0)
+                w_3 = tl.load(k_at + 192, ok[:, None], other=0)
+                s_0 = tl.load(s_at, ok, other=0.0)
+                s_1 = tl.load(s_at + block_size, ok, other=0.0)
+                s_2 = tl.load(s_at + 2 * block_size, ok, other=0.0)
+                s_3 = tl.load(s_at + 3 * block_size, ok, other=0.0)
+                score = add_score(tl.zeros([BLOCK_M, BLOCK_N], tl.float32), q_0l, q_0h, w_0, s_0, STORED, ASM)
+                score = add_score(score, q_1l, q_1h, w_1, s_1, STORED, ASM)
+                score = add_score(score, q_2l, q_2h, w_2, s_2, STORED, ASM)
+                score = add_score(score, q_3l, q_3h, w_3, s_3, STORED, ASM)
+                score = score * power[:, None] + tl.dot(q_r, tl.trans(k_r))
             else:
-                k_at = latent_ptr + base * LATENT_ROW + (at[:, None] * LATENT_ROW + offs_c[None, :])
-                k_c = tl.load(k_at, ok[:, None], other=0.0)
-                score = tl.dot(q_c, tl.trans(k_c))
-                score = tl.dot(q_r, tl.trans(k_r), score)
+                k_at = rows_at(latent_ptr + inner * ROW, start * ROW, at, ROW, offs_g)
+                rope_at = rows_at(latent_ptr + (inner * ROW + LATENT), start * ROW, at, ROW, offs_r)
+                k_r = tl.load(rope_at, ok[:, None], other=0.0)
+                k_0 = tl.load(k_at, ok[:, None], other=0.0)
+                k_1 = tl.load(k_at + 128, ok[:, None], other=0.0)
+                k_2 = tl.load(k_at + 256, ok[:, None], other=0.0)
+                k_3 = tl.load(k_at + 384, ok[:, None], other=0.0)
+                # One product would be one chain of 36 dependent instructions; these run side by side.
+                score = tl.dot(q_0, tl.trans(k_0)) + tl.dot(q_1, tl.trans(k_1))
+                score += tl.dot(q_2, tl.trans(k_2)) + tl.dot(q_3, tl.trans(k_3))
+                score += tl.dot(q_r, tl.trans(k_r))
             seen = ok[None, :] & (token[None, :] < limit[:, None])
             score = tl.where(seen, score * softmax_log2, -float("inf"))
-            new_best = tl.maximum(best, tl.max(score, 1))
+            if STORED != "plain":
+                # Weights are multiplied by a token's scales before they are rounded to float16: the largest product
+                # of any token and group is brought to 2^15, so that the smallest lose nothing that counts.
+                lift = tl.log2(tl.maximum(tl.maximum(tl.maximum(s_0, s_1), tl.maximum(s_2, s_3)), 1e-30)) - 15.0
+                new_best = tl.maximum(best, tl.max(score + lift[None, :], 1))
+            else:
+                new_best = tl.maximum(best, tl.max(score, 1))
             # A row that has seen nothing yet has no maximum to subtract.
             anchor = tl.where(new_best == -float("inf"), 0.0, new_best)
             decay = tl.exp2(best - anchor)
             weight = tl.exp2(score - anchor[:, None])
-            weight_sum = weight_sum * decay + tl.sum(weight, 1)
-            if QUANTISED:
-                acc_0 = tl.dot((weight * s_0).to(q_r.dtype), k_0, acc_0 * decay[:, None])
-                acc_1 = tl.dot((weight * s_1).to(q_r.dtype), k_1, acc_1 * decay[:, None])
-                acc_2 = tl.dot((weight * s_2).to(q_r.dtype), k_2, acc_2 * decay[:, None])
-                acc_3 = tl.dot((weight * s_3).to(q_r.dtype), k_3, acc_3 * decay[:, None])
+            # Added up over the tokens after the loop: warps need not meet for it here.
+            sums = sums * decay[:, None] + weight
+            if STORED != "plain":
+                p_0 = (weight * s_0[None, :]).to(tl.float16)
+                p_1 = (weight * s_1[None, :]).to(tl.float16)
+                p_2 = (weight * s_2[None, :]).to(tl.float16)
+                p_3 = (weight * s_3[None, :]).to(tl.float16)
+                acc_0l, acc_0h = add_values(acc_0l, acc_0h, decay, p_0, w_0, STORED, ASM)
+                acc_1l, acc_1h = add_values(acc_1l, acc_1h, decay, p_1, w_1, STORED, ASM)
+                acc_2l, acc_2h = add_values(acc_2l, acc_2h, decay, p_2, w_2, STORED, ASM)
+                acc_3l, acc_3h = add_values(acc_3l, acc_3h, decay, p_3, w_3, STORED, ASM)
             else:
-                acc = tl.dot(weight.to(k_c.dtype), k_c, acc * decay[:, None])
+                w = weight.to(q_r.dtype)
+                acc_0 = tl.dot(w, k_0, acc_0 * decay[:, None])
+                acc_1 = tl.dot(w, k_1, acc_1 * decay[:, None])
+                acc_2 = tl.dot(w, k_2, acc_2 * decay[:, None])
+                acc_3 = tl.dot(w, k_3, acc_3 * decay[:, None])
             best = new_best
 
+        weight_sum = tl.sum(sums, 1)
         empty = weight_sum == 0.0
         divisor = tl.where(empty, 1.0, weight_sum)
+        factor = 1.0 / divisor
+        if STORED == "int8":
+            factor = factor / INT8_UNIT
         lse2 = tl.where(empty, -float("inf"), best + tl.log2(divisor))
-        first_program = owner_of(first, quota, rest)
-        parts = owner_of(first + tiles - 1, quota, rest) - first_program + 1
         if parts == 1:
             base = sequence.to(tl.int64) * rows + row_block * BLOCK_M
             target = out_ptr + base * LATENT
             tl.store(lse_ptr + base + offs_m, lse2 * 0.6931471805599453, row_ok)
-            if QUANTISED:
-                put(target, acc_0, divisor, row_ok, LATENT)
-                put(target + 128, acc_1, divisor, row_ok, LATENT)
-                put(target + 256, acc_2, divisor, row_ok, LATENT)
-                put(target + 384, acc_3, divisor, row_ok, LATENT)
+            if STORED != "plain":
+                put_group(target, acc_0l, acc_0h, factor, row_ok, LATENT)
+                put_group(target + 128, acc_1l, acc_1h, factor, row_ok, LATENT)
+                put_group(target + 256, acc_2l, acc_2h, factor, row_ok, LATENT)
+                put_group(target + 384, acc_3l, acc_3h, factor, row_ok, LATENT)
             else:
-                put(target, acc, divisor, row_ok, LATENT)
+                put(target, acc_0, factor, row_ok, LATENT)
+                put(target + 128, acc_1, factor, row_ok, LATENT)
+                put(target + 256, acc_2, factor, row_ok, LATENT)
+                put(target + 384, acc_3, factor, row_ok, LATENT)
         else:
-            base = (2 * program + tl.where(program == first_program, 1, 0)).to(tl.int64) * BLOCK_M
-            part = part_ptr + base * LATENT
-            tl.store(part_lse_ptr + base + offs_m, lse2, row_ok)
-            if QUANTISED:
-                put(part, acc_0, divisor, row_ok, LATENT)
-                put(part + 128, acc_1, divisor, row_ok, LATENT)
-                put(part + 256, acc_2, divisor, row_ok, LATENT)
-                put(part + 384, acc_3, divisor, row_ok, LATENT)
+            place = 2 * program + tl.where(program == first_program, 1, 0)
+            part = part_ptr + place.to(tl.int64) * (BLOCK_M * LATENT)
+            tl.store(part_lse_ptr + offs_m * (2 * programs) + place, lse2, row_ok)
+            if STORED != "plain":
+                put_group(part, acc_0l, acc_0h, factor, row_ok, LATENT)
+                put_group(part + 128, acc_1l, acc_1h, factor, row_ok, LATENT)
+                put_group(part + 256, acc_2l, acc_2h, factor, row_ok, LATENT)
+                put_group(part + 384, acc_3l, acc_3h, factor, row_ok, LATENT)
             else:
-                put(part, acc, divisor, row_ok, LATENT)
+                put(part, acc_0, factor, row_ok, LATENT)
+                put(part + 128, acc_1, factor, row_ok, LATENT)
+                put(part + 256, acc_2, factor, row_ok, LATENT)
+                put(part + 384, acc_3, factor, row_ok, LATENT)
             # Every thread's part is written before the one thread that counts says so.
             tl.debug_barrier()
             if REDUCE_ALL:
-                tl.atomic_add(arrived_ptr + item, 1, sem="release")
+                before = arrive(count_ptr + item, program == first_program, parts)
                 if a_item < 0:
-                    a_item, a_first = item, first
+                    a_item, a_before, a_program, a_parts = item, before, first_program, parts
                 else:
-                    b_item, b_first = item, first
+                    b_item, b_before, b_program, b_parts = item, before, first_program, parts
             else:
-                if tl.atomic_add(arrived_ptr + item, 1, sem="acq_rel") == parts - 1:
+                # The sign bit is the other way's.
+                if (tl.atomic_add(count_ptr + item, 1, sem="acq_rel") & 0x7FFFFFFF) == parts - 1:
                     tl.debug_barrier()
                     join_share(
                         out_ptr, lse_ptr, part_ptr, part_lse_ptr, sequence, row_block, rows, first_program, parts,
-                        0, 1, BLOCK_M, LATENT, True,
+                        0, 1, BLOCK_M, LATENT, True, COLS,
                     )  # fmt: skip
-                    tl.atomic_xchg(arrived_ptr + item, 0, sem="relaxed")
+                    tl.atomic_add(count_ptr + item, -parts, sem="relaxed")
 
         tile = first + end
         if end == tiles:
@@ -350,11 +308,13 @@ def decode(
             item += 1
 
     if REDUCE_ALL:
-        for turn in range(2):
-            shared = tl.where(turn == 0, a_item, b_item)
-            if shared >= 0:
-                wait_and_join(
-                    out_ptr, lse_ptr, part_ptr, part_lse_ptr, arrived_ptr, left_ptr, lens_ptr,
-                    shared, row_blocks, rows, tl.where(turn == 0, a_first, b_first), program, quota, rest,
-                    BLOCK_M, BLOCK_N, LATENT,
+        for which in range(2):
+            item = tl.where(which == 0, a_item, b_item)
+            if item >= 0:
+                wait(count_ptr + item, tl.where(which == 0, a_before, b_before))
+                first_program = tl.where(which == 0, a_program, b_program)
+                join_share(
+                    out_ptr, lse_ptr, part_ptr, part_lse_ptr, item // row_blocks, item % row_blocks, rows,
+                    first_program, tl.where(which == 0, a_parts, b_parts), program - first_program,
+                    tl.where(which == 0, a_parts, b_parts), BLOCK_M, LATENT, False, COLS,
                 )  # fmt: skip

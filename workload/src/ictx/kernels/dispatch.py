@@ -13,7 +13,7 @@ from ictx.errors import UserError
 
 VARIABLE = "ICTX_KERNELS"
 """Environment variable that forces an implementation: auto (the default), triton or torch."""
-OLDEST = {"mla_attention": 80, "mla_decode": 80, "mla_prefill": 80}
+OLDEST = {"mla_attention": 80, "mla_decode": 80, "mla_prefill": 80, "mla_rope_cache": 75}
 """Lowest compute capability that each operation's Triton kernel is built for."""
 
 
@@ -86,11 +86,16 @@ def _obstacle(operation: str, device: torch.device, dtype: torch.dtype, stored: 
         return "Triton's interpreter multiplies float16 alone" if dtype != torch.float16 else None
     if device.type != "cuda" and not cc:
         return f"device {device.type} is no NVIDIA GPU"
+    return refused(operation, cc, dtype, stored)
+
+
+def refused(operation: str, cc: int, dtype: torch.dtype, stored: str | None) -> str | None:
+    """Returns why an operation has no Triton kernel for a compute capability and dtypes, or None."""
     if cc < OLDEST[operation]:
         return f"compute capability {cc / 10} is below {OLDEST[operation] / 10}"
     if dtype == torch.bfloat16 and cc < 80:
         return f"compute capability {cc / 10} has no bfloat16"
-    if stored == "fp8" and cc < 89:
+    if stored == "fp8" and cc < 89 and operation == "mla_decode":
         return f"compute capability {cc / 10} has no fp8"
     return None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ictx.kernels.layout import LATENT, dequantise
+from ictx.kernels.layout import LATENT, dequantise, parts, quantise_groups
 
 
 def mla_decode(
@@ -23,11 +23,9 @@ def mla_decode(
     for index, length in enumerate(lens.tolist()):
         if not length:
             continue
-        if table is None:
-            rows = cache[index, :length]
-        else:
-            rows = cache[table[index, : -(-length // block_size)].long()].flatten(0, 1)[:length]
-        rows = dequantise(rows, stored, q.dtype) if stored else rows
+        blocks = cache[index : index + 1] if table is None else cache[table[index, : -(-length // block_size)].long()]
+        blocks = dequantise(blocks, stored, q.dtype) if stored else blocks
+        rows = blocks.flatten(0, 1)[:length]
         rows = rows.to(work)
         score = torch.einsum("qhd,td->qht", q[index].to(work), rows) * scale
         token = torch.arange(length, device=q.device)
@@ -37,3 +35,25 @@ def mla_decode(
         lse[index] = score.logsumexp(-1)
         out[index] = torch.einsum("qht,td->qhd", score.softmax(-1).nan_to_num(0.0), rows[:, :LATENT])
     return out.to(q.dtype), lse.to(torch.float64 if work == torch.float64 else torch.float32)
+
+
+def mla_rope_cache(
+    x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, cache: Tensor, eps: float, stored: str | None
+) -> None:
+    """Writes normed latents and rotated keys to the cache; computes in float32 (float64 where `x` is)."""
+    work, dtype = torch.float64 if x.dtype == torch.float64 else torch.float32, x.dtype
+    kept = slots >= 0
+    x, cos, sin, slots = x[kept].to(work), cos[kept].to(work), sin[kept].to(work), slots[kept]
+    latent, key = x[:, :LATENT], x[:, LATENT:]
+    latent = latent * torch.rsqrt(latent.square().mean(-1, keepdim=True) + eps) * weight.to(work)
+    even, odd = key[:, 0::2], key[:, 1::2]
+    key = torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2)
+    where = slots // cache.shape[1], slots % cache.shape[1]
+    if stored is None:
+        cache[where] = torch.cat([latent, key], -1).to(cache.dtype)
+        return
+    latents, scales, keys = parts(cache, stored, dtype)
+    values, scale = quantise_groups(latent, stored)
+    latents.view(torch.uint8)[where] = values.view(torch.uint8)
+    scales[where] = scale
+    keys[where] = key.to(keys.dtype)

@@ -24,6 +24,8 @@ class DecodeConfig:
     """Programs per multiprocessor."""
     reduce_all: bool = True
     """Whether all programs of a sequence join its partial results (needs all of them resident), or the last alone."""
+    registers: int = 0
+    """Most registers of a thread; 0 leaves it to the compiler."""
 
 
 @functools.cache
@@ -38,16 +40,27 @@ def decode_key(block_m: int, stored: str | None) -> str:
     return f"{stored or 'plain'}/rows{block_m}"
 
 
+override: DecodeConfig | None = None
+"""Stands for every tuned configuration in a process that tries another."""
+
+
 def decode_config(cc: int, block_m: int, stored: str | None) -> DecodeConfig:
     """Returns the configuration of the newest target that is not newer than compute capability `cc`."""
+    if override is not None:
+        return override
     targets = sorted(int(name.removeprefix("sm_")) for name in table())
     target = max((known for known in targets if known <= cc), default=targets[0])
     return DecodeConfig(**table()[f"sm_{target}"][decode_key(block_m, stored)])  # type: ignore[arg-type]
 
 
-def save_decode(cc: int, found: dict[str, DecodeConfig]) -> None:
-    """Writes found configurations of one target into the file."""
+def save_decode(cc: int, found: dict[str, DecodeConfig], out: Path) -> None:
+    """Writes the file to `out`, with found configurations of one target in it."""
     content = json.loads(FILE.read_text("utf-8"))
-    content["decode"].setdefault(f"sm_{cc}", {}).update({key: asdict(config) for key, config in found.items()})
-    FILE.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", "utf-8")
+    section = content["decode"]
+    if f"sm_{cc}" not in section:
+        # A target of its own needs every kind of input: what was not found stays as it was chosen before.
+        older = [int(name.removeprefix("sm_")) for name in section if int(name.removeprefix("sm_")) <= cc]
+        section[f"sm_{cc}"] = dict(section[f"sm_{max(older)}"]) if older else {}
+    section[f"sm_{cc}"].update({key: asdict(config) for key, config in found.items()})
+    out.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", "utf-8")
     table.cache_clear()

@@ -1,0 +1,27 @@
+"""Which program holds which tiles: equal runs of the whole batch's tiles, in order."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def first_of(program, quota, rest):
+    """The first tile of a program: the first `rest` programs hold one tile more than `quota`."""
+    return program * quota + tl.minimum(program, rest)
+
+
+@triton.jit
+def owner_of(tile, quota, rest):
+    """The program that holds a tile."""
+    long = rest * (quota + 1)
+    return tl.where(tile < long, tile // (quota + 1), rest + (tile - long) // tl.maximum(quota, 1))
+
+
+@triton.jit
+def sequence_tiles(lens_ptr, index, batch, row_blocks, BLOCK_N: tl.constexpr):
+    """Tiles of each sequence, row blocks together. An empty sequence has one: its output must be written too."""
+    length = tl.load(lens_ptr + index, index < batch, other=0)
+    tiles = tl.maximum((length + BLOCK_N - 1) // BLOCK_N, 1) * row_blocks
+    return tl.where(index < batch, tiles, 0)
