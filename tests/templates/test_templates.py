@@ -21,7 +21,8 @@ REGISTERED: dict[str, dict[str, Any]] = {
         }
     },
     "k3s": {"_k3s_runtime": {"stat": {"exists": True}}},
-    "kube_lab": {"item": {"address": "192.0.2.15:5000"}},
+    # A registry, and with what it mirrors: two loops.
+    "kube_lab": {"item": {"address": "192.0.2.15:5000", 0: {"address": "192.0.2.15:5000"}, 1: "docker.io"}},
     "prometheus": {"item": {"name": "node", "targets": [{"address": "192.0.2.1:9100", "labels": {"node": "n1"}}]}},
     # A task's loop gives the name: this one has an account in every inventory.
     "mlflow_users": {"item": "serving"},
@@ -29,8 +30,8 @@ REGISTERED: dict[str, dict[str, Any]] = {
 }
 # The lab's containers exist in its own inventory only.
 PLAYBOOKS = {
-    "lab": ["site.yml", "playbooks/mlflow.yml", "playbooks/serving.yml", "playbooks/lab.yml"],
-    "example": ["site.yml", "playbooks/mlflow.yml", "playbooks/serving.yml"],
+    "lab": ["site.yml", "playbooks/lab.yml"],
+    "example": ["site.yml"],
 }
 TEMPLATES = sorted(path.relative_to(ROOT) for path in ROOT.glob("roles/*/templates/**/*.j2"))
 
