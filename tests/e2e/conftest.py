@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 from lab import STATE, Lab
+
+# The lab's network is known to the program that made it, and podman's own default may be another one.
+os.environ.setdefault("CONTAINERS_CONF", str(STATE / "containers.conf"))
 
 
 @pytest.fixture(scope="session")
