@@ -8,7 +8,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 help: ## Show every target
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-lab: ## Start the lab, provision it, bake the image, train and register a model (TRAIN=again trains anew)
+lab: ## From nothing to a completion: nodes, platform, images, a trained model, served (TRAIN=again trains anew)
 	@scripts/bootstrap control
 	@scripts/lab
 
