@@ -258,7 +258,7 @@ def test_a_model_that_cannot_be_served_is_told_and_the_one_before_serves_on(
     promote = "/opt/ictx/bin/ictx promote {} --alias champion --model " + MODEL
     lab.user(promote.format(bad))
     try:
-        told = playbook("playbooks/serving.yml", "-e", "ictx_serving_timeout_minutes=1", status=2)
+        told = playbook("playbooks/serving.yml", "-e", "ictx_serving_timeout_minutes=2", status=2)
     finally:
         lab.user(promote.format(good))
     assert re.search(reason, told.replace("\n", " ")), told[-3000:]
