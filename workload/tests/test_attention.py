@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from interpreter import passes_interpreted
 from torch import Tensor
 
 from ictx.errors import UserError
@@ -129,17 +127,7 @@ def test_views_and_large_values_in_the_interpreter() -> None:
 
 
 def test_interpreted_cases_pass_in_a_process_of_their_own() -> None:
-    if dispatch.interpreted():
-        pytest.skip("this is that process")
-    ended = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "interpreter"],
-        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    assert ended.returncode == 0, ended.stdout + ended.stderr
-    assert "10 passed" in ended.stdout
+    passes_interpreted(__file__, "10 passed", "-k", "interpreter")
 
 
 @pytest.mark.parametrize("dtype", [*BOUND, torch.float64])

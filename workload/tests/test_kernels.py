@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from interpreter import passes_interpreted
 from torch import Tensor
 
 from ictx.errors import UserError
@@ -152,18 +153,7 @@ def test_the_fallback_agrees(stored: str | None, monkeypatch: pytest.MonkeyPatch
 
 
 def test_interpreted_cases_pass_in_a_process_of_their_own() -> None:
-    if dispatch.interpreted():
-        pytest.skip("this is that process")
-    tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "interpreter or quantised"]
-    ended = subprocess.run(
-        tests,
-        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    assert ended.returncode == 0, ended.stdout + ended.stderr
-    assert "10 passed" in ended.stdout
+    passes_interpreted(__file__, "10 passed", "-k", "interpreter or quantised")
 
 
 @pytest.mark.gpu

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
+from interpreter import passes_interpreted
 from torch import Tensor, nn
 
 from ictx.kernels import dispatch, layout
@@ -110,17 +107,7 @@ def test_rope_cache_on_a_gpu(stored: str | None, dtype: torch.dtype) -> None:
 
 
 def test_interpreted_cases_pass_in_a_process_of_their_own() -> None:
-    if dispatch.interpreted():
-        pytest.skip("this is that process")
-    ended = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "in_the_interpreter"],
-        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert ended.returncode == 0, ended.stdout + ended.stderr
-    assert "3 passed" in ended.stdout
+    passes_interpreted(__file__, "3 passed", "-k", "in_the_interpreter")
 
 
 @pytest.mark.parametrize(

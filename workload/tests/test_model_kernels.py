@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
+from interpreter import passes_interpreted
 from models import small
 from torch import Tensor
 
@@ -80,14 +78,4 @@ def test_prefill_in_chunks(block_size: int | None, mode: Any, monkeypatch: pytes
 
 
 def test_interpreted_cases_pass_in_a_process_of_their_own() -> None:
-    if dispatch.interpreted():
-        pytest.skip("this is that process")
-    ended = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
-        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    assert ended.returncode == 0, ended.stdout + ended.stderr
-    assert "6 passed, 1 skipped" in ended.stdout
+    passes_interpreted(__file__, "6 passed, 1 skipped")

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 import torch
+from interpreter import passes_interpreted
 from torch import Tensor
 
 from ictx.kernels import dispatch, layout
@@ -80,17 +78,7 @@ def test_prefill_agrees_in_the_interpreter(sizes: tuple[int, ...], knobs: dict[s
 
 
 def test_interpreted_cases_pass_in_a_process_of_their_own() -> None:
-    if dispatch.interpreted():
-        pytest.skip("this is that process")
-    ended = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "interpreter"],
-        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    assert ended.returncode == 0, ended.stdout + ended.stderr
-    assert "7 passed" in ended.stdout
+    passes_interpreted(__file__, "7 passed", "-k", "interpreter")
 
 
 @pytest.mark.parametrize("dtype", list(BOUND))
