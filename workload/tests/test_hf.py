@@ -234,6 +234,14 @@ def test_broken_files_are_named_with_the_tensor(saved: Path, damage: Callable[[P
         ({"tie_word_embeddings": True}, r"tie_word_embeddings is True: expected False"),
         ({"num_key_value_heads": 1}, r"num_key_value_heads is 1: expected num_attention_heads, 2"),
         ({"rope_parameters": {"rope_type": "longrope"}}, r"rope_type is 'longrope': expected default or yarn"),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "attention_factor": 1.2}},
+            r"rope_parameters.attention_factor is 1.2: expected None",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "truncate": False}},
+            r"rope_parameters.truncate is False: expected True",
+        ),
         ({"quantization_config": {"quant_method": "fp8"}}, r"quantization_config is given"),
         ({"dtype": "float8"}, r"dtype is 'float8': expected one of float32"),
         ({"hidden_size": None}, r"hidden_size is None: expected int"),

@@ -156,6 +156,8 @@ def test_documents_in_one_sequence_do_not_see_each_other(length: int) -> None:
             for first, end in itertools.pairwise(bounds):
                 alone = model(tokens[row : row + 1, first:end])
                 assert (packed[row, first:end] - alone[0]).abs().max() <= 1e-5
+        backwards = model(tokens, positions, document_ids=10 - documents)
+        assert torch.equal(packed, backwards), "numbers tell documents apart, in whatever order they come"
         assert (model(tokens, positions)[0, 60:] - packed[0, 60:]).abs().max() > 0.01, "without numbers they see"
 
 

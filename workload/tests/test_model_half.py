@@ -60,6 +60,14 @@ def large_queries(model: Transformer) -> None:
 
 
 @torch.no_grad()
+def large_rotary_key(model: Transformer) -> None:
+    attention, config = layer(model).self_attn, model.config
+    attention.kv_a_proj_with_mqa.weight[config.kv_lora_rank :].mul_(2.0**17)
+    rows = attention.q_b_proj.weight.view(config.num_attention_heads, config.qk_head_dim, -1)
+    rows[:, config.qk_nope_head_dim :].mul_(2.0**-17)
+
+
+@torch.no_grad()
 def large_latent(model: Transformer) -> None:
     layer(model).self_attn.kv_a_layernorm.weight.mul_(2.0**16)
     layer(model).self_attn.kv_b_proj.weight.mul_(2.0**-16)
@@ -71,6 +79,7 @@ CASES = {
     large_residual: "model.",
     large_values: "model.layers.1.self_attn",
     large_queries: "model.layers.1.self_attn.q_b_proj",
+    large_rotary_key: "model.layers.1.self_attn.kv_a_proj_with_mqa",
     large_latent: "model.layers.1.self_attn.kv_a_layernorm",
 }
 

@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy, silu
 
 from ictx.model.config import MoeConfig
 from ictx.model.moe import Experts, MoeFeedForward, Router, Routing, balance_loss, update_router_biases
+from ictx.model.rope import rotations
 
 
 def filled(module: nn.Module, scale: float = 0.3) -> nn.Module:
@@ -64,6 +65,16 @@ def test_experts_are_chosen_as_the_paper_says(data: st.DataObject) -> None:
         assert set(routing.experts_nk[token].tolist()) == experts
         for expert, weight in zip(routing.experts_nk[token].tolist(), routing.weights_nk[token].tolist(), strict=True):
             assert weight == pytest.approx(weights[expert], rel=1e-5)
+
+
+def test_experts_of_half_precision_are_chosen_in_float32() -> None:
+    router = filled(Router(MOE, 16), 0.5).bfloat16()
+    assert isinstance(router, Router)
+    router.float_buffers()
+    x = torch.randn(50, 16, dtype=torch.bfloat16)
+    exact = (x.double() @ router.weight.double().T).sigmoid()
+    assert router(x).scores_ne.dtype == torch.float32
+    torch.testing.assert_close(router(x).scores_ne.double(), exact, rtol=1e-6, atol=1e-6)
 
 
 def test_experts_compute_what_a_loop_over_tokens_does() -> None:
@@ -143,6 +154,27 @@ def test_the_further_prediction_learns_and_shares_embedding_and_head() -> None:
     for shared in (model.model.embed_tokens.weight, model.lm_head.weight):
         assert shared.grad is not None
         assert shared.grad.abs().sum() > 0
+
+
+def test_a_further_prediction_is_made_as_the_paper_says() -> None:
+    """Equations 21 to 23: of a token's state and the next token's embedding comes the one after that."""
+    model = small(num_nextn_predict_layers=1)
+    module, states = model.mtp[0], model.model
+    with torch.no_grad():
+        # Norms that do different things, so that none can stand for another.
+        for number, norm in enumerate((module.enorm, module.hnorm, module.norm, states.norm)):
+            norm.weight.uniform_(0.5, 2.0, generator=torch.Generator().manual_seed(number))
+    tokens = torch.randint(97, (2, 12), generator=torch.Generator().manual_seed(2))
+    model.train()(tokens)
+    found = model.mtp_logits
+    assert found is not None
+    head, model.lm_head = model.lm_head, nn.Identity()
+    with torch.no_grad():
+        hidden = model.eval()(tokens)
+        turn = rotations(model.config, torch.arange(11)[None])
+        read = torch.cat([module.enorm(states.embed_tokens(tokens[:, 1:])), module.hnorm(hidden[:, :-1])], -1)
+        expected = head(module.norm(module.layer(module.eh_proj(read), turn)))
+    torch.testing.assert_close(found, expected)
 
 
 def test_a_further_prediction_sees_no_later_token() -> None:

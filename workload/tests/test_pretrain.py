@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from ictx.data.config import DataConfig
 from ictx.data.prepare import prepare
 from ictx.errors import UserError
+from ictx.model.half import by_layer, tracked_amax
 from ictx.model.hf import load_pretrained
 from ictx.train.checkpoint import load_model
 from ictx.train.config import load
@@ -97,6 +98,8 @@ def test_training_gets_below_the_unigram_entropy(whole: Path) -> None:
     assert [record["step"] for record in records(whole)] == list(range(1, STEPS + 1))
     assert result["final_loss"] == losses[-1]
     assert result["tokens"] == STEPS * BATCH * 2 * 32
+    last = records(whole)[-1]
+    assert not {"auxiliary_loss", "expert_max_violation"} & {*last}, "a dense model has none"
 
 
 def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(whole: Path, resumed: Path) -> None:
@@ -122,6 +125,11 @@ def test_the_export_has_the_loss_that_was_measured(whole: Path, prepared: Path) 
         logits = model(windows[:, :-1]).logits
     loss = cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten()).item()
     assert loss == pytest.approx(result_of(whole)["val_loss"], rel=1e-5)
+    with torch.no_grad(), tracked_amax(ours := load_pretrained(whole / "export")) as amax:
+        ours(windows[:, :-1])
+    last = records(whole)[-1]
+    found = {name.removeprefix("activation_amax/"): last[name] for name in last if name.startswith("activation_amax/")}
+    assert found == pytest.approx(by_layer(amax), rel=1e-5), "the largest of both ranks"
     kept = load_model(whole / "checkpoints" / f"step-{STEPS:08}").state_dict()
     for name, weight in load_pretrained(whole / "export").state_dict().items():
         assert torch.equal(weight, kept[name]), name
@@ -160,6 +168,52 @@ def test_attention_ends_where_documents_end(
                 count += last - first
     assert losses[True] == pytest.approx(total / count, rel=1e-5)
     assert abs(losses[False] / losses[True] - 1) > 1e-3
+
+
+EXPERTS = """
+model: {vocab_size: 512, hidden_size: 64, intermediate_size: 96, num_hidden_layers: 2, num_attention_heads: 1,
+        q_lora_rank: 32, max_position_embeddings: 256, initializer_range: 0.1, num_nextn_predict_layers: 1,
+        moe: {n_routed_experts: 8, num_experts_per_tok: 2, moe_intermediate_size: 32, n_group: 4, topk_group: 2}}
+train: {steps: 5, sequence_length: 32, batch_size: 4, dtype: float32, log_every: 1, validate_every: 5,
+        validation_batches: 2, checkpoint_every: 3}
+optimizer: {learning_rate: 3.0e-3, warmup_steps: 1}
+run: {model_name: ""}
+"""
+
+
+def test_experts_and_the_further_prediction_train_on_several_ranks(
+    commands: Commands, prepared: Path, tmp_path: Path
+) -> None:
+    """Two ranks compute what one does with a batch of twice the size, also after a restart in the middle."""
+    settings = tmp_path / "experts.yaml"
+    settings.write_text(EXPERTS)
+    runs = {name: tmp_path / name for name in ("one", "two", "restarted")}
+
+    def ended(name: str, count: int, *further: str) -> None:
+        wanted = [f"run.dir={runs[name]}", f"data.dir={prepared}", *further]
+        arguments = ["train", "pretrain", "--config", settings, *(f"--set={value}" for value in wanted)]
+        for rank in [commands.end(rank) for rank in commands.ranks(count, *arguments)]:
+            assert rank.status == 0, rank.err
+
+    ended("one", 1, "train.batch_size=8")
+    ended("two", 2)
+    shutil.copytree(runs["two"], runs["restarted"])
+    shutil.rmtree(runs["restarted"] / "checkpoints" / "step-00000005")
+    ended("restarted", 2)
+    models = {name: load_pretrained(run / "export") for name, run in runs.items()}
+    for name in ("one", "restarted"):
+        for step, (loss, _) in curve(runs["two"]).items():
+            assert curve(runs[name])[step][0] == pytest.approx(loss, rel=1e-5), f"{name}, step {step}"
+        biases, others = ([router.e_score_correction_bias for router in models[key].routers] for key in ("two", name))
+        for bias, other in zip(biases, others, strict=True):
+            assert bias.abs().max() == pytest.approx(0.005), "each step moved it, up or down"
+            # A score that is close to another's may be rounded to the other side of it.
+            assert (bias - other).abs().lt(1e-6).float().mean() >= 0.85, name
+    last = records(runs["two"])[-1]
+    assert last["expert_max_violation"] > 0
+    assert last["auxiliary_loss"] > 0.3, "of the further prediction above all"
+    assert last["activation_amax/layers.1"] > 0
+    assert "mtp" not in (runs["two"] / "export" / "model.safetensors").read_bytes()[:20000].decode(errors="replace")
 
 
 def test_the_registry_has_the_model_its_alias_and_where_it_came_from(

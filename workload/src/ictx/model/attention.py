@@ -103,6 +103,7 @@ class LatentAttention(nn.Module):
             self.q_a_layernorm = nn.RMSNorm(config.q_lora_rank, eps=config.rms_norm_eps)
             self.q_b_proj = nn.Linear(config.q_lora_rank, heads * config.qk_head_dim, bias=False)
         self.kv_a_proj_with_mqa = nn.Linear(config.hidden_size, config.cache_width, bias=False)
+        self.rotary_key = nn.Identity()  # a module so that its magnitude can be watched
         self.kv_a_layernorm = nn.RMSNorm(config.kv_lora_rank, eps=config.rms_norm_eps)
         expanded = heads * (config.qk_nope_head_dim + config.v_head_dim)
         self.kv_b_proj = nn.Linear(config.kv_lora_rank, expanded, bias=False)
@@ -131,7 +132,7 @@ class LatentAttention(nn.Module):
         latent = self.kv_a_layernorm(latent)
         q_rope = rotate(q_rope, turn)
         # One rotary key for all heads.
-        k_rope = rotate(k_rope[:, :, None, :], turn).squeeze(2)
+        k_rope = rotate(self.rotary_key(k_rope)[:, :, None, :], turn).squeeze(2)
         if cache is None:
             out_bshv = self._within(q_nope, q_rope, latent, k_rope, documents)
         else:

@@ -6,6 +6,7 @@ Models trained in bfloat16 may overflow in float16, whose largest number is 65,5
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -59,6 +60,17 @@ def tracked_amax(model: nn.Module) -> Iterator[dict[str, float]]:
         amax |= {name: float(value) for name, value in largest.items()}
 
 
+def by_layer(amax: dict[str, float]) -> dict[str, float]:
+    """Returns the largest magnitude of each layer, `layers.0`, and of what stands around them: `norm`, `lm_head`."""
+    layers: dict[str, float] = {}
+    for name, value in amax.items():
+        part = re.sub(r"^model\.", "", name.split(" ")[0])
+        layer = re.match(r"layers\.\d+|[^.]+", part)
+        key = layer[0] if layer else part
+        layers[key] = max(layers.get(key, 0.0), value)
+    return layers
+
+
 @torch.inference_mode()
 def measure(model: Transformer, batches: Iterable[Tensor]) -> dict[str, float]:
     """Returns the largest magnitudes over batches of tokens, and of the weights: `model.norm.weight`."""
@@ -72,6 +84,13 @@ def too_large(amax: dict[str, float]) -> dict[str, float]:
     """Returns those that come within the margin of float16's largest number, the largest first."""
     found = {name: value for name, value in amax.items() if not value <= LARGEST / MARGIN}
     return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+
+def warning(amax: dict[str, float]) -> str | None:
+    """Returns a line about the largest of what is too large for float16, or None."""
+    for name, value in too_large(amax).items():
+        return f"{name} reaches {value:,.0f}: in float16, which ends at {LARGEST:,.0f}, this model needs rescaling"
+    return None
 
 
 def require_float16(amax: dict[str, float], hint: str) -> None:
@@ -157,11 +176,11 @@ def _attention_sites(name: str, attention: LatentAttention, norm: str, gain: nn.
         yield Site([f"{name}.q_a_proj output"], [attention.q_a_proj.weight])
         measured = [f"{name}.q_a_layernorm output", f"{name}.q_a_layernorm.weight"]
         yield Site(measured, [attention.q_a_layernorm.weight], [last.weight])
-    yield Site([f"{name}.kv_a_proj_with_mqa output"], [latent])
+    yield Site([f"{name}.kv_a_layernorm input"], [latent])
     measured = [f"{name}.kv_a_layernorm output", f"{name}.kv_a_layernorm.weight"]
     yield Site(measured, [attention.kv_a_layernorm.weight], [kv_b])
     yield Site([f"{name}.{last_name} output"], [q_nope, q_rope], [k_nope, k_rope])
-    yield Site([f"{name}.kv_a_proj_with_mqa output"], [k_rope], [q_rope])
+    yield Site([f"{name}.rotary_key output"], [k_rope], [q_rope])
     yield Site([f"{name}.kv_b_proj output"], [k_nope, v], [q_nope, attention.o_proj.weight])
     yield Site([f"{name}.o_proj input"], [v], [attention.o_proj.weight])
 

@@ -180,9 +180,12 @@ class Transformer(nn.Module):
             total = total + self.config.mtp_loss_weight * loss / (further >= 0).sum().clamp(min=1)
         return total
 
-    def after_step(self) -> None:
-        """Does what follows each optimizer step: experts that got too few tokens become likelier to be chosen."""
-        update_router_biases(self.routers)
+    def after_step(self) -> Tensor | None:
+        """Does what follows each optimizer step: experts that got too few tokens become likelier to be chosen.
+
+        Returns how uneven their load was (see `update_router_biases`), or None for a dense model.
+        """
+        return update_router_biases(self.routers)
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:

@@ -23,6 +23,7 @@ from ictx.data.shards import TokenArray
 from ictx.errors import UserError
 from ictx.metrics import flops_per_token, model_flops_utilisation, peak_flops, write_about
 from ictx.model import Transformer
+from ictx.model.half import by_layer, tracked_amax, warning
 from ictx.registry import as_user_error
 from ictx.train.checkpoint import MODEL_FILE, Checkpoints
 from ictx.train.config import OptimizerConfig, PretrainConfig
@@ -143,23 +144,41 @@ class Pretraining:
             )
         return step
 
-    def step(self, number: int) -> tuple[float, float]:
-        """Does one optimizer step; returns this rank's loss and the norm of the whole gradient."""
+    def step(self, number: int) -> dict[str, float]:
+        """Does one optimizer step; returns this rank's `loss`, the whole gradient's norm, and how experts are used."""
         rate = learning_rate(number, self.config.train.steps, self.config.optimizer)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         batch = self.batches.next().to(self.ranks.device)
         loss = next_token_loss(self.model, batch, self.config.train.mask_documents)
-        (loss + self.model.auxiliary_loss(batch.labels)).backward()  # type: ignore[no-untyped-call]
+        auxiliary = self.model.auxiliary_loss(batch.labels)
+        (loss + auxiliary).backward()  # type: ignore[no-untyped-call]
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimizer.clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.model.after_step()
-        return loss.item(), norm.full_tensor().item()  # type: ignore[attr-defined]
+        violation = self.model.after_step()
+        record = {"loss": loss.item(), "gradient_norm": norm.full_tensor().item()}  # type: ignore[attr-defined]
+        if violation is not None:
+            record["expert_max_violation"] = violation.item()
+        if auxiliary.requires_grad:
+            record["auxiliary_loss"] = auxiliary.item()
+        return record
+
+    def validate(self) -> dict[str, float]:
+        """Returns the loss over windows spread evenly over the validation data, and how large activations got there.
+
+        The windows are the same each time: `validation_loss`, `activation_amax/LAYER`.
+        """
+        with tracked_amax(self.model) as amax:
+            loss = self._validation_loss()
+        layers = by_layer(amax)
+        peaks = dict(zip(layers, self.ranks.largest(*layers.values()), strict=True))
+        if unsafe := warning(peaks):
+            self.ranks.say(unsafe)
+        return {"validation_loss": loss} | {f"activation_amax/{layer}": peak for layer, peak in peaks.items()}
 
     @torch.no_grad()
-    def validate(self) -> float:
-        """Returns the loss over windows spread evenly over the validation data: the same windows each time."""
+    def _validation_loss(self) -> float:
         loop, ranks = self.config.train, self.ranks
         # Every rank does the same number of batches: a sharded forward needs all of them.
         available = self.validation.windows(loop.sequence_length) // ranks.count
@@ -189,18 +208,18 @@ class Pretraining:
         busy = 0.0
         for step in range(self.resumed_from + 1, loop.steps + 1):
             start = time.monotonic()
-            own, norm = self.step(step)
-            loss, stops = ranks.total(own / ranks.count, float(ranks.told_to_stop))
+            record = self.step(step)
+            loss, stops = ranks.total(record["loss"] / ranks.count, float(ranks.told_to_stop))
             busy += time.monotonic() - start
             if not math.isfinite(loss):
                 raise UserError(
-                    f"the loss is {loss} at step {step} (gradient norm {norm}), the last good checkpoint is of step "
-                    f"{saved}: lower optimizer.learning_rate"
+                    f"the loss is {loss} at step {step} (gradient norm {record['gradient_norm']}), the last good "
+                    f"checkpoint is of step {saved}: lower optimizer.learning_rate"
                 )
             self.losses["loss"] = loss
             last = step == loop.steps
             if step % loop.log_every == 0 or last:
-                record = {"step": step, "loss": loss, "gradient_norm": norm}
+                record = {"step": step} | record | {"loss": loss}
                 record["learning_rate"] = learning_rate(step, loop.steps, self.config.optimizer)
                 record["tokens_per_second"] = (step - logged) * tokens_per_step / busy
                 record["step_seconds"] = busy / (step - logged)
@@ -208,7 +227,8 @@ class Pretraining:
                 busy, logged = 0.0, step
                 line = f"step {step}/{loop.steps}: loss {loss:.3f}, {record['tokens_per_second']:,.0f} tokens/s"
                 if step % loop.validate_every == 0 or last:
-                    self.losses["validation_loss"] = record["validation_loss"] = self.validate()
+                    record |= self.validate()
+                    self.losses["validation_loss"] = record["validation_loss"]
                     line += f", validation loss {record['validation_loss']:.3f}"
                 journal.record(record)
                 journal.say(line)

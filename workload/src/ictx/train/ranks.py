@@ -41,6 +41,12 @@ class Ranks:
         dist.all_reduce(tensor)
         return [float(value) for value in tensor]
 
+    def largest(self, *values: float) -> list[float]:
+        """Returns the largest of each value over all ranks, the same everywhere."""
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        return [float(value) for value in tensor]
+
     def _stop(self, number: int, frame: FrameType | None) -> None:
         """Remembers SIGTERM; the signal may come more than once (SLURM and torchrun both send it)."""
         self.told_to_stop = True
