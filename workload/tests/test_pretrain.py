@@ -129,6 +129,7 @@ def test_the_export_has_the_loss_that_was_measured(whole: Path, prepared: Path) 
         ours(windows[:, :-1])
     last = records(whole)[-1]
     found = {name.removeprefix("activation_amax/"): last[name] for name in last if name.startswith("activation_amax/")}
+    assert set(found) == {"embed_tokens", "layers.0", "layers.1", "norm", "lm_head"}
     assert found == pytest.approx(by_layer(amax), rel=1e-5), "the largest of both ranks"
     kept = load_model(whole / "checkpoints" / f"step-{STEPS:08}").state_dict()
     for name, weight in load_pretrained(whole / "export").state_dict().items():
