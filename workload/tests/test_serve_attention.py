@@ -43,6 +43,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
         ({}, None),
         ({"capability": 80, "dtype": torch.float16, "cache_dtype": "float16", "block_size": 16}, None),
         ({"block_size": 64, "heads": 128, "queries": 8}, None),
+        ({"amx": True}, None),
         ({"capability": 75, "dtype": torch.float16}, "compute capability 7.5 is below 8.0"),
         ({"dtype": torch.float32}, "dtype float32 is neither float16 nor bfloat16"),
         ({"cache_dtype": "fp8"}, "the layout of a fp8 cache differs from ours: the cache must be bfloat16"),

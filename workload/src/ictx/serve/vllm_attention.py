@@ -231,7 +231,7 @@ def served(config: Any) -> Served:
 
 
 def _amx(backend: AttentionBackendEnum | None) -> bool:
-    """Whether vLLM would take its back end for processors with AMX, by the conditions of its own platform for CPUs."""
+    """Whether vLLM, on a CPU, would take its back end for AMX, by the conditions of its own platform for CPUs."""
     return (
         current_platform.get_cpu_architecture() == CpuArchEnum.X86
         and torch.cpu._is_amx_tile_supported()
@@ -251,7 +251,9 @@ def _decode_slot(slot: str) -> Any:
     config = get_current_vllm_config_or_none()
     if config is not None and config.model_config is not None:
         what = served(config)
-        if slot == what.backend or (what.backend is None and _leads(slot, what)):
+        # On a CPU, vLLM does not listen to other names.
+        first = _leads(slot, what) and (what.backend is None or what.device == "cpu")
+        if first or slot == what.backend:
             reason = refused(what)
             if reason is None:
                 logger.info_once("%s=ictx: ours attends in place of %s", VARIABLE, slot)

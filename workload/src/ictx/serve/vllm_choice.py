@@ -43,7 +43,7 @@ class Served:
     backend: str | None = None
     """Back end that a person asked for by name."""
     amx: bool = False
-    """Whether vLLM would take its back end for processors with AMX."""
+    """Whether vLLM would, without a GPU, take its back end for processors with AMX."""
     other: tuple[str, ...] = ()
     """What else is asked of attention that ours does not have, in words."""
 
@@ -81,7 +81,7 @@ def refused(served: Served) -> str | None:
         return f"block size {served.block_size} is not 16, 32, 64 or another power of 2"
     if served.device not in ("cpu", "cuda"):
         return f"device {served.device} is neither a CPU nor an NVIDIA GPU"
-    if served.amx:
+    if served.amx and served.device == "cpu":
         return "vLLM has its own for processors with AMX"
     if served.backend is not None and served.device == "cuda":
         return f"{served.backend} is asked for by name"
