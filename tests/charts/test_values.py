@@ -24,6 +24,8 @@ WRONG: list[tuple[str, Document, str]] = [
     ("serving", {"vllm.maxModelLen": "128k"}, "vllm.maxModelLen"),
     ("serving", {"vllm.dtype": "int4"}, "vllm.dtype"),
     ("serving", {"vllm.kvCacheDtype": "fp4"}, "vllm.kvCacheDtype"),
+    ("serving", {"vllm.attention": "flash"}, "vllm.attention"),
+    ("serving", {"vllm.attention": ""}, "vllm.attention"),
     ("serving", {"vllm.tensorParallelSize": 0}, "vllm.tensorParallelSize"),
     ("serving", {"vllm.tensorParallelSize": 4}, "vllm.tensorParallelSize"),
     ("serving", {"vllm.gpuMemoryUtilization": 1.2}, "vllm.gpuMemoryUtilization"),
@@ -193,8 +195,15 @@ def test_the_lab_serves_on_the_cpu() -> None:
     assert json.loads(option(vllm, "--compilation-config")) == {"custom_ops": ["none"]}
     assert list(vllm["resources"]["limits"]) == ["memory"]
     assert environment(vllm)["VLLM_CPU_KVCACHE_SPACE"] == "1"
+    assert option(vllm, "--attention-backend") == "CPU_MLA"
     assert environment(vllm)["VLLM_API_KEY"] is None
     assert "runtimeClassName" not in pod.spec
+
+
+def test_our_attention_is_switched_on_by_one_value() -> None:
+    assert environment(server("serving", "gpu-small").container("vllm"))["ICTX_VLLM_ATTENTION"] == "vllm"
+    vllm = server("serving", "gpu-small", vllm__attention="ictx").container("vllm")
+    assert environment(vllm)["ICTX_VLLM_ATTENTION"] == "ictx"
 
 
 @pytest.mark.parametrize(

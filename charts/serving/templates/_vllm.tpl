@@ -54,6 +54,8 @@ env:
       secretKeyRef:
         name: {{ include "serving.apiKeySecret" . }}
         key: {{ .Values.apiKey.key }}
+  - name: ICTX_VLLM_ATTENTION
+    value: {{ .Values.vllm.attention }}
   # The model lies in the volume: nothing is looked up elsewhere, nothing is reported.
   - name: HF_HUB_OFFLINE
     value: "1"

@@ -14,9 +14,9 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 from torch import Tensor
 
+from ictx.data.tokenizer import TOKENIZER_FILE, read_tokenizer
 from ictx.errors import UserError
 from ictx.model import LatentCache, Transformer
-from ictx.model.hf import TOKENIZER_FILE
 
 
 @dataclass(frozen=True)
@@ -162,13 +162,9 @@ class Vocabulary:
     @classmethod
     def load(cls, directory: Path) -> Vocabulary:
         """Reads them. Raises UserError when the folder has no tokenizer."""
-        path = directory / TOKENIZER_FILE
-        try:
-            tokenizer = Tokenizer.from_str(path.read_text())
-        except OSError as error:
-            raise UserError(f"{path}: {error.strerror}: the checkpoint was exported without a tokenizer") from error
-        except Exception as error:  # the library raises nothing more exact
-            raise UserError(f"{path} is no tokenizer: {error}") from error
+        if directory.is_dir() and not (directory / TOKENIZER_FILE).exists():
+            raise UserError(f"{directory} has no {TOKENIZER_FILE}: the checkpoint was exported without a tokenizer")
+        tokenizer = read_tokenizer(directory)
         settings, generation = (
             json.loads(file.read_text()) if file.exists() else {}
             for file in (directory / "tokenizer_config.json", directory / "generation_config.json")

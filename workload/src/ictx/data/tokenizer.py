@@ -80,15 +80,20 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def load_tokenizer(directory: Path, vocab_size: int) -> Tokenizer:
-    """Returns the tokenizer that lies in a folder. Raises UserError naming what it lacks."""
+def read_tokenizer(directory: Path) -> Tokenizer:
+    """Returns the tokenizer that lies in a folder, whoever made it. Raises UserError."""
     path = directory / TOKENIZER_FILE
     try:
-        tokenizer = Tokenizer.from_str(path.read_text())
+        return Tokenizer.from_str(path.read_text())
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from error
     except Exception as error:  # the library raises nothing more exact
         raise UserError(f"{path} is no tokenizer: {error}") from error
+
+
+def load_tokenizer(directory: Path, vocab_size: int) -> Tokenizer:
+    """Returns one of ours that lies in a folder. Raises UserError naming what it lacks."""
+    path, tokenizer = directory / TOKENIZER_FILE, read_tokenizer(directory)
     if tokenizer.get_vocab_size() != vocab_size:
         raise UserError(f"vocab_size is {vocab_size}, but {path} has {tokenizer.get_vocab_size()} entries")
     for number, text in enumerate(SPECIAL_TOKENS):

@@ -1,0 +1,68 @@
+"""Attention among the tokens of several sequences that follow one another, in plain PyTorch, with its log-sum-exp."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+WORKSPACE = 1 << 28
+"""Bytes that scores and weights take at most, unless one query alone takes more."""
+
+
+def attend_ragged(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_bounds: list[int],
+    k_bounds: list[int],
+    scale: float,
+    *,
+    causal: bool,
+    workspace: int = WORKSPACE,
+) -> tuple[Tensor, Tensor]:
+    """Attends within each sequence: softmax(q · kᵀ · scale) · v.
+
+    Scores and their softmax are float32 (float64 where q is).
+
+    Args:
+        q: queries [queries, heads, width].
+        k: keys [keys, heads, width] in q's dtype.
+        v: values [keys, heads, value width] in q's dtype.
+        q_bounds: first query of each sequence, and the end of the last.
+        k_bounds: the same of the keys; every sequence that has queries has keys.
+        causal: whether query i of a sequence sees its keys 0 to i alone.
+        workspace: bytes that scores and weights may take.
+
+    Returns:
+        Attended values [queries, heads, value width] in q's dtype, and the natural log-sum-exp of the scaled scores,
+        float32 [heads, queries].
+    """
+    heads = q.shape[1]
+    out = q.new_empty(q.shape[0], heads, v.shape[-1])
+    lse = torch.empty(heads, q.shape[0], dtype=torch.float32, device=q.device)
+    for (q_first, q_end), (k_first, k_end) in zip(pairwise(q_bounds), pairwise(k_bounds), strict=True):
+        keys, values = (x[k_first:k_end].transpose(0, 1) for x in (k, v))
+        step = max(workspace // (8 * heads * max(k_end - k_first, 1)), 1)
+        for first in range(q_first, q_end, step):
+            end = min(first + step, q_end)
+            seen = end - q_first if causal else k_end - k_first
+            score = _scores(q[first:end].transpose(0, 1), keys[:, :seen]) * scale
+            if causal:
+                later = torch.ones(end - first, seen, dtype=torch.bool, device=q.device).triu(first - q_first + 1)
+                score.masked_fill_(later, -torch.inf)
+            total = score.logsumexp(-1, keepdim=True)
+            out[first:end] = torch.matmul((score - total).exp().to(v.dtype), values[:, :seen]).transpose(0, 1)
+            lse[:, first:end] = total.squeeze(-1)
+    return out, lse
+
+
+def _scores(q_hqd: Tensor, k_hkd: Tensor) -> Tensor:
+    """Returns q · kᵀ, summed and kept in float32 (float64 where q is)."""
+    if q_hqd.dtype in (torch.float32, torch.float64):
+        return torch.matmul(q_hqd, k_hkd.mT)
+    if q_hqd.device.type == "cuda":
+        # Rounded to 16 bits, a score of 100 would be off by 3 %.
+        return torch.bmm(q_hqd, k_hkd.mT, out_dtype=torch.float32)
+    return torch.matmul(q_hqd.float(), k_hkd.mT.float())
