@@ -208,7 +208,8 @@ def _warm_rope_cache(variant: Variant) -> Any:
     float32 = tensor(torch.float32)
     return rope_cache.warmup(
         dtype, dtype, float32, float32, tensor(torch.int64), tensor(torch.uint8) if variant.stored else dtype,
-        float32 if variant.stored else dtype, dtype, 1e-6, 72, 72, 72, grid=(1,), **constants(variant.stored),
+        float32 if variant.stored else dtype, dtype, 1e-6, 72, 72, 72, grid=(1,),
+        **constants(variant.stored, variant.target >= dispatch.EARLY),
     )  # fmt: skip
 
 

@@ -39,6 +39,16 @@ class Workspace:
             torch.zeros(items, dtype=torch.int32, device=device),
         )
 
+    @classmethod
+    def of(
+        cls, device: torch.device, batch: int, rows: int, dtype: torch.dtype, stored: str | None
+    ) -> Workspace | None:
+        """Returns one for launches with so many sequences and rows (query position × head); None for PyTorch."""
+        if dispatch.choose("mla_decode", device, dtype, stored=stored).name == "torch":
+            return None
+        block_m = block_m_of(rows)
+        return cls.make(device, launch_of(device, block_m, stored)[1], block_m, batch * -(-rows // block_m))
+
     def fits(self, programs: int, block_m: int, items: int) -> bool:
         """Whether it is large enough."""
         return self.part_lse.numel() >= 2 * programs * block_m and self.counters.numel() >= items
@@ -127,6 +137,16 @@ def block_m_of(rows: int) -> int:
     return 16 if rows <= 16 else 32
 
 
+def launch_of(
+    device: torch.device, block_m: int, stored: str | None, config: DecodeConfig | None = None
+) -> tuple[DecodeConfig, int]:
+    """Returns how the kernel is cut up, by the tuned configuration unless one is given, and how many programs run."""
+    if dispatch.interpreted():
+        return replace(config or INTERPRETER, reduce_all=False), INTERPRETER_PROGRAMS
+    config = config or decode_config(dispatch.capability(device), block_m, stored)
+    return config, multiprocessors(device) * config.programs
+
+
 def constants(stored: str | None, page: int, block_m: int, config: DecodeConfig) -> dict[str, Any]:
     """Returns the kernel's compile-time parameters and options."""
     options: dict[str, Any] = {"num_warps": config.warps}
@@ -175,11 +195,7 @@ def _launch(
     lse = torch.empty(batch, query, heads, dtype=torch.float32, device=q.device)
     if batch == 0:
         return out, lse
-    if dispatch.interpreted():
-        config, programs = replace(config or INTERPRETER, reduce_all=False), INTERPRETER_PROGRAMS
-    else:
-        config = config or decode_config(dispatch.capability(q.device), block_m, stored)
-        programs = multiprocessors(q.device) * config.programs
+    config, programs = launch_of(q.device, block_m, stored, config)
     work = workspace or _workspace(q.device, programs, block_m, batch * row_blocks)
     # The same bytes, seen as each of the dtypes that a row holds.
     flat = layout.flat(cache)

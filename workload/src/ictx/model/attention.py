@@ -218,7 +218,9 @@ class LatentAttention(nn.Module):
         rows = []
         for row, q in enumerate(q_bshd):
             entries, table = cache.sequence(layer, row)
-            rows.append(mla_prefill(q, entries, slots.lengths[row], weight, scale, table, mode=mode))
+            rows.append(
+                mla_prefill(q, entries, slots.lengths[row], weight, scale, table, stored=cache.stored, mode=mode)
+            )
         return torch.stack(rows)
 
     def _expanded(self, q_nope: Tensor, q_rope: Tensor, cache: LatentCache, layer: int, slots: Slots) -> Tensor:
