@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -59,7 +60,13 @@ def test_the_row_that_is_told_and_saved(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert row["ratio"] == pytest.approx(1.5 / 1.386, rel=1e-3) and row["overhead"] == pytest.approx(0.05)
     assert row["projected_2070s_ms"] == pytest.approx(1.5 * 3000 / 448, rel=1e-3)
     text = "\n".join(lines(row, found))
-    assert "not measured: floor 9.2" in text and "16 ×   62.50  decode" in text and "cap 8.0 GB" in text
+    assert (
+        "not measured: floor 9.2" in text
+        and "16 ×   62.50  decode" in text
+        and "6.00 GB, 5.00 GB of it tensors (within the cap of 8 GB" in text
+    )
+    over = dataclasses.replace(found, taken=8_010_000_000)
+    assert "8.01 GB, 5.00 GB of it tensors (OVER the cap" in "\n".join(lines(values("x", case, over), over))
     for _ in range(2):
         save(row, tmp_path / "rows.csv")
     with (tmp_path / "rows.csv").open() as file:

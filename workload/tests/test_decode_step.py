@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from unittest import mock
+
 import pytest
 import torch
 from interpreter import passes_interpreted
@@ -10,6 +13,7 @@ from torch import Tensor
 
 from ictx.errors import UserError
 from ictx.kernels import dispatch
+from ictx.kernels.next_token import Places, begin, choose_likeliest
 from ictx.kernels.products import absorb, expand, project
 from ictx.model import LatentCache, Transformer
 from ictx.model.step import DecodeStep
@@ -37,17 +41,15 @@ def agrees(model: Transformer, batch: int, block_size: int | None, stored: str |
     step = DecodeStep(model, cache, newest, TOKENS)
     captured = step.capture() if graph else None
     found, logits = [newest], []
-    for _ in range(TOKENS):
-        if captured:
-            captured.replay()
-        else:
-            logits.append(step())
-        found.append(step.token_b.clone())
+    run = captured.replay if captured else lambda: logits.append(step())
+    found += [torch.tensor(tokens, device=newest.device) for tokens in step.follow(run, TOKENS)]
     step.finish()
     assert cache.longest == 37 + TOKENS and cache.lengths.tolist() == [37 + TOKENS] * batch
     again, first = prefilled(model, batch, block_size, stored)
     assert torch.equal(first, newest)
-    wanted = [model(token[:, None], cache=again, last_only=True)[:, -1] for token in found[:-1]]
+    # By PyTorch alone.
+    with mock.patch.dict(os.environ, {dispatch.VARIABLE: "torch"}):
+        wanted = [model(token[:, None], cache=again, last_only=True)[:, -1] for token in found[:-1]]
     for number, expected in enumerate(wanted):
         best = expected.float().max(-1).values
         chosen = expected.float().gather(1, found[number + 1][:, None]).flatten()
@@ -123,6 +125,43 @@ def products_agree(device: str, dtype: torch.dtype) -> None:
         close(expand(out, w_kv, value), expand(out.double(), w_kv.double(), value))
 
 
+def ends_agree(device: str, dtype: torch.dtype) -> None:
+    """Compares the first and the last kernel of a step with PyTorch's, exactly: they only move numbers."""
+    generator = torch.Generator(device).manual_seed(4)
+    embedding = torch.randn(3000, 48, device=device, generator=generator).to(dtype)
+    token_b = torch.tensor([2999, 0, 1500], device=device)
+    first_b = torch.tensor([7, 0, 1023], dtype=torch.int32, device=device)
+    cos, sin = (torch.randn(3, 5, 32, device=device, generator=generator) for _ in range(2))
+    slots = torch.randint(1 << 40, (3, 5), device=device, generator=generator)
+    lengths_b = first_b.clone()
+    for at in range(5):
+        found = begin(token_b, lengths_b, embedding, Places(first_b, cos, sin, slots))
+        for one, wanted in zip(found, (embedding[token_b], cos[:, at], sin[:, at], slots[:, at]), strict=True):
+            assert torch.equal(one, wanted)
+        assert torch.equal(lengths_b, first_b + at + 1)
+    for vocabulary in (1, 1023, 1025, 3000):
+        logits = torch.randn(3, vocabulary, device=device, generator=generator).to(dtype)
+        # Two as large, in two parts: the first counts.
+        logits[0, vocabulary // 3] = logits[0, -1] = 9
+        logits[1] = -torch.inf
+        logits[2, -1] = 9
+        choose_likeliest(logits, token_b)
+        assert token_b.tolist() == [vocabulary // 3, 0, vocabulary - 1]
+    choose_likeliest(torch.full((3, 1025), torch.nan, dtype=dtype, device=device), token_b)
+    assert ((token_b >= 0) & (token_b < 1025)).all()
+
+
+def test_interpreted_ends() -> None:
+    if not dispatch.interpreted():
+        pytest.skip("runs with TRITON_INTERPRET=1")
+    ends_agree("cpu", torch.float16)
+
+
+def test_the_ends_in_pytorch() -> None:
+    if not dispatch.interpreted():
+        ends_agree("cpu", torch.float16)
+
+
 def test_interpreted_products() -> None:
     if not dispatch.interpreted():
         pytest.skip("runs with TRITON_INTERPRET=1")
@@ -137,13 +176,14 @@ def test_interpreted_step(stored: str | None) -> None:
 
 
 def test_interpreted_cases_pass_in_a_process_of_their_own() -> None:
-    passes_interpreted(__file__, "3 passed", "-k", "interpreted and not process")
+    passes_interpreted(__file__, "4 passed", "-k", "interpreted and not process")
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_products_on_a_gpu(dtype: torch.dtype) -> None:
     products_agree("cuda", dtype)
+    ends_agree("cuda", dtype)
 
 
 @pytest.mark.gpu

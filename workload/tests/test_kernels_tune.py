@@ -10,6 +10,7 @@ import torch
 
 from ictx.errors import UserError
 from ictx.kernels import tune, tuning
+from ictx.kernels.decode import block_m_of
 from ictx.kernels.tuning import DecodeConfig
 
 
@@ -34,8 +35,9 @@ def test_every_target_knows_every_kind_of_input() -> None:
         for stored in (None, "int8", "fp8"):
             if stored == "fp8" and int(name.removeprefix("sm_")) < 89:
                 continue
-            for rows in (16, 32):
-                assert tuning.decode_config(int(name.removeprefix("sm_")), rows, stored).warps in (4, 8)
+            target = int(name.removeprefix("sm_"))
+            for rows in {block_m_of(rows, target) for rows in (1, 16, 17, 128)}:
+                assert tuning.decode_config(target, rows, stored).warps in (4, 8)
 
 
 def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,6 +25,8 @@ from ictx.model.step import DecodeStep, unfit
 BLOCK = 64
 PROFILED = 4
 """Replays under the profiler."""
+LATER = 256e6
+"""Bytes of a cap that tensors do not get: what CUDA takes for kernels and graphs after the cap is set."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ class Measured:
     step: float
     """Median time of a graph's replay between two events on the GPU."""
     wall: float
-    """Time of a token on the host's clock, which reads each token: the mean over all."""
+    """Time of a token on the host's clock, which reads each token while the next is decoded: the mean over all."""
     trace: Trace | None
     allocated: int
     """Most that PyTorch's tensors took at once."""
@@ -105,11 +107,15 @@ def outside() -> int:
 
 
 def cap(memory: float | None) -> None:
-    """Limits the allocator to what `memory` bytes leave. Raises UserError where that is nothing, or not there."""
+    """Limits the allocator to what `memory` bytes leave, or not at all (None).
+
+    Raises UserError where that is nothing, or more than there is.
+    """
     if memory is None:
+        torch.cuda.set_per_process_memory_fraction(1.0)
         return
     total = torch.cuda.mem_get_info()[1]
-    left = memory - outside()
+    left = memory - outside() - LATER
     if not 0 < left <= total:
         raise UserError(
             f"a cap of {memory / 1e9:.1f} GB leaves {left / 1e9:.1f} GB to tensors; the GPU has {total / 1e9:.1f} GB"
@@ -138,15 +144,23 @@ def fill(cache: LatentCache, tokens: int) -> None:
     cache.commit(cache.reserve(tokens))
 
 
-@torch.inference_mode()
 def measure(case: Case) -> Measured:
-    """Runs a case on the GPU."""
+    """Runs a case on the GPU, under its cap."""
     if not torch.cuda.is_available():
         raise UserError("no NVIDIA GPU: nothing can be measured here")
     bandwidth = copy_bandwidth()
     torch.cuda.empty_cache()
     cap(case.memory)
     torch.cuda.reset_peak_memory_stats()
+    try:
+        return _measure(case, bandwidth)
+    finally:
+        cap(None)
+
+
+@torch.inference_mode()
+def _measure(case: Case, bandwidth: float) -> Measured:
+    """Runs a case; a cap is set."""
     model = random_model(case.config, case.dtype)
     cache = LatentCache(
         case.config, 1, case.context, block_size=BLOCK, dtype=case.dtype, stored=case.stored, device="cuda"
@@ -173,16 +187,18 @@ def measure(case: Case) -> Measured:
     step = DecodeStep(model, cache, newest, case.new_tokens + PROFILED)
     graph = step.capture()
     spans = []
-    torch.cuda.synchronize()
-    began = time.perf_counter()
-    for _ in range(case.new_tokens):
+
+    def timed() -> None:
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         begin.record()
         graph.replay()
         end.record()
-        # As in generation, where the host wants each token: it waits for it here.
-        step.token_b.tolist()
         spans.append((begin, end))
+
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    for _ in step.follow(timed, case.new_tokens):
+        pass
     wall = (time.perf_counter() - began) / case.new_tokens
     times = [begin.elapsed_time(end) * 1e-3 for begin, end in spans]
     seen = trace(graph.replay, PROFILED)

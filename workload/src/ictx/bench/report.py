@@ -72,8 +72,13 @@ def lines(row: dict[str, Any], found: Measured) -> Iterator[str]:
             f"overhead       {100 * row['overhead']:.1f} % of the wall time without a kernel at work "
             f"({row['kernels_ms']:.3f} ms with; must be under {100 * MOST_OVERHEAD:.0f} %)"
         )
-    capped = "no cap" if row["memory_cap_gb"] is None else f"cap {row['memory_cap_gb']:.1f} GB"
-    yield f"peak memory    {row['peak_gb']:.2f} GB, tensors {row['peak_tensors_gb']:.2f} GB ({capped})"
+    memory_cap, peak = row["memory_cap_gb"], row["peak_gb"]
+    capped = (
+        "no cap"
+        if memory_cap is None
+        else f"{'OVER the' if peak > memory_cap else 'within the'} cap of {memory_cap:g} GB"
+    )
+    yield f"peak memory    {peak:.2f} GB, {row['peak_tensors_gb']:.2f} GB of it tensors ({capped}; GB are 10^9 bytes)"
     yield (
         f"projection     {PROJECTED} ({PROJECTED_BANDWIDTH * 1e-9:.0f} GB/s), not measured: floor "
         f"{row['projected_2070s_floor_ms']:.2f} ms/token, at the same ratio {row['projected_2070s_ms']:.2f} ms/token"

@@ -86,8 +86,9 @@ def variants(targets: tuple[int, ...]) -> Iterator[Variant]:
                 yield Variant("mla_rope_cache", target, dtype, stored)
             if dispatch.refused("mla_decode", target, DTYPES[dtype], stored):
                 continue
-            # Nobody keeps a quantised cache without blocks.
-            pages = (64,) if dtype == "fp16" else (16, 64) if stored else (0, 16, 64)
+            # Nobody keeps a quantised cache without blocks. Before sm_80 float16 is what there is.
+            main = dtype == "bf16" or target < 80
+            pages = (64,) if not main else (16, 64) if stored else (0, 16, 64)
             for page in pages:
                 yield Variant("mla_decode", target, dtype, stored, page, 16)
             if dtype == "bf16":
@@ -238,7 +239,8 @@ def inspect(variant: Variant, compiled: Any) -> Report:
         faults.append(f"{programs} × {shared} bytes of shared memory, the limit is {SHARED_LIMIT[variant.target]}")
     if found["REG"] * 32 * warps * programs > REGISTERS:
         faults.append(f"{programs} × {warps} warps × {found['REG']} registers do not fit")
-    if not matrix and variant.kernel not in (*attention_build.NO_PRODUCTS, "mla_rope_cache"):
+    # Triton's products use tensor cores from sm_80 on; before, they are sums of products.
+    if not matrix and variant.target >= 80 and variant.kernel not in (*attention_build.NO_PRODUCTS, "mla_rope_cache"):
         faults.append("no tensor-core instruction")
     if attention_build.serialised(compiled.asm["ptx"], variant.target):
         faults.append("the assembler serialises its products")

@@ -13,7 +13,7 @@ from ictx.errors import UserError
 
 VARIABLE = "ICTX_KERNELS"
 """Environment variable that forces an implementation: auto (the default), triton or torch."""
-OLDEST = {"mla_attention": 80, "mla_decode": 80, "mla_prefill": 80, "mla_rope_cache": 75, "decode_products": 75}
+OLDEST = {"mla_attention": 80, "mla_decode": 75, "mla_prefill": 80, "mla_rope_cache": 75, "decode_products": 75}
 """Lowest compute capability that each operation's Triton kernel is built for."""
 
 

@@ -12,13 +12,13 @@ from ictx.kernels import dispatch
 from ictx.kernels.layout import LATENT, ROPE
 
 OPERATION = "decode_products"
-TILE = 8192
+TILE = 4096
 """Weights that a program multiplies, but whole rows: enough programs fit a multiprocessor to keep memory busy."""
 LONGEST = 16384
 """Longest row that a program holds."""
-COLUMNS = 64
+COLUMNS = 32
 """Columns of the latent that a program of `absorb` makes."""
-WARPS = 4
+WARPS = 2
 
 
 def _choice(x: Tensor, width: int) -> str:

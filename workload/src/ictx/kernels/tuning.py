@@ -26,6 +26,10 @@ class DecodeConfig:
     """Whether all programs of a sequence join its partial results (needs all of them resident), or the last alone."""
     registers: int = 0
     """Most registers of a thread; 0 leaves it to the compiler."""
+    scan: int = 128
+    """Sequences whose lengths are read at once in the search for the first tile."""
+    columns: int = 0
+    """Columns of the result that are joined at once; 0 leaves it to the kernel."""
 
 
 @functools.cache

@@ -22,6 +22,11 @@ def bytes_per_token(config: ModelConfig, dtype: torch.dtype, stored: str | None 
     return row * config.num_hidden_layers
 
 
+def quantisable(config: ModelConfig) -> bool:
+    """Whether the model's latents can be quantised: they and its keys have the one size that there is a layout for."""
+    return (config.kv_lora_rank, config.qk_rope_head_dim) == (layout.LATENT, layout.ROPE)
+
+
 @dataclass(frozen=True)
 class Slots:
     """Where the tokens of one forward go; the same in every layer."""
@@ -80,7 +85,7 @@ class LatentCache:
                     f"stored is {stored}, block_size {block_size} and dtype {dtype}: expected one of "
                     f"{', '.join(layout.QUANTISED)}, a block size, and 16 bits"
                 )
-            if (config.kv_lora_rank, config.qk_rope_head_dim) != (layout.LATENT, layout.ROPE):
+            if not quantisable(config):
                 raise UserError(
                     f"latents of {config.kv_lora_rank} and keys of {config.qk_rope_head_dim} values: only those of "
                     f"{layout.LATENT} and {layout.ROPE} are quantised"
@@ -113,6 +118,13 @@ class LatentCache:
     def longest(self) -> int:
         """Tokens of the longest sequence."""
         return max(self._lengths)
+
+    @property
+    def direct(self) -> bool | None:
+        """Whether block b is sequence b, so that kernels need no table; None where they cannot read its blocks."""
+        if self.contiguous and self.layers[0].shape[0] == self.batch:
+            return True
+        return False if self.block_size & (self.block_size - 1) == 0 else None
 
     @property
     def bytes_per_token(self) -> int:
@@ -211,7 +223,7 @@ class LatentCache:
         The tensors (batch, up to chunk, cache_width) are views of a contiguous cache and copies of a paged one. What
         lies behind the end of a shorter sequence is finite, and without meaning.
         """
-        if self.contiguous and self.layers[layer].shape[0] == self.batch:
+        if self.direct:
             for start in range(0, length, chunk):
                 yield start, self.layers[layer][:, start : min(start + chunk, length)]
             return
@@ -227,7 +239,7 @@ class LatentCache:
 
     def sequence(self, layer: int, row: int) -> tuple[Tensor, Tensor | None]:
         """Returns a layer's blocks and which of them hold a sequence, or its one block and None (see `read`)."""
-        if self.contiguous and self.layers[layer].shape[0] == self.batch:
+        if self.direct:
             return self.layers[layer][row : row + 1], None
         return self.layers[layer], self.block_tables[row]
 
