@@ -53,6 +53,7 @@ def register(areas: Any) -> None:
     bench = commands.add_parser("bench", help="measure on this GPU, beside what else computes the same")
     bench.add_argument("--out", type=Path, required=True, help="folder of the CSV and the plots")
     bench.add_argument("--quick", action="store_true", help="the shortest contexts alone")
+    bench.add_argument("--only", choices=("decode", "attention"), help="one part (default: both)")
     bench.set_defaults(run=run_bench)
 
 
@@ -101,4 +102,4 @@ def run_bench(arguments: argparse.Namespace) -> int:
     """`ictx kernels bench`."""
     from ictx.kernels.bench import main
 
-    return main(arguments.out, arguments.quick)
+    return main(arguments.out, arguments.quick, arguments.only)
