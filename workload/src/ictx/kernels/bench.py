@@ -112,15 +112,15 @@ class Inputs:
         return self.plain[0].shape[0] * PAGE // len(self.lens)
 
     @classmethod
-    def make(cls, batch: int, context: int, stored: str | None, heads: int = HEADS) -> Inputs:
-        """Returns inputs in bfloat16 with blocks of 64."""
+    def make(
+        cls, batch: int, context: int, stored: str | None, heads: int = HEADS, dtype: torch.dtype = torch.bfloat16
+    ) -> Inputs:
+        """Returns inputs with blocks of 64."""
         sets = 2 if batch * context * (layout.ROW_BYTES if stored else 2 * layout.ROW) > 10**8 else 8
         blocks = context // PAGE
-        plain = [
-            torch.randn(batch * blocks, PAGE, layout.ROW, dtype=torch.bfloat16, device="cuda") for _ in range(sets)
-        ]
+        plain = [torch.randn(batch * blocks, PAGE, layout.ROW, dtype=dtype, device="cuda") for _ in range(sets)]
         return cls(
-            [torch.randn(batch, 1, heads, layout.ROW, dtype=torch.bfloat16, device="cuda") for _ in range(sets)],
+            [torch.randn(batch, 1, heads, layout.ROW, dtype=dtype, device="cuda") for _ in range(sets)],
             [layout.quantise(cache, stored) for cache in plain] if stored else plain,
             plain,
             torch.arange(batch * blocks, dtype=torch.int32, device="cuda").view(batch, blocks),

@@ -271,7 +271,7 @@ def build(cache: Path, targets: tuple[int, ...] = TARGETS, jobs: int = 2) -> lis
     missing = [variant for variant in variants(targets) if _key(variant) not in manifest["reports"]]
     # Processes of their own: the compiler holds Python's lock. Spawned: torch's threads do not survive a fork.
     with ProcessPoolExecutor(min(jobs, len(missing)) or 1, multiprocessing.get_context("spawn")) as pool:
-        for variant, report in zip(missing, pool.map(_build_one, [cache] * len(missing), missing), strict=True):
+        for variant, report in zip(missing, pool.map(build_one, [cache] * len(missing), missing), strict=True):
             manifest["reports"][_key(variant)] = asdict(report)
             draft = path.with_suffix(".part")
             draft.write_text(json.dumps(manifest, indent=1, sort_keys=True), "utf-8")
@@ -285,7 +285,7 @@ def _key(variant: Variant) -> str:
     return f"sm_{variant.target}/{variant.name}"
 
 
-def _build_one(cache: Path, variant: Variant) -> Report:
+def build_one(cache: Path, variant: Variant) -> Report:
     """Compiles and inspects one variant."""
     with compiling(cache, variant.target):
         return inspect(variant, compile_variant(variant))
