@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,8 +21,12 @@ from transformers import PreTrainedTokenizerFast
 
 from ictx.cli import main
 from ictx.errors import UserError
-from ictx.generate import Report, Sampler, Sampling, Vocabulary, generate
+from ictx.generate import Report, Sampler, Sampling, Vocabulary, generate, refuse_quantised
+from ictx.kernels import dispatch
+from ictx.model import LatentCache
+from ictx.model.describe import describe
 from ictx.model.hf import load_pretrained, save_pretrained
+from ictx.model.step import DecodeStep
 
 END, TURN = "<|endoftext|>", "<|im_end|>"
 CHAT = (
@@ -173,12 +178,80 @@ def test_describe_tells_the_large_model_s_size_and_cache(
     assert ictx(monkeypatch, "model", "describe", "ictx-1b") == 0
     lines = {line[:44].strip(): line[44:].strip() for line in capsys.readouterr().out.splitlines()}
     assert lines["total"] == "1,004,623,872"
-    assert lines["8 GB"].endswith("266,731 tokens with a bfloat16 cache")
+    assert lines["8 GB"].endswith("266,731 (bfloat16, float16), 468,405 (int8, fp8)")
+    # 656 bytes in each of 16 layers.
+    for name in ("int8", "fp8"):
+        assert lines[name] == "10,496 bytes/token, 0.32 GiB at 32k, 1.28 GiB at 128k, 10.25 GiB at 1M"
     assert "18,432 bytes/token, 0.56 GiB at 32k, 2.25 GiB at 128k, 18.00 GiB at 1M" in lines["float16"]
     assert ictx(monkeypatch, "model", "describe", "ictx-1b", "--context", "-1") == 2
     assert "--context is -1: expected 1 to 1048576" in capsys.readouterr().err
     assert ictx(monkeypatch, "model", "describe", "ictx-2b") == 2
     assert "configuration model/ictx-2b.yaml is neither here nor" in capsys.readouterr().err
+
+
+def test_describe_says_where_no_cache_is_quantised() -> None:
+    lines = list(describe(small(kv_lora_rank=64).config, 256))
+    assert any("int8, fp8" in line and "only latents of 512 and keys of 64 values" in line for line in lines)
+    assert not any("(int8" in line for line in lines)
+
+
+@pytest.mark.parametrize("stored", ["int8", "fp8"])
+def test_a_quantised_cache_generates_what_a_like_one_does(stored: str) -> None:
+    model, report = small().bfloat16(), Report()
+    tokens = list(generate(model, list(range(20)), max_new_tokens=12, cache_dtype=stored, report=report))
+    assert report.cache_bytes == (20 + 11) * 656 * 3
+    # In one forward over all of them, which attends to the same rows, every token is the likeliest, or close to it.
+    cache = LatentCache(model.config, 1, 64, block_size=64, dtype=torch.bfloat16, stored=stored)
+    with torch.inference_mode():
+        logits = model(torch.tensor([[*range(20), *tokens[:-1]]]), cache=cache)[0, 19:].float()
+    chosen = logits.gather(1, torch.tensor(tokens)[:, None])[:, 0]
+    assert (logits.amax(-1) - chosen <= 5e-2 * logits.abs().amax(-1)).all()
+
+
+def test_a_cache_that_cannot_be_quantised_is_refused(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["generate", "--checkpoint", checkpoint, "--prompt", "x", "--cache-dtype", "int8"]
+    assert ictx(monkeypatch, *arguments) == 2
+    assert "keeps keys in the dtype of the weights, float32, which must have 16 bits" in capsys.readouterr().err
+    assert ictx(monkeypatch, *arguments, "--dtype", "bfloat16", "--max-new-tokens", 4) == 0
+    model = small(kv_lora_rank=64).bfloat16()
+    with pytest.raises(UserError, match="latents of 64 and keys of 64 values: only those of 512"):
+        list(generate(model, [1], max_new_tokens=2, cache_dtype="int8"))
+    with pytest.raises(UserError, match="needs a cache in blocks"):
+        list(generate(small().bfloat16(), [1], max_new_tokens=2, cache_dtype="int8", block_size=None))
+    with pytest.raises(UserError, match="cache-dtype is int4: expected"):
+        list(generate(small().bfloat16(), [1], max_new_tokens=2, cache_dtype="int4"))
+
+
+def test_fp8_is_refused_where_the_gpu_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "capability", lambda device: 86)
+    # Only dtype, device and capability are asked for; there is no such GPU here.
+    like = SimpleNamespace(dtype=torch.bfloat16, device=torch.device("cuda"))
+    with pytest.raises(UserError, match=r"capability 8.6 has no fp8; int8 takes as many bytes"):
+        refuse_quantised("fp8", like, 64)  # type: ignore[arg-type]
+    refuse_quantised("int8", like, 64)  # type: ignore[arg-type]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cache_dtype", [None, "int8", "fp8"])
+def test_a_gpu_generates_by_the_captured_step(cache_dtype: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, prompt = small(vocab_size=4096).bfloat16().cuda(), list(range(40))
+    captured: list[str] = []
+    capture = DecodeStep.capture
+    monkeypatch.setattr(DecodeStep, "capture", lambda self: captured.append("graph") or capture(self))
+    tokens = list(generate(model, prompt, max_new_tokens=30, cache_dtype=cache_dtype))
+    assert captured == ["graph"] and len(tokens) == 30
+    assert list(generate(model, prompt, max_new_tokens=30, cache_dtype=cache_dtype, chunk_size=7))[:1] == tokens[:1]
+    stop = frozenset([tokens[9]])
+    stopped = list(generate(model, prompt, max_new_tokens=30, cache_dtype=cache_dtype, stop=stop))
+    assert stopped == tokens[: tokens.index(tokens[9])]
+    # The first draws of a hot distribution differ from each other; a seed repeats them.
+    drawn = [
+        list(generate(model, prompt, max_new_tokens=30, cache_dtype=cache_dtype, sampling=Sampling(5.0, seed=seed)))
+        for seed in (1, 1, 2)
+    ]
+    assert drawn[0] == drawn[1] != drawn[2]
 
 
 def test_import_and_export_take_a_model_over(

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -20,7 +21,8 @@ from torch import Tensor
 
 from ictx.errors import UserError
 from ictx.kernels import dispatch, layout, reference
-from ictx.kernels.decode import mla_decode
+from ictx.kernels.decode import block_m_of, mla_decode
+from ictx.kernels.tuning import DecodeConfig, decode_config
 
 BOUND = {torch.float16: 2e-3, torch.bfloat16: 8e-3}
 SCALE = 0.06
@@ -92,7 +94,7 @@ def error(found: Tensor, wanted: Tensor) -> float:
     return float((found.double() - wanted).norm() / (wanted.norm() or 1.0))
 
 
-def agrees(given: dict[str, Any], stored: str | None = None) -> None:
+def agrees(given: dict[str, Any], stored: str | None = None, config: DecodeConfig | None = None) -> None:
     """Runs the kernel on poisoned output, twice on one workspace, and compares."""
     q = given["q"]
     wanted, wanted_lse = expected(given)
@@ -104,7 +106,7 @@ def agrees(given: dict[str, Any], stored: str | None = None) -> None:
         kept, _ = expected({**given, "cache": layout.dequantise(given["cache"], stored, q.dtype)})
     for _ in range(2):
         out = torch.full((*q.shape[:3], layout.LATENT), torch.nan, dtype=q.dtype, device=q.device)
-        found, lse = mla_decode(**given, out=out)
+        found, lse = mla_decode(**given, out=out, config=config)
         assert found is out
         assert torch.isfinite(found).all()
         assert error(found, kept) <= BOUND[q.dtype]
@@ -145,6 +147,16 @@ def test_decode_from_quantised_caches(stored: str, page: int) -> None:
     agrees(inputs([130, 0, 7], 4, 1, page), stored)
 
 
+@pytest.mark.usefixtures("interpreter")
+@pytest.mark.parametrize("stored", [None, "int8"])
+def test_decode_as_it_is_cut_up_before_sm_80(stored: str | None) -> None:
+    """16 tokens a step in blocks of 64, and 40 rows as three programs' of 16."""
+    given = inputs([70, 0, 33], 5, 8, 64)
+    with mock.patch.object(dispatch, "capability", lambda device: 75):
+        assert block_m_of(40, 75) == 16
+        agrees(given, stored, decode_config(75, 16, stored))
+
+
 @pytest.mark.parametrize("stored", [None, "int8", "fp8"])
 def test_the_fallback_agrees(stored: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(dispatch.VARIABLE, "torch")
@@ -153,7 +165,7 @@ def test_the_fallback_agrees(stored: str | None, monkeypatch: pytest.MonkeyPatch
 
 
 def test_interpreted_cases_pass_in_a_process_of_their_own() -> None:
-    passes_interpreted(__file__, "10 passed", "-k", "interpreter or quantised")
+    passes_interpreted(__file__, "12 passed", "-k", "interpreter or quantised or cut_up")
 
 
 @pytest.mark.gpu
@@ -198,7 +210,9 @@ def test_every_stored_byte_means_what_it_says(stored: str) -> None:
     scales[0, 0] = torch.tensor([1.0, 2.0, 0.5, 0.25], device="cuda")
     q = torch.randn(1, 1, 16, layout.ROW, dtype=torch.float16, device="cuda")
     lens = torch.tensor([1], dtype=torch.int32, device="cuda")
-    out, _ = mla_decode(q, cache, lens, 1.0, None, stored)
+    # The token's weight is 2 to the difference of its score from another number as large: scores in the thousands,
+    # which a scale of 1 would give, leave float32 too few bits there for the row to come back bit by bit.
+    out, _ = mla_decode(q, cache, lens, 2.0**-6, None, stored)
     row = layout.dequantise(cache, stored, torch.float16)[0, 0, :512]
     assert torch.equal(out[0, 0], row.to(torch.float16).expand(16, 512))
 
@@ -233,7 +247,12 @@ def test_dispatch_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose("mla_decode", cpu, torch.bfloat16).name == "torch"
     assert "no NVIDIA GPU" in choose("mla_decode", cpu, torch.bfloat16).reason
     assert choose("mla_decode", cpu, torch.bfloat16, cc=90).name == "triton"
-    assert "below 8.0" in choose("mla_decode", cpu, torch.float16, cc=75).reason
+    assert choose("mla_decode", cpu, torch.float16, cc=75).name == "triton"
+    assert choose("mla_decode", cpu, torch.float16, stored="int8", cc=75).name == "triton"
+    assert "no fp8" in choose("mla_decode", cpu, torch.float16, stored="fp8", cc=75).reason
+    assert "no bfloat16" in choose("mla_decode", cpu, torch.bfloat16, cc=75).reason
+    assert "below 7.5" in choose("mla_decode", cpu, torch.float16, cc=70).reason
+    assert "below 8.0" in choose("mla_prefill", cpu, torch.float16, cc=75).reason
     assert choose("mla_rope_cache", cpu, torch.float16, cc=75).name == "triton"
     assert "no bfloat16" in choose("mla_rope_cache", cpu, torch.bfloat16, cc=75).reason
     assert "no fp8" in choose("mla_decode", cpu, torch.bfloat16, stored="fp8", cc=80).reason

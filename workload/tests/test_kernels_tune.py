@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import json
+import time
+from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from ictx.errors import UserError
-from ictx.kernels import tune, tuning
+from ictx.kernels import attention_tune, attention_tuning, tune, tuning
+from ictx.kernels.attention_tuning import Tiles, attention_config
+from ictx.kernels.decode import block_m_of
 from ictx.kernels.tuning import DecodeConfig
 
 
 def test_found_configurations_are_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "tuned.json"
     found = DecodeConfig(block_n=16, warps=4, stages=5, programs=2)
-    tuning.save_decode(87, {"plain/rows16": found}, file)
+    tuning.save(87, {"decode": {"plain/rows16": found}}, file)
     monkeypatch.setattr(tuning, "FILE", file)
     tuning.table.cache_clear()
     assert tuning.decode_config(87, 16, None) == found
@@ -34,8 +40,50 @@ def test_every_target_knows_every_kind_of_input() -> None:
         for stored in (None, "int8", "fp8"):
             if stored == "fp8" and int(name.removeprefix("sm_")) < 89:
                 continue
-            for rows in (16, 32):
-                assert tuning.decode_config(int(name.removeprefix("sm_")), rows, stored).warps in (4, 8)
+            target = int(name.removeprefix("sm_"))
+            for rows in {block_m_of(rows, target) for rows in (1, 16, 17, 128)}:
+                assert tuning.decode_config(target, rows, stored).warps in (4, 8)
+
+
+def test_a_kind_that_compiles_slowly_does_not_starve_the_next() -> None:
+    """A search ends when its time does, measures what is ready, and calls off what is not under way."""
+    measured: list[str] = []
+
+    def seconds(config: Any) -> float:
+        measured.append(config)
+        if config == "refused":
+            raise RuntimeError("too many resources requested for launch")
+        return {"old": 3.0, "fast": 1.0, "slow": 5.0}[config]
+
+    kind = tune.Kind("decode", "plain/rows16", "old", [], lambda folder, config: True, lambda: seconds)
+    names = ("fast", "slow", "spills", "refused", "never")
+    ready: dict[Future[bool], Any] = {Future(): name for name in names}
+    for future, name in ready.items():
+        if name != "never":
+            future.set_result(name != "spills")
+    began = time.monotonic()
+    assert tune.search(kind, ready, began + 0.3) == {"old": 3.0, "fast": 1.0, "slow": 5.0}
+    assert 0.2 < time.monotonic() - began < 5
+    assert measured[0] == "old" and set(measured) == {"old", "fast", "slow", "refused"}
+    assert [name for future, name in ready.items() if future.cancelled()] == ["never"]
+
+
+def test_kinds_of_each_target() -> None:
+    names = {cc: {kind.name for kind in tune.decode_kinds(cc)} for cc in (75, 80, 90)}
+    assert names[75] == {"plain/rows16", "int8/rows16"}
+    assert names[80] == {"plain/rows16", "plain/rows32", "int8/rows16", "int8/rows32"}
+    assert names[90] == names[80] | {"fp8/rows16", "fp8/rows32"}
+    assert attention_tune.attention_kinds(75) == []
+    assert [kind.name for kind in attention_tune.attention_kinds(90)] == ["forward", "keys_values", "queries"]
+
+
+def test_found_tiles_are_saved_beside_the_decode_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "tuned.json"
+    tuning.save(87, {"attention": {"queries": Tiles(64, 32, 4, 2)}}, file)
+    monkeypatch.setattr(attention_tuning, "FILE", file)
+    attention_tuning._tuned.cache_clear()
+    assert attention_config(87) == replace(attention_config(86), queries=Tiles(64, 32, 4, 2))
+    attention_tuning._tuned.cache_clear()
 
 
 def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,8 +95,13 @@ def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.gpu
 def test_a_short_search_finds_something_for_this_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tune, "CASES", [(1, 4096)])
-    monkeypatch.setattr(tune, "candidates", lambda: iter([DecodeConfig(32, 4, 2, 1)]))
+    monkeypatch.setattr(tune, "decode_candidates", lambda: [DecodeConfig(32, 4, 2, 1)])
+    monkeypatch.setattr(attention_tune, "candidates", lambda name, tma: [Tiles(64, 64, 4, 2, tma)])
     assert tune.main(60.0, tmp_path / "tuned.json", 4) == 0
-    content = json.loads((tmp_path / "tuned.json").read_text("utf-8"))["decode"]
+    content = json.loads((tmp_path / "tuned.json").read_text("utf-8"))
     major, minor = torch.cuda.get_device_capability()
-    assert set(content[f"sm_{major}{minor}"]) >= {"plain/rows16", "plain/rows32", "int8/rows16", "int8/rows32"}
+    wanted = {"plain/rows16", "plain/rows32", "int8/rows16", "int8/rows32"}
+    assert set(content["decode"][f"sm_{major}{minor}"]) >= wanted
+    assert set(content["attention"][f"sm_{major}{minor}"]) == {"forward", "keys_values", "queries"}
+    with pytest.raises(UserError, match="no such kind on this GPU: int4/rows16"):
+        tune.main(60.0, tmp_path / "tuned.json", 4, ["int4/rows16"])

@@ -1,4 +1,4 @@
-"""The command line: `ictx data`, `ictx train`, `ictx pull`, `ictx promote`, and what model_cli and kernels.cli add."""
+"""The command line: `ictx data`, `ictx train`, `ictx pull`, `ictx promote`, and what other modules add."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ictx import __version__, model_cli
+from ictx.bench.cli import register as register_bench
 from ictx.errors import UserError
 from ictx.kernels.cli import register as register_kernels
 
@@ -106,6 +107,7 @@ def parser() -> argparse.ArgumentParser:
 
     model_cli.register(areas)
     register_kernels(areas)
+    register_bench(areas)
     return top
 
 

@@ -16,7 +16,9 @@ from torch import Tensor
 
 from ictx.data.tokenizer import TOKENIZER_FILE, read_tokenizer
 from ictx.errors import UserError
+from ictx.kernels import dispatch, layout
 from ictx.model import LatentCache, Transformer
+from ictx.model.step import DecodeStep, captures
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ def generate(
     stop: frozenset[int] = frozenset(),
     chunk_size: int = 512,
     block_size: int | None = 64,
-    cache_dtype: torch.dtype | None = None,
+    cache_dtype: torch.dtype | str | None = None,
     report: Report | None = None,
 ) -> Iterator[int]:
     """Yields new tokens until one of `stop` (which is not yielded) or `max_new_tokens`.
@@ -110,9 +112,12 @@ def generate(
     Args:
         chunk_size: tokens of the prompt that go through the model at a time: what bounds the workspace of prefill.
         block_size: tokens of a block of the cache; None makes it contiguous.
+        cache_dtype: what the cache holds; that of the weights unless given. int8 and fp8 quantise the latents.
         report: is filled in as generation goes on.
 
-    Raises UserError when the prompt is empty or does not fit the model's context.
+    On a GPU that all its kernels are built for, a dense model's tokens are replays of a CUDA graph (`DecodeStep`).
+
+    Raises UserError when the prompt is empty or does not fit the model's context, or the cache cannot be quantised.
     """
     config, weight = model.config, model.lm_head.weight
     longest = len(prompt) + max_new_tokens
@@ -126,29 +131,70 @@ def generate(
             f"{len(prompt)} tokens of the prompt and {max_new_tokens} new ones are more than the model's "
             f"max_position_embeddings, {config.max_position_embeddings}"
         )
-    dtype = cache_dtype or weight.dtype
-    cache = LatentCache(config, 1, longest, block_size=block_size, dtype=dtype, device=weight.device)
+    dtype, stored = weight.dtype, None
+    if isinstance(cache_dtype, str):
+        stored = cache_dtype
+        refuse_quantised(stored, weight, block_size)
+    elif cache_dtype is not None:
+        dtype = cache_dtype
+    cache = LatentCache(config, 1, longest, block_size=block_size, dtype=dtype, stored=stored, device=weight.device)
     sampler, report = Sampler(sampling, weight.device), report or Report()
     report.prompt_tokens = len(prompt)
     began = time.perf_counter()
     prompt_bs = torch.tensor([prompt], device=weight.device)
     for first in range(0, len(prompt), chunk_size):
         logits = model(prompt_bs[:, first : first + chunk_size], cache=cache, last_only=True)
+    newest = sampler(logits[:, -1])
+    following = _following(model, cache, newest, sampler, max_new_tokens - 1)
     for number in range(max_new_tokens):
-        if number:
-            logits = model(torch.tensor([report.tokens[-1:]], device=weight.device), cache=cache, last_only=True)
-        token = int(sampler(logits[:, -1]).item())
+        token = next(following) if number else int(newest.item())
         now = time.perf_counter()
         if number == 0:
             report.prefill_seconds = now - began
             began = now
         report.decode_seconds = now - began if number else 0.0
-        report.cache_bytes = cache.longest * cache.bytes_per_token
+        report.cache_bytes = (len(prompt) + number) * cache.bytes_per_token
         report.new_tokens += 1
         report.tokens.append(token)
         if token in stop:
             return
         yield token
+
+
+def _following(model: Transformer, cache: LatentCache, newest: Tensor, sampler: Sampler, count: int) -> Iterator[int]:
+    """Yields `count` tokens after the newest, which is not in the cache yet."""
+    if count and captures(model, cache):
+        step = DecodeStep(model, cache, newest, count)
+        graph = step.capture()
+
+        def run() -> None:
+            graph.replay()
+            if sampler.sampling.temperature:
+                step.token_b.copy_(sampler(step.logits))
+
+        for (token,) in step.follow(run, count):
+            yield token
+        return
+    for _ in range(count):
+        newest = sampler(model(newest[:, None], cache=cache, last_only=True)[:, -1])
+        yield int(newest.item())
+
+
+def refuse_quantised(stored: str, weight: Tensor, block_size: int | None) -> None:
+    """Raises UserError where a cache whose latents are int8 or fp8 cannot be had beside weights like this one."""
+    if stored not in layout.QUANTISED:
+        raise UserError(f"cache-dtype is {stored}: expected a dtype or one of {', '.join(layout.QUANTISED)}")
+    if weight.dtype.itemsize != 2:
+        raise UserError(
+            f"cache-dtype {stored} keeps keys in the dtype of the weights, {str(weight.dtype).removeprefix('torch.')}, "
+            "which must have 16 bits: give --dtype bfloat16 or float16"
+        )
+    if block_size is None:
+        raise UserError(f"cache-dtype {stored} needs a cache in blocks: give a block size")
+    if weight.device.type == "cuda":
+        reason = dispatch.refused("mla_decode", dispatch.capability(weight.device), weight.dtype, stored)
+        if reason and stored == "fp8":
+            raise UserError(f"cache-dtype fp8 cannot be decoded on this GPU: {reason}; int8 takes as many bytes")
 
 
 @dataclass(frozen=True)

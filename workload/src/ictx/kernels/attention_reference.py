@@ -30,7 +30,14 @@ def mla_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, bounds: list[in
 
 
 def mla_prefill(
-    q: Tensor, cache: Tensor, length: int, w_kv: Tensor, scale: float, table: Tensor | None, workspace: int
+    q: Tensor,
+    cache: Tensor,
+    length: int,
+    w_kv: Tensor,
+    scale: float,
+    table: Tensor | None,
+    stored: str | None,
+    workspace: int,
 ) -> Tensor:
     """Returns attended values [new, heads, value]; see `prefill.mla_prefill`.
 
@@ -49,7 +56,7 @@ def mla_prefill(
     row = heads * ((nope + value + width) * q.element_size() + 2 * new * work.itemsize)
     part = max(workspace // row, 16)
     for first in range(0, length, part):
-        rows = rows_of(cache, table, first, min(first + part, length))
+        rows = rows_of(cache, table, first, min(first + part, length), stored, q.dtype)
         expanded = F.linear(rows[:, :LATENT], w_kv).view(len(rows), heads, nope + value)
         k_nope, v = expanded[..., :nope], expanded[..., nope:]
         k = torch.cat([k_nope, rows[:, None, LATENT:].expand(-1, heads, -1)], -1)

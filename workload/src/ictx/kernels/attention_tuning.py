@@ -41,9 +41,18 @@ INTERPRETER = AttentionConfig(Tiles(32, 32, 4, 1), Tiles(32, 32, 4, 1), Tiles(32
 """What Triton's interpreter runs with."""
 
 
-@functools.cache
+override: AttentionConfig | None = None
+"""Stands for every tuned configuration in a process that tries another."""
+
+
 def attention_config(cc: int) -> AttentionConfig:
     """Returns the configuration of the newest target that is not newer than compute capability `cc`."""
+    return override or _tuned(cc)
+
+
+@functools.cache
+def _tuned(cc: int) -> AttentionConfig:
+    """Returns what the file says."""
     known: dict[str, dict[str, Any]] = json.loads(FILE.read_text("utf-8"))["attention"]
     targets = sorted(int(name.removeprefix("sm_")) for name in known)
     found = known[f"sm_{max((target for target in targets if target <= cc), default=targets[0])}"]

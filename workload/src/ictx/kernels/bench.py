@@ -15,12 +15,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ictx.errors import UserError
 from ictx.kernels import attention_bench, layout
 from ictx.kernels.decode import mla_decode
+from ictx.kernels.decode_peers import PEERS, Call
 from ictx.kernels.rope_cache import mla_rope_cache
 
 HEADS = 16
@@ -31,14 +31,10 @@ CASES = [
     (1, 131072, "fp8"), (1, 1 << 20, "int8"), (32, 32768, "int8"),
 ]  # fmt: skip
 """Batch, context, dtype of a quantised cache."""
+DIFFERS = 2e-2
+"""Relative difference of two results from which they are not the same: two roundings to bfloat16 are far below."""
 ROPE_CACHE_CASES = [(1, None), (32, None), (8192, None), (32, "int8"), (8192, "int8"), (8192, "fp8")]
 """New tokens, dtype of a quantised cache."""
-NOT_OURS = {
-    "vllm": "vLLM's Triton MLA",
-    "flash_mla": "FlashMLA",
-    "flashinfer": "FlashInfer MLA",
-    "flash_attn": "FlashAttention",
-}
 
 
 @dataclass
@@ -87,6 +83,9 @@ def copy_bandwidth() -> float:
         target = torch.empty_like(sources[0])
         calls: list[Callable[[], object]] = [functools.partial(target.copy_, source) for source in sources]
         best = max(best, 2 * size / median_time(calls))
+        # The next size does not find this one's memory taken.
+        del sources, target, calls
+        torch.cuda.empty_cache()
     return best
 
 
@@ -94,19 +93,6 @@ def matrix_rate() -> float:
     """Returns the rate of a bfloat16 product of two 8192 × 8192 matrices in operations per second."""
     left, right = (torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda") for _ in range(2))
     return 2 * 8192**3 / median_time([lambda: left @ right])
-
-
-def eager(q: Tensor, cache: Tensor, context: int) -> Tensor:
-    """Absorbed attention as one would write it, on contiguous rows."""
-    rows = cache.view(q.shape[0], context, layout.ROW)
-    score = torch.einsum("bhd,btd->bht", q[:, 0], rows) * SCALE
-    return torch.einsum("bht,btd->bhd", score.softmax(-1), rows[..., : layout.LATENT])
-
-
-def sdpa(q: Tensor, cache: Tensor, context: int) -> Tensor:
-    """PyTorch's own attention; the value is the whole row, of which the latent is kept."""
-    rows = cache.view(q.shape[0], 1, context, layout.ROW)
-    return F.scaled_dot_product_attention(q, rows, rows, scale=SCALE)[..., : layout.LATENT]
 
 
 @dataclass
@@ -120,16 +106,21 @@ class Inputs:
     table: Tensor
     lens: Tensor
 
+    @property
+    def context(self) -> int:
+        """Cached tokens of each sequence."""
+        return self.plain[0].shape[0] * PAGE // len(self.lens)
+
     @classmethod
-    def make(cls, batch: int, context: int, stored: str | None, heads: int = HEADS) -> Inputs:
-        """Returns inputs in bfloat16 with blocks of 64."""
+    def make(
+        cls, batch: int, context: int, stored: str | None, heads: int = HEADS, dtype: torch.dtype = torch.bfloat16
+    ) -> Inputs:
+        """Returns inputs with blocks of 64."""
         sets = 2 if batch * context * (layout.ROW_BYTES if stored else 2 * layout.ROW) > 10**8 else 8
         blocks = context // PAGE
-        plain = [
-            torch.randn(batch * blocks, PAGE, layout.ROW, dtype=torch.bfloat16, device="cuda") for _ in range(sets)
-        ]
+        plain = [torch.randn(batch * blocks, PAGE, layout.ROW, dtype=dtype, device="cuda") for _ in range(sets)]
         return cls(
-            [torch.randn(batch, 1, heads, layout.ROW, dtype=torch.bfloat16, device="cuda") for _ in range(sets)],
+            [torch.randn(batch, 1, heads, layout.ROW, dtype=dtype, device="cuda") for _ in range(sets)],
             [layout.quantise(cache, stored) for cache in plain] if stored else plain,
             plain,
             torch.arange(batch * blocks, dtype=torch.int32, device="cuda").view(batch, blocks),
@@ -141,23 +132,28 @@ def measure(batch: int, context: int, stored: str | None, bandwidth: float, peer
     """Returns the times of every implementation on one case."""
     moved = batch * context * (layout.ROW_BYTES if stored else 2 * layout.ROW)
     given = Inputs.make(batch, context, stored)
-    queries, caches, sets = given.queries, given.plain, len(given.queries)
-    implementations: dict[str, Callable[[int], object]] = {
-        "ictx": lambda at: mla_decode(queries[at], given.caches[at], given.lens, SCALE, given.table, stored)
-    }
-    if peers and not stored:
-        implementations["eager"] = lambda at: eager(queries[at], caches[at], context)
-        implementations["sdpa"] = lambda at: sdpa(
-            queries[at].transpose(1, 2).reshape(batch, 1, HEADS, -1), caches[at], context
-        )
-    rows = []
-    for name, call in implementations.items():
+    kept = stored or "bf16"
+
+    def ours(at: int) -> Tensor:
+        return mla_decode(given.queries[at], given.caches[at], given.lens, SCALE, given.table, stored)[0]
+
+    def take(name: str, call: Call, note: str = "") -> Row:
+        seconds = median_time([functools.partial(call, at) for at in range(len(given.queries))])
+        return Row(name, batch, context, kept, seconds * 1e6, moved / seconds / bandwidth, note)
+
+    rows = [take("ictx", ours)]
+    wanted = ours(0).flatten().float()
+    for name, make in PEERS.items() if peers and not stored else ():
         try:
-            seconds = median_time([lambda at=at, call=call: call(at) for at in range(sets)])  # type: ignore[misc]
-            rows.append(Row(name, batch, context, stored or "bf16", seconds * 1e6, moved / seconds / bandwidth))
-        except (RuntimeError, torch.OutOfMemoryError) as error:
-            rows.append(Row(name, batch, context, stored or "bf16", None, None, str(error).splitlines()[0][:100]))
-            torch.cuda.empty_cache()
+            call = make(given, SCALE)
+            off = float((call(0).flatten().float() - wanted).norm() / wanted.norm())
+            rows.append(take(name, call, "" if off <= DIFFERS else f"its result differs by {off:.1%}"))
+        except ImportError:
+            rows.append(Row(name, batch, context, kept, None, None, "not installed"))
+        except Exception as error:  # whatever a peer's library raises is its result
+            told = f"{type(error).__name__}: {error}".splitlines()[0]
+            rows.append(Row(name, batch, context, kept, None, None, told[:100]))
+        torch.cuda.empty_cache()
     return rows
 
 
@@ -195,6 +191,8 @@ def plot(rows: list[Row], out: Path) -> None:
         points = [
             r for r in rows if r.implementation == name and r.cache == "bf16" and r.batch == 1 and r.share_of_copy
         ]
+        if not points:
+            continue
         left.plot([r.context for r in points], [100 * (r.share_of_copy or 0) for r in points], marker="o", label=name)
         if name != "ictx":
             ratios = [(r.microseconds or 0) / (ours[r.batch, r.context].microseconds or 1) for r in points]
@@ -208,7 +206,7 @@ def plot(rows: list[Row], out: Path) -> None:
     figure.savefig(out / "decode.png", dpi=110)
 
 
-def main(out: Path, quick: bool) -> int:
+def main(out: Path, quick: bool, only: str | None = None) -> int:
     """Measures, prints and saves; returns the exit status."""
     if not torch.cuda.is_available():
         raise UserError("no NVIDIA GPU: nothing can be measured here")
@@ -221,17 +219,22 @@ def main(out: Path, quick: bool) -> int:
         f"{datetime.date.today()}"
     )
     print(f"copy {bandwidth * 1e-12:.3f} TB/s, bfloat16 product {rate * 1e-12:.0f} TFLOP/s")
-    for module, title in NOT_OURS.items():
-        if importlib.util.find_spec(module) is None:
-            print(f"{title}: not installed, not measured")
+    if only != "attention":
+        _decode(out, quick, bandwidth)
+    if only != "decode":
+        attention_bench.save(attention_bench.measure(rate, quick), out)
+    return 0
+
+
+def _decode(out: Path, quick: bool, bandwidth: float) -> None:
+    """Measures, prints and saves what decodes."""
     rows: list[Row] = []
     for batch, context, stored in CASES[:2] if quick else CASES:
         for row in measure(batch, context, stored, bandwidth, peers=True):
             rows.append(row)
-            time = (
-                f"{row.microseconds:10.1f} µs {100 * (row.share_of_copy or 0):6.1f} %" if row.microseconds else row.note
-            )
-            print(f"{row.implementation:6} batch {batch:3} context {context:8} {row.cache:5} {time}", flush=True)
+            time = f"{row.microseconds:10.1f} µs {100 * (row.share_of_copy or 0):6.1f} % " if row.microseconds else ""
+            where = f"batch {batch:3} context {context:8} {row.cache:5}"
+            print(f"{row.implementation:16} {where} {time}{row.note}", flush=True)
         torch.cuda.empty_cache()
     for tokens, stored in () if quick else ROPE_CACHE_CASES:
         row = measure_rope_cache(tokens, stored, bandwidth)
@@ -242,5 +245,3 @@ def main(out: Path, quick: bool) -> int:
         writer.writeheader()
         writer.writerows(asdict(row) for row in rows)
     plot(rows, out)
-    attention_bench.save(attention_bench.measure(rate, quick), out)
-    return 0

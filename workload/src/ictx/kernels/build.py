@@ -86,8 +86,9 @@ def variants(targets: tuple[int, ...]) -> Iterator[Variant]:
                 yield Variant("mla_rope_cache", target, dtype, stored)
             if dispatch.refused("mla_decode", target, DTYPES[dtype], stored):
                 continue
-            # Nobody keeps a quantised cache without blocks.
-            pages = (64,) if dtype == "fp16" else (16, 64) if stored else (0, 16, 64)
+            # Nobody keeps a quantised cache without blocks. Before sm_80 float16 is what there is.
+            main = dtype == "bf16" or target < 80
+            pages = (64,) if not main else (16, 64) if stored else (0, 16, 64)
             for page in pages:
                 yield Variant("mla_decode", target, dtype, stored, page, 16)
             if dtype == "bf16":
@@ -208,7 +209,8 @@ def _warm_rope_cache(variant: Variant) -> Any:
     float32 = tensor(torch.float32)
     return rope_cache.warmup(
         dtype, dtype, float32, float32, tensor(torch.int64), tensor(torch.uint8) if variant.stored else dtype,
-        float32 if variant.stored else dtype, dtype, 1e-6, 72, 72, 72, grid=(1,), **constants(variant.stored),
+        float32 if variant.stored else dtype, dtype, 1e-6, 72, 72, 72, grid=(1,),
+        **constants(variant.stored, variant.target >= dispatch.EARLY),
     )  # fmt: skip
 
 
@@ -237,7 +239,8 @@ def inspect(variant: Variant, compiled: Any) -> Report:
         faults.append(f"{programs} × {shared} bytes of shared memory, the limit is {SHARED_LIMIT[variant.target]}")
     if found["REG"] * 32 * warps * programs > REGISTERS:
         faults.append(f"{programs} × {warps} warps × {found['REG']} registers do not fit")
-    if not matrix and variant.kernel not in (*attention_build.NO_PRODUCTS, "mla_rope_cache"):
+    # Triton's products use tensor cores from sm_80 on; before, they are sums of products.
+    if not matrix and variant.target >= 80 and variant.kernel not in (*attention_build.NO_PRODUCTS, "mla_rope_cache"):
         faults.append("no tensor-core instruction")
     if attention_build.serialised(compiled.asm["ptx"], variant.target):
         faults.append("the assembler serialises its products")
@@ -268,7 +271,7 @@ def build(cache: Path, targets: tuple[int, ...] = TARGETS, jobs: int = 2) -> lis
     missing = [variant for variant in variants(targets) if _key(variant) not in manifest["reports"]]
     # Processes of their own: the compiler holds Python's lock. Spawned: torch's threads do not survive a fork.
     with ProcessPoolExecutor(min(jobs, len(missing)) or 1, multiprocessing.get_context("spawn")) as pool:
-        for variant, report in zip(missing, pool.map(_build_one, [cache] * len(missing), missing), strict=True):
+        for variant, report in zip(missing, pool.map(build_one, [cache] * len(missing), missing), strict=True):
             manifest["reports"][_key(variant)] = asdict(report)
             draft = path.with_suffix(".part")
             draft.write_text(json.dumps(manifest, indent=1, sort_keys=True), "utf-8")
@@ -282,7 +285,7 @@ def _key(variant: Variant) -> str:
     return f"sm_{variant.target}/{variant.name}"
 
 
-def _build_one(cache: Path, variant: Variant) -> Report:
+def build_one(cache: Path, variant: Variant) -> Report:
     """Compiles and inspects one variant."""
     with compiling(cache, variant.target):
         return inspect(variant, compile_variant(variant))

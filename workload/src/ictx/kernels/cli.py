@@ -45,14 +45,22 @@ def register(areas: Any) -> None:
     )
     build.add_argument("--jobs", type=int, default=2, help="processes that compile at once (default: 2)")
     build.set_defaults(run=run_build)
-    tune = commands.add_parser("tune", help="find the fastest configurations on this GPU, and write them to the file")
+    tune = commands.add_parser(
+        "tune",
+        help="find the fastest configurations on this GPU, and write them to the file",
+        description="Tunes the decode's kinds of input (cache and rows of a program: plain/rows16, int8/rows16, …) and "
+        "the attention's kernels (forward, keys_values, queries). Candidates compile while others are measured; each "
+        "kind gets an equal share of the time, and what it does not need goes to those after it.",
+    )
     tune.add_argument("--out", type=Path, help="where to write (default: the file of the installed package)")
-    tune.add_argument("--seconds", type=float, default=600, help="longest search (default: 600)")
+    tune.add_argument("--seconds", type=float, default=600, help="time of the search in all (default: 600)")
     tune.add_argument("--jobs", type=int, default=8, help="processes that compile at once (default: 8)")
+    tune.add_argument("--kind", nargs="+", metavar="KIND", help="tune these alone, such as int8/rows16 (default: all)")
     tune.set_defaults(run=run_tune)
     bench = commands.add_parser("bench", help="measure on this GPU, beside what else computes the same")
     bench.add_argument("--out", type=Path, required=True, help="folder of the CSV and the plots")
     bench.add_argument("--quick", action="store_true", help="the shortest contexts alone")
+    bench.add_argument("--only", choices=("decode", "attention"), help="one part (default: both)")
     bench.set_defaults(run=run_bench)
 
 
@@ -94,11 +102,11 @@ def run_tune(arguments: argparse.Namespace) -> int:
     from ictx.kernels.tune import main
     from ictx.kernels.tuning import FILE
 
-    return main(arguments.seconds, arguments.out or FILE, arguments.jobs)
+    return main(arguments.seconds, arguments.out or FILE, arguments.jobs, arguments.kind)
 
 
 def run_bench(arguments: argparse.Namespace) -> int:
     """`ictx kernels bench`."""
     from ictx.kernels.bench import main
 
-    return main(arguments.out, arguments.quick)
+    return main(arguments.out, arguments.quick, arguments.only)

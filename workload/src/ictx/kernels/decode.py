@@ -17,6 +17,8 @@ from ictx.kernels.tuning import DecodeConfig, decode_config
 INTERPRETER = DecodeConfig(block_n=64, warps=4, stages=1, programs=1, reduce_all=False)
 """Triton's interpreter runs one program after the other: none may wait for another."""
 INTERPRETER_PROGRAMS = 3
+MOST_QUERIES, MOST_HEADS = 8, 128
+"""Of one sequence in one launch."""
 
 
 @dataclass
@@ -38,6 +40,16 @@ class Workspace:
             torch.empty(2 * programs * block_m, dtype=torch.float32, device=device),
             torch.zeros(items, dtype=torch.int32, device=device),
         )
+
+    @classmethod
+    def of(
+        cls, device: torch.device, batch: int, rows: int, dtype: torch.dtype, stored: str | None
+    ) -> Workspace | None:
+        """Returns one for launches with so many sequences and rows (query position × head); None for PyTorch."""
+        if dispatch.choose("mla_decode", device, dtype, stored=stored).name == "torch":
+            return None
+        block_m = block_m_of(rows, dispatch.capability(device))
+        return cls.make(device, launch_of(device, block_m, stored)[1], block_m, batch * -(-rows // block_m))
 
     def fits(self, programs: int, block_m: int, items: int) -> bool:
         """Whether it is large enough."""
@@ -108,8 +120,8 @@ def mla_decode(
 
 def _check(q: Tensor, cache: Tensor, lens: Tensor, table: Tensor | None, stored: str | None) -> None:
     """Raises ValueError for inputs that the kernel would misread."""
-    if q.dim() != 4 or q.shape[-1] != ROW or not 1 <= q.shape[1] <= 8 or not 1 <= q.shape[2] <= 128:
-        raise ValueError(f"q is {list(q.shape)}: expected [batch, 1 to 8, 1 to 128 heads, {ROW}]")
+    if q.dim() != 4 or q.shape[-1] != ROW or not (1 <= q.shape[1] <= MOST_QUERIES and 1 <= q.shape[2] <= MOST_HEADS):
+        raise ValueError(f"q is {list(q.shape)}: expected [batch, 1 to {MOST_QUERIES}, 1 to {MOST_HEADS} heads, {ROW}]")
     layout.check(cache, q.dtype, stored)
     if lens.shape != (q.shape[0],) or lens.dtype != torch.int32:
         raise ValueError(f"lens is {list(lens.shape)} {lens.dtype}: expected [{q.shape[0]}] int32")
@@ -122,9 +134,19 @@ def _check(q: Tensor, cache: Tensor, lens: Tensor, table: Tensor | None, stored:
         raise ValueError(f"cache has {cache.shape[0]} blocks for {q.shape[0]} sequences and there is no table")
 
 
-def block_m_of(rows: int) -> int:
-    """Returns how many rows (query position × head) a program takes."""
-    return 16 if rows <= 16 else 32
+def block_m_of(rows: int, cc: int) -> int:
+    """Returns how many rows (query position × head) a program takes: without tensor cores, no more than registers."""
+    return 16 if rows <= 16 or 0 < cc < 80 else 32
+
+
+def launch_of(
+    device: torch.device, block_m: int, stored: str | None, config: DecodeConfig | None = None
+) -> tuple[DecodeConfig, int]:
+    """Returns how the kernel is cut up, by the tuned configuration unless one is given, and how many programs run."""
+    if dispatch.interpreted():
+        return replace(config or INTERPRETER, reduce_all=False), INTERPRETER_PROGRAMS
+    config = config or decode_config(dispatch.capability(device), block_m, stored)
+    return config, multiprocessors(device) * config.programs
 
 
 def constants(stored: str | None, page: int, block_m: int, config: DecodeConfig) -> dict[str, Any]:
@@ -146,8 +168,8 @@ def constants(stored: str | None, page: int, block_m: int, config: DecodeConfig)
         "BLOCK_N": config.block_n,
         "REDUCE_ALL": config.reduce_all,
         "STAGES": config.stages,
-        "SCAN": 128,
-        "COLS": 64 if config.programs == 1 else 32,
+        "SCAN": config.scan,
+        "COLS": config.columns or (64 if config.programs == 1 else 32),
     }
 
 
@@ -166,7 +188,7 @@ def _launch(
     from ictx.kernels import decode_triton
 
     batch, query, heads, _ = q.shape
-    rows, block_m = query * heads, block_m_of(query * heads)
+    rows, block_m = query * heads, block_m_of(query * heads, dispatch.capability(q.device))
     row_blocks = -(-rows // block_m)
     if q.stride(3) != 1 or q.stride(1) != heads * q.stride(2) or q.stride(2) % 8 or q.stride(0) % 8:
         q = q.contiguous()
@@ -175,11 +197,7 @@ def _launch(
     lse = torch.empty(batch, query, heads, dtype=torch.float32, device=q.device)
     if batch == 0:
         return out, lse
-    if dispatch.interpreted():
-        config, programs = replace(config or INTERPRETER, reduce_all=False), INTERPRETER_PROGRAMS
-    else:
-        config = config or decode_config(dispatch.capability(q.device), block_m, stored)
-        programs = multiprocessors(q.device) * config.programs
+    config, programs = launch_of(q.device, block_m, stored, config)
     work = workspace or _workspace(q.device, programs, block_m, batch * row_blocks)
     # The same bytes, seen as each of the dtypes that a row holds.
     flat = layout.flat(cache)

@@ -13,8 +13,12 @@ from ictx.errors import UserError
 
 VARIABLE = "ICTX_KERNELS"
 """Environment variable that forces an implementation: auto (the default), triton or torch."""
-OLDEST = {"mla_attention": 80, "mla_decode": 80, "mla_prefill": 80, "mla_rope_cache": 75}
+OLDEST = {"mla_attention": 80, "mla_decode": 75, "mla_prefill": 80, "mla_rope_cache": 75, "decode_products": 75}
 """Lowest compute capability that each operation's Triton kernel is built for."""
+
+
+EARLY = 90
+"""Lowest compute capability at which a launch may begin before the one before it has ended."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,16 @@ def capability(device: torch.device) -> int:
         return 0
     major, minor = torch.cuda.get_device_capability(device)
     return major * 10 + minor
+
+
+def launches_early(device: torch.device) -> bool:
+    """Whether kernels may begin before the launch before them has ended (programmatic dependent launch)."""
+    return capability(device) >= EARLY and not interpreted()
+
+
+def launch_options(early: bool) -> dict[str, bool]:
+    """Returns the compile-time parameter and the launch option of such kernels."""
+    return {"DEPENDENT": early} | ({"launch_pdl": True} if early else {})
 
 
 def choose(

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ictx.kernels import attention_reference, dispatch
+from ictx.kernels import attention_reference, dispatch, layout
 from ictx.kernels.attention import choice, forward, widths
 from ictx.kernels.attention_tuning import INTERPRETER, attention_config
 from ictx.kernels.decode import mla_decode, multiprocessors
@@ -64,6 +64,7 @@ def mla_prefill(
     scale: float,
     table: Tensor | None = None,
     *,
+    stored: str | None = None,
     workspace: int = WORKSPACE,
     mode: Mode = "auto",
 ) -> Tensor:
@@ -71,11 +72,13 @@ def mla_prefill(
 
     Args:
         q: queries [new, heads, nope + 64], the rotated part last; query i stands at token length - new + i.
-        cache: [blocks, block_size, 576] in q's dtype: normed latent, then rotated key (see `layout`).
+        cache: [blocks, block_size, 576] in q's dtype: normed latent, then rotated key; or uint8 [blocks, block_size,
+            656] (see `layout`).
         length: cached tokens of the sequence, the new ones included.
         w_kv: what makes keys and values of a latent, [heads · (nope + value), 512], head by head, keys first.
         scale: factor on the scores before the softmax, above 0.
         table: blocks of the sequence, int32 [max_blocks]; none where it lies in block 0.
+        stored: dtype of a quantised latent, int8 or fp8.
         workspace: bytes that expanded keys and values may take; at least one tile of keys is expanded. Besides, an
             expanded call in several parts holds its result in float32, and an absorbed one its queries in latent space.
         mode: how to attend; what `cost` finds cheaper unless given. Blocks that are no power of 2 are expanded.
@@ -86,7 +89,7 @@ def mla_prefill(
     Raises:
         ValueError: a shape or dtype is not as above.
     """
-    nope, value = _check(q, cache, length, w_kv, table)
+    nope, value = _check(q, cache, length, w_kv, table, stored)
     size = cache.shape[1]
     if table is not None and size & (size - 1):
         mode = "expanded"
@@ -98,19 +101,23 @@ def mla_prefill(
     if not q.shape[0]:
         return q.new_empty(0, q.shape[1], value)
     if mode == "absorbed":
-        return _absorbed(q, cache, length, weight[:, :nope], weight[:, nope:], scale, table)
+        return _absorbed(q, cache, length, weight[:, :nope], weight[:, nope:], scale, table, stored)
     if choice("mla_prefill", q, value).name == "torch":
-        return attention_reference.mla_prefill(q, cache, length, w_kv, scale, table, workspace)
-    return _expanded(q, cache, length, w_kv, value, scale, table, workspace)
+        return attention_reference.mla_prefill(q, cache, length, w_kv, scale, table, stored, workspace)
+    return _expanded(q, cache, length, w_kv, value, scale, table, stored, workspace)
 
 
-def _check(q: Tensor, cache: Tensor, length: int, w_kv: Tensor, table: Tensor | None) -> tuple[int, int]:
+def _check(
+    q: Tensor, cache: Tensor, length: int, w_kv: Tensor, table: Tensor | None, stored: str | None
+) -> tuple[int, int]:
     """Returns the widths of a head's key without position and of its value, or raises ValueError."""
     rope = ROW - LATENT
     if q.dim() != 3 or q.shape[2] <= rope or not 0 <= q.shape[0] <= length:
         raise ValueError(f"q is {list(q.shape)}: expected [0 to {length}, heads, more than {rope}]")
     nope = q.shape[2] - rope
-    if cache.dim() != 3 or cache.shape[2] != ROW or cache.dtype != q.dtype or cache.stride(2) != 1:
+    if stored:
+        layout.check(cache, q.dtype, stored)
+    elif cache.dim() != 3 or cache.shape[2] != ROW or cache.dtype != q.dtype or cache.stride(2) != 1:
         raise ValueError(f"cache is {list(cache.shape)} {cache.dtype}: expected [blocks, block_size, {ROW}] {q.dtype}")
     value = w_kv.shape[0] // q.shape[1] - nope
     if w_kv.dim() != 2 or w_kv.shape != (q.shape[1] * (nope + value), LATENT) or value < 1 or w_kv.dtype != q.dtype:
@@ -121,17 +128,30 @@ def _check(q: Tensor, cache: Tensor, length: int, w_kv: Tensor, table: Tensor | 
     return nope, value
 
 
-def rows_of(cache: Tensor, table: Tensor | None, first: int, end: int) -> Tensor:
-    """Returns cached rows [end - first, 576], a view where they follow one another."""
+def rows_of(
+    cache: Tensor, table: Tensor | None, first: int, end: int, stored: str | None, dtype: torch.dtype
+) -> Tensor:
+    """Returns cached rows [end - first, 576] of `dtype`, a view where they are so and follow one another."""
     if table is None:
-        return cache[0, first:end]
+        return layout.dequantise(cache[:1], stored, dtype)[0, first:end].to(dtype) if stored else cache[0, first:end]
     size = cache.shape[1]
     begin = first // size
-    return cache[table[begin : -(-end // size)].long()].flatten(0, 1)[first - begin * size : end - begin * size]
+    blocks = cache[table[begin : -(-end // size)].long()]
+    if stored:
+        blocks = layout.dequantise(blocks, stored, dtype).to(dtype)
+    return blocks.flatten(0, 1)[first - begin * size : end - begin * size]
 
 
 def _expanded(
-    q: Tensor, cache: Tensor, length: int, w_kv: Tensor, value: int, scale: float, table: Tensor | None, workspace: int
+    q: Tensor,
+    cache: Tensor,
+    length: int,
+    w_kv: Tensor,
+    value: int,
+    scale: float,
+    table: Tensor | None,
+    stored: str | None,
+    workspace: int,
 ) -> Tensor:
     """Goes through the cache a part at a time."""
     new, heads, width = q.shape
@@ -141,6 +161,9 @@ def _expanded(
     d0, d1 = widths(width)
     split = (d0, d1) == (nope, rope) and value == 1 << (value.bit_length() - 1) >= 16
     row = (heads * (nope + value) + (ROW if table is not None else 0)) * q.element_size()
+    if stored:
+        # Rows are scaled in float32, with two copies at a time.
+        row += 3 * 4 * ROW
     if not split:
         row += heads * (d0 + d1 + 2 * value) * q.element_size()
     part = max(workspace // row // tiles.block_n, 1) * tiles.block_n
@@ -155,7 +178,7 @@ def _expanded(
     if q.stride(2) != 1 or q.stride(1) % 8 or q.stride(0) % 8 or q.data_ptr() % 16:
         q = q.contiguous()
     for first in range(0, length, part):
-        rows = rows_of(cache, table, first, min(first + part, length))
+        rows = rows_of(cache, table, first, min(first + part, length), stored, q.dtype)
         expanded = F.linear(rows[:, :LATENT], w_kv).view(rows.shape[0], heads, nope + value)
         k_rope = rows[:, None, LATENT:].expand(-1, heads, -1)
         if split:
@@ -170,7 +193,14 @@ def _expanded(
 
 
 def _absorbed(
-    q: Tensor, cache: Tensor, length: int, w_uk: Tensor, w_uv: Tensor, scale: float, table: Tensor | None
+    q: Tensor,
+    cache: Tensor,
+    length: int,
+    w_uk: Tensor,
+    w_uv: Tensor,
+    scale: float,
+    table: Tensor | None,
+    stored: str | None,
 ) -> Tensor:
     """Attends to the latents: slices of the queries are a batch over one and the same sequence."""
     new, heads, _ = q.shape
@@ -184,5 +214,5 @@ def _absorbed(
     # All slices are sequences that lie in the same place.
     cache = cache[:1].expand(slices, -1, -1) if table is None else cache
     blocks = None if table is None else table.expand(slices, -1)
-    out, _ = mla_decode(q_c, cache, lens, scale, blocks)
+    out, _ = mla_decode(q_c, cache, lens, scale, blocks, stored)
     return torch.einsum("qhc,hvc->qhv", out.flatten(0, 1)[slices * query - new :], w_uv)

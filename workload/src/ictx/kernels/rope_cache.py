@@ -69,7 +69,7 @@ def _check(
     layout.check(cache, x.dtype, stored)
 
 
-def constants(stored: str | None) -> dict[str, Any]:
+def constants(stored: str | None, early: bool) -> dict[str, Any]:
     """Returns the kernel's compile-time parameters and options."""
     return {
         "LATENT": LATENT,
@@ -79,6 +79,7 @@ def constants(stored: str | None) -> dict[str, Any]:
         "ROW_BYTES": ROW_BYTES,
         "STORED": stored or "plain",
         "num_warps": WARPS,
+        **dispatch.launch_options(early),
     }
 
 
@@ -92,5 +93,6 @@ def _launch(
     scales, keys = (flat.view(torch.float32), flat.view(x.dtype)) if stored else (flat, flat)
     rope_cache_triton.rope_cache[(x.shape[0],)](
         x, weight, cos, sin, slots, flat, scales, keys, eps,
-        x.stride(0), cache.stride(0) // cache.stride(1), cache.shape[1], **constants(stored),
+        x.stride(0), cache.stride(0) // cache.stride(1), cache.shape[1],
+        **constants(stored, dispatch.launches_early(x.device)),
     )  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit
@@ -32,13 +33,17 @@ def rope_cache(
     x_ptr, weight_ptr, cos_ptr, sin_ptr, slot_ptr, latent_ptr, scale_ptr, key_ptr, eps,
     row_stride, block_rows, block_size,
     LATENT: tl.constexpr, ROPE: tl.constexpr, GROUP: tl.constexpr, ROW: tl.constexpr, ROW_BYTES: tl.constexpr,
-    STORED: tl.constexpr,
+    STORED: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """cache[slot] = norm(latent) · weight, and the key with each adjacent pair turned by its angle.
 
     Strides count elements of `x_ptr`; `block_rows` is the distance of two blocks in rows. A negative slot is skipped.
     """
     token = tl.program_id(0).to(tl.int64)
+    if DEPENDENT:
+        # The launch before this one may still run (programmatic dependent launch).
+        gdc_launch_dependents()
+        gdc_wait()
     slot = tl.load(slot_ptr + token)
     if slot >= 0:
         groups: tl.constexpr = LATENT // GROUP

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 FILE = Path(__file__).with_name("tuned.json")
 
@@ -26,6 +28,10 @@ class DecodeConfig:
     """Whether all programs of a sequence join its partial results (needs all of them resident), or the last alone."""
     registers: int = 0
     """Most registers of a thread; 0 leaves it to the compiler."""
+    scan: int = 128
+    """Sequences whose lengths are read at once in the search for the first tile."""
+    columns: int = 0
+    """Columns of the result that are joined at once; 0 leaves it to the kernel."""
 
 
 @functools.cache
@@ -53,14 +59,15 @@ def decode_config(cc: int, block_m: int, stored: str | None) -> DecodeConfig:
     return DecodeConfig(**table()[f"sm_{target}"][decode_key(block_m, stored)])  # type: ignore[arg-type]
 
 
-def save_decode(cc: int, found: dict[str, DecodeConfig], out: Path) -> None:
-    """Writes the file to `out`, with found configurations of one target in it."""
+def save(cc: int, found: Mapping[str, Mapping[str, Any]], out: Path) -> None:
+    """Writes the file to `out`, with found configurations of one target in its sections."""
     content = json.loads(FILE.read_text("utf-8"))
-    section = content["decode"]
-    if f"sm_{cc}" not in section:
-        # A target of its own needs every kind of input: what was not found stays as it was chosen before.
-        older = [int(name.removeprefix("sm_")) for name in section if int(name.removeprefix("sm_")) <= cc]
-        section[f"sm_{cc}"] = dict(section[f"sm_{max(older)}"]) if older else {}
-    section[f"sm_{cc}"].update({key: asdict(config) for key, config in found.items()})
+    for name, configs in found.items():
+        section = content[name]
+        if f"sm_{cc}" not in section:
+            # A target of its own needs every kind of input: what was not found stays as it was chosen before.
+            older = [int(known.removeprefix("sm_")) for known in section if int(known.removeprefix("sm_")) <= cc]
+            section[f"sm_{cc}"] = dict(section[f"sm_{max(older)}"]) if older else {}
+        section[f"sm_{cc}"].update({key: asdict(config) for key, config in configs.items()})
     out.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", "utf-8")
     table.cache_clear()

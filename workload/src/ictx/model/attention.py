@@ -17,10 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ictx.kernels import layout
+from ictx.kernels import dispatch
 from ictx.kernels.attention import Packing, choice, mla_attention
+from ictx.kernels.decode import MOST_HEADS, MOST_QUERIES, mla_decode
 from ictx.kernels.prefill import SLICE, mla_prefill
-from ictx.model.cache import LatentCache, Slots
+from ictx.kernels.rope_cache import mla_rope_cache
+from ictx.model.cache import LatentCache, Slots, quantisable
 from ictx.model.config import ModelConfig
 from ictx.model.rope import Rotations, rotate
 
@@ -128,16 +130,16 @@ class LatentAttention(nn.Module):
             mode: how to attend with a cache; what takes fewer operations unless given.
         """
         q_nope, q_rope = self._queries(x_bsd)
-        latent, k_rope = self.kv_a_proj_with_mqa(x_bsd).split([self.config.kv_lora_rank, q_rope.shape[-1]], -1)
-        latent = self.kv_a_layernorm(latent)
         q_rope = rotate(q_rope, turn)
-        # One rotary key for all heads.
-        k_rope = rotate(self.rotary_key(k_rope)[:, :, None, :], turn).squeeze(2)
+        new_bse = self.kv_a_proj_with_mqa(x_bsd)
         if cache is None:
-            out_bshv = self._within(q_nope, q_rope, latent, k_rope, documents)
+            out_bshv = self._within(q_nope, q_rope, *self._normed(new_bse, turn), documents)
         else:
             assert slots
-            cache.write(layer, torch.cat([latent, k_rope], -1), slots)
+            if kernel_takes("mla_rope_cache", new_bse, cache):
+                self._write(new_bse, turn, cache, layer, slots)
+            else:
+                cache.write(layer, torch.cat(self._normed(new_bse, turn), -1), slots)
             if self._kernel_prefills(q_nope, cache, slots):
                 out_bshv = self._prefill(torch.cat([q_nope, q_rope], -1), cache, layer, slots, mode)
                 return cast(Tensor, self.o_proj(out_bshv.flatten(-2)))
@@ -156,6 +158,22 @@ class LatentAttention(nn.Module):
         q_bshd = q.unflatten(-1, (config.num_attention_heads, -1))
         q_nope, q_rope = q_bshd.split([config.qk_nope_head_dim, config.qk_rope_head_dim], -1)
         return q_nope, q_rope
+
+    def _normed(self, new_bse: Tensor, turn: Rotations) -> tuple[Tensor, Tensor]:
+        """Returns the normed latents and the rotated keys of new tokens, each (batch, sequence, width)."""
+        latent, k_rope = torch.split(new_bse, [self.config.kv_lora_rank, self.config.qk_rope_head_dim], -1)
+        # One rotary key for all heads.
+        return self.kv_a_layernorm(latent), rotate(self.rotary_key(k_rope)[:, :, None, :], turn).squeeze(2)
+
+    def _write(self, new_bse: Tensor, turn: Rotations, cache: LatentCache, layer: int, slots: Slots) -> None:
+        """Puts the same into the cache by `mla_rope_cache`."""
+        places_bs = cache.places(slots.positions_bs)
+        if slots.real_bs is not None:
+            places_bs = places_bs.masked_fill(~slots.real_bs, -1)
+        cos, sin = (x.expand(*places_bs.shape, 1, -1).flatten(0, 2).contiguous() for x in turn)
+        gain, eps = self.kv_a_layernorm.weight, self.config.rms_norm_eps
+        entries = cache.layers[layer]
+        mla_rope_cache(new_bse.flatten(0, 1), gain, cos, sin, places_bs.flatten(), entries, eps, cache.stored)
 
     def _keys_values(self, latent_btc: Tensor, k_rope_btr: Tensor) -> tuple[Tensor, Tensor]:
         """Returns keys and values of cached tokens, each (batch, tokens, heads, width)."""
@@ -209,7 +227,7 @@ class LatentAttention(nn.Module):
             and slots.real_bs is None
             and not torch.is_grad_enabled()
             and cache.dtype == q_nope.dtype
-            and (config.kv_lora_rank, config.qk_rope_head_dim) == (layout.LATENT, layout.ROPE)
+            and quantisable(config)
             and choice("mla_prefill", q_nope, config.v_head_dim).name == "triton"
         )
 
@@ -219,7 +237,9 @@ class LatentAttention(nn.Module):
         rows = []
         for row, q in enumerate(q_bshd):
             entries, table = cache.sequence(layer, row)
-            rows.append(mla_prefill(q, entries, slots.lengths[row], weight, scale, table, mode=mode))
+            rows.append(
+                mla_prefill(q, entries, slots.lengths[row], weight, scale, table, stored=cache.stored, mode=mode)
+            )
         return torch.stack(rows)
 
     def _expanded(self, q_nope: Tensor, q_rope: Tensor, cache: LatentCache, layer: int, slots: Slots) -> Tensor:
@@ -245,16 +265,31 @@ class LatentAttention(nn.Module):
         return torch.einsum("bshc,hvc->bshv", out_bshc, w_uv)
 
 
+def kernel_takes(operation: str, x: Tensor, cache: LatentCache) -> bool:
+    """Whether a kernel over the cache's own layout runs for inputs like `x`: none of them has a gradient."""
+    return (
+        not torch.is_grad_enabled()
+        and x.dtype == cache.dtype
+        and quantisable(cache.config)
+        and dispatch.choose(operation, x.device, x.dtype, stored=cache.stored).name == "triton"
+    )
+
+
 def attend_to_latents(q_bshe: Tensor, cache: LatentCache, layer: int, slots: Slots, scale: float) -> Tensor:
     """Returns softmax(q·eᵀ·scale)·c over the cached entries e = (c, k_rope), of shape (batch, sequence, heads, latent).
 
-    All heads share the entries. This is the one place where a kernel over the cache's own layout takes over.
+    All heads share the entries. `mla_decode` takes over where it can.
 
     Args:
         q_bshe: absorbed queries and rotated parts, (batch, sequence, heads, cache_width).
     """
     rank = cache.config.kv_lora_rank
     batch, sequence, heads, width = q_bshe.shape
+    decodes = sequence <= MOST_QUERIES and heads <= MOST_HEADS and slots.real_bs is None
+    if decodes and cache.direct is not None and kernel_takes("mla_decode", q_bshe, cache):
+        entries, lens = cache.layers[layer], slots.lengths_b.to(torch.int32)
+        table = None if cache.direct else cache.block_tables
+        return mla_decode(q_bshe.contiguous(), entries, lens, scale, table, cache.stored)[0]
     # Heads and tokens are queries alike: (batch, 1, sequence · heads, width).
     q = q_bshe.reshape(batch, 1, sequence * heads, width)
 

@@ -9,15 +9,22 @@ import torch
 from torch import Tensor
 
 from ictx.errors import UserError
+from ictx.kernels import layout
 from ictx.model.config import ModelConfig
 
 CACHE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """What a cache may hold its values in."""
 
 
-def bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
-    """Returns what one token takes in the caches of all layers."""
-    return config.cache_width * dtype.itemsize * config.num_hidden_layers
+def bytes_per_token(config: ModelConfig, dtype: torch.dtype, stored: str | None = None) -> int:
+    """Returns what one token takes in the caches of all layers, with latents of `dtype` or quantised."""
+    row = layout.ROW_BYTES if stored else config.cache_width * dtype.itemsize
+    return row * config.num_hidden_layers
+
+
+def quantisable(config: ModelConfig) -> bool:
+    """Whether the model's latents can be quantised: they and its keys have the one size that there is a layout for."""
+    return (config.kv_lora_rank, config.qk_rope_head_dim) == (layout.LATENT, layout.ROPE)
 
 
 @dataclass(frozen=True)
@@ -57,6 +64,7 @@ class LatentCache:
         block_size: int | None = None,
         blocks: int | None = None,
         dtype: torch.dtype = torch.float32,
+        stored: str | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
         """Allocates the cache.
@@ -64,18 +72,32 @@ class LatentCache:
         Args:
             block_size: tokens of a block; None makes the cache contiguous.
             blocks: blocks in all; enough for `max_length` tokens of every sequence unless given.
+            dtype: of the values; where latents are quantised, of the keys, which are not.
+            stored: what latents are quantised to, int8 or fp8 (see `kernels.layout`), in a paged cache of 16-bit dtype.
         """
         if batch < 1 or max_length < 1:
             raise ValueError(f"batch is {batch} and max_length {max_length}: expected 1 or more")
         if block_size is not None and block_size < 1:
             raise ValueError(f"block_size is {block_size}: expected 1 or more")
-        self.config, self.max_length, self.dtype = config, max_length, dtype
+        if stored:
+            if stored not in layout.QUANTISED or block_size is None or dtype.itemsize != 2:
+                raise ValueError(
+                    f"stored is {stored}, block_size {block_size} and dtype {dtype}: expected one of "
+                    f"{', '.join(layout.QUANTISED)}, a block size, and 16 bits"
+                )
+            if not quantisable(config):
+                raise UserError(
+                    f"latents of {config.kv_lora_rank} and keys of {config.qk_rope_head_dim} values: only those of "
+                    f"{layout.LATENT} and {layout.ROPE} are quantised"
+                )
+        self.config, self.max_length, self.dtype, self.stored = config, max_length, dtype, stored
         self.contiguous = block_size is None
         self.block_size = block_size or max_length
         per_sequence = -(-max_length // self.block_size)
         count = blocks if blocks is not None else batch * per_sequence
-        shape = (count, self.block_size, config.cache_width)
-        self.layers = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
+        shape = (count, self.block_size, layout.ROW_BYTES if stored else config.cache_width)
+        held = torch.uint8 if stored else dtype
+        self.layers = [torch.zeros(shape, dtype=held, device=device) for _ in range(config.num_hidden_layers)]
         self.block_tables = torch.zeros((batch, per_sequence), dtype=torch.int32, device=device)
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
         # The host knows the lengths too: to ask the device for them would wait for it in every step.
@@ -98,9 +120,16 @@ class LatentCache:
         return max(self._lengths)
 
     @property
+    def direct(self) -> bool | None:
+        """Whether block b is sequence b, so that kernels need no table; None where they cannot read its blocks."""
+        if self.contiguous and self.layers[0].shape[0] == self.batch:
+            return True
+        return False if self.block_size & (self.block_size - 1) == 0 else None
+
+    @property
     def bytes_per_token(self) -> int:
         """What one token takes in all layers."""
-        return bytes_per_token(self.config, self.dtype)
+        return bytes_per_token(self.config, self.dtype, self.stored)
 
     @property
     def bytes_allocated(self) -> int:
@@ -150,15 +179,35 @@ class LatentCache:
 
     def write(self, layer: int, entries_bsc: Tensor, slots: Slots) -> None:
         """Puts what the slots' tokens leave in a layer: normed latent and rotated key, (batch, tokens, cache_width)."""
-        positions_bs = slots.positions_bs
-        blocks_bs = self.block_tables.gather(1, positions_bs // self.block_size).long()
-        places_bs = blocks_bs * self.block_size + positions_bs % self.block_size
+        places_bs = self.places(slots.positions_bs)
         entries_bsc = entries_bsc.to(self.dtype)
+        if self.stored:
+            self._write_quantised(layer, entries_bsc, places_bs, slots.real_bs)
+            return
         flat = self.layers[layer].view(-1, self.config.cache_width)
         if slots.real_bs is None:
             flat.index_copy_(0, places_bs.flatten(), entries_bsc.flatten(0, 1))
         else:
             flat.index_copy_(0, places_bs[slots.real_bs], entries_bsc[slots.real_bs])
+
+    def places(self, positions_bs: Tensor) -> Tensor:
+        """Returns where tokens at these positions of each sequence lie: block × block_size + row, int64."""
+        blocks_bs = self.block_tables.gather(1, positions_bs // self.block_size).long()
+        return blocks_bs * self.block_size + positions_bs % self.block_size
+
+    def _write_quantised(self, layer: int, entries_bsc: Tensor, places_bs: Tensor, real_bs: Tensor | None) -> None:
+        """Quantises entries and puts them at `places_bs`."""
+        assert self.stored
+        if real_bs is None:
+            entries_nc, places_n = entries_bsc.flatten(0, 1), places_bs.flatten()
+        else:
+            entries_nc, places_n = entries_bsc[real_bs], places_bs[real_bs]
+        where = places_n // self.block_size, places_n % self.block_size
+        latents, scales, keys = layout.parts(self.layers[layer], self.stored, self.dtype)
+        values, scale = layout.quantise_groups(entries_nc[:, : layout.LATENT], self.stored)
+        latents.view(torch.uint8)[where] = values.view(torch.uint8)
+        scales[where] = scale
+        keys[where] = entries_nc[:, layout.LATENT :]
 
     def commit(self, slots: Slots) -> None:
         """Counts the slots' tokens, once every layer has written them."""
@@ -174,7 +223,7 @@ class LatentCache:
         The tensors (batch, up to chunk, cache_width) are views of a contiguous cache and copies of a paged one. What
         lies behind the end of a shorter sequence is finite, and without meaning.
         """
-        if self.contiguous and self.layers[layer].shape[0] == self.batch:
+        if self.direct:
             for start in range(0, length, chunk):
                 yield start, self.layers[layer][:, start : min(start + chunk, length)]
             return
@@ -182,11 +231,15 @@ class LatentCache:
         for first in range(0, self._blocks_for(length), step):
             tables = self.block_tables[:, first : first + step].long()
             start = first * self.block_size
-            yield start, self.layers[layer][tables].flatten(1, 2)[:, : length - start]
+            blocks = self.layers[layer][tables]
+            if self.stored:
+                blocks = layout.dequantise(blocks.flatten(0, 1), self.stored, self.dtype)
+                blocks = blocks.view(*tables.shape, *blocks.shape[1:])
+            yield start, blocks.flatten(1, 2)[:, : length - start]
 
     def sequence(self, layer: int, row: int) -> tuple[Tensor, Tensor | None]:
         """Returns a layer's blocks and which of them hold a sequence, or its one block and None (see `read`)."""
-        if self.contiguous and self.layers[layer].shape[0] == self.batch:
+        if self.direct:
             return self.layers[layer][row : row + 1], None
         return self.layers[layer], self.block_tables[row]
 

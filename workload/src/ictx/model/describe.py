@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 import torch
 
-from ictx.model.cache import CACHE_DTYPES, bytes_per_token
+from ictx.kernels import layout
+from ictx.model.cache import CACHE_DTYPES, bytes_per_token, quantisable
 from ictx.model.config import ModelConfig
 from ictx.model.hf_config import DTYPES
 from ictx.model.transformer import Transformer
@@ -73,6 +74,14 @@ def longest_context(config: ModelConfig, card_gib: int, weights: int, cache: int
     return max(0, min(int(free // cache), config.max_position_embeddings))
 
 
+def caches(config: ModelConfig) -> dict[str, int]:
+    """Returns the bytes of a token in each kind of cache that the model may have; quantised ones keep 16-bit keys."""
+    found = {name: bytes_per_token(config, dtype) for name, dtype in CACHE_DTYPES.items()}
+    if quantisable(config):
+        found |= {name: bytes_per_token(config, torch.bfloat16, name) for name in layout.QUANTISED}
+    return found
+
+
 def describe(config: ModelConfig, context: int) -> Iterator[str]:
     """Yields the lines of a table about a configuration; operations are those at `context` tokens."""
     counts = parameters_by_part(config)
@@ -88,27 +97,32 @@ def describe(config: ModelConfig, context: int) -> Iterator[str]:
         yield _row(name, f"{total * dtype.itemsize:,} bytes ({total * dtype.itemsize / GIB:.2f} GiB)")
     yield "latent cache"
     lengths = {name: length for name, length in CONTEXTS.items() if length <= config.max_position_embeddings}
-    for name, dtype in CACHE_DTYPES.items():
-        per_token = bytes_per_token(config, dtype)
+    held = caches(config)
+    for name, per_token in held.items():
         sizes = [f"{length * per_token / GIB:.2f} GiB at {title}" for title, length in lengths.items()]
         yield _row(name, ", ".join([f"{per_token:,} bytes/token", *sizes]))
+    if not quantisable(config):
+        names = ", ".join(layout.QUANTISED)
+        yield _row(names, f"only latents of {layout.LATENT} and keys of {layout.ROPE} values are quantised")
     yield f"operations per token at {context:,} tokens of context"
     yield _row("decode (absorbed)", _operations(flops_per_token(config, context, absorbed=True)))
     mean = flops_per_token(config, context // 2, absorbed=False)
     yield _row("prefill (expanded), mean over the context", _operations(mean))
     yield _row("training, mean over the context", _operations(3 * mean))
     weights = total * 2
-    yield f"cards, weights in bfloat16 ({USABLE:.0%} of the memory, {WORKSPACE / GIB:.2f} GiB of workspace)"
+    yield (
+        "cards: cached tokens that fit beside weights in bfloat16, at most the model's context "
+        f"({USABLE:.0%} of the memory, {WORKSPACE / GIB:.2f} GiB of workspace)"
+    )
     for card in CARDS:
-        if longest_context(config, card, weights, bytes_per_token(config, torch.bfloat16)) == 0:
+        if longest_context(config, card, weights, min(held.values())) == 0:
             yield _row(f"{card} GB", "weights do not fit")
             continue
         verdicts = []
-        for name, dtype in CACHE_DTYPES.items():
-            if name != "float16":  # as large as bfloat16
-                fits = longest_context(config, card, weights, bytes_per_token(config, dtype))
-                full = " (all)" if fits == config.max_position_embeddings else ""
-                verdicts.append(f"{fits:,} tokens{full} with a {name} cache")
+        for per_token in sorted(set(held.values()), reverse=True):
+            names = ", ".join(name for name, size in held.items() if size == per_token)
+            fits = longest_context(config, card, weights, per_token)
+            verdicts.append(f"{fits:,} ({names})")
         yield _row(f"{card} GB", ", ".join(verdicts))
 
 

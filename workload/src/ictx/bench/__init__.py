@@ -1,0 +1,1 @@
+"""Benchmarks of whole models (those of single kernels are `ictx kernels bench`)."""

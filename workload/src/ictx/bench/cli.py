@@ -1,0 +1,69 @@
+"""The command line of whole-model benchmarks: `ictx bench decode`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+EXAMPLES = """
+examples:
+  ictx bench decode --config ictx-1b-128k --context 131072 --memory-gb 8
+  ictx bench decode --config ictx-1b --context 1048576 --cache-dtype int8 --memory-gb 24 --out decode.csv
+  ictx bench decode --config ictx-1b-128k --context 131072 --skip-prefill
+"""
+
+
+def register(areas: Any) -> None:
+    """Adds `bench` to the areas of the command line."""
+    commands = areas.add_parser("bench", help="whole-model benchmarks").add_subparsers(metavar="COMMAND", required=True)
+    decode = commands.add_parser(
+        "decode",
+        help="decode with random weights on this GPU; time of a token beside its floor",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    decode.add_argument("--config", required=True, help="name of a shipped configuration, or a YAML file")
+    decode.add_argument("--context", type=int, metavar="N", help="cached tokens at the end (the model's longest)")
+    decode.add_argument("--new-tokens", type=int, default=128, metavar="N", help="tokens that are decoded (128)")
+    decode.add_argument(
+        "--cache-dtype", choices=("bfloat16", "int8", "fp8"), default="bfloat16", help="dtype of latents (bfloat16)"
+    )
+    decode.add_argument(
+        "--memory-gb", type=float, metavar="GB", help="most memory, 10^9 bytes, CUDA's context included"
+    )
+    decode.add_argument("--chunk-size", type=int, default=8192, metavar="N", help="tokens of a prefill step (8192)")
+    decode.add_argument("--skip-prefill", action="store_true", help="fill the cache with random rows instead")
+    decode.add_argument(
+        "--out", type=Path, metavar="FILE", help="save the row: .json, or .csv, which rows are added to"
+    )
+    decode.set_defaults(run=run_decode)
+
+
+def run_decode(arguments: argparse.Namespace) -> int:
+    """`ictx bench decode`."""
+    from ictx.bench.decode import Case, measure
+    from ictx.bench.report import lines, save, values
+    from ictx.errors import UserError
+    from ictx.model import ModelConfig
+    from ictx.settings import config_path
+
+    name = arguments.config
+    config = ModelConfig.from_yaml(Path(name) if Path(name).is_file() else config_path(f"model/{name}.yaml"))
+    if arguments.memory_gb is not None and not arguments.memory_gb > 0:
+        raise UserError(f"--memory-gb is {arguments.memory_gb}: expected more than 0")
+    case = Case(
+        config,
+        config.max_position_embeddings if arguments.context is None else arguments.context,
+        arguments.new_tokens,
+        None if arguments.cache_dtype == "bfloat16" else arguments.cache_dtype,
+        None if arguments.memory_gb is None else arguments.memory_gb * 1e9,
+        arguments.chunk_size,
+        not arguments.skip_prefill,
+    )
+    found = measure(case)
+    row = values(Path(name).stem, case, found)
+    print("\n".join(lines(row, found)))
+    if arguments.out:
+        save(row, arguments.out)
+    return 0

@@ -1,0 +1,49 @@
+"""How long a GPU is at work while something runs, from the profiler's record of its kernels."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Kernels of several runs."""
+
+    busy: float
+    """Seconds of a run in which at least one kernel was at work."""
+    kernels: list[tuple[str, int, float]]
+    """Name, launches and seconds of a run for each kernel, the longest first; these overlap where launches do."""
+
+
+def union(spans: Iterable[tuple[float, float]]) -> float:
+    """Returns the length of what the spans (begin, end) cover together."""
+    total, reached = 0.0, -float("inf")
+    for begin, end in sorted(spans):
+        total += max(end - max(begin, reached), 0.0)
+        reached = max(reached, end)
+    return total
+
+
+def trace(run: Callable[[], object], times: int) -> Trace | None:
+    """Runs something so many times under the profiler; None where it sees no kernels (no permission, no CUPTI)."""
+    torch.cuda.synchronize()
+    # There is one cycle; without `acc_events` a warning says that events of earlier ones are gone.
+    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as record:
+        for _ in range(times):
+            run()
+        torch.cuda.synchronize()
+    events = [event for event in record.events() if event.device_type.name == "CUDA"]
+    if not events:
+        return None
+    spans = [(event.time_range.start * 1e-6, event.time_range.end * 1e-6) for event in events]
+    sums: dict[str, list[float]] = defaultdict(lambda: [0, 0.0])
+    for event, (begin, end) in zip(events, spans, strict=True):
+        sums[event.name][0] += 1
+        sums[event.name][1] += end - begin
+    kernels = [(name, round(count / times), seconds / times) for name, (count, seconds) in sums.items()]
+    return Trace(union(spans) / times, sorted(kernels, key=lambda kernel: -kernel[2]))

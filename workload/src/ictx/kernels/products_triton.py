@@ -1,0 +1,85 @@
+"""Products of one token's vector with a layer's weights: what a decode step does between its attentions.
+
+A program asks for its part of the weight before it waits for the vector: on Hopper and later (DEPENDENT) the launch
+before it is still running then (programmatic dependent launch), so that the weights are on their way while it ends.
+Sums are float32.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+
+@triton.jit
+def project(
+    x_ptr, gain_ptr, weight_ptr, up_ptr, residual_ptr, out_ptr, eps, rows,
+    x_group, weight_group, weight_row, out_group,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, PADDED: tl.constexpr,
+    NORM: tl.constexpr, GATED: tl.constexpr, ADD: tl.constexpr, DEPENDENT: tl.constexpr,
+):  # fmt: skip
+    """out = weight · x, BLOCK rows a program, one group of the second grid axis each.
+
+    NORM: x is normed (RMSNorm) and multiplied by `gain` first. GATED: silu(weight · x) · (up · x). ADD: + residual.
+    """
+    group = tl.program_id(1)
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    column = tl.arange(0, PADDED)
+    row_ok, column_ok = row < rows, column < WIDTH
+    ok = row_ok[:, None] & column_ok[None, :]
+    at = row[:, None].to(tl.int64) * weight_row + column[None, :]
+    weight = tl.load(weight_ptr + group * weight_group + at, ok, other=0.0)
+    if GATED:
+        up = tl.load(up_ptr + at, ok, other=0.0)
+    if NORM:
+        gain = tl.load(gain_ptr + column, column_ok, other=0.0).to(tl.float32)
+    if DEPENDENT:
+        gdc_launch_dependents()
+        gdc_wait()
+    x = tl.load(x_ptr + group * x_group + column, column_ok, other=0.0).to(tl.float32)
+    factor = 1.0
+    if NORM:
+        # The root is taken beside the products, not before them.
+        factor = tl.rsqrt(tl.sum(x * x, 0) / WIDTH + eps)
+        x = x * gain
+    total = tl.sum(weight.to(tl.float32) * x[None, :], 1) * factor
+    if GATED:
+        total = total * tl.sigmoid(total) * (tl.sum(up.to(tl.float32) * x[None, :], 1) * factor)
+    if ADD:
+        total += tl.load(residual_ptr + row, row_ok, other=0.0).to(tl.float32)
+    tl.store(out_ptr + group * out_group + row, total.to(out_ptr.dtype.element_ty), row_ok)
+
+
+@triton.jit
+def absorb(
+    q_ptr, weight_ptr, cos_ptr, sin_ptr, out_ptr, weight_head,
+    NOPE: tl.constexpr, PADDED: tl.constexpr, ROPE: tl.constexpr, LATENT: tl.constexpr, COLUMNS: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):  # fmt: skip
+    """out = (q_nope · w_uk, q_rope turned by its position's angle) of a head, COLUMNS of the latent a program.
+
+    A head's weight begins with w_uk, [NOPE, LATENT].
+    """
+    head = tl.program_id(1)
+    row = tl.arange(0, PADDED)
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    ok = row < NOPE
+    weight = tl.load(
+        weight_ptr + head * weight_head + row[:, None] * LATENT + column[None, :], ok[:, None], other=0.0
+    )  # fmt: skip
+    if DEPENDENT:
+        gdc_launch_dependents()
+        gdc_wait()
+    q_at = q_ptr + head * (NOPE + ROPE)
+    out_at = out_ptr + head * (LATENT + ROPE)
+    q = tl.load(q_at + row, ok, other=0.0).to(tl.float32)
+    total = tl.sum(weight.to(tl.float32) * q[:, None], 0)
+    tl.store(out_at + column, total.to(out_ptr.dtype.element_ty))
+    if tl.program_id(0) == 0:
+        pair = tl.arange(0, ROPE // 2)
+        even = tl.load(q_at + NOPE + 2 * pair).to(tl.float32)
+        odd = tl.load(q_at + NOPE + 2 * pair + 1).to(tl.float32)
+        cos, sin = tl.load(cos_ptr + pair), tl.load(sin_ptr + pair)
+        tl.store(out_at + LATENT + 2 * pair, (even * cos - odd * sin).to(out_ptr.dtype.element_ty))
+        tl.store(out_at + LATENT + 2 * pair + 1, (even * sin + odd * cos).to(out_ptr.dtype.element_ty))

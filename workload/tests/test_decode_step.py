@@ -1,0 +1,193 @@
+"""The captured decode step says what the model's ordinary decode says: greedy tokens and logits."""
+
+from __future__ import annotations
+
+import os
+from unittest import mock
+
+import pytest
+import torch
+from interpreter import passes_interpreted
+from models import MOE, YARN, small
+from torch import Tensor
+
+from ictx.errors import UserError
+from ictx.kernels import dispatch
+from ictx.kernels.next_token import Places, begin, choose_likeliest
+from ictx.kernels.products import absorb, expand, project
+from ictx.model import LatentCache, Transformer
+from ictx.model.step import DecodeStep
+
+TOKENS = 20
+PROMPTS = torch.randint(97, (3, 37), generator=torch.Generator().manual_seed(5))
+BOUND = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+"""Relative error of logits: of another order of sums in float32, of roundings between operations in 16 bits."""
+
+
+def prefilled(model: Transformer, batch: int, block_size: int | None, stored: str | None) -> tuple[LatentCache, Tensor]:
+    """Returns a cache that holds prompts, and their next tokens."""
+    weight = model.lm_head.weight
+    cache = LatentCache(
+        model.config, batch, 64, block_size=block_size, dtype=weight.dtype, stored=stored, device=weight.device
+    )
+    logits = model(PROMPTS[:batch].to(weight.device), cache=cache, last_only=True)
+    return cache, logits[:, -1].argmax(-1)
+
+
+@torch.inference_mode()
+def agrees(model: Transformer, batch: int, block_size: int | None, stored: str | None, graph: bool = False) -> None:
+    """Decodes both ways; the ordinary one is told the step's tokens, so that both see the same context."""
+    cache, newest = prefilled(model, batch, block_size, stored)
+    step = DecodeStep(model, cache, newest, TOKENS)
+    captured = step.capture() if graph else None
+    found, logits = [newest], []
+    run = captured.replay if captured else lambda: logits.append(step())
+    found += [torch.tensor(tokens, device=newest.device) for tokens in step.follow(run, TOKENS)]
+    step.finish()
+    assert cache.longest == 37 + TOKENS and cache.lengths.tolist() == [37 + TOKENS] * batch
+    again, first = prefilled(model, batch, block_size, stored)
+    assert torch.equal(first, newest)
+    # By PyTorch alone.
+    with mock.patch.dict(os.environ, {dispatch.VARIABLE: "torch"}):
+        wanted = [model(token[:, None], cache=again, last_only=True)[:, -1] for token in found[:-1]]
+    for number, expected in enumerate(wanted):
+        best = expected.float().max(-1).values
+        chosen = expected.float().gather(1, found[number + 1][:, None]).flatten()
+        # The same token, or in 16 bits one that is as likely as roundings can tell.
+        assert (best - chosen <= BOUND[expected.dtype] * expected.float().abs().amax(-1)).all()
+        if logits:
+            error = (logits[number].float() - expected.float()).norm() / expected.float().norm()
+            assert float(error) <= BOUND[expected.dtype]
+
+
+@pytest.mark.parametrize(
+    ("batch", "block_size", "changes"),
+    [(1, 16, {}), (3, 16, {}), (3, None, {}), (1, 64, {"q_lora_rank": None}), (1, 16, {"yarn": YARN})],
+)
+def test_the_step_is_the_model(batch: int, block_size: int | None, changes: dict[str, object]) -> None:
+    agrees(small(**changes), batch, block_size, None)
+
+
+@pytest.mark.parametrize("stored", ["int8", "fp8"])
+def test_the_step_on_quantised_caches(stored: str) -> None:
+    agrees(small().bfloat16(), 2, 16, stored)
+
+
+def test_models_without_a_step_are_refused() -> None:
+    model = small(moe=MOE)
+    cache, newest = prefilled(model, 1, 16, None)
+    with pytest.raises(UserError, match="experts"):
+        DecodeStep(model, cache, newest, 1)
+    model = small(kv_lora_rank=64)
+    cache, newest = prefilled(model, 1, 16, None)
+    with pytest.raises(UserError, match="latents of 64"):
+        DecodeStep(model, cache, newest, 1)
+
+
+def test_more_tokens_than_the_cache_holds_are_refused() -> None:
+    model = small()
+    cache, newest = prefilled(model, 1, 16, None)
+    with pytest.raises(UserError, match="does not fit the cache"):
+        DecodeStep(model, cache, newest, 28)
+
+
+def products_agree(device: str, dtype: torch.dtype) -> None:
+    """Compares each product of one token with its like in float64, which PyTorch computes."""
+    generator = torch.Generator(device).manual_seed(2)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=device, generator=generator).to(dtype)
+
+    def close(found: Tensor, expected: Tensor) -> None:
+        bound = {torch.float16: 2e-3, torch.bfloat16: 8e-3}[dtype]
+        assert found.isfinite().all() and found.shape == expected.shape
+        assert float((found.double() - expected).norm() / expected.norm()) <= bound
+
+    for rows, width in ((97, 48), (16, 1), (640, 2048), (33, 5632)):
+        x, weight, up, gain, residual = (
+            random(1, width),
+            *(random(rows, width) * width**-0.5 for _ in range(2)),
+            (1 + 0.1 * random(width)),
+            random(1, rows),
+        )
+        exact = [value.double() for value in (x, weight, gain, up, residual)]
+        close(project(x, weight), project(exact[0], exact[1]))
+        close(project(x, weight, residual=residual), project(exact[0], exact[1], residual=exact[4]))
+        close(
+            project(x, weight, gain=gain, eps=1e-6, up=up),
+            project(exact[0], exact[1], gain=exact[2], eps=1e-6, up=exact[3]),
+        )
+    for heads, nope, value in ((3, 128, 128), (2, 96, 40)):
+        q, w_kv, out = random(1, heads, nope + 64), random(heads, nope + value, 512) * 0.1, random(1, 1, heads, 512)
+        angle = torch.rand(1, 32, device=device, generator=generator) * 6
+        cos, sin = angle.cos(), angle.sin()
+        close(absorb(q, w_kv, cos, sin), absorb(q.double(), w_kv.double(), cos, sin))
+        close(expand(out, w_kv, value), expand(out.double(), w_kv.double(), value))
+
+
+def ends_agree(device: str, dtype: torch.dtype) -> None:
+    """Compares the first and the last kernel of a step with PyTorch's, exactly: they only move numbers."""
+    generator = torch.Generator(device).manual_seed(4)
+    embedding = torch.randn(3000, 48, device=device, generator=generator).to(dtype)
+    token_b = torch.tensor([2999, 0, 1500], device=device)
+    first_b = torch.tensor([7, 0, 1023], dtype=torch.int32, device=device)
+    cos, sin = (torch.randn(3, 5, 32, device=device, generator=generator) for _ in range(2))
+    slots = torch.randint(1 << 40, (3, 5), device=device, generator=generator)
+    lengths_b = first_b.clone()
+    for at in range(5):
+        found = begin(token_b, lengths_b, embedding, Places(first_b, cos, sin, slots))
+        for one, wanted in zip(found, (embedding[token_b], cos[:, at], sin[:, at], slots[:, at]), strict=True):
+            assert torch.equal(one, wanted)
+        assert torch.equal(lengths_b, first_b + at + 1)
+    for vocabulary in (1, 1023, 1025, 3000):
+        logits = torch.randn(3, vocabulary, device=device, generator=generator).to(dtype)
+        # Two as large, in two parts: the first counts.
+        logits[0, vocabulary // 3] = logits[0, -1] = 9
+        logits[1] = -torch.inf
+        logits[2, -1] = 9
+        choose_likeliest(logits, token_b)
+        assert token_b.tolist() == [vocabulary // 3, 0, vocabulary - 1]
+    choose_likeliest(torch.full((3, 1025), torch.nan, dtype=dtype, device=device), token_b)
+    assert ((token_b >= 0) & (token_b < 1025)).all()
+
+
+def test_interpreted_ends() -> None:
+    if not dispatch.interpreted():
+        pytest.skip("runs with TRITON_INTERPRET=1")
+    ends_agree("cpu", torch.float16)
+
+
+def test_the_ends_in_pytorch() -> None:
+    if not dispatch.interpreted():
+        ends_agree("cpu", torch.float16)
+
+
+def test_interpreted_products() -> None:
+    if not dispatch.interpreted():
+        pytest.skip("runs with TRITON_INTERPRET=1")
+    products_agree("cpu", torch.float16)
+
+
+@pytest.mark.parametrize("stored", [None, "int8"])
+def test_interpreted_step(stored: str | None) -> None:
+    if not dispatch.interpreted():
+        pytest.skip("runs with TRITON_INTERPRET=1")
+    agrees(small(num_hidden_layers=1).half(), 1, 16, stored)
+
+
+def test_interpreted_cases_pass_in_a_process_of_their_own() -> None:
+    passes_interpreted(__file__, "4 passed", "-k", "interpreted and not process")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_products_on_a_gpu(dtype: torch.dtype) -> None:
+    products_agree("cuda", dtype)
+    ends_agree("cuda", dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("stored", [None, "int8", "fp8"])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_captured_step_is_the_model(batch: int, stored: str | None) -> None:
+    agrees(small(vocab_size=4096).bfloat16().cuda(), batch, 16, stored, graph=True)
