@@ -241,7 +241,7 @@ def test_vllm_chooses_ours_on_gpus_or_says_why_not(exports: Exports) -> None:
         (90, {"dtype": "bfloat16"}, "CudaBackend", None),
         (80, half, "CudaBackend", None),
         (120, {"dtype": "bfloat16", "block_size": 64}, "CudaBackend", None),
-        (75, half, "TritonMLABackend", "compute capability 7.5 is below 8.0"),
+        (75, half, "CudaBackend", None),
         (86, {"dtype": "bfloat16", "kv_cache_dtype": "fp8"}, "TritonMLABackend", "the layout of a fp8 cache differs"),
         (87, half | {"block_size": 48}, "TritonMLABackend", "block size 48 is not 16"),
         (89, half | {"attention_backend": "TRITON_MLA"}, "TritonMLABackend", "TRITON_MLA is asked for by name"),
