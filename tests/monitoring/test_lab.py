@@ -20,11 +20,10 @@ PORTS = {
     "MariaDB": ("ctl", 9104),
 }
 NODES = re.findall(r"^Host (\w+)$", (STATE / "ssh/config").read_text(), re.M) if STATE.exists() else []
-# The values by name; munge's key is not text: it is compared as a whole.
 SECRETS = {
     path.name: path.read_text().split(" salt=")[0].strip()
     for path in (STATE / "secrets").glob("*")
-    if path.name not in ("web_salt", "munge.key")
+    if path.name != "web_salt"
 }
 # What is not searched: kernel and packages, layers of images, and pods' volumes, in folders that only root may enter.
 SKIPPED = (
