@@ -45,7 +45,7 @@ EVERYTHING: dict[str, Document] = {
         "gc.enabled": True,
         "restore.snapshot": "latest",
         "tls.existingSecret": "tls",
-        "metrics.serviceMonitor.enabled": True,
+        "metrics": {"annotations": True, "serviceMonitor": {"enabled": True}},
         "ingress": {"enabled": True, "host": "mlflow.example.org"},
         "commonLabels": {"team": "research"},
         "podLabels": {"tier": "gold"},
@@ -190,7 +190,7 @@ def test_a_pod_has_what_its_containers_name(case: str) -> None:
             assert len(paths) == len(set(paths)), where
             assert "/tmp" in paths, f"{where}: the root file system is read-only"
             mounted |= {mount["name"] for mount in container["volumeMounts"]}
-            names = [entry["name"] for entry in container["env"]]
+            names = [entry["name"] for entry in container.get("env", [])]
             assert len(names) == len(set(names)), where
             ports = {port["name"] for port in container.get("ports", [])}
             for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
@@ -210,7 +210,7 @@ def test_what_is_named_is_there_or_is_the_deployers(case: str) -> None:
             if claim := volume.get("persistentVolumeClaim"):
                 named.add(f"PersistentVolumeClaim/{claim['claimName']}")
         for container in pod.containers:
-            references = [entry.get("valueFrom", {}).get("secretKeyRef") for entry in container["env"]]
+            references = [entry.get("valueFrom", {}).get("secretKeyRef") for entry in container.get("env", [])]
             named |= {f"Secret/{reference['name']}" for reference in references if reference}
         ours = {name for name in named if name.split("/")[1].startswith(("ictx-serving", "ictx-mlflow"))}
         # Those with the registry's password are the other release's, or made by playbooks/serving.yml.

@@ -69,6 +69,10 @@ def test_pods_run_the_programs_unchanged() -> None:
     assert texts["CronJob/ictx-mlflow-backup"].strip() == program("mlflow", "snapshots").strip()
     assert texts["CronJob/ictx-mlflow-gc"].strip() == program("mlflow", "gc").strip()
     assert texts["Deployment/ictx-mlflow"].strip() == program("mlflow", "prepare").strip()
+    pod = only(render(CHARTS["mlflow"], None, {"metrics.annotations": True}), "Deployment")["spec"]["template"]
+    (metrics,) = (each for each in pod["spec"]["containers"] if each["name"] == "metrics")
+    assert metrics["command"][-1].strip() == program("mlflow", "metrics").strip()
+    assert pod["metadata"]["annotations"]["prometheus.io/port"] == metrics["args"][1] == "9100"
     deployment = only(render(CHARTS["serving"]), "Deployment")["spec"]["template"]["spec"]
     pre_stop = deployment["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
     assert pre_stop[2].strip() == program("serving", "drain").strip()

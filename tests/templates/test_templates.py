@@ -23,7 +23,15 @@ REGISTERED: dict[str, dict[str, Any]] = {
     "k3s": {"_k3s_runtime": {"stat": {"exists": True}}},
     # A registry, and with what it mirrors: two loops.
     "kube_lab": {"item": {"address": "192.0.2.15:5000", 0: {"address": "192.0.2.15:5000"}, 1: "docker.io"}},
-    "prometheus": {"item": {"name": "node", "targets": [{"address": "192.0.2.1:9100", "labels": {"node": "n1"}}]}},
+    # Targets of a job, and a cluster: two loops.
+    "prometheus": {
+        "item": {
+            "name": "node",
+            "targets": [{"address": "192.0.2.1:9100", "labels": {"node": "n1"}}],
+            "api_server": "https://192.0.2.31:6443",
+            "namespaces": ["ictx"],
+        }
+    },
     # A task's loop gives the name: this one has an account in every inventory.
     "mlflow_users": {"item": "serving"},
     "nvidia_driver": {"_nvidia_driver_pci": {"gpus": ["0000:07:00.0"], "nvswitches": [], "nouveau": False}},
@@ -170,11 +178,31 @@ def test_the_registry_serves_on_its_port_with_tls(rendered: Any) -> None:
 def test_prometheus_scrapes_every_host_of_the_inventory_by_its_name(written: Any) -> None:
     conf = yaml.safe_load("\n".join(written("example", "prometheus", "prometheus.yml.j2", "infra1")))
     jobs = {job["job_name"]: job for job in conf["scrape_configs"]}
-    assert set(jobs) == {"node", "mysqld", "dcgm", "blackbox", "prometheus", "alertmanager", "endpoints"}
+    asked = {"endpoints", "mlflow-endpoints"}
+    assert set(jobs) == {"node", "mysqld", "dcgm", "blackbox", "prometheus", "alertmanager", *asked}
     assert {job["scheme"] for job in jobs.values()} == {"https"}
     assert jobs["node"]["honor_labels"] is True, "a controller tells about other nodes"
     assert {job["basic_auth"]["password_file"] for job in jobs.values()} == {"/etc/prometheus/metrics_password"}
     assert conf["alerting"]["alertmanagers"][0]["static_configs"] == [{"targets": ["192.0.2.15:9093"]}]
+
+
+def test_prometheus_scrapes_kubernetes_with_the_token_that_its_play_keeps(tmp_path: Path) -> None:
+    (tmp_path / "secrets").mkdir()
+    (tmp_path / "secrets/kubernetes_metrics_token").write_text("token")
+    kubeconfig = {"clusters": [{"cluster": {"server": "https://192.0.2.31:6443"}}]}
+    (tmp_path / "kubeconfig").write_text(yaml.safe_dump(kubeconfig))
+    cluster = Cluster(ROOT / "inventories/example", {"ictx_state_dir": str(tmp_path)})
+    role, play = next((r, p) for r, p, _ in cluster.uses("site.yml") if r.get_name() == "prometheus")
+    template = ROOT / "roles/prometheus/templates/prometheus.yml.j2"
+    conf = yaml.safe_load(cluster.render(template, cluster.variables("infra1", play, role)))
+    jobs = {job["job_name"]: job for job in conf["scrape_configs"] if job["job_name"].startswith("kubernetes-")}
+    kinds = ("nodes", "cadvisor", "apiserver", "pods", "services")
+    assert set(jobs) == {f"kubernetes-example-{kind}" for kind in kinds}
+    for name, job in jobs.items():
+        assert job["scheme"] == "https"
+        assert job["tls_config"] == {"ca_file": "/etc/prometheus/kubernetes/example.crt"}, "never skipped"
+        assert job["authorization"] == {"credentials_file": "/etc/prometheus/kubernetes/example.token"}
+        assert job["file_sd_configs"] == [{"files": [f"/var/lib/prometheus/kubernetes/{name}.json"]}]
 
 
 def test_a_single_alertmanager_does_not_look_for_others(written: Any) -> None:

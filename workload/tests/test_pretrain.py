@@ -59,6 +59,12 @@ def whole(commands: Commands, prepared: Path) -> Path:
     return run
 
 
+def test_a_record_tells_what_a_step_is_made_of(whole: Path) -> None:
+    for record in records(whole):
+        assert 0 < record["data_seconds"] < record["step_seconds"], record
+        assert record["tokens_per_second"] > 0
+
+
 @pytest.fixture(scope="module")
 def resumed(commands: Commands, prepared: Path) -> Path:
     """A run of which one rank alone was told to stop in the middle, and that then went on."""

@@ -131,6 +131,10 @@ volumeMounts:
     mountPath: /tmp
   - name: run
     mountPath: /run/mlflow
+  {{- if include "mlflow.tellsMetrics" . }}
+  - name: metrics
+    mountPath: /run/mlflow/metrics
+  {{- end }}
   {{- if include "mlflow.hasVolume" . }}
   - name: data
     mountPath: /data
@@ -140,4 +144,34 @@ volumeMounts:
     mountPath: /etc/mlflow-tls
     readOnly: true
   {{- end }}
+{{- end }}
+
+{{- define "mlflow.tellsMetrics" -}}
+{{- if and .Values.metrics.enabled .Values.metrics.annotations }}true{{- end }}
+{{- end }}
+
+{{- define "mlflow.metricsContainer" -}}
+{{- include "mlflow.containerBase" . }}
+command:
+  - python
+  - -c
+  - |
+    {{- .Files.Get "files/metrics.py" | trim | nindent 4 }}
+args: [/run/mlflow/metrics, "9100"]
+ports:
+  - name: metrics
+    containerPort: 9100
+    protocol: TCP
+resources:
+  requests: {cpu: 10m, memory: 32Mi}
+  limits: {memory: 128Mi}
+readinessProbe:
+  httpGet: {path: /metrics, port: metrics}
+  periodSeconds: 5
+volumeMounts:
+  - name: tmp
+    mountPath: /tmp
+  - name: metrics
+    mountPath: /run/mlflow/metrics
+    readOnly: true
 {{- end }}

@@ -7,6 +7,8 @@ from grafana_foundation_sdk.builders.dashboard import Dashboard
 from .panels import RED, graph, listing, number, row, start
 
 EACH = "{{namespace}}/{{pod}}"
+# K3s runs everything in one process: its kubelets tell the API server's metrics too.
+REQUESTS = 'apiserver_request_total{job=~"kubernetes-.*-apiserver"'
 PODS = 'namespace=~"$namespace",pod=~"$pod",container!=""'
 
 
@@ -44,7 +46,7 @@ def build() -> Dashboard:
             "API requests that fail",
             "Share of requests to the API server with a 5xx answer.",
             "percentunit",
-            'sum(rate(apiserver_request_total{code=~"5.."}[5m])) / sum(rate(apiserver_request_total[5m])) or vector(0)',
+            f'(sum(rate({REQUESTS},code=~"5.."}}[5m])) or vector(0)) / sum(rate({REQUESTS}}}[5m]))',
             [(0.01, RED)],
             6,
         ),
@@ -74,7 +76,7 @@ def build() -> Dashboard:
         listing(
             "Memory of containers",
             "Each container's memory, with its node.",
-            f"container_memory_working_set_bytes{{{PODS}}}",
+            f"sum by (node, namespace, pod, container) (container_memory_working_set_bytes{{{PODS}}})",
             "bytes",
             12,
         ),

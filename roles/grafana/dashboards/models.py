@@ -54,6 +54,54 @@ def build() -> Dashboard:
     )
     made = row(
         made,
+        "Image registry",
+        number(
+            "Registry",
+            "1 while it tells its metrics.",
+            "none",
+            f"min(registry_up{{{ME}}})",
+            [(float("-inf"), RED), (1.0, "green")],
+            6,
+        ),
+        number(
+            "Requests that fail",
+            "Share of requests within an hour with a 5xx answer.",
+            "percentunit",
+            f'(sum(rate(registry_http_requests_total{{{ME},code=~"5.."}}[1h])) or vector(0))'
+            f" / sum(rate(registry_http_requests_total{{{ME}}}[1h]))",
+            [(0.01, RED)],
+            6,
+        ),
+        number(
+            "Pulls and pushes",
+            "Requests that are worked on now.",
+            "none",
+            f"sum(registry_http_in_flight_requests{{{ME}}})",
+            width=6,
+        ),
+        number(
+            "Space left",
+            "On the file systems of its host, the fullest one.",
+            "percentunit",
+            f"1 - max(node:filesystem_used:ratio{{{ME}}} * on (cluster, node) group_left () registry_up)",
+            [(float("-inf"), RED), (0.05, YELLOW), (0.2, "green")],
+            6,
+        ),
+        graph(
+            "Requests of images",
+            "Requests a second, by what is asked for and the answer: blobs are layers.",
+            "reqps",
+            {"{{handler}} {{code}}": f"sum by (handler, code) (rate(registry_http_requests_total{{{ME}}}[5m]))"},
+        ),
+        graph(
+            "Time of a request of images",
+            "Mean, by what is asked for.",
+            "s",
+            {"{{handler}}": mean("registry_http_request_duration_seconds", "handler", ME)},
+        ),
+    )
+    made = row(
+        made,
         "MLflow",
         graph(
             "Requests",

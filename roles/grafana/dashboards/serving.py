@@ -6,6 +6,7 @@ from grafana_foundation_sdk.builders.dashboard import Dashboard
 
 from .panels import RED, YELLOW, graph, mean, number, row, start
 
+# Without requests a ratio is not a number; `>= 0` leaves nothing then, and the panel says "none".
 ME = 'cluster="$cluster",model_name=~"$model"'
 QUANTILES = ("p50", "p95", "p99")
 
@@ -30,28 +31,28 @@ def build() -> Dashboard:
             "Errors, 1 hour",
             "Share of requests that failed; the objective is 0.5 %.",
             "percentunit",
-            f"max(model:serving_errors:ratio_1h{{{ME}}})",
+            f"max(model:serving_errors:ratio_1h{{{ME}}}) >= 0",
             [(0.005, YELLOW), (0.072, RED)],
         ),
         number(
             "Error burn rate, 1 hour",
             "1 uses up a month's budget in a month, 14.4 in two days.",
             "none",
-            f"max(model:serving_errors:ratio_1h{{{ME}}}) / 0.005",
+            f"max(model:serving_errors:ratio_1h{{{ME}}}) / 0.005 >= 0",
             [(6, YELLOW), (14.4, RED)],
         ),
         number(
             "Slow first tokens, 1 hour",
             "Share of requests that waited longer than 2.5 s; the objective is 5 %.",
             "percentunit",
-            f"max(model:serving_slow_first_token:ratio_1h{{{ME}}})",
+            f"max(model:serving_slow_first_token:ratio_1h{{{ME}}}) >= 0",
             [(0.05, YELLOW), (0.3, RED)],
         ),
         number(
             "First token, p95",
             "95 % of requests have their first token sooner.",
             "s",
-            f"max(model:serving_time_to_first_token:p95{{{ME}}})",
+            f"max(model:serving_time_to_first_token:p95{{{ME}}}) >= 0",
             [(2.5, RED)],
         ),
         number(

@@ -80,6 +80,7 @@ class Pretraining:
         self.model = self._sharded_model()
         self.optimizer = self._new_optimizer()
         self.data_fingerprint: str = data.meta["fingerprint"]
+        self.data_seconds = 0.0  # spent waiting for batches since the last record
         self.losses = {"loss": math.nan, "validation_loss": math.nan}
         self.checkpoints = Checkpoints(self.directory / "checkpoints", loop.keep_checkpoints)
         self.resumed_from = self._resume()
@@ -149,7 +150,9 @@ class Pretraining:
         rate = learning_rate(number, self.config.train.steps, self.config.optimizer)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
+        began = time.monotonic()
         batch = self.batches.next().to(self.ranks.device)
+        self.data_seconds += time.monotonic() - began
         loss = next_token_loss(self.model, batch, self.config.train.mask_documents)
         auxiliary = self.model.auxiliary_loss(batch.labels)
         (loss + auxiliary).backward()  # type: ignore[no-untyped-call]
@@ -223,8 +226,9 @@ class Pretraining:
                 record["learning_rate"] = learning_rate(step, loop.steps, self.config.optimizer)
                 record["tokens_per_second"] = (step - logged) * tokens_per_step / busy
                 record["step_seconds"] = busy / (step - logged)
+                record["data_seconds"] = self.data_seconds / (step - logged)
                 record |= model_flops_utilisation(record["tokens_per_second"], per_token, peak)
-                busy, logged = 0.0, step
+                busy, self.data_seconds, logged = 0.0, 0.0, step
                 line = f"step {step}/{loop.steps}: loss {loss:.3f}, {record['tokens_per_second']:,.0f} tokens/s"
                 if step % loop.validate_every == 0 or last:
                     record |= self.validate()
