@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -13,18 +14,20 @@ from models import small
 from torch import Tensor
 
 from ictx.kernels import dispatch
-from ictx.model import LatentCache, Transformer, attention
+from ictx.model import LatentCache, Transformer, attention, attention_cached
 
 TOKENS = torch.randint(97, (2, 40), generator=torch.Generator().manual_seed(1))
 DOCUMENTS = torch.tensor([[0] * 13 + [1] * 27, [0] * 39 + [1]])
 
 
 @contextmanager
-def counted(monkeypatch: pytest.MonkeyPatch, name: str, expected: int) -> Iterator[None]:
+def counted(
+    monkeypatch: pytest.MonkeyPatch, name: str, expected: int, module: ModuleType = attention
+) -> Iterator[None]:
     """Expects so many calls of a kernel's function."""
-    function, calls = getattr(attention, name), []
+    function, calls = getattr(module, name), []
     with monkeypatch.context() as patch:
-        patch.setattr(attention, name, lambda *a, **k: calls.append(name) or function(*a, **k))
+        patch.setattr(module, name, lambda *a, **k: calls.append(name) or function(*a, **k))
         yield
     assert len(calls) == expected
 
@@ -91,7 +94,7 @@ def test_decoding_and_what_it_leaves_in_the_cache(block_size: int | None, monkey
             out.append(model(part, cache=cache).flatten(0, 1))
         return torch.cat([x.float() for x in out])
 
-    with counted(monkeypatch, "mla_decode", 2), counted(monkeypatch, "mla_rope_cache", 3):
+    with counted(monkeypatch, "mla_decode", 2, attention_cached), counted(monkeypatch, "mla_rope_cache", 3):
         agrees(run)
 
 

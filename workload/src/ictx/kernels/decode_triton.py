@@ -20,29 +20,8 @@ import triton.language as tl
 
 from ictx.kernels.join_triton import arrive, join_share, wait
 from ictx.kernels.schedule_triton import first_of, owner_of, sequence_tiles
+from ictx.kernels.tiles_triton import put, put_group, rows_at
 from ictx.kernels.unpack_triton import INT8_UNIT, add_score, add_values, halves
-
-
-@triton.jit
-def rows_at(first, start, at, WIDTH: tl.constexpr, columns):
-    """Pointers to `columns` of rows `at`, WIDTH apart, from `start` (one for the tile, or one for each row) on."""
-    if len(start.shape) == 0:
-        return first + start + (at[:, None] * WIDTH + columns[None, :])
-    else:
-        return first + (start + at * WIDTH)[:, None] + columns[None, :]
-
-
-@triton.jit
-def put(target, acc, factor, row_ok, LATENT: tl.constexpr):
-    """Stores acc * factor as rows that lie LATENT elements apart."""
-    at = tl.arange(0, acc.shape[0])[:, None] * LATENT + tl.arange(0, acc.shape[1])[None, :]
-    tl.store(target + at, (acc * factor[:, None]).to(target.dtype.element_ty), row_ok[:, None])
-
-
-@triton.jit
-def put_group(target, low, high, factor, row_ok, LATENT: tl.constexpr):
-    """Stores one group's columns in their order."""
-    put(target, tl.interleave(low, high), factor, row_ok, LATENT)
 
 
 @triton.jit(

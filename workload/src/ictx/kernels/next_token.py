@@ -57,7 +57,8 @@ def begin(
     next_token_triton.begin[(batch,)](
         token_b, lengths_b, places.first_b, embedding, places.cos, places.sin, places.slots, x, cos, sin, slot_b, count,
         WIDTH=width, PADDED=1 << (width - 1).bit_length(), PAIRS=pairs,
-        **dispatch.launch_options(dispatch.launches_early(x.device)),
+        # The next launch may begin early; this one, the first of a graph, follows none.
+        DEPENDENT=dispatch.launches_early(x.device),
     )  # fmt: skip
     return x, cos, sin, slot_b
 

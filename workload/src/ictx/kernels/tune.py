@@ -108,18 +108,22 @@ def decode_inputs(stored: str | None, rows: int, dtype: torch.dtype) -> Callable
 
 def search(kind: Kind, ready: dict[Future[bool], Any], until: float) -> dict[Any, float]:
     """Measures candidates as they are compiled; returns the times of those that may ship."""
-    seconds, times, left = kind.prepare(), {}, set(ready)
+    seconds, left = kind.prepare(), set(ready)
+
+    def take(config: Any) -> float:
+        try:
+            return seconds(config)
+        except Exception:  # the GPU, or the compiler here, refuses it
+            return float("inf")
+
     # The one in use is measured at once: what it needs is compiled by the call.
-    times[kind.current] = seconds(kind.current)
+    times = {kind.current: take(kind.current)}
     while left and time.monotonic() < until:
         done, left = wait(left, max(until - time.monotonic(), 0), FIRST_COMPLETED)
         for future in done:
             config = ready[future]
             if future.result() and time.monotonic() < until:
-                try:
-                    times[config] = seconds(config)
-                except RuntimeError:  # the GPU refuses the launch
-                    continue
+                times[config] = take(config)
     for future in left:
         future.cancel()
     return times
