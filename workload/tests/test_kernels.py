@@ -205,7 +205,7 @@ def test_every_stored_byte_means_what_it_says(stored: str) -> None:
     values, scales, _ = layout.parts(cache, stored, torch.float16)
     every = torch.arange(512, device="cuda") % 256
     # e4m3 writes NaN as 0x7F and 0xFF.
-    every[(every % 128) == 127] = 0 if stored == "fp8" else every[127]
+    every[(every % 128) == 127] = 0 if stored == "fp8" else 127
     values.view(torch.uint8)[0, 0] = every.to(torch.uint8)
     scales[0, 0] = torch.tensor([1.0, 2.0, 0.5, 0.25], device="cuda")
     q = torch.randn(1, 1, 16, layout.ROW, dtype=torch.float16, device="cuda")

@@ -12,13 +12,13 @@ from ictx.kernels import dispatch
 from ictx.kernels.layout import LATENT, ROPE
 
 OPERATION = "decode_products"
-TILE = 4096
+TILE = 8192
 """Weights that a program multiplies, but whole rows: enough programs fit a multiprocessor to keep memory busy."""
 LONGEST = 16384
 """Longest row that a program holds."""
-COLUMNS = 32
+COLUMNS = 64
 """Columns of the latent that a program of `absorb` makes."""
-WARPS = 2
+WARPS = 4
 
 
 def _choice(x: Tensor, width: int) -> str:
