@@ -47,6 +47,7 @@ def test_a_task_gets_its_own_rank_and_root_and_the_images_variables(tmp_path: Pa
     assert (variables["SLURM_PROCID"], variables["SLURM_NODEID"], variables["HOSTNAME"]) == ("1", "1", "n2")
     assert variables["PATH"] == IMAGE["PATH"]
     assert variables["HOME"] == STEP["HOME"]
+    assert (tmp_path / "bundle" / "config.json").stat().st_mode & 0o777 == 0o600, "variables may be secrets"
 
 
 @pytest.mark.parametrize(
