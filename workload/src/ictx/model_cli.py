@@ -111,10 +111,8 @@ def run_describe(arguments: argparse.Namespace) -> int:
     """`ictx model describe`."""
     from ictx.model.config import ModelConfig
     from ictx.model.describe import describe
-    from ictx.settings import config_path
 
-    name = arguments.config
-    config = ModelConfig.from_yaml(Path(name) if Path(name).is_file() else config_path(f"model/{name}.yaml"))
+    config = ModelConfig.named(arguments.config)
     context = config.max_position_embeddings if arguments.context is None else arguments.context
     if not 1 <= context <= config.max_position_embeddings:
         raise UserError(f"--context is {context}: expected 1 to {config.max_position_embeddings}")

@@ -46,10 +46,8 @@ def run_decode(arguments: argparse.Namespace) -> int:
     from ictx.bench.report import lines, save, values
     from ictx.errors import UserError
     from ictx.model import ModelConfig
-    from ictx.settings import config_path
 
-    name = arguments.config
-    config = ModelConfig.from_yaml(Path(name) if Path(name).is_file() else config_path(f"model/{name}.yaml"))
+    config = ModelConfig.named(arguments.config)
     if arguments.memory_gb is not None and not arguments.memory_gb > 0:
         raise UserError(f"--memory-gb is {arguments.memory_gb}: expected more than 0")
     case = Case(
@@ -62,7 +60,7 @@ def run_decode(arguments: argparse.Namespace) -> int:
         not arguments.skip_prefill,
     )
     found = measure(case)
-    row = values(Path(name).stem, case, found)
+    row = values(Path(arguments.config).stem, case, found)
     print("\n".join(lines(row, found)))
     if arguments.out:
         save(row, arguments.out)

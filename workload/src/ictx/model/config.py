@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ictx.errors import UserError
-from ictx.settings import build, load_yaml
+from ictx.settings import build, config_path, load_yaml
 
 
 def require_positive(config: object, *names: str) -> None:
@@ -214,3 +214,8 @@ class ModelConfig:
             return build(cls, content)
         except UserError as error:
             raise UserError(f"{path}: {error}") from error
+
+    @classmethod
+    def named(cls, name: str) -> ModelConfig:
+        """Reads a YAML file, or the shipped configuration of that name. Raises UserError as `from_yaml` does."""
+        return cls.from_yaml(name if Path(name).is_file() else config_path(f"model/{name}.yaml"))
