@@ -258,13 +258,31 @@ def test_a_model_that_cannot_be_served_is_told_and_the_one_before_serves_on(
     promote = "/opt/ictx/bin/ictx promote {} --alias champion --model " + MODEL
     lab.user(promote.format(bad))
     try:
-        told = playbook("playbooks/serving.yml", "-e", "ictx_serving_timeout_minutes=2", status=2)
+        # Far within the time that the release has: a container that fails again and again is not waited for.
+        told = playbook("playbooks/serving.yml", status=2)
     finally:
         lab.user(promote.format(good))
+    assert "a container failed three times in a row" in told
     assert re.search(reason, told.replace("\n", " ")), told[-3000:]
     assert "the previous release serves on" in told
     playbook("playbooks/serving.yml")
     assert steady.answered > 0
+    assert steady.failures == []
+
+
+def test_a_release_that_was_cut_off_is_mended(steady: Client) -> None:
+    def status() -> str:
+        return str(json.loads(helm("status", RELEASE, "--output", "json"))["info"]["status"])
+
+    command = [program(), "upgrade", RELEASE, ROOT / "charts/serving", "--reuse-values", "--set", "vllm.maxNumSeqs=2",
+               "--wait", "--kubeconfig", STATE / "kubeconfig", "--namespace", NAMESPACE]  # fmt: skip
+    with subprocess.Popen([str(word) for word in command], stdout=subprocess.DEVNULL) as cut_off:
+        wait_for("the mark of an upgrade", lambda: status() == "pending-upgrade")
+        cut_off.kill()
+    playbook("playbooks/serving.yml")
+    assert status() == "deployed"
+    answered = steady.answered
+    wait_for("another answer", lambda: steady.answered > answered)
     assert steady.failures == []
 
 
