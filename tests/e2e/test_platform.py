@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import subprocess
+import sys
+import time
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 
 import pytest
-from lab import ROOT, SHARED, STATE, Lab
+from lab import ROOT, SHARED, STATE, Lab, wait_for
 
 pytestmark = pytest.mark.lab
+
+_loader = SourceFileLoader("dashboards_script", str(ROOT / "scripts/dashboards"))
+dashboards = importlib.util.module_from_spec(importlib.util.spec_from_loader(_loader.name, _loader))
+sys.modules[_loader.name] = dashboards
+_loader.exec_module(dashboards)
 
 
 def ansible(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -58,3 +67,17 @@ def test_secrets_are_private() -> None:
     loose = [path for folder in ("secrets", "ca") for path in (STATE / folder).iterdir() if path.suffix != ".crt"]
     assert loose
     assert [path for path in loose if path.stat().st_mode & 0o077] == []
+
+
+def test_a_backup_reaches_prometheus(lab: Lab) -> None:
+    began = int(time.time())
+    done = lab.run("ctl", "systemctl start ictx-backup")
+    assert done.returncode == 0, lab.run("ctl", "journalctl --no-pager --unit=ictx-backup --lines=20").stdout
+    prometheus = dashboards.Prometheus.of_lab()
+
+    def told() -> set[str]:
+        found = prometheus.instant(f"ictx_backup_last_success_timestamp_seconds >= {began}")
+        return {series["metric"]["what"] for series in found if series["metric"]["node"] == "ctl"}
+
+    wait_for("the backup's metric in Prometheus", lambda: told() == {"accounting", "slurm-state"}, seconds=90)
+    assert not [path for path in (SHARED / "backup").rglob("*") if path.stat().st_mode & 0o077]

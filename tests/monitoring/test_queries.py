@@ -23,7 +23,7 @@ import pytest
 import yaml
 from cluster import ROOT
 from lab import STATE
-from prometheus_tools import program
+from programs import program
 
 HERE = Path(__file__).parent
 RECORDED = sorted((HERE / "recorded").glob("*.prom"))

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 from cluster import ROOT
-from prometheus_tools import program
+from programs import program
 
 RULES = sorted((ROOT / "roles/prometheus/templates/rules").glob("*.yml"))
 RUNBOOKS = ROOT / "docs/runbooks"

@@ -138,6 +138,19 @@ def test_a_training_job_is_told_about_by_its_last_whole_record(program: types.Mo
     assert f"ictx_training_mfu_ratio{{{who}}}" not in found
 
 
+def test_everything_that_dashboards_and_rules_ask_of_training_is_told(program: types.ModuleType) -> None:
+    folders = [ROOT / "roles/grafana/files/dashboards", ROOT / "roles/prometheus/templates/rules"]
+    asked = {
+        name
+        for folder in folders
+        for file in folder.iterdir()
+        for name in re.findall(r"(?<![\w:])ictx_training_\w+", file.read_text())
+    }
+    assert {f"ictx_training_{part}_seconds" for part in ("forward", "backward", "optimizer", "checkpoint")} <= asked
+    told = {family.name for family in program.declared().registry.collect()}
+    assert asked <= told
+
+
 def test_a_loss_that_is_no_number_is_told_as_such(program: types.ModuleType, tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": NaN}\n')
     metrics = program.declared()

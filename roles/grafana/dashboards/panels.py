@@ -107,9 +107,20 @@ def mean(name: str, by: str, chosen: str) -> str:
 
 
 def graph(
-    title: str, text: str, unit: str, asked: Mapping[str, str], steps: Steps = (), top: float | None = None
+    title: str,
+    text: str,
+    unit: str,
+    asked: Mapping[str, str],
+    steps: Steps = (),
+    top: float | None = None,
+    stacked: bool = False,
 ) -> timeseries.Panel:
-    """Returns a panel of lines over time, half as wide as the dashboard; `steps` are drawn as lines."""
+    """Returns a panel of lines over time, half as wide as the dashboard; `steps` are drawn as lines.
+
+    Args:
+        top: upper end of the axis, whose lower one is 0 then.
+        stacked: whether series are parts of a whole, drawn as areas on top of each other.
+    """
     panel = (
         timeseries.Panel()
         .title(title)
@@ -135,6 +146,9 @@ def graph(
         )
     if top is not None:
         panel = panel.min(0).max(top)
+    if stacked:
+        stacking = common.StackingConfig().group("A").mode(common_models.StackingMode.NORMAL)
+        panel = panel.min(0).fill_opacity(60).stacking(stacking)
     return queries(panel, asked)
 
 

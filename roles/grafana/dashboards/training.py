@@ -8,6 +8,7 @@ from .panels import RED, YELLOW, graph, listing, number, row, start
 
 ME = 'cluster="$cluster",job_id=~"$job"'
 BY = "{{job_id}} {{user}}"
+PARTS = ("data", "forward", "backward", "optimizer", "ranks", "evaluation", "checkpoint")
 ON_NODES = f"on (cluster, node) group_left (job_id) max by (cluster, node, job_id) (slurm_job_node{{{ME}}})"
 
 
@@ -87,12 +88,7 @@ def build() -> Dashboard:
             },
             top=1,
         ),
-        graph(
-            "Time of a step",
-            "The whole step, and what of it was waiting for data.",
-            "s",
-            {f"{BY} step": f"ictx_training_step_seconds{{{ME}}}", f"{BY} data": f"ictx_training_data_seconds{{{ME}}}"},
-        ),
+        graph("Time of a step", "From data to updated weights.", "s", {BY: f"ictx_training_step_seconds{{{ME}}}"}),
         graph(
             "Goodput",
             "Share of the last hour in which the job got on.",
@@ -101,6 +97,16 @@ def build() -> Dashboard:
             [(float("-inf"), RED), (0.9, "green")],
             top=1,
         ),
+        graph(
+            "Step breakdown",
+            "Seconds of each part of a step on the first rank, the mean of the chosen jobs. Data to ranks make up the "
+            "step: waiting for data, forward pass, backward pass with the sums of sharded gradients, clipping and the "
+            "optimizer, and agreeing with the other ranks. Evaluation and checkpoints come between steps; the steps of "
+            "a record share them.",
+            "s",
+            {part: f"avg(ictx_training_{part}_seconds{{{ME}}})" for part in PARTS},
+            stacked=True,
+        ).span(24),
     )
     made = row(
         made,

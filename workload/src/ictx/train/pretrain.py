@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 import yaml
-from mlflow.exceptions import MlflowException
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -24,15 +20,19 @@ from ictx.errors import UserError
 from ictx.metrics import flops_per_token, model_flops_utilisation, peak_flops, write_about
 from ictx.model import Transformer
 from ictx.model.half import by_layer, tracked_amax, warning
-from ictx.registry import as_user_error
 from ictx.train.checkpoint import MODEL_FILE, Checkpoints
 from ictx.train.config import OptimizerConfig, PretrainConfig
+from ictx.train.failures import explained
 from ictx.train.journal import Journal
 from ictx.train.publish import publish
 from ictx.train.ranks import Ranks, joined
+from ictx.train.stopwatch import Stopwatch
 
 # sysexits.h EX_TEMPFAIL: saved, run me again.
 STOPPED = 75
+# What a record tells the seconds of: the parts that make up a step, then what comes between steps.
+STEP_PARTS = ("data", "forward", "backward", "optimizer", "ranks")
+PAUSES = ("evaluation", "checkpoint")
 
 
 def learning_rate(step: int, steps: int, config: OptimizerConfig) -> float:
@@ -80,7 +80,7 @@ class Pretraining:
         self.model = self._sharded_model()
         self.optimizer = self._new_optimizer()
         self.data_fingerprint: str = data.meta["fingerprint"]
-        self.data_seconds = 0.0  # spent waiting for batches since the last record
+        self.stopwatch = Stopwatch(ranks.device)
         self.losses = {"loss": math.nan, "validation_loss": math.nan}
         self.checkpoints = Checkpoints(self.directory / "checkpoints", loop.keep_checkpoints)
         self.resumed_from = self._resume()
@@ -150,16 +150,19 @@ class Pretraining:
         rate = learning_rate(number, self.config.train.steps, self.config.optimizer)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        began = time.monotonic()
+        self.stopwatch.start()
         batch = self.batches.next().to(self.ranks.device)
-        self.data_seconds += time.monotonic() - began
+        self.stopwatch.lap("data")
         loss = next_token_loss(self.model, batch, self.config.train.mask_documents)
         auxiliary = self.model.auxiliary_loss(batch.labels)
+        self.stopwatch.lap("forward")
         (loss + auxiliary).backward()  # type: ignore[no-untyped-call]
+        self.stopwatch.lap("backward")
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimizer.clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
         violation = self.model.after_step()
+        self.stopwatch.lap("optimizer")
         record = {"loss": loss.item(), "gradient_norm": norm.full_tensor().item()}  # type: ignore[attr-defined]
         if violation is not None:
             record["expert_max_violation"] = violation.item()
@@ -213,6 +216,7 @@ class Pretraining:
             start = time.monotonic()
             record = self.step(step)
             loss, stops = ranks.total(record["loss"] / ranks.count, float(ranks.told_to_stop))
+            self.stopwatch.lap("ranks")
             busy += time.monotonic() - start
             if not math.isfinite(loss):
                 raise UserError(
@@ -226,18 +230,25 @@ class Pretraining:
                 record["learning_rate"] = learning_rate(step, loop.steps, self.config.optimizer)
                 record["tokens_per_second"] = (step - logged) * tokens_per_step / busy
                 record["step_seconds"] = busy / (step - logged)
-                record["data_seconds"] = self.data_seconds / (step - logged)
                 record |= model_flops_utilisation(record["tokens_per_second"], per_token, peak)
-                busy, self.data_seconds, logged = 0.0, 0.0, step
                 line = f"step {step}/{loop.steps}: loss {loss:.3f}, {record['tokens_per_second']:,.0f} tokens/s"
                 if step % loop.validate_every == 0 or last:
+                    self.stopwatch.start()
                     record |= self.validate()
+                    self.stopwatch.lap("evaluation")
                     self.losses["validation_loss"] = record["validation_loss"]
                     line += f", validation loss {record['validation_loss']:.3f}"
+                spent = self.stopwatch.read()
+                record |= {f"{part}_seconds": spent.get(part, 0.0) / (step - logged) for part in STEP_PARTS + PAUSES}
+                busy, logged = 0.0, step
                 journal.record(record)
                 journal.say(line)
             if step % loop.checkpoint_every == 0 or last or stops:
-                journal.say(f"saved {self.checkpoints.save(step, self._state())}")
+                # Its seconds are told by the next record: a record is written before the checkpoint that has its step.
+                self.stopwatch.start()
+                saved_as = self.checkpoints.save(step, self._state())
+                self.stopwatch.lap("checkpoint")
+                journal.say(f"saved {saved_as}")
                 journal.flush()
                 saved = step
             if stops and not last:
@@ -255,28 +266,12 @@ class Pretraining:
         }
 
 
-@contextmanager
-def explained(config: PretrainConfig) -> Iterator[None]:
-    """Turns what other libraries raise about storage and the tracking server into a UserError that names it."""
-    try:
-        yield
-    except MlflowException as error:
-        raise as_user_error(error) from error
-    except SafetensorError as error:
-        raise UserError(f"cannot write the exported model below {config.run.dir}: {error}") from error
-    except OSError as error:
-        # A write to an open file that fails (full disk) does not name it.
-        if error.filename:
-            raise
-        raise UserError(f"cannot write below {config.run.dir}: {error.strerror}") from error
-
-
 def main(config: PretrainConfig) -> int:
     """Runs or goes on with a pretraining run; returns 0, or 75 (EX_TEMPFAIL) when it was told to stop and has saved.
 
     Raises UserError naming a setting, a path or the step at which the loss stopped being a number.
     """
-    with explained(config), joined() as ranks:
+    with explained(config.run.dir), joined() as ranks:
         training = Pretraining(config, ranks)
         training.directory.mkdir(parents=True, exist_ok=True)
         start, patience = training.resumed_from, config.run.tracking_patience

@@ -1,4 +1,4 @@
-"""Prometheus' own programs: those of this machine, else those in the distribution's packages, unpacked."""
+"""Programs that the platform runs: those of this machine, else those in the distribution's packages, unpacked."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ PACKAGES = {
     "amtool": "prometheus-alertmanager",
     "prometheus": "prometheus",
     "promtool": "prometheus",
+    "restic": "restic",
 }
 
 

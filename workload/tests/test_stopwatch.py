@@ -1,0 +1,77 @@
+"""The parts of a step: they add up to it, by a clock that the test turns; on a GPU without waiting for it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ictx.train.stopwatch import Stopwatch
+
+
+class Clock:
+    """A clock that only the test turns."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        """Returns the seconds."""
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def watch(clock: Clock) -> Stopwatch:
+    return Stopwatch(torch.device("cpu"), clock)
+
+
+def test_laps_of_several_steps_add_up_to_them(watch: Stopwatch, clock: Clock) -> None:
+    steps = 0.0
+    for number in range(1, 4):
+        began = clock()
+        watch.start()
+        for name, seconds in {"data": 0.25, "forward": 1.0 * number, "backward": 2.5, "optimizer": 0.125}.items():
+            clock.now += seconds
+            watch.lap(name)
+        steps += clock() - began
+        clock.now += 100  # between steps
+    parts = watch.read()
+    assert parts == pytest.approx({"data": 0.75, "forward": 6.0, "backward": 7.5, "optimizer": 0.375})
+    assert sum(parts.values()) == pytest.approx(steps)
+
+
+def test_a_reading_forgets_what_it_told(watch: Stopwatch, clock: Clock) -> None:
+    assert watch.read() == {}
+    watch.start()
+    clock.now += 1
+    watch.lap("forward")
+    assert watch.read() == {"forward": 1}
+    clock.now += 2
+    watch.lap("checkpoint")
+    assert watch.read() == {"checkpoint": 2}, "a lap begins where the last one ended"
+
+
+def test_a_lap_without_a_beginning_is_refused_by_name(watch: Stopwatch) -> None:
+    with pytest.raises(RuntimeError, match="'forward' has no beginning"):
+        watch.lap("forward")
+
+
+@pytest.mark.gpu
+def test_a_gpu_is_timed_without_waiting_for_it() -> None:
+    device = torch.device("cuda")
+    watch = Stopwatch(device)
+    matrix = torch.randn(4096, 4096, device=device)
+    torch.cuda.synchronize()
+    watch.start()
+    for _ in range(200):
+        matrix @ matrix
+    watch.lap("products")
+    assert not torch.cuda.current_stream().query(), "the GPU is still at it when the lap is marked"
+    watch.lap("nothing")
+    parts = watch.read()
+    assert torch.cuda.current_stream().query()
+    assert parts["products"] > 100 * parts["nothing"]
