@@ -13,7 +13,7 @@ from models import small
 
 from ictx.bench.decode import Case, Measured
 from ictx.bench.floor import floor_of
-from ictx.bench.report import lines, save, values
+from ictx.bench.report import lines, projected_least, save, values
 from ictx.bench.trace import Trace, union
 from ictx.cli import main
 from ictx.model import LatentCache, ModelConfig
@@ -59,6 +59,10 @@ def test_the_row_that_is_told_and_saved(monkeypatch: pytest.MonkeyPatch, tmp_pat
     row = values("ictx-1b-128k", case, found)
     assert row["ratio"] == pytest.approx(1.5 / 1.386, rel=1e-3) and row["overhead"] == pytest.approx(0.05)
     assert row["projected_2070s_ms"] == pytest.approx(1.5 * 3000 / 448, rel=1e-3)
+    # Weights by the memory, 16 layers × 16 heads × 1,088 products a token by 2,560 lanes at 1.77 GHz.
+    assert row["projected_2070s_least_ms"] == pytest.approx(3.886 + 8.057, rel=1e-3)
+    few = dataclasses.replace(case, config=dataclasses.replace(SHIPPED, num_attention_heads=8))
+    assert projected_least(few) == pytest.approx(few.floor.seconds(448e9)), "the memory's time, where it is longer"
     text = "\n".join(lines(row, found))
     assert (
         "not measured: floor 9.2" in text

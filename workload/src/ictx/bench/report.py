@@ -16,6 +16,8 @@ from ictx.bench.decode import Case, Measured
 PROJECTED = "RTX 2070 Super"
 PROJECTED_BANDWIDTH = 448e9
 """Bytes per second (256 bits at 14 Gbit/s): a data sheet's number; no copy reaches it."""
+PROJECTED_PRODUCTS = 2560 * 1.77e9
+"""Products of two float32 numbers, with their sums, per second: lanes × clock. Triton has no tensor cores for sm_75."""
 MOST_RATIO, MOST_OVERHEAD = 1.35, 0.05
 """What the whole model must reach (docs/benchmarks.md)."""
 
@@ -47,7 +49,17 @@ def values(name: str, case: Case, found: Measured) -> dict[str, Any]:
         "peak_tensors_gb": found.allocated * 1e-9,
         "projected_2070s_floor_ms": case.floor.seconds(PROJECTED_BANDWIDTH) * 1e3,
         "projected_2070s_ms": case.floor.seconds(PROJECTED_BANDWIDTH) * ratio * 1e3,
+        "projected_2070s_least_ms": projected_least(case) * 1e3,
     }
+
+
+def projected_least(case: Case) -> float:
+    """Returns the seconds that the projected GPU needs at least: its lanes may be slower than its memory."""
+    config = case.config
+    row = 2 * config.kv_lora_rank + config.qk_rope_head_dim
+    products = config.num_hidden_layers * config.num_attention_heads * (case.context + 1) * row
+    read = case.floor.cache / PROJECTED_BANDWIDTH
+    return case.floor.weights / PROJECTED_BANDWIDTH + max(read, products / PROJECTED_PRODUCTS)
 
 
 def lines(row: dict[str, Any], found: Measured) -> Iterator[str]:
@@ -81,7 +93,8 @@ def lines(row: dict[str, Any], found: Measured) -> Iterator[str]:
     yield f"peak memory    {peak:.2f} GB, {row['peak_tensors_gb']:.2f} GB of it tensors ({capped}; GB are 10^9 bytes)"
     yield (
         f"projection     {PROJECTED} ({PROJECTED_BANDWIDTH * 1e-9:.0f} GB/s), not measured: floor "
-        f"{row['projected_2070s_floor_ms']:.2f} ms/token, at the same ratio {row['projected_2070s_ms']:.2f} ms/token"
+        f"{row['projected_2070s_floor_ms']:.2f} ms/token, at the same ratio {row['projected_2070s_ms']:.2f} ms/token; "
+        f"attention there has no tensor cores, so at least {row['projected_2070s_least_ms']:.2f} ms/token"
     )
     for name, count, seconds in found.trace.kernels[:12] if found.trace else ():
         yield f"  {seconds * 1e6:9.1f} µs {count:5} × {seconds * 1e6 / max(count, 1):7.2f}  {name[:70]}"
