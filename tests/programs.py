@@ -1,11 +1,15 @@
-"""Programs that the platform runs: those of this machine, else those in the distribution's packages, unpacked."""
+"""Programs that the platform runs: this machine's, else the distribution's, unpacked; and our own, as modules."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
+import types
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 
 CACHE = Path(os.environ.get("ICTX_CACHE", Path.home() / ".cache/ictx"))
@@ -33,3 +37,17 @@ def program(name: str) -> str:
             shutil.rmtree(folder, ignore_errors=True)
             Path(draft, "root").rename(folder)
     return str(path)
+
+
+def loaded(path: Path) -> types.ModuleType:
+    """Returns a Python program of ours as a module, executed anew; its name has no suffix to import it by."""
+    loader = SourceFileLoader(path.name.replace("-", "_"), str(path))
+    module = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))
+    # Dataclasses look for the module that they are defined in.
+    sys.modules[loader.name] = module
+    written, sys.dont_write_bytecode = sys.dont_write_bytecode, True
+    try:
+        loader.exec_module(module)
+    finally:
+        sys.dont_write_bytecode = written
+    return module

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import subprocess
-import sys
 import time
-from importlib.machinery import SourceFileLoader
 from pathlib import Path
 
 import pytest
 from lab import ROOT, SHARED, STATE, Lab, wait_for
+from programs import loaded
 
 pytestmark = pytest.mark.lab
 
-_loader = SourceFileLoader("dashboards_script", str(ROOT / "scripts/dashboards"))
-dashboards = importlib.util.module_from_spec(importlib.util.spec_from_loader(_loader.name, _loader))
-sys.modules[_loader.name] = dashboards
-_loader.exec_module(dashboards)
+dashboards = loaded(ROOT / "scripts/dashboards")
 
 
 def ansible(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from typing import Any
 
 import certifi
 import pytest
 from cluster import ROOT
+from programs import loaded
 
 PROGRAM = ROOT / "roles/prometheus/files/prometheus-kubernetes-targets"
-_loader = SourceFileLoader("kubernetes_targets", str(PROGRAM))
-targets = importlib.util.module_from_spec(importlib.util.spec_from_loader(_loader.name, _loader))
-_loader.exec_module(targets)
+targets = loaded(PROGRAM)
 
 API = "192.0.2.31:6443"
 NODE = {

@@ -5,17 +5,14 @@ The recorded metrics are served to a Prometheus of the test's own, with the plat
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import subprocess
-import sys
 import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +20,14 @@ import pytest
 import yaml
 from cluster import ROOT
 from lab import STATE
-from programs import program
+from programs import loaded, program
 
 HERE = Path(__file__).parent
 RECORDED = sorted((HERE / "recorded").glob("*.prom"))
 ABSENT: dict[str, str] = yaml.safe_load((HERE / "not_in_the_lab.yml").read_text())
 RULES = sorted((ROOT / "roles/prometheus/templates/rules").glob("*.yml"))
 
-_loader = SourceFileLoader("dashboards_script", str(ROOT / "scripts/dashboards"))
-dashboards = importlib.util.module_from_spec(importlib.util.spec_from_loader(_loader.name, _loader))
-sys.modules[_loader.name] = dashboards
-_loader.exec_module(dashboards)
+dashboards = loaded(ROOT / "scripts/dashboards")
 
 
 def queries() -> dict[str, tuple[str, bool]]:

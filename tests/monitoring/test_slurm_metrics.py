@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
 import sys
 import types
-from importlib.machinery import SourceFileLoader
 from pathlib import Path
 
 import pytest
 from cluster import ROOT
+from programs import loaded
 
 PROGRAM = ROOT / "roles/slurm_exporter/files/ictx-slurm-metrics"
 
@@ -30,10 +29,7 @@ def program() -> types.ModuleType:
     folder.NodeSet = types.ModuleType("ClusterShell.NodeSet")
     folder.NodeSet.expand = expand
     sys.modules |= {"ClusterShell": folder, "ClusterShell.NodeSet": folder.NodeSet}
-    loader = SourceFileLoader("ictx_slurm_metrics", str(PROGRAM))
-    module = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))
-    loader.exec_module(module)
-    return module
+    return loaded(PROGRAM)
 
 
 def values(metrics: object) -> dict[str, float]:

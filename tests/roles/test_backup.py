@@ -6,18 +6,16 @@ MariaDB's two programs are stood in for here: a database is a file, and its dump
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shutil
 import subprocess
-import types
-from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from typing import Any
 
 import pytest
 from cluster import ROOT
+from programs import loaded
 from programs import program as distributed
 
 PROGRAM = ROOT / "roles/backup/files/ictx-backup"
@@ -34,14 +32,6 @@ case "$*" in
 esac
 """
 METRIC = "ictx_backup_last_success_timestamp_seconds"
-
-
-def loaded() -> types.ModuleType:
-    """Returns the program as a module; it reads its settings where the environment says."""
-    loader = SourceFileLoader("ictx_backup", str(PROGRAM))
-    module = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))
-    loader.exec_module(module)
-    return module
 
 
 class Site:
@@ -74,9 +64,9 @@ class Site:
         }
 
     def __call__(self, *words: str) -> int:
-        """Runs the program; returns its status."""
+        """Runs the program, which reads its settings where the environment says; returns its status."""
         (self.etc / "settings.json").write_text(json.dumps(self.settings))
-        status: int = loaded().main(words)
+        status: int = loaded(PROGRAM).main(words)
         return status
 
     def told(self) -> dict[str, float]:
@@ -87,7 +77,7 @@ class Site:
 
     def snapshots(self) -> list[str]:
         """Returns what the repository has, oldest first."""
-        made = loaded().Backup(self.settings)
+        made = loaded(PROGRAM).Backup(self.settings)
         asked = subprocess.run(
             ["restic", "snapshots", "--json"], env=made.environment, capture_output=True, text=True, check=True
         )
@@ -118,7 +108,7 @@ def site(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> S
 
 
 def test_a_run_saves_everything_encrypted_and_tells_when(site: Site) -> None:
-    before = int(loaded().time.time())
+    before = int(loaded(PROGRAM).time.time())
     assert site("run") == 0
     assert site.snapshots() == ["accounting", "state"]
     assert site.told().keys() == {"accounting", "state"}
@@ -173,15 +163,17 @@ def test_old_snapshots_go_by_name(site: Site) -> None:
     assert sorted(site.snapshots()) == ["accounting"] * 2 + ["state"] * 2
 
 
-def test_a_database_comes_back_and_the_present_one_is_kept(site: Site) -> None:
+def test_a_database_comes_back_and_the_present_one_is_kept(site: Site, capfd: pytest.CaptureFixture[str]) -> None:
     assert site("run") == 0
     site.database.write_text("jobs of nobody\n")
     assert site("restore", "accounting") == 0
+    assert "the newest snapshot with the tag accounting-before-restore" in capfd.readouterr().out
     assert site.database.read_text() == "jobs of everybody\n"
     assert site.snapshots()[-1] == "accounting-before-restore"
     assert site.drafts() == []
     site.database.unlink()
     assert site("restore", "accounting") == 0, "a new host has no database yet"
+    assert "there was no database accounts before" in capfd.readouterr().out
     assert site.database.read_text() == "jobs of everybody\n"
 
 

@@ -5,14 +5,12 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import sys
-from importlib.machinery import SourceFileLoader
-from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
 from typing import Any
 
 import pytest
 from cluster import ROOT
+from programs import loaded
 
 FILES = ROOT / "roles/kube_lab/files"
 
@@ -20,16 +18,7 @@ FILES = ROOT / "roles/kube_lab/files"
 @pytest.fixture(scope="module")
 def addons() -> Any:
     """Returns the program kube-lab-addons as a module."""
-    loader = SourceFileLoader("kube_lab_addons", str(FILES / "kube-lab-addons"))
-    spec = spec_from_loader(loader.name, loader)
-    assert spec is not None
-    module = module_from_spec(spec)
-    written, sys.dont_write_bytecode = sys.dont_write_bytecode, True
-    try:
-        loader.exec_module(module)
-    finally:
-        sys.dont_write_bytecode = written
-    return module
+    return loaded(FILES / "kube-lab-addons")
 
 
 def service(name: str, address: str) -> dict[str, Any]:
