@@ -73,8 +73,22 @@ def sdpa(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor, **mask: Any) -> T
         return F.scaled_dot_product_attention(q, k, v, scale=SCALE, **mask)
 
 
+def flash_attention_3(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """vLLM's build of FlashAttention 3, of one sequence: [tokens, heads, width]. It has no backward pass."""
+    from vllm.vllm_flash_attn import flash_attn_varlen_func
+
+    ends = [torch.tensor([0, len(x)], dtype=torch.int32, device="cuda") for x in (q, k)]
+    result: Tensor = flash_attn_varlen_func(
+        q, k, v, len(q), ends[0], len(k), ends[1], softmax_scale=SCALE, causal=True, fa_version=3
+    )
+    return result
+
+
 def training(tokens: int) -> dict[str, tuple[Callable[[], Tensor], list[Tensor], Tensor]]:
-    """Returns forward, inputs with gradients and gradient of the output of every implementation."""
+    """Returns forward, inputs with gradients and gradient of the output of every implementation.
+
+    One without inputs has no backward pass.
+    """
     q, k, v, grad = (random(tokens, HEADS, width) for width in (192, 192, 128, 128))
     ours = [x.detach().requires_grad_() for x in (q, k, v)]
     q_b, k_b, v_b, grad_b = (x.transpose(0, 1)[None].contiguous() for x in (q, k, v, grad))
@@ -89,6 +103,7 @@ def training(tokens: int) -> dict[str, tuple[Callable[[], Tensor], list[Tensor],
         "sdpa cudnn, V padded": (lambda: sdpa(cudnn, *padded, is_causal=True), padded, padded_grad),
         "sdpa cudnn, V as it is": (lambda: sdpa(cudnn, *as_is, is_causal=True), as_is, grad_b),
         "flex": (lambda: compiled_flex()(*as_is, block_mask=mask, scale=SCALE), as_is, grad_b),
+        "flashattention 3": (lambda: flash_attention_3(q, k, v), [], grad),
     }
 
 
@@ -113,11 +128,14 @@ def prefill(new: int, prefix: int) -> dict[str, Callable[[], Tensor]]:
     table = torch.arange(length // PAGE, dtype=torch.int32, device="cuda")
     q_b = q.transpose(0, 1)[None].contiguous()
 
-    def expanded(width: int) -> tuple[Tensor, Tensor, Tensor]:
+    def keys_and_values() -> tuple[Tensor, Tensor]:
         rows = cache.view(length, layout.ROW)
         kv = F.linear(rows[:, : layout.LATENT], weight).view(length, HEADS, 256)
-        k_nope, v = kv[..., :128], kv[..., 128:]
-        k = torch.cat([k_nope, rows[:, None, layout.LATENT :].expand(-1, HEADS, -1)], -1)
+        k = torch.cat([kv[..., :128], rows[:, None, layout.LATENT :].expand(-1, HEADS, -1)], -1)
+        return k, kv[..., 128:]
+
+    def expanded(width: int) -> tuple[Tensor, Tensor, Tensor]:
+        k, v = keys_and_values()
         return q_b, k.transpose(0, 1)[None], F.pad(v, (0, width - 128)).transpose(0, 1)[None]
 
     from torch.nn.attention.bias import causal_lower_right
@@ -130,6 +148,7 @@ def prefill(new: int, prefix: int) -> dict[str, Callable[[], Tensor]]:
         "sdpa cudnn, V padded": lambda: cudnn_in_two(*expanded(192), prefix),
         "sdpa cudnn, V as it is": lambda: cudnn_in_two(*expanded(128), prefix),
         "flex": lambda: compiled_flex()(*expanded(128), block_mask=mask, scale=SCALE),
+        "flashattention 3": lambda: flash_attention_3(q, *keys_and_values()),
     }
 
 
@@ -141,6 +160,8 @@ def measure(rate: float, quick: bool) -> list[Row]:
         try:
             seconds = median_time(call)
             row = Row(case, name, seconds * 1e3, work / seconds / rate)
+        except ImportError:
+            row = Row(case, name, None, None, "not installed")
         except (RuntimeError, torch.OutOfMemoryError) as error:
             row = Row(case, name, None, None, str(error).splitlines()[0][:100])
         rows.append(row)
@@ -156,10 +177,11 @@ def measure(rate: float, quick: bool) -> list[Row]:
     for name, (call, inputs, grad) in training(tokens).items():
         with torch.no_grad():
             take(f"forward {tokens}", name, work, call)
-        take(
-            f"forward and backward {tokens}", name, 3.6 * work,
-            lambda call=call, inputs=inputs, grad=grad: torch.autograd.grad(call(), inputs, grad),  # type: ignore[misc]
-        )  # fmt: skip
+        if inputs:
+            take(
+                f"forward and backward {tokens}", name, 3.6 * work,
+                lambda call=call, inputs=inputs, grad=grad: torch.autograd.grad(call(), inputs, grad),  # type: ignore[misc]
+            )  # fmt: skip
     new, prefix = (512, 7680) if quick else (8192, 122880)
     work = 640 * HEADS * new * (prefix + (new + 1) / 2) + 2 * HEADS * 256 * layout.LATENT * (new + prefix)
     for name, attend in prefill(new, prefix).items():

@@ -79,13 +79,15 @@ def vllm_triton(given: Inputs, scale: float) -> Call:
     splits = _compute_num_kv_splits(given.context, processors)
     parts = torch.empty(batch, heads, splits, LATENT + 1, dtype=torch.float32, device="cuda")
     lse = torch.empty(batch, heads, dtype=given.queries[0].dtype, device="cuda")
+    # Of an fp8 cache; those that vLLM makes itself come from the host, which a capture must not wait for.
+    one = torch.ones((), dtype=torch.float32, device="cuda")
 
     def call(at: int) -> Tensor:
         q, cache = given.queries[at][:, 0], given.plain[at][:, :, None]
         out = torch.empty(batch, heads, LATENT, dtype=q.dtype, device="cuda")
         decode_attention_fwd(
             q, cache, cache[..., :LATENT], out, lse, given.table, given.lens, parts, splits, scale, cache.shape[1],
-            is_mla=True,
+            k_scale=one, v_scale=one, is_mla=True,
         )  # fmt: skip
         return out
 
@@ -132,14 +134,37 @@ def flashinfer(given: Inputs, scale: float) -> Call:
 
 
 def flash_attention(given: Inputs, scale: float) -> Call:
-    """FlashAttention 3, which takes the absorbed queries beside the rotary ones: FlashAttention 2 ends at width 256."""
-    from flash_attn_interface import flash_attn_with_kvcache
+    """FlashAttention 3, which takes the absorbed queries beside the rotary ones: FlashAttention 2 ends at width 256.
+
+    Its own package, or the one in vLLM.
+    """
+    try:
+        from flash_attn_interface import flash_attn_with_kvcache
+    except ImportError:
+        return _vllm_flash_attention(given, scale)
 
     def call(at: int) -> Tensor:
         q, cache = given.queries[at], given.plain[at][:, :, None]
         result: Tensor = flash_attn_with_kvcache(
             q[..., LATENT:].contiguous(), cache[..., LATENT:], cache[..., :LATENT], qv=q[..., :LATENT].contiguous(),
             cache_seqlens=given.lens, page_table=given.table, softmax_scale=scale,
+        )  # fmt: skip
+        return result
+
+    return call
+
+
+def _vllm_flash_attention(given: Inputs, scale: float) -> Call:
+    """FlashAttention 3 as vLLM builds and calls it."""
+    from vllm.vllm_flash_attn import flash_attn_varlen_func
+
+    starts = torch.arange(len(given.lens) + 1, dtype=torch.int32, device="cuda")
+
+    def call(at: int) -> Tensor:
+        q, cache = given.queries[at][:, 0], given.plain[at][:, :, None]
+        result: Tensor = flash_attn_varlen_func(
+            q[..., LATENT:], cache[..., LATENT:], cache[..., :LATENT], 1, starts, given.context, seqused_k=given.lens,
+            q_v=q[..., :LATENT], softmax_scale=scale, causal=True, block_table=given.table, fa_version=3,
         )  # fmt: skip
         return result
 
