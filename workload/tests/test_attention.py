@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
 import pytest
 import torch
 from interpreter import passes_interpreted
@@ -184,47 +181,6 @@ def test_wrong_inputs_are_refused(change: dict[str, object], message: str) -> No
     right = {"q": torch.zeros(4, 1, 192), "k": torch.zeros(4, 1, 192), "v": torch.zeros(4, 1, 128), "scale": 1.0}
     with pytest.raises(ValueError, match=message):
         mla_attention(**(right | change))  # type: ignore[arg-type]
-
-
-class Compiled:
-    """A kernel that is compiled where it is called, and not launched."""
-
-    def __init__(self, kernel: Any) -> None:
-        self.kernel = kernel
-
-    def __getitem__(self, grid: Any) -> Any:
-        return lambda *arguments, **constants: self.kernel.warmup(*arguments, grid=grid, **constants)
-
-
-@pytest.mark.parametrize("target", [80, 90])
-def test_what_is_built_ahead_is_what_a_run_asks_for(
-    target: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if dispatch.interpreted():
-        pytest.skip("nothing is compiled there")
-    from ictx.kernels import attention_backward_triton, attention_build, attention_triton, build
-    from ictx.kernels.prefill import mla_prefill
-
-    with build.compiling(tmp_path, target):
-        for kernel in attention_build.KERNELS:
-            attention_build.compile_kernel(kernel, target, torch.bfloat16)
-        built = sorted(tmp_path.rglob("*.cubin"))
-        assert len(built) == len(attention_build.KERNELS)
-        for module, names in (
-            (attention_triton, ["forward"]),
-            (attention_backward_triton, ["row_sums", "keys_values", "queries"]),
-        ):
-            for name in names:
-                monkeypatch.setattr(module, name, Compiled(getattr(module, name)))
-        monkeypatch.setattr(dispatch, "choose", lambda *a, **k: dispatch.Choice("triton", "a test"))
-        monkeypatch.setattr(dispatch, "capability", lambda device: target)
-        q, k, v, grad = inputs(50, 16, 192, 128, torch.bfloat16)
-        torch.autograd.grad(mla_attention(q, k, v, SCALE, bounds_of([20, 30])), (q, k, v), grad)
-        cache, weight = torch.zeros(16, 64, 576).bfloat16(), torch.zeros(16 * 256, 512).bfloat16()
-        table = torch.arange(16, dtype=torch.int32)
-        for workspace in (1, 1 << 30):
-            mla_prefill(q.detach(), cache, 1000, weight, SCALE, table, workspace=workspace, mode="expanded")
-        assert sorted(tmp_path.rglob("*.cubin")) == built
 
 
 @pytest.mark.gpu

@@ -106,9 +106,16 @@ def parser() -> argparse.ArgumentParser:
     promote.set_defaults(run=run_promote)
 
     model_cli.register(areas)
-    register_kernels(areas)
+    register_kernels(areas, drive_models)
     register_bench(areas)
     return top
+
+
+def drive_models(target: int) -> None:
+    """Runs on the meta device what the shipped models launch on a GPU of a compute capability."""
+    from ictx.model.launches import drive
+
+    drive(target)
 
 
 def run_prepare(arguments: argparse.Namespace) -> int:

@@ -16,13 +16,21 @@ from ictx.errors import UserError
 T = TypeVar("T")
 
 
+SHIPPED = Path("/opt/ictx/configs"), Path(__file__).parents[2] / "configs"
+"""Where the configs lie that come with the image, and with the checkout."""
+
+
 def config_path(name: str) -> Path:
     """Returns the file: as given, or below the configs that come with the image or the checkout. Raises UserError."""
-    folders = [Path(), Path("/opt/ictx/configs"), Path(__file__).parents[2] / "configs"]
-    for folder in folders:
+    for folder in (Path(), *SHIPPED):
         if (folder / name).is_file():
             return folder / name
-    raise UserError(f"configuration {name} is neither here nor below {folders[1]}")
+    raise UserError(f"configuration {name} is neither here nor below {SHIPPED[0]}")
+
+
+def shipped(pattern: str) -> list[Path]:
+    """Returns the files of that pattern that come with the image or, where there are none, with the checkout."""
+    return next((found for folder in SHIPPED if (found := sorted(folder.glob(pattern)))), [])
 
 
 def load_yaml(path: Path) -> dict[str, Any]:

@@ -9,16 +9,19 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from ictx.kernels import attention, attention_bench, attention_tuning, build, dispatch
+from ictx.kernels import attention, attention_bench, attention_tuning, build, dispatch, layout
+from ictx.kernels.attention import mla_attention
 from ictx.kernels.attention_tuning import AttentionConfig, Tiles, attention_config
+from ictx.kernels.prefill import WORKSPACE, mla_prefill
 from ictx.kernels.tune import Kind
 
 TOKENS = 16384
-SHIPPED = {
-    "forward": ("mla_attention.forward", "mla_prefill.whole", "mla_prefill.part"),
-    "keys_values": ("mla_attention.keys_values",),
-    "queries": ("mla_attention.queries",),
+KERNELS = {
+    "forward": ("attention.forward",),
+    "keys_values": ("attention_backward.keys_values",),
+    "queries": ("attention_backward.queries",),
 }
 """What is compiled with each one's tiles."""
 
@@ -47,7 +50,7 @@ def attention_kinds(target: int) -> list[Kind]:
             functools.partial(fits, target=target, name=name),
             functools.partial(inputs, name, config),
         )
-        for name in SHIPPED
+        for name in KERNELS
     ]
 
 
@@ -55,12 +58,27 @@ def fits(cache: Path, tiles: Tiles, *, target: int, name: str) -> bool:
     """Whether tiles may ship: every kernel that is compiled with them."""
     attention_tuning.override = replace(attention_config(target), **{name: tiles})
     try:
-        variants = [build.Variant(kernel, target, "bf16", None) for kernel in SHIPPED[name]]
-        return not any(build.build_one(cache, variant).faults for variant in variants)
+        return build.fit(cache, target, launch, KERNELS[name])
     except Exception:  # what the compiler cannot make is no candidate
         return False
     finally:
         attention_tuning.override = None
+
+
+def launch() -> None:
+    """Runs, on the meta device, training on packed documents, and a prefill in one part and in several."""
+
+    def given(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.bfloat16, device="meta", requires_grad=True)
+
+    heads, nope, value = attention_bench.HEADS, 128, 128
+    q, k, v = (given(TOKENS, heads, width) for width in (nope + layout.ROPE, nope + layout.ROPE, value))
+    packing = torch.empty(3, dtype=torch.int32, device="meta")
+    torch.autograd.grad(mla_attention(q, k, v, attention_bench.SCALE, packing).sum(), (q, k, v))
+    with torch.no_grad():
+        cache, weight = given(1, TOKENS, layout.ROW), given(heads * (nope + value), layout.LATENT)
+        for workspace in (1, WORKSPACE):
+            mla_prefill(q, cache, TOKENS, weight, attention_bench.SCALE, workspace=workspace, mode="expanded")
 
 
 def inputs(name: str, config: AttentionConfig) -> Callable[[Tiles], float]:

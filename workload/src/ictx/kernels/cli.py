@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,12 @@ examples:
 """
 
 
-def register(areas: Any) -> None:
-    """Adds `kernels` to the areas of the command line."""
+def register(areas: Any, drive: Callable[[int], None]) -> None:
+    """Adds `kernels` to the areas of the command line.
+
+    Args:
+        drive: runs what a GPU of a compute capability will be asked to run, on tensors of the meta device.
+    """
     raw = argparse.RawDescriptionHelpFormatter
     area = areas.add_parser(
         "kernels", help="GPU kernels: choice, build, measurement", epilog=EXAMPLES, formatter_class=raw
@@ -44,7 +50,7 @@ def register(areas: Any) -> None:
         "--target", type=int, nargs="+", metavar="CC", help="compute capabilities (default: all that are known)"
     )
     build.add_argument("--jobs", type=int, default=2, help="processes that compile at once (default: 2)")
-    build.set_defaults(run=run_build)
+    build.set_defaults(run=functools.partial(run_build, drive))
     tune = commands.add_parser(
         "tune",
         help="find the fastest configurations on this GPU, and write them to the file",
@@ -76,19 +82,23 @@ def run_explain(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def run_build(arguments: argparse.Namespace) -> int:
+def run_build(drive: Callable[[int], None], arguments: argparse.Namespace) -> int:
     """`ictx kernels build`: status 1 where a variant must not ship."""
     from ictx.errors import UserError
-    from ictx.kernels.build import TARGETS, build, default_cache
+    from ictx.kernels.build import TARGETS, build
+    from ictx.kernels.dispatch import have_triton
+    from ictx.kernels.shipped import default_cache
 
+    if not have_triton():
+        raise UserError("Triton is not installed: nothing can be compiled")
     targets = tuple(arguments.target or TARGETS)
     if unknown := sorted(set(targets) - set(TARGETS)):
         raise UserError(f"no such target: {unknown[0]} (there are {', '.join(map(str, TARGETS))})")
     faulty = 0
-    print(f"{'target':7} {'variant':38} {'registers':>9} {'spilled':>7} {'shared':>7} {'matrix':>6} {'cubin':>7}")
-    for report in build(arguments.cache or default_cache(), targets, arguments.jobs):
+    print(f"{'target':7} {'variant':66} {'registers':>9} {'spilled':>7} {'shared':>7} {'matrix':>6} {'cubin':>7}")
+    for report in build(arguments.cache or default_cache(), targets, drive, arguments.jobs):
         print(
-            f"sm_{report.target:<4} {report.name:38} {report.registers:9} {report.spilled:7} {report.shared:7} "
+            f"sm_{report.target:<4} {report.name:66} {report.registers:9} {report.spilled:7} {report.shared:7} "
             f"{report.tensor_cores:6} {report.cubin:7}  {'; '.join(report.faults)}".rstrip()
         )
         faulty += bool(report.faults)

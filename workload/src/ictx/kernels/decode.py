@@ -61,8 +61,8 @@ _workspaces: dict[tuple[torch.device, int], Workspace] = {}
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
-    """Returns the number of multiprocessors."""
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+    """Returns the number of multiprocessors; 1 where kernels are compiled for a GPU that is not here."""
+    return 1 if device.type != "cuda" else int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def _workspace(device: torch.device, programs: int, block_m: int, items: int) -> Workspace:

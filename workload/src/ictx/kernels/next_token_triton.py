@@ -10,7 +10,8 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
-@triton.jit
+# How many tokens are to come, and where the lists begin, is not compiled for.
+@triton.jit(do_not_specialize=["count"], do_not_specialize_on_alignment=["cos_ptr", "sin_ptr", "slot_ptr"])
 def begin(
     token_ptr, length_ptr, first_ptr, embedding_ptr, cos_ptr, sin_ptr, slot_ptr,
     x_ptr, cos_out_ptr, sin_out_ptr, slot_out_ptr, count,

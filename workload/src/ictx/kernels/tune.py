@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from ictx.errors import UserError
-from ictx.kernels import bench, build, dispatch, tuning
+from ictx.kernels import bench, build, dispatch, layout, tuning
 from ictx.kernels.decode import block_m_of, mla_decode
 from ictx.kernels.tuning import DecodeConfig
 
@@ -81,10 +81,14 @@ def decode_kinds(target: int) -> list[Kind]:
 
 def decode_fits(cache: Path, config: DecodeConfig, *, target: int, stored: str | None, block_m: int) -> bool:
     """Whether a candidate for `mla_decode` may ship."""
-    variant = build.Variant("mla_decode", target, "bf16" if target >= 80 else "fp16", stored, PAGE, block_m)
+    dtype, meta = torch.bfloat16 if target >= 80 else torch.float16, torch.device("meta")
+    q = torch.empty(1, 1, block_m, layout.ROW, dtype=dtype, device=meta)
+    row, held = (layout.ROW_BYTES, torch.uint8) if stored else (layout.ROW, dtype)
+    blocks = torch.empty(2, PAGE, row, dtype=held, device=meta)
+    lens, table = (torch.empty(shape, dtype=torch.int32, device=meta) for shape in ((1,), (1, 2)))
     tuning.override = config
     try:
-        return not build.build_one(cache, variant).faults
+        return build.fit(cache, target, lambda: mla_decode(q, blocks, lens, bench.SCALE, table, stored))
     except Exception:  # what the compiler cannot make is no candidate
         return False
 

@@ -1,0 +1,72 @@
+"""What the shipped models launch on a GPU: training, prefill, and the captured decode step, with every kind of cache.
+
+Run on the meta device, for `ictx kernels build`: shapes, strides and dtypes are those of a real run, memory there is
+none. All layers launch the same kernels, so that one is enough.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+
+from ictx.kernels import dispatch
+from ictx.model.cache import LatentCache
+from ictx.model.config import ModelConfig
+from ictx.model.step import DecodeStep, unfit
+from ictx.model.transformer import Transformer
+from ictx.settings import shipped
+
+CONFIGS = "model/ictx-*.yaml"
+CHUNKS = (8, 1, 512, 65536)
+"""Tokens that go through the model one after the other: few, a prefill in one part, and one in several."""
+BATCHES = (1, 2)
+"""A token of one sequence is multiplied by our kernels, those of several by PyTorch."""
+BLOCKS = {None: (None, 16, 64), "int8": (64,), "fp8": (64,)}
+"""Tokens of a block, or none for a contiguous cache, by what latents are quantised to: `ictx generate` takes 64, and
+vLLM gives a cache that is not quantised blocks of 16 and 64."""
+META = torch.device("meta")
+
+
+def drive(target: int) -> None:
+    """Runs all that is compiled ahead of time for a compute capability."""
+    for config in models():
+        for dtype in (torch.float16, torch.bfloat16):
+            if dispatch.refused("mla_rope_cache", target, dtype, None):
+                continue
+            with META:
+                model = Transformer(config).to(dtype)
+            if dispatch.refused("mla_attention", target, dtype, None) is None:
+                train(model)
+            model.eval()
+            for stored, blocks in BLOCKS.items():
+                if dispatch.refused("mla_decode", target, dtype, stored) is None:
+                    for batch in BATCHES:
+                        for block_size in blocks:
+                            generate(model, batch, block_size, stored)
+
+
+def models() -> Iterator[ModelConfig]:
+    """Yields the shipped configurations with one layer, but those of models that have no captured decode step."""
+    for config in map(ModelConfig.from_yaml, shipped(CONFIGS)):
+        if unfit(config) is None:
+            yield replace(config, num_hidden_layers=1)
+
+
+def train(model: Transformer) -> None:
+    """Runs a training step's forward and backward."""
+    tokens = torch.zeros(2, 1024, dtype=torch.int64, device=META)
+    model.train()(tokens).float().sum().backward()
+
+
+@torch.no_grad()
+def generate(model: Transformer, batch: int, block_size: int | None, stored: str | None) -> None:
+    """Runs a prefill, expanded and absorbed, and a decode step."""
+    dtype, length = model.lm_head.weight.dtype, 2 * sum(CHUNKS) + 1
+    cache = LatentCache(model.config, batch, length, block_size=block_size, dtype=dtype, stored=stored, device=META)
+    for tokens in CHUNKS:
+        chunk = torch.zeros(batch, tokens, dtype=torch.int64, device=META)
+        model(chunk, cache=cache, last_only=True, mode="expanded")
+        model(chunk, cache=cache, last_only=True, mode="absorbed")
+    DecodeStep(model, cache, torch.zeros(batch, dtype=torch.int64, device=META), 1)()
