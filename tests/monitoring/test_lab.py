@@ -6,10 +6,11 @@ import json
 import re
 import subprocess
 import tarfile
+import uuid
 from pathlib import Path
 
 import pytest
-from lab import ROOT, STATE, Lab
+from lab import ROOT, STATE, Lab, wait_for
 
 pytestmark = pytest.mark.lab
 
@@ -89,6 +90,13 @@ def test_prometheus_may_read_kubernetes_and_do_nothing_there(lab: Lab) -> None:
     forbidden += [f"{namespace}/pods/p/exec?command=id", f"{namespace}/pods/p/log", "/api/v1/secrets"]
     assert {path: status(path) for path in forbidden} == dict.fromkeys(forbidden, "403")
     assert status(f"{namespace}/pods/p/proxy/", "POST") == status(f"{namespace}/pods/p", "DELETE") == "403"
+
+
+def test_a_line_of_a_compute_node_is_in_the_central_logs(lab: Lab) -> None:
+    tag = f"test-{uuid.uuid4().hex[:8]}"
+    assert lab.run("n1", f"logger --tag {tag} hello").returncode == 0
+    read = f"journalctl --directory=/var/log/journal/remote --quiet --output=cat _HOSTNAME=n1 --identifier={tag}"
+    wait_for("the line's arrival", lambda: lab.run("svc1", read).stdout == "hello\n", 60)
 
 
 def test_a_support_bundle_has_every_node_and_no_secret(lab: Lab, tmp_path: Path) -> None:

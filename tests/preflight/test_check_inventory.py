@@ -211,3 +211,10 @@ def test_a_compute_node_that_is_in_no_group_of_slurm_is_named(check: Check) -> N
         del groups["slurm"]["children"]["slurm_compute"]
 
     assert "group slurm (every host of SLURM) (n1, n2): must contain what is in slurm_compute" in check(hosts=forget)
+
+
+def test_central_logs_need_a_host_that_keeps_them(check: Check) -> None:
+    def empty(groups: Any) -> None:
+        groups["prometheus"] = None
+
+    assert check(hosts=empty) == ["ictx_logs (all hosts): journal needs a host in the group prometheus"]

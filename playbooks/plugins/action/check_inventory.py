@@ -97,7 +97,7 @@ def value_errors(name: str, value: Any, option: Mapping[str, Any]) -> list[str]:
     """Returns what is wrong with the value of a variable, by its option."""
     if text := type_error(value, option):
         return [text]
-    spec = {key: entry for key, entry in option.items() if key != "required"}
+    spec = {key: entry for key, entry in option.items() if key not in ("required", "needs")}
     found = ArgumentSpecValidator({name: spec}).validate({name: value}).error_messages
     if found and option.get("no_log"):
         return ["wrong value (not shown)"]
@@ -181,6 +181,7 @@ class ActionModule(ActionBase):
         check_names(values, schema["variables"], roles, problems)
         check_values(values, schema["variables"], roles, problems)
         check_required(values, schema["variables"], roles, uses, problems)
+        check_needs(values, schema["variables"], groups, problems)
         check_given(values, uses, set(load_extra_vars(self._loader)), problems)
         return {**result, "changed": False, "problems": problems.lines(), "unreadable": sorted(self._unreadable)}
 
@@ -269,6 +270,15 @@ def check_required(
             for host in use.hosts:
                 if name not in values.get(host, {name: None}):
                     problems.add(name, f"missing; role {use.role} needs it: {option['description']}", host)
+
+
+def check_needs(values: Values, cluster: Options, groups: Mapping[str, list[str]], problems: Problems) -> None:
+    """Checks that a group has a host where a variable's value needs one."""
+    for host, variables in values.items():
+        for name in cluster.keys() & variables.keys():
+            group = cluster[name].get("needs", {}).get(str(variables[name]))
+            if group and not groups.get(group):
+                problems.add(name, f"{variables[name]} needs a host in the group {group}", host)
 
 
 def check_given(values: Values, uses: list[Use], extra: set[str], problems: Problems) -> None:

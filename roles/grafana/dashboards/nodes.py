@@ -118,6 +118,23 @@ def build() -> Dashboard:
             },
         ),
     )
+    made = row(
+        made,
+        "Central logs",
+        graph(
+            "Newest line",
+            "How long ago each node wrote the newest line that the central logs have. It grows for a silent node too: "
+            "the alert NodeLogsMissing tells when lines are missing.",
+            "s",
+            {EACH: f"time() - ictx_logs_received_timestamp_seconds{{{ME}}}"},
+        ),
+        graph(
+            "Space",
+            "Disk space of each node's lines on the host that keeps them.",
+            "bytes",
+            {EACH: f"ictx_logs_received_bytes{{{ME}}}"},
+        ),
+    )
     return row(
         made,
         "Network and services",
