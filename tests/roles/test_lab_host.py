@@ -26,17 +26,22 @@ def module() -> ModuleType:
     return loaded
 
 
-def procfs(folder: Path, container: str) -> Path:
-    """Lays out a procfs whose process 4711 mounts the files of a container."""
+def procfs(folder: Path, source: str, point: str) -> Path:
+    """Lays out a procfs whose process 4711 has a root and one more mount."""
     (folder / "4711").mkdir(parents=True)
-    source = f"/containers/storage/overlay-containers/{container}/userdata/hostname"
-    (folder / "4711/mountinfo").write_text(f"712 680 0:23 {source} /etc/hostname rw,nosuid - tmpfs tmpfs rw\n")
+    root, more = "27 1 254:0 / / rw,relatime - ext4 /dev/vda rw", f"49 27 0:23 {source} {point} rw - tmpfs tmpfs rw"
+    (folder / "4711/mountinfo").write_text(f"{root}\n{more}\n")
     return folder
+
+
+def contained(folder: Path, container: str) -> Path:
+    """Lays out a procfs whose process 4711 is the first of a container."""
+    return procfs(folder, f"/containers/storage/overlay-containers/{container}/userdata/hostname", "/etc/hostname")
 
 
 def test_a_container_whose_process_lives_runs(module: ModuleType, tmp_path: Path) -> None:
     """Podman's word stands when the process is the container's own."""
-    assert module.state(CONTAINER, procfs(tmp_path, CONTAINER["Id"])) == "running"
+    assert module.state(CONTAINER, contained(tmp_path, CONTAINER["Id"])) == "running"
 
 
 def test_a_container_without_its_process_is_dead(module: ModuleType, tmp_path: Path) -> None:
@@ -46,12 +51,18 @@ def test_a_container_without_its_process_is_dead(module: ModuleType, tmp_path: P
 
 def test_a_process_id_that_another_has_by_now_is_not_the_container(module: ModuleType, tmp_path: Path) -> None:
     """Process ids are reused, also by the next lab's nodes."""
-    assert module.state(CONTAINER, procfs(tmp_path, "f1c5de176718a695")) == "dead"
+    assert module.state(CONTAINER, contained(tmp_path, "f1c5de176718a695")) == "dead"
+
+
+def test_a_process_of_this_machine_with_the_id_is_not_the_container(module: ModuleType, tmp_path: Path) -> None:
+    """What podman mounts for a container stays mounted on this machine, where every process sees it."""
+    shared_memory = f"/var/lib/containers/storage/overlay-containers/{CONTAINER['Id']}/userdata/shm"
+    assert module.state(CONTAINER, procfs(tmp_path, "/", shared_memory)) == "dead"
 
 
 def test_a_container_that_ended_is_what_podman_says(module: ModuleType, tmp_path: Path) -> None:
     """The process of an ended container is not asked for."""
-    assert module.state(CONTAINER | {"State": "exited"}, procfs(tmp_path, CONTAINER["Id"])) == "exited"
+    assert module.state(CONTAINER | {"State": "exited"}, contained(tmp_path, CONTAINER["Id"])) == "exited"
 
 
 def disk(folder: Path, **wishes: int) -> dict[str, object]:

@@ -127,8 +127,9 @@ def podman_lines(*arguments: str) -> list[str]:
 def state(container: dict, proc: Path = Path("/proc")) -> str:
     """Returns what a container of `podman ps --format json` really is: podman's word, or dead.
 
-    Podman's record outlives a machine that was cut off, and its process id may be another's by then. The files that
-    podman mounts into a container lie in a folder named after the container's id: its own first process has them.
+    Podman's record outlives processes that were cut off, and the process id may be another's by then. A container's
+    own first process has the container's file, in a folder named after its id, as /etc/hostname; a process of this
+    machine sees such a folder too, but mounted elsewhere.
     """
     if container["State"] != "running":
         return container["State"]
@@ -136,7 +137,8 @@ def state(container: dict, proc: Path = Path("/proc")) -> str:
         mounts = (proc / str(container["Pid"]) / "mountinfo").read_text()
     except OSError:
         return "dead"
-    return "running" if container["Id"] in mounts else "dead"
+    sources = [source for _, _, _, source, point, *_ in map(str.split, mounts.splitlines()) if point == "/etc/hostname"]
+    return "running" if any(container["Id"] in source for source in sources) else "dead"
 
 
 def hard_limit(name: str) -> int:
