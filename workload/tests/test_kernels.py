@@ -145,7 +145,7 @@ def test_decode_from_quantised_caches(stored: str, page: int) -> None:
 @pytest.mark.usefixtures("interpreter")
 @pytest.mark.parametrize("stored", [None, "int8"])
 def test_decode_as_it_is_cut_up_before_sm_80(stored: str | None) -> None:
-    """16 tokens a step in blocks of 64, and 40 rows as three programs' of 16."""
+    """32 tokens a step in blocks of 64, and 40 rows as three programs' of 16."""
     given = inputs([70, 0, 33], 5, 8, 64)
     with mock.patch.object(dispatch, "capability", lambda device: 75):
         assert block_m_of(40, 75) == 16
@@ -247,7 +247,8 @@ def test_dispatch_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "no fp8" in choose("mla_decode", cpu, torch.float16, stored="fp8", cc=75).reason
     assert "no bfloat16" in choose("mla_decode", cpu, torch.bfloat16, cc=75).reason
     assert "below 7.5" in choose("mla_decode", cpu, torch.float16, cc=70).reason
-    assert "below 8.0" in choose("mla_prefill", cpu, torch.float16, cc=75).reason
+    assert choose("mla_prefill", cpu, torch.float16, cc=75).name == "triton"
+    assert "no bfloat16" in choose("mla_attention", cpu, torch.bfloat16, cc=75).reason
     assert choose("mla_rope_cache", cpu, torch.float16, cc=75).name == "triton"
     assert "no bfloat16" in choose("mla_rope_cache", cpu, torch.bfloat16, cc=75).reason
     assert "no fp8" in choose("mla_decode", cpu, torch.bfloat16, stored="fp8", cc=80).reason

@@ -68,8 +68,7 @@ def test_every_variant_for_every_target_is_fit_to_ship(built: Path) -> None:
         kernels = {report["name"].split("/")[0] for report in reports if report["target"] == target}
         step = {"next_token.begin", "products.project", "products.absorb", "rope_cache.rope_cache", "decode.decode"}
         assert step | {"next_token.best_of_part", "next_token.best_of_all"} <= kernels
-        assert ("attention.forward" in kernels) == (target >= 80)
-        assert any(r["tensor_cores"] for r in reports if r["target"] == target) == (target >= 80)
+        assert {"attention.forward", "attention_backward.keys_values", "attention_backward.queries"} <= kernels
 
 
 @pytest.mark.parametrize(("function", "target"), [("served", 75), ("served", 80), ("served", 90), ("trained", 90)])
@@ -160,7 +159,7 @@ def test_this_gpu_finds_all_that_generation_asks_for(tmp_path: Path) -> None:
     if target not in TARGETS:
         pytest.skip(f"nothing is built for compute capability {target}")
     reports: list[Any] = build(tmp_path / "shipped", (target,), drive, os.cpu_count() or 2)
-    # Faults are the gate's matter, with the compiler that the lock files pin: an older one on the GPU's machine may spill.
+    # Faults are the gate's matter, with the compiler that the lock files pin: another one may spill.
     assert reports
     found, _ = launched("generated", target, tmp_path / "shipped", tmp_path / "own")
     assert found["compiled"] == []

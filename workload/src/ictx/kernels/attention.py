@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ictx.kernels import attention_reference, dispatch
+from ictx.kernels import attention_reference, dispatch, turing
 from ictx.kernels.attention_tuning import INTERPRETER, AttentionConfig, Tiles, attention_config
 
 WIDEST, WIDEST_VALUE = 192, 128
@@ -164,14 +164,15 @@ def forward(
     blocks = -(-rows // tiles.block_m)
     q_1 = q[..., d0:] if d1 else q
     k_0, k_1 = k
-    attention_triton.forward[(blocks * heads,)](
-        source(q, tiles.block_m, d0, tiles.tma), source(q_1, tiles.block_m, d1 or d0, tiles.tma),
-        source(k_0, tiles.block_n, d0, tiles.tma), source(k_1, tiles.block_n, d1 or d0, tiles.tma),
-        source(v, tiles.block_n, dv, tiles.tma), out, lse, lse if first is None else first,
-        q.stride(0), q.stride(1), k_0.stride(0), k_0.stride(1), k_1.stride(0), k_1.stride(1), v.stride(0), v.stride(1),
-        rows, k_0.shape[0], shift, heads, blocks, scale * math.log2(math.e),
-        CARRY=carry, AHEAD=tiles.ahead, **constants(d0, d1, dv, tiles, first is not None),
-    )  # fmt: skip
+    with turing.tensor_cores(dispatch.capability(q.device)):
+        attention_triton.forward[(blocks * heads,)](
+            source(q, tiles.block_m, d0, tiles.tma), source(q_1, tiles.block_m, d1 or d0, tiles.tma),
+            source(k_0, tiles.block_n, d0, tiles.tma), source(k_1, tiles.block_n, d1 or d0, tiles.tma),
+            source(v, tiles.block_n, dv, tiles.tma), out, lse, lse if first is None else first,
+            *q.stride()[:2], *k_0.stride()[:2], *k_1.stride()[:2], *v.stride()[:2],
+            rows, k_0.shape[0], shift, heads, blocks, scale * math.log2(math.e),
+            CARRY=carry, AHEAD=tiles.ahead, **constants(d0, d1, dv, tiles, first is not None),
+        )  # fmt: skip
 
 
 class _Attention(torch.autograd.Function):
@@ -232,17 +233,18 @@ def gradients(
             take(v, tiles.block_n, value), take(grad, tiles.block_m, value),
         ]  # fmt: skip
 
-    tiles = config.keys_values
-    blocks = -(-rows // tiles.block_n)
-    kernels.keys_values[(blocks * heads,)](
-        *sources(tiles), dk, dv, sums, end, *strides,
-        rows, padded, heads, blocks, scale, scale * math.log2(math.e),
-        **constants(d0, d1, value, tiles, packing is not None),
-    )  # fmt: skip
-    tiles = config.queries
-    blocks = -(-rows // tiles.block_m)
-    kernels.queries[(blocks * heads,)](
-        *sources(tiles), dq, sums, first, *strides, rows, padded, heads, blocks, scale, scale * math.log2(math.e),
-        **constants(d0, d1, value, tiles, packing is not None),
-    )  # fmt: skip
+    with turing.tensor_cores(dispatch.capability(q.device)):
+        tiles = config.keys_values
+        blocks = -(-rows // tiles.block_n)
+        kernels.keys_values[(blocks * heads,)](
+            *sources(tiles), dk, dv, sums, end, *strides,
+            rows, padded, heads, blocks, scale, scale * math.log2(math.e),
+            **constants(d0, d1, value, tiles, packing is not None),
+        )  # fmt: skip
+        tiles = config.queries
+        blocks = -(-rows // tiles.block_m)
+        kernels.queries[(blocks * heads,)](
+            *sources(tiles), dq, sums, first, *strides, rows, padded, heads, blocks, scale, scale * math.log2(math.e),
+            **constants(d0, d1, value, tiles, packing is not None),
+        )  # fmt: skip
     return dq, dk, dv

@@ -56,9 +56,9 @@ def median_time(call: Callable[[], object], repeats: int = 9) -> float:
     return float(sorted(measured)[repeats // 2])
 
 
-def random(*shape: int) -> Tensor:
+def random(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """Random numbers on the GPU."""
-    return torch.randn(*shape, dtype=torch.bfloat16, device="cuda")
+    return torch.randn(*shape, dtype=dtype, device="cuda")
 
 
 @functools.cache

@@ -31,14 +31,14 @@ def candidates(name: str, tma: bool) -> list[Tiles]:
     rows = (64, 128) if name == "forward" else (32, 64, 128)
     return [
         Tiles(block_m, block_n, warps, stages, tma, ahead)
-        for block_m, block_n, warps, stages in itertools.product(rows, (32, 64, 128), (4, 8), (2, 3))
+        for block_m, block_n, warps, stages in itertools.product(rows, (16, 32, 64, 128), (4, 8), (1, 2, 3))
         for ahead in ((False, True) if name == "forward" else (False,))
     ]
 
 
 def attention_kinds(target: int) -> list[Kind]:
     """Returns the kernels, where the target has them."""
-    if dispatch.refused("mla_attention", target, torch.bfloat16, None):
+    if dispatch.refused("mla_attention", target, dispatch.half(target), None):
         return []
     config = attention_config(target)
     return [
@@ -58,18 +58,18 @@ def fits(cache: Path, tiles: Tiles, *, target: int, name: str) -> bool:
     """Whether tiles may ship: every kernel that is compiled with them."""
     attention_tuning.override = replace(attention_config(target), **{name: tiles})
     try:
-        return build.fit(cache, target, launch, KERNELS[name])
+        return build.fit(cache, target, functools.partial(launch, dispatch.half(target)), KERNELS[name])
     except Exception:  # what the compiler cannot make is no candidate
         return False
     finally:
         attention_tuning.override = None
 
 
-def launch() -> None:
+def launch(dtype: torch.dtype) -> None:
     """Runs, on the meta device, training on packed documents, and a prefill in one part and in several."""
 
     def given(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.bfloat16, device="meta", requires_grad=True)
+        return torch.empty(shape, dtype=dtype, device="meta", requires_grad=True)
 
     heads, nope, value = attention_bench.HEADS, 128, 128
     q, k, v = (given(TOKENS, heads, width) for width in (nope + layout.ROPE, nope + layout.ROPE, value))
@@ -83,7 +83,8 @@ def launch() -> None:
 
 def inputs(name: str, config: AttentionConfig) -> Callable[[Tiles], float]:
     """Returns what measures tiles, of the forward or of both kernels of the gradient."""
-    q, k, v, grad = (attention_bench.random(TOKENS, attention_bench.HEADS, width) for width in (192, 192, 128, 128))
+    random = functools.partial(attention_bench.random, dtype=dispatch.half(dispatch.capability(torch.device("cuda"))))
+    q, k, v, grad = (random(TOKENS, attention_bench.HEADS, width) for width in (192, 192, 128, 128))
     out = torch.empty_like(v)
     lse = torch.empty(attention_bench.HEADS, TOKENS, dtype=torch.float32, device="cuda")
     scale, parts = attention_bench.SCALE, (k[..., :128], k[..., 128:])

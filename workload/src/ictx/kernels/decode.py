@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ictx.kernels import dispatch, layout, reference
+from ictx.kernels import dispatch, layout, reference, turing
 from ictx.kernels.layout import LATENT, ROPE, ROW, ROW_BYTES
 from ictx.kernels.tuning import DecodeConfig, decode_config
 
@@ -135,7 +135,7 @@ def _check(q: Tensor, cache: Tensor, lens: Tensor, table: Tensor | None, stored:
 
 
 def block_m_of(rows: int, cc: int) -> int:
-    """Returns how many rows (query position × head) a program takes: without tensor cores, no more than registers."""
+    """Returns how many rows (query position × head) a program takes: on Turing, no more than its registers hold."""
     return 16 if rows <= 16 or 0 < cc < 80 else 32
 
 
@@ -204,11 +204,12 @@ def _launch(
     latent = scales = rope = flat
     if stored:
         latent, scales, rope = flat.view(torch.int16), flat.view(torch.float32), flat.view(q.dtype)
-    decode_triton.decode[(programs,)](
-        q, latent, scales, rope, table if table is not None else lens, lens, out, lse,
-        work.part.view(q.dtype), work.part_lse, work.counters, scale * math.log2(math.e),
-        q.stride(0) // 8, q.stride(2) // 8, cache.stride(0) // cache.stride(1), cache.shape[1],
-        table.stride(0) if table is not None else 0, batch, rows, heads, row_blocks, query,
-        **constants(stored, 0 if table is None else cache.shape[1], block_m, config),
-    )  # fmt: skip
+    with turing.tensor_cores(dispatch.capability(q.device)):
+        decode_triton.decode[(programs,)](
+            q, latent, scales, rope, table if table is not None else lens, lens, out, lse,
+            work.part.view(q.dtype), work.part_lse, work.counters, scale * math.log2(math.e),
+            q.stride(0) // 8, q.stride(2) // 8, cache.stride(0) // cache.stride(1), cache.shape[1],
+            table.stride(0) if table is not None else 0, batch, rows, heads, row_blocks, query,
+            **constants(stored, 0 if table is None else cache.shape[1], block_m, config),
+        )  # fmt: skip
     return out, lse

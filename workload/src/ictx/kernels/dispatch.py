@@ -13,8 +13,9 @@ from ictx.errors import UserError
 
 VARIABLE = "ICTX_KERNELS"
 """Environment variable that forces an implementation: auto (the default), triton or torch."""
-OLDEST = {"mla_attention": 80, "mla_decode": 75, "mla_prefill": 80, "mla_rope_cache": 75, "decode_products": 75}
-"""Lowest compute capability that each operation's Triton kernel is built for."""
+OPERATIONS = ("mla_attention", "mla_decode", "mla_prefill", "mla_rope_cache", "decode_products")
+OLDEST = 75
+"""Lowest compute capability that Triton kernels are built for."""
 
 
 EARLY = 90
@@ -52,6 +53,11 @@ def capability(device: torch.device) -> int:
         return 0
     major, minor = torch.cuda.get_device_capability(device)
     return major * 10 + minor
+
+
+def half(cc: int) -> torch.dtype:
+    """Returns the 16-bit dtype that is measured and compiled for on a GPU of a compute capability."""
+    return torch.bfloat16 if cc >= 80 else torch.float16
 
 
 def launches_early(device: torch.device) -> bool:
@@ -111,8 +117,8 @@ def _obstacle(operation: str, device: torch.device, dtype: torch.dtype, stored: 
 
 def refused(operation: str, cc: int, dtype: torch.dtype, stored: str | None) -> str | None:
     """Returns why an operation has no Triton kernel for a compute capability and dtypes, or None."""
-    if cc < OLDEST[operation]:
-        return f"compute capability {cc / 10} is below {OLDEST[operation] / 10}"
+    if cc < OLDEST:
+        return f"compute capability {cc / 10} is below {OLDEST / 10}"
     if dtype == torch.bfloat16 and cc < 80:
         return f"compute capability {cc / 10} has no bfloat16"
     if stored == "fp8" and cc < 89 and operation == "mla_decode":
@@ -123,7 +129,7 @@ def refused(operation: str, cc: int, dtype: torch.dtype, stored: str | None) -> 
 def explain(device: torch.device, dtype: torch.dtype, cc: int | None = None) -> list[tuple[str, str, Choice]]:
     """Returns (operation, cache, choice) for every operation and cache dtype."""
     rows = []
-    for operation in OLDEST:
+    for operation in OPERATIONS:
         for stored in (None, "int8", "fp8") if operation == "mla_decode" else (None,):
             rows.append((operation, stored or "16-bit", choose(operation, device, dtype, stored=stored, cc=cc)))
     return rows

@@ -12,12 +12,12 @@ import itertools
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ictx.kernels import dispatch
+from ictx.kernels import dispatch, turing
 
 _numbers = itertools.count(-1, -1)
 
@@ -80,6 +80,8 @@ class Launch:
     target: int
     specialisation: str
     """Types, constants, alignments and options as JSON, from which Triton compiles."""
+    turing: bool = False
+    """Whether it was launched within `turing.tensor_cores`."""
 
     @property
     def kernel(self) -> str:
@@ -122,7 +124,8 @@ class Launch:
         target = driver.active.get_current_target()
         options = make_backend(target).parse_options(_tuples(content["options"]))
         source = ASTSource(kernel, content["signature"], constants, attributes)
-        return compiled(source, target=target, options=options.__dict__)
+        with turing.tensor_cores(self.target) if self.turing else nullcontext():
+            return compiled(source, target=target, options=options.__dict__)
 
 
 def _tuples(value: Any) -> Any:
@@ -139,7 +142,8 @@ def launches(run: Callable[[], object], target: int) -> list[Launch]:
     found: dict[Launch, None] = {}
 
     def take(*, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
-        found[Launch(fn.module, fn.name, target, compile["specialization_data"])] = None
+        own = knobs.runtime.add_stages_inspection_hook is turing.pipeline
+        found[Launch(fn.module, fn.name, target, compile["specialization_data"], own)] = None
         # Neither compiled nor launched.
         return True
 

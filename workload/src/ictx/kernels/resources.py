@@ -69,8 +69,7 @@ def inspect(launch: Launch, name: str, compiled: Any) -> Report:
         faults.append(f"{programs} × {shared} bytes of shared memory, the limit is {SHARED_LIMIT[launch.target]}")
     if found["REG"] * 32 * warps * programs > REGISTERS:
         faults.append(f"{programs} × {warps} warps × {found['REG']} registers do not fit")
-    # Triton's products use tensor cores from sm_80 on; before, they are sums of products.
-    if not matrix and launch.target >= 80 and launch.kernel not in NO_PRODUCTS:
+    if not matrix and launch.kernel not in NO_PRODUCTS:
         faults.append("no tensor-core instruction")
     if serialised(compiled.asm["ptx"], launch.target):
         faults.append("the assembler serialises its products")

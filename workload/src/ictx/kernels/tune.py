@@ -48,9 +48,9 @@ class Kind:
 
 
 def decode_candidates() -> list[DecodeConfig]:
-    """Returns the configurations of `mla_decode` that are tried."""
+    """Returns the configurations of `mla_decode` that are tried; one stage is all that Turing can do."""
     found = []
-    for block_n, warps, stages in itertools.product((16, 32, 64), (4, 8), (2, 3, 4, 5)):
+    for block_n, warps, stages in itertools.product((16, 32, 64), (4, 8), (1, 2, 3, 4, 5)):
         for programs, registers in ((1, 0), (1, 240), (2, 0)):
             # More warps than a block has tokens for only repeat each other's work; 240 registers need few warps.
             if warps * 8 <= max(block_n, 32) * 2 and not (warps == 8 and registers):
@@ -60,7 +60,7 @@ def decode_candidates() -> list[DecodeConfig]:
 
 def decode_kinds(target: int) -> list[Kind]:
     """Returns the kinds of input of `mla_decode`, those with more bytes saved first."""
-    dtype = torch.bfloat16 if target >= 80 else torch.float16
+    dtype = dispatch.half(target)
     kinds = []
     for stored, rows in itertools.product(
         (None, "int8", "fp8"), sorted({block_m_of(rows, target) for rows in (1, 32)})
@@ -81,7 +81,7 @@ def decode_kinds(target: int) -> list[Kind]:
 
 def decode_fits(cache: Path, config: DecodeConfig, *, target: int, stored: str | None, block_m: int) -> bool:
     """Whether a candidate for `mla_decode` may ship."""
-    dtype, meta = torch.bfloat16 if target >= 80 else torch.float16, torch.device("meta")
+    dtype, meta = dispatch.half(target), torch.device("meta")
     q = torch.empty(1, 1, block_m, layout.ROW, dtype=dtype, device=meta)
     row, held = (layout.ROW_BYTES, torch.uint8) if stored else (layout.ROW, dtype)
     blocks = torch.empty(2, PAGE, row, dtype=held, device=meta)

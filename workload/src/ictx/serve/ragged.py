@@ -1,4 +1,4 @@
-"""Attention among the tokens of several sequences that follow one another, in plain PyTorch, with its log-sum-exp."""
+"""Attention among the tokens of several sequences that follow one another, with its log-sum-exp."""
 
 from __future__ import annotations
 
@@ -7,8 +7,12 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from ictx.kernels import dispatch
+from ictx.kernels.attention import choice, forward, readable, widths
+from ictx.kernels.attention_tuning import INTERPRETER, attention_config
+
 WORKSPACE = 1 << 28
-"""Bytes that scores and weights take at most, unless one query alone takes more."""
+"""Bytes that scores and weights take at most in PyTorch, unless one query alone takes more."""
 
 
 def attend_ragged(
@@ -24,7 +28,8 @@ def attend_ragged(
 ) -> tuple[Tensor, Tensor]:
     """Attends within each sequence: softmax(q · kᵀ · scale) · v.
 
-    Scores and their softmax are float32 (float64 where q is).
+    The forward kernel of `mla_attention` does where it can, else PyTorch. Scores and their softmax are float32 (float64
+    where q is).
 
     Args:
         q: queries [queries, heads, width].
@@ -39,6 +44,10 @@ def attend_ragged(
         Attended values [queries, heads, value width] in q's dtype, and the natural log-sum-exp of the scaled scores,
         float32 [heads, queries].
     """
+    width, value = q.shape[-1], v.shape[-1]
+    whole = sum(widths(width)) == width and value == max(16, 1 << (value - 1).bit_length())
+    if whole and choice("mla_attention", q, value).name == "triton":
+        return _by_kernel(q, k, v, q_bounds, k_bounds, scale, causal)
     heads = q.shape[1]
     out = q.new_empty(q.shape[0], heads, v.shape[-1])
     lse = torch.empty(heads, q.shape[0], dtype=torch.float32, device=q.device)
@@ -55,6 +64,28 @@ def attend_ragged(
             total = score.logsumexp(-1, keepdim=True)
             out[first:end] = torch.matmul((score - total).exp().to(v.dtype), values[:, :seen]).transpose(0, 1)
             lse[:, first:end] = total.squeeze(-1)
+    return out, lse
+
+
+def _by_kernel(
+    q: Tensor, k: Tensor, v: Tensor, q_bounds: list[int], k_bounds: list[int], scale: float, causal: bool
+) -> tuple[Tensor, Tensor]:
+    """Launches the kernel for each sequence."""
+    tiles = (INTERPRETER if dispatch.interpreted() else attention_config(dispatch.capability(q.device))).forward
+    q, k, v = readable(q), readable(k), readable(v)
+    first_part = widths(q.shape[-1])[0]
+    parts = (k[..., :first_part], k[..., first_part:] if first_part < q.shape[-1] else k)
+    out = q.new_empty(q.shape[0], q.shape[1], v.shape[-1])
+    lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
+    for (q_first, q_end), (k_first, k_end) in zip(pairwise(q_bounds), pairwise(k_bounds), strict=True):
+        if q_end > q_first:
+            k_0, k_1 = (part[k_first:k_end] for part in parts)
+            found = lse.new_empty(q.shape[1], q_end - q_first)
+            # Query i stands at key i, or behind all keys.
+            shift = 0 if causal else k_end - k_first
+            rows = slice(q_first, q_end)
+            forward(q[rows], (k_0, k_1), v[k_first:k_end], scale, None, tiles, out[rows], found, shift=shift)
+            lse[:, rows] = found
     return out, lse
 
 

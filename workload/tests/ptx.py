@@ -1,0 +1,463 @@
+"""Runs a kernel's PTX on the CPU: a stand-in for a GPU that cannot be had, for tests alone.
+
+Instructions are those that Triton writes for our kernels, as the PTX ISA describes them; another one is an error. All
+threads of a program take each instruction together, so that a missing barrier goes unseen; programs take turns where
+they wait for each other. Memory is that of the tensors which the kernel was given, and an access outside them is an
+error. A branch must be the same for all threads of a program.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+Array = np.ndarray[Any, Any]
+Place = tuple[int, int, int]
+RAW = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+KINDS = {
+    "b8": np.uint8, "b16": np.uint16, "u16": np.uint16, "s16": np.int16, "f16": np.float16, "b32": np.uint32,
+    "u32": np.uint32, "s32": np.int32, "f32": np.float32, "b64": np.uint64, "u64": np.uint64, "s64": np.int64,
+    "f64": np.float64, "pred": np.bool_,
+}  # fmt: skip
+WIDER = {np.uint16: np.uint32, np.int16: np.int32, np.uint32: np.uint64, np.int32: np.int64}
+COMPARE = {
+    "eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal,
+    "neu": np.not_equal,
+}  # fmt: skip
+POISON = 0xFF
+"""Fills shared memory: a value that was never written is no number."""
+
+
+@dataclass(frozen=True)
+class Statement:
+    """An instruction: `@guard opcode operands`."""
+
+    guard: str
+    opcode: str
+    operands: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Program:
+    """The instructions of a kernel, where its labels point, and how many threads run it."""
+
+    statements: tuple[Statement, ...]
+    labels: Mapping[str, int]
+    threads: int
+
+    @classmethod
+    def parse(cls, text: str) -> Program:
+        """Reads the text of one kernel."""
+        threads = re.search(r"\.reqntid (\d+)", text)
+        assert threads
+        body = text[text.index("\n{\n") + 3 : text.index("\n}\n")]
+        statements: list[Statement] = []
+        labels = {}
+        for line in (line.split("//")[0].strip() for line in body.splitlines()):
+            if label := re.fullmatch(r"(\$\w+):", line):
+                labels[label[1]] = len(statements)
+                continue
+            # An inline block declares registers of its own.
+            inner = line[1:-1] if line.startswith("{ .reg") else line
+            for part in filter(None, (part.strip() for part in inner.split(";"))):
+                if not part.startswith("."):
+                    found = re.fullmatch(r"(?:@(!?%\w+)\s+)?([\w.:]+)\s*(.*)", part)
+                    assert found, part
+                    statements.append(Statement(found[1] or "", found[2], tuple(_split(found[3]))))
+        return cls(tuple(statements), labels, int(threads[1]))
+
+
+def _split(text: str) -> Iterator[str]:
+    """Yields operands: at commas, but not within a vector's braces."""
+    yield from re.findall(r"\{[^}]*\}|\[[^\]]*\]|[^,\s]+", text)
+
+
+def _integer(text: str) -> int:
+    return int(text.removesuffix("U"), 0)
+
+
+@dataclass
+class Memory:
+    """The tensors that a kernel may touch, by their addresses."""
+
+    buffers: Sequence[tuple[int, Array]]
+
+    @classmethod
+    def of(cls, tensors: Sequence[torch.Tensor]) -> Memory:
+        """Returns what the tensors are views of, which the kernel then writes to."""
+        storages = {storage.data_ptr(): storage for storage in (tensor.untyped_storage() for tensor in tensors)}
+        every = torch.empty(0, dtype=torch.uint8)
+        return cls([(address, every.new().set_(storage).numpy()) for address, storage in storages.items()])
+
+    def at(self, addresses: Array, size: int) -> tuple[Array, Array]:
+        """Returns the buffer that holds all the addresses, and the indices of their bytes [addresses, size]."""
+        low, high = int(addresses.min()), int(addresses.max()) + size
+        for start, content in self.buffers:
+            if start <= low and high <= start + content.size:
+                assert not (addresses % np.uint64(size)).any(), f"not aligned to {size} bytes"
+                return content, (addresses - np.uint64(start)).astype(np.int64)[:, None] + np.arange(size)
+        raise IndexError(f"bytes {low:#x} to {high:#x} belong to no tensor")
+
+
+class Block:
+    """One program (a thread block) and its registers, each an array over the threads."""
+
+    def __init__(
+        self, program: Program, memory: Memory, shared: int, place: Place, grid: Place, arguments: Sequence[Any]
+    ) -> None:
+        self.program, self.memory, self.threads = program, memory, program.threads
+        self.shared = np.full(shared, POISON, np.uint8)
+        thread = np.arange(self.threads, dtype=np.uint32)
+        every = np.ones(self.threads, np.uint32)
+        self.registers: dict[str, Array] = {
+            "%tid.x": thread, "global_smem": every * np.uint32(0),
+        }  # fmt: skip
+        for axis, at, size in zip("xyz", place, grid, strict=True):
+            self.registers |= {f"%ctaid.{axis}": every * np.uint32(at), f"%nctaid.{axis}": every * np.uint32(size)}
+        self.arguments, self.lane = arguments, (thread % 32).astype(np.int64)
+        self.all = np.ones(self.threads, np.bool_)
+
+    def run(self) -> Iterator[None]:
+        """Runs to the end; yields where other programs must have their turn."""
+        at = 0
+        while True:
+            statement = self.program.statements[at]
+            at += 1
+            active = self._guard(statement.guard)
+            name = statement.opcode.split(".")[0]
+            if name == "ret":
+                return
+            if name == "bra":
+                assert active.all() or not active.any(), f"threads part at {statement}"
+                if active.all():
+                    at = self.program.labels[statement.operands[0]]
+                continue
+            if name == "atom" or ".acquire" in statement.opcode:
+                yield
+            try:
+                action: Callable[[Statement, Array], None] = getattr(self, f"do_{name}")
+            except AttributeError:
+                raise NotImplementedError(f"{statement}") from None
+            action(statement, active)
+
+    def _guard(self, guard: str) -> Array:
+        if not guard:
+            return self.all
+        value = self.registers[guard.removeprefix("!")]
+        return ~value if guard.startswith("!") else value
+
+    # Operands
+
+    def get(self, operand: str, kind: type) -> Array:
+        """Returns an operand's value as an array of a kind."""
+        if operand in self.registers:
+            value = self.registers[operand]
+            if value.dtype == np.bool_ or kind == np.bool_:
+                return value.astype(kind)
+            size = np.dtype(kind).itemsize
+            return (value if value.itemsize == size else value.astype(RAW[size])).view(kind)
+        if real := re.fullmatch(r"0f([0-9A-F]{8})", operand):
+            bits = np.uint32(int(real[1], 16))
+            return np.full(self.threads, bits).view(kind)
+        number = _integer(operand)
+        if kind == np.bool_:
+            return np.full(self.threads, number != 0)
+        size = np.dtype(kind).itemsize
+        return np.full(self.threads, number & (2 ** (8 * size) - 1), RAW[size]).view(kind)
+
+    def put(self, name: str, value: Array, active: Array) -> None:
+        """Writes a register where threads are active."""
+        if name == "_":
+            return
+        value = value if value.dtype == np.bool_ else np.ascontiguousarray(value).view(RAW[value.itemsize])
+        if not active.all():
+            old = self.registers.get(name, np.zeros(self.threads, value.dtype))
+            value = np.where(active, value, old)
+        self.registers[name] = value
+
+    def names(self, operand: str) -> list[str]:
+        """Returns the registers of an operand, which may be a vector."""
+        return [name.strip() for name in operand.strip("{}").split(",")]
+
+    def address(self, operand: str) -> Array:
+        """Returns [register + constant]."""
+        base, _, offset = operand.strip("[] ").partition("+")
+        base = base.strip()
+        value = self.registers[base]
+        return value + value.dtype.type(_integer(offset or "0") & (2 ** (8 * value.itemsize) - 1))
+
+    # Moves
+
+    def do_ld(self, statement: Statement, active: Array) -> None:
+        parts = statement.opcode.split(".")
+        kind, names = KINDS[parts[-1]], self.names(statement.operands[0])
+        if "param" in parts:
+            index = int(statement.operands[1].strip("[]").rsplit("_", 1)[1])
+            value = self.arguments[index]
+            bits = np.float32(value).view(np.uint32) if isinstance(value, float) else value
+            size = np.dtype(kind).itemsize
+            self.put(names[0], np.full(self.threads, int(bits) & (2 ** (8 * size) - 1), RAW[size]), self.all)
+            return
+        if active.any():
+            size = np.dtype(kind).itemsize
+            content, index = self._place("shared" in parts, statement.operands[1], active, size * len(names))
+            values = np.zeros((self.threads, size * len(names)), np.uint8)
+            values[active] = content[index]
+            columns = values.view(RAW[size])
+            for column, name in enumerate(names):
+                # A 16-bit or 8-bit value may go to a wider register.
+                self.put(name, columns[:, column], active)
+
+    def do_st(self, statement: Statement, active: Array) -> None:
+        parts = statement.opcode.split(".")
+        kind, names = KINDS[parts[-1]], self.names(statement.operands[1])
+        if active.any():
+            size = np.dtype(kind).itemsize
+            content, index = self._place("shared" in parts, statement.operands[0], active, size * len(names))
+            columns = np.stack([self.get(name, RAW[size]) for name in names], 1)
+            content[index] = columns[active].view(np.uint8)
+
+    def _place(self, shared: bool, operand: str, active: Array, size: int) -> tuple[Array, Array]:
+        addresses = self.address(operand)[active]
+        if not shared:
+            return self.memory.at(addresses, size)
+        assert not (addresses % np.uint32(size)).any(), f"not aligned to {size} bytes"
+        index = addresses.astype(np.int64)[:, None] + np.arange(size)
+        if index.max() >= self.shared.size:
+            raise IndexError(f"byte {index.max()} of {self.shared.size} of shared memory")
+        return self.shared, index
+
+    def do_atom(self, statement: Statement, active: Array) -> None:
+        assert statement.opcode.endswith(".add.u32"), statement
+        target, place, amount = statement.operands
+        amounts = self.get(amount, np.uint32)
+        old = np.zeros(self.threads, np.uint32)
+        for thread in np.flatnonzero(active):
+            content, index = self.memory.at(self.address(place)[thread : thread + 1], 4)
+            old[thread] = content[index].view(np.uint32)[0, 0]
+            content[index] = (old[thread : thread + 1] + amounts[thread]).view(np.uint8)
+        self.put(target, old, active)
+
+    def do_mov(self, statement: Statement, active: Array) -> None:
+        kind = KINDS[statement.opcode.split(".")[-1]]
+        target, source = statement.operands
+        if source.startswith("{"):
+            low, high = (self.get(name, np.uint16).astype(np.uint32) for name in self.names(source))
+            self.put(target, low | high << np.uint32(16), active)
+        elif target.startswith("{"):
+            value = self.get(source, np.uint32)
+            for name, part in zip(self.names(target), (value & np.uint32(0xFFFF), value >> np.uint32(16)), strict=True):
+                self.put(name, part.astype(np.uint16), active)
+        else:
+            self.put(target, self.get(source, kind), active)
+
+    def do_selp(self, statement: Statement, active: Array) -> None:
+        kind = KINDS[statement.opcode.split(".")[-1]]
+        target, yes, no, chosen = statement.operands
+        self.put(target, np.where(self.registers[chosen], self.get(yes, kind), self.get(no, kind)), active)
+
+    def do_setp(self, statement: Statement, active: Array) -> None:
+        _, how, *_, name = statement.opcode.split(".")
+        target, first, second = statement.operands
+        kind = KINDS[name]
+        self.put(target, COMPARE[how](self.get(first, kind), self.get(second, kind)), active)
+
+    def do_cvt(self, statement: Statement, active: Array) -> None:
+        *_, to, since = statement.opcode.split(".")
+        if to == "f16x2":
+            target, *halves = statement.operands
+            high, low = (self.get(half, np.float32).astype(np.float16).view(np.uint16) for half in halves)
+            self.put(target, low.astype(np.uint32) | high.astype(np.uint32) << np.uint32(16), active)
+            return
+        value = self.get(statement.operands[1], KINDS[since])
+        with np.errstate(over="ignore"):
+            self.put(statement.operands[0], value.astype(KINDS[to]), active)
+
+    # Between the threads of a warp
+
+    def do_shfl(self, statement: Statement, active: Array) -> None:
+        _, _, mode, _ = statement.opcode.split(".")
+        target, source, by, bound, _ = statement.operands
+        amount, limit = self.get(by, np.int32).astype(np.int64), int(bound)
+        others = {"bfly": self.lane ^ amount, "up": self.lane - amount, "down": self.lane + amount, "idx": amount & 31}
+        other = others[mode]
+        outside = other < limit if mode == "up" else other > limit
+        other = np.where(outside, self.lane, other)
+        self.put(target, self.get(source, np.uint32)[np.arange(self.threads) - self.lane + other], active)
+
+    def do_redux(self, statement: Statement, active: Array) -> None:
+        how, kind = {"add": np.sum, "min": np.min, "max": np.max}[statement.opcode.split(".")[2]], np.int32
+        found = how(self.get(statement.operands[1], kind).reshape(-1, 32), axis=1).astype(kind)
+        self.put(statement.operands[0], np.repeat(found, 32), active)
+
+    def do_cp(self, statement: Statement, active: Array) -> None:
+        """A copy that goes on beside has ended at once here; what is short of its size is zero."""
+        if statement.opcode.startswith(("cp.async.commit", "cp.async.wait")) or not active.any():
+            return
+        target, source, size, *read = statement.operands
+        wanted, length = _integer(size), self.get(read[0] if read else size, np.uint32)[active]
+        _, into = self._place(True, target, active, wanted)
+        some = length > 0
+        self.shared[into] = 0
+        if some.any():
+            content, since = self.memory.at(self.address(source)[active][some], wanted)
+            assert (length[some] == wanted).all()
+            self.shared[into[some]] = content[since]
+
+    def do_bar(self, statement: Statement, active: Array) -> None:
+        """All threads are here."""
+
+    do_membar = do_fence = do_bar
+
+    def do_ldmatrix(self, statement: Statement, active: Array) -> None:
+        """Thread i of matrix j's eight gives its row i; each thread gets two neighbours of each matrix."""
+        names, addresses = self.names(statement.operands[0]), self.address(statement.operands[1]).reshape(-1, 32)
+        for number, name in enumerate(names):
+            rows = addresses[:, 8 * number : 8 * number + 8].astype(np.int64)
+            assert not (rows % 16).any()
+            matrix = self.shared[rows[..., None] + np.arange(16)].view(np.uint16)
+            if ".trans" in statement.opcode:
+                matrix = np.ascontiguousarray(matrix.transpose(0, 2, 1))
+            self.put(name, matrix.reshape(-1, 64).view(np.uint32).reshape(-1), active)
+
+    def do_stmatrix(self, statement: Statement, active: Array) -> None:
+        """The reverse of `ldmatrix`."""
+        names, addresses = self.names(statement.operands[1]), self.address(statement.operands[0]).reshape(-1, 32)
+        for number, name in enumerate(names):
+            rows = addresses[:, 8 * number : 8 * number + 8].astype(np.int64)
+            assert not (rows % 16).any()
+            matrix = self.get(name, np.uint32).view(np.uint16).reshape(-1, 8, 8)
+            if ".trans" in statement.opcode:
+                matrix = np.ascontiguousarray(matrix.transpose(0, 2, 1))
+            self.shared[rows[..., None] + np.arange(16)] = matrix.view(np.uint8)
+
+    def do_mma(self, statement: Statement, active: Array) -> None:
+        """d = a · b + c, 16 × depth by depth × 8; a thread has rows lane / 4 and columns 2 (lane % 4) of each part."""
+        shape = re.fullmatch(r"mma\.sync\.aligned\.m16n8k(8|16)\.row\.col\.f32\.f16\.f16\.f32", statement.opcode)
+        assert shape, statement
+        depth = int(shape[1])
+        target, first, second, third = map(self.names, statement.operands)
+        a = np.zeros((self.threads // 32, 16, depth), np.float32)
+        b = np.zeros((self.threads // 32, depth, 8), np.float32)
+        for part, name in enumerate(first):
+            rows, columns = slice(8 * (part % 2), 8 * (part % 2) + 8), slice(8 * (part // 2), 8 * (part // 2) + 8)
+            a[:, rows, columns] = self._halves(name)
+        for part, name in enumerate(second):
+            b[:, 8 * part : 8 * part + 8, :] = self._halves(name).transpose(0, 2, 1)
+        product = a @ b
+        for number, (name, since) in enumerate(zip(target, third, strict=True)):
+            mine = product[:, 8 * (number // 2) : 8 * (number // 2) + 8, number % 2 :: 2].reshape(-1)
+            self.put(name, self.get(since, np.float32) + mine, active)
+
+    def _halves(self, name: str) -> Array:
+        """A register's pairs of float16 as 8 × 8 matrices, one a warp."""
+        return self.get(name, np.uint32).view(np.float16).reshape(-1, 8, 8)
+
+    # Arithmetic
+
+    def do_prmt(self, statement: Statement, active: Array) -> None:
+        target, first, second, selector = statement.operands
+        choice = _integer(selector)
+        parts = np.stack([self.get(first, np.uint32), self.get(second, np.uint32)], 1).view(np.uint8)
+        columns = [choice >> 4 * byte & 0xF for byte in range(4)]
+        assert max(columns) < 8
+        self.put(target, np.ascontiguousarray(parts[:, columns]).view(np.uint32)[:, 0], active)
+
+    def do_shf(self, statement: Statement, active: Array) -> None:
+        """Shifts two registers as one; to the left the upper half remains, to the right the lower."""
+        target, low, high, by = statement.operands
+        _, way, mode, _ = statement.opcode.split(".")
+        assert mode == "wrap"
+        both = self.get(low, np.uint32).astype(np.uint64) | self.get(high, np.uint32).astype(np.uint64) << np.uint64(32)
+        amount = self.get(by, np.uint32).astype(np.uint64) % np.uint64(32)
+        result = (both << amount) >> np.uint64(32) if way == "l" else both >> amount
+        self.put(target, result.astype(np.uint32), active)
+
+    def do_bfe(self, statement: Statement, active: Array) -> None:
+        kind = KINDS[statement.opcode.split(".")[-1]]
+        target, source, start, length = statement.operands
+        first, count = int(start), int(length)
+        value = self.get(source, kind).astype(np.int64) << np.int64(64 - first - count)
+        if kind == np.uint32:
+            value = (value.view(np.uint64) >> np.uint64(64 - count)).view(np.int64)
+        else:
+            value >>= np.int64(64 - count)
+        self.put(target, value.astype(kind), active)
+
+    def _arithmetic(self, statement: Statement, active: Array) -> None:
+        name, *how, kind_name = statement.opcode.split(".")
+        packed = kind_name == "f16x2"
+        kind = np.float16 if packed else KINDS[kind_name]
+        target, *sources = statement.operands
+        wide = "wide" in how
+        assert "hi" not in how and "sat" not in how, statement
+        values = []
+        for number, source in enumerate(sources):
+            if packed:
+                values.append(self.get(source, np.uint32).view(np.float16))
+            elif wide and number == 2:
+                values.append(self.get(source, WIDER[kind]))
+            else:
+                value = self.get(source, kind if name not in ("shl", "shr") or number == 0 else np.uint32)
+                values.append(value.astype(WIDER[kind]) if wide else value)
+        with np.errstate(all="ignore"):
+            result = OPERATIONS[name](*values)
+        if kind == np.float32 and "ftz" in how:
+            result = np.where(np.abs(result) < 2.0**-126, result * np.float32(0), result)
+        self.put(target, result.view(np.uint32) if packed else result, active)
+
+
+def _divided(first: Array, second: Array) -> Array:
+    if first.dtype.kind == "f":
+        return first / second
+    if first.dtype.kind == "u":
+        return first // second
+    # Towards zero.
+    size = np.abs(first) // np.abs(np.where(second == 0, 1, second))
+    return (np.sign(first) * np.sign(second) * size).astype(first.dtype)
+
+
+def _shifted(first: Array, by: Array, left: bool) -> Array:
+    bits = 8 * first.itemsize
+    amount = np.minimum(by, bits - 1).astype(first.dtype)
+    result = first << amount if left else first >> amount
+    if left or first.dtype.kind == "u":
+        return np.where(by >= bits, first.dtype.type(0), result)
+    return result
+
+
+def _fused(a: Array, b: Array, c: Array) -> Array:
+    """Rounded once, by way of float64, where float32's product is exact."""
+    if a.dtype.kind != "f":
+        return a * b + c
+    result: Array = (a.astype(np.float64) * b.astype(np.float64) + c.astype(np.float64)).astype(a.dtype)
+    return result
+
+
+OPERATIONS: dict[str, Callable[..., Array]] = {
+    "add": np.add, "sub": np.subtract, "mul": np.multiply, "mad": _fused, "fma": _fused, "div": _divided,
+    "rem": np.fmod, "neg": np.negative, "not": np.bitwise_not, "and": np.bitwise_and, "or": np.bitwise_or,
+    "xor": np.bitwise_xor, "min": np.fmin, "max": np.fmax, "abs": np.abs, "ex2": np.exp2, "lg2": np.log2,
+    "rcp": np.reciprocal, "sqrt": np.sqrt, "rsqrt": lambda a: 1 / np.sqrt(a),
+    "shl": lambda a, b: _shifted(a, b, True), "shr": lambda a, b: _shifted(a, b, False),
+}  # fmt: skip
+for _name in OPERATIONS:
+    setattr(Block, f"do_{_name}", Block._arithmetic)
+
+
+def run(text: str, grid: Sequence[int], shared: int, arguments: Sequence[Any]) -> None:
+    """Runs a kernel on a grid of programs, which takes `shared` bytes each: `arguments` are its parameters'."""
+    program = Program.parse(text)
+    memory = Memory.of([value for value in arguments if isinstance(value, torch.Tensor)])
+    arguments = [value.data_ptr() if isinstance(value, torch.Tensor) else value for value in arguments]
+    x, y, z = size = (*grid, 1, 1)[:3]
+    places = itertools.product(range(x), range(y), range(z))
+    running = [Block(program, memory, shared, place, size, arguments).run() for place in places]
+    while running:
+        running = [block for block in running if next(block, StopIteration) is not StopIteration]

@@ -1,0 +1,158 @@
+"""The kernels as they are compiled for Turing, of which there is none here: their PTX runs on the CPU (see `ptx`).
+
+What runs it is checked by the same kernels for sm_80 and sm_90: the decode for sm_90 was run on such a GPU.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import ptx
+import pytest
+import test_attention
+import test_decode_step
+import test_kernels
+import test_kernels_rope_cache
+import test_prefill
+import torch
+from models import small
+
+from ictx.kernels import decode, dispatch, turing
+from ictx.kernels.offline import compiling
+from ictx.kernels.tuning import decode_config
+from ictx.serve.ragged import attend_ragged
+
+PROGRAMS = 3
+MATRIX = {75: "m16n8k8", 80: "m16n8k16", 90: "m16n8k16"}
+"""Shape of a matrix instruction's operands, by the target."""
+launched: list[tuple[str, str]] = []
+"""Kernels that a test launched, and their PTX."""
+
+
+@pytest.fixture
+def target(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+    """A compute capability that every device passes for; what is launched there runs on the CPU."""
+    if dispatch.interpreted():
+        pytest.skip("nothing is compiled there")
+    from triton.runtime.jit import JITFunction
+
+    compiled_by = JITFunction.run
+
+    def run(self: Any, *given: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        compiled = compiled_by(self, *given, grid=grid, warmup=True, **options)
+        named = {name: value for name, value in options.items() if name in self.arg_names}
+        bound = inspect.signature(self.fn).bind(*given, **named).arguments
+        arguments = [value for name, value in bound.items() if compiled.src.signature[name] != "constexpr"]
+        launched.append((self.__name__, compiled.asm["ptx"]))
+        # Two more for the compiler's own scratch memory, of which our kernels want none.
+        ptx.run(compiled.asm["ptx"], grid, compiled.metadata.shared, [*arguments, 0, 0])
+        return compiled
+
+    monkeypatch.setattr(JITFunction, "run", run)
+    monkeypatch.setattr(decode, "multiprocessors", lambda device: PROGRAMS)
+    monkeypatch.setattr(decode, "_workspaces", {})
+    launched.clear()
+    with compiling(tmp_path, request.param):
+        yield request.param
+
+
+def have_run(target: int, *names: str) -> bool:
+    """Whether these kernels, and no others, were launched, with the target's matrix instructions."""
+    shapes = {shape for _, text in launched for shape in re.findall(r"\bmma\.sync\.aligned\.(\w+)\.", text)}
+    return {name for name, _ in launched} == set(names) and shapes == {MATRIX[target]}
+
+
+@pytest.mark.parametrize("target", [75, 90], indirect=True)
+@pytest.mark.parametrize("stored", [None, "int8"])
+@pytest.mark.parametrize(
+    ("lens", "heads", "query", "page"),
+    [
+        pytest.param([0, 1, 33, 200], 16, 1, 64, id="ragged"),
+        pytest.param([70, 1], 5, 8, 0, id="contiguous, speculative, 40 rows"),
+        pytest.param([150, 3], 3, 2, 16, id="small-blocks"),
+    ],
+)
+def test_decode_agrees(target: int, lens: list[int], heads: int, query: int, page: int, stored: str | None) -> None:
+    test_kernels.agrees(test_kernels.inputs(lens, heads, query, page), stored)
+    assert have_run(target, "decode")
+
+
+@pytest.mark.parametrize("target", [75, 80], indirect=True)
+@pytest.mark.parametrize(
+    ("lens", "columns"),
+    [
+        pytest.param([100], (192, 128), id="one document"),
+        pytest.param([0, 1, 15, 70, 33], (192, 128), id="ragged"),
+        pytest.param([31, 3], (40, 24), id="padded columns"),
+    ],
+)
+def test_attention_agrees(target: int, lens: list[int], columns: tuple[int, int]) -> None:
+    test_attention.agrees(test_attention.inputs(sum(lens), 2, *columns), lens)
+    assert have_run(target, "forward", "row_sums", "keys_values", "queries")
+
+
+@pytest.mark.parametrize("target", [75], indirect=True)
+@pytest.mark.parametrize(("sizes", "knobs"), test_prefill.CASES)
+def test_prefill_agrees(target: int, sizes: tuple[int, ...], knobs: dict[str, Any]) -> None:
+    test_prefill.agrees(test_prefill.inputs(*sizes), **knobs)
+    assert have_run(target, "decode" if knobs["mode"] == "absorbed" else "forward")
+
+
+@pytest.mark.parametrize("target", [75], indirect=True)
+@pytest.mark.parametrize("causal", [True, False])
+def test_sequences_side_by_side(target: int, causal: bool) -> None:
+    starts = [0, 0, 1, 40, 83]
+    ends = starts if causal else [0, 5, 75, 80, 200]
+    generator = torch.Generator().manual_seed(3)
+    q, k, v = (
+        torch.randn(tokens, 2, width, dtype=torch.float16, generator=generator)
+        for tokens, width in ((starts[-1], 192), (ends[-1], 192), (ends[-1], 128))
+    )
+    out, lse = attend_ragged(q, k, v, starts, ends, 0.07, causal=causal)
+    wanted, wanted_lse = attend_ragged(q.double(), k.double(), v.double(), starts, ends, 0.07, causal=causal)
+    assert test_kernels.error(out, wanted) <= test_kernels.BOUND[torch.float16]
+    assert (lse - wanted_lse).abs().max() <= 5e-3
+    assert have_run(target, "forward")
+
+
+@pytest.mark.parametrize("target", [75], indirect=True)
+@pytest.mark.parametrize("stored", [None, "int8"])
+def test_new_tokens_reach_the_cache(target: int, stored: str | None) -> None:
+    test_kernels_rope_cache.writes(torch.float16, stored)
+    assert {name for name, _ in launched} == {"rope_cache"}
+
+
+@pytest.mark.parametrize("target", [75], indirect=True)
+@pytest.mark.parametrize("stored", [None, "int8"])
+def test_a_model_decodes(target: int, stored: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(test_decode_step, "TOKENS", 2)
+    test_decode_step.agrees(small().half(), 1, 64, stored)
+    step = {"begin", "project", "absorb", "rope_cache", "decode", "best_of_part", "best_of_all"}
+    assert have_run(target, "forward", *step)
+
+
+@pytest.mark.parametrize("target", [75], indirect=True)
+@pytest.mark.parametrize(
+    ("dtype", "stages", "message"),
+    [(torch.bfloat16, 1, "products of float16, not bf16"), (torch.float16, 2, "launch with one stage")],
+)
+def test_what_turing_cannot_do_is_not_compiled(target: int, dtype: torch.dtype, stages: int, message: str) -> None:
+    given = test_kernels.inputs([5], 16, 1, 64, dtype)
+    config = replace(decode_config(target, 16, None), stages=stages)
+    with pytest.raises(ValueError, match=message):
+        decode._launch(*given.values(), None, None, None, config)
+    assert not launched
+
+
+def test_only_our_launches_are_compiled_so() -> None:
+    from triton import knobs
+
+    for cc, hook in ((75, turing.pipeline), (80, None)):
+        with turing.tensor_cores(cc):
+            assert knobs.runtime.add_stages_inspection_hook is hook
+        assert knobs.runtime.add_stages_inspection_hook is None
