@@ -158,7 +158,7 @@ class CudaBackend(MLACommonBackend):
 
 
 class Prefill(MLAPrefillBackend):
-    """Attention of new tokens in plain PyTorch: on a CPU, and on GPUs that FlashAttention leaves out."""
+    """Attention of new tokens: in plain PyTorch on a CPU, by our kernel on GPUs that FlashAttention leaves out."""
 
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
 
