@@ -1,9 +1,9 @@
 """Runs a kernel's PTX on the CPU: a stand-in for a GPU that cannot be had, for tests alone.
 
-Instructions are those that Triton writes for our kernels, as the PTX ISA describes them; another one is an error. All
-threads of a program take each instruction together, so that a missing barrier goes unseen; programs take turns where
-they wait for each other. Memory is that of the tensors which the kernel was given, and an access outside them is an
-error. A branch must be the same for all threads of a program.
+Instructions are those that Triton writes for our kernels, as the PTX ISA describes them; another one is an error. The
+threads of a program take each instruction together, or warp after warp from barrier to barrier, so that one which is
+missing shows: the order turns at each. Programs take turns where they wait for each other. Memory is that of the
+tensors which the kernel was given, and an access outside them is an error.
 """
 
 from __future__ import annotations
@@ -105,16 +105,15 @@ class Memory:
         raise IndexError(f"bytes {low:#x} to {high:#x} belong to no tensor")
 
 
-class Block:
-    """One program (a thread block) and its registers, each an array over the threads."""
+class Threads:
+    """Threads that take each instruction together, whole warps, and their registers, each an array over them."""
 
     def __init__(
-        self, program: Program, memory: Memory, shared: int, place: Place, grid: Place, arguments: Sequence[Any]
-    ) -> None:
-        self.program, self.memory, self.threads = program, memory, program.threads
-        self.shared = np.full(shared, POISON, np.uint8)
-        thread = np.arange(self.threads, dtype=np.uint32)
-        every = np.ones(self.threads, np.uint32)
+        self, program: Program, memory: Memory, shared: Array, numbers: Array, place: Place, grid: Place,
+        arguments: Sequence[Any],
+    ) -> None:  # fmt: skip
+        self.program, self.memory, self.shared, self.threads = program, memory, shared, len(numbers)
+        thread, every = numbers.astype(np.uint32), np.ones(len(numbers), np.uint32)
         self.registers: dict[str, Array] = {
             "%tid.x": thread, "global_smem": every * np.uint32(0),
         }  # fmt: skip
@@ -123,8 +122,8 @@ class Block:
         self.arguments, self.lane = arguments, (thread % 32).astype(np.int64)
         self.all = np.ones(self.threads, np.bool_)
 
-    def run(self) -> Iterator[None]:
-        """Runs to the end; yields where other programs must have their turn."""
+    def run(self) -> Iterator[str]:
+        """Runs to the end; yields "turn" where other programs must have theirs, and "barrier"."""
         at = 0
         while True:
             statement = self.program.statements[at]
@@ -139,7 +138,11 @@ class Block:
                     at = self.program.labels[statement.operands[0]]
                 continue
             if name == "atom" or ".acquire" in statement.opcode:
-                yield
+                yield "turn"
+            if name == "bar":
+                assert statement.opcode == "bar.sync" and statement.operands == ("0",), statement
+                yield "barrier"
+                continue
             try:
                 action: Callable[[Statement, Array], None] = getattr(self, f"do_{name}")
             except AttributeError:
@@ -156,6 +159,9 @@ class Block:
 
     def get(self, operand: str, kind: type) -> Array:
         """Returns an operand's value as an array of a kind."""
+        if operand.startswith("%") and operand not in self.registers:
+            # None of these threads wrote it.
+            return np.full(self.threads, -1, f"i{np.dtype(kind).itemsize}").view(kind)
         if operand in self.registers:
             value = self.registers[operand]
             if value.dtype == np.bool_ or kind == np.bool_:
@@ -310,10 +316,10 @@ class Block:
             assert (length[some] == wanted).all()
             self.shared[into[some]] = content[since]
 
-    def do_bar(self, statement: Statement, active: Array) -> None:
-        """All threads are here."""
+    def do_membar(self, statement: Statement, active: Array) -> None:
+        """What was written is there at once."""
 
-    do_membar = do_fence = do_bar
+    do_fence = do_membar
 
     def do_ldmatrix(self, statement: Statement, active: Array) -> None:
         """Thread i of matrix j's eight gives its row i; each thread gets two neighbours of each matrix."""
@@ -448,16 +454,40 @@ OPERATIONS: dict[str, Callable[..., Array]] = {
     "shl": lambda a, b: _shifted(a, b, True), "shr": lambda a, b: _shifted(a, b, False),
 }  # fmt: skip
 for _name in OPERATIONS:
-    setattr(Block, f"do_{_name}", Block._arithmetic)
+    setattr(Threads, f"do_{_name}", Threads._arithmetic)
 
 
-def run(text: str, grid: Sequence[int], shared: int, arguments: Sequence[Any]) -> None:
-    """Runs a kernel on a grid of programs, which takes `shared` bytes each: `arguments` are its parameters'."""
+def _block(groups: list[Iterator[str]]) -> Iterator[None]:
+    """Runs the threads of one program, group after group from barrier to barrier; yields where others have a turn."""
+    while groups:
+        waiting = []
+        for group in reversed(groups):
+            for pause in group:
+                if pause == "barrier":
+                    waiting.append(group)
+                    break
+                yield
+        groups = waiting
+
+
+def run(text: str, grid: Sequence[int], shared: int, arguments: Sequence[Any], *, together: bool = True) -> None:
+    """Runs a kernel on a grid of programs.
+
+    Args:
+        shared: bytes of shared memory that each takes.
+        arguments: what its parameters hold, tensors for addresses.
+        together: whether all threads of a program take each instruction together; else warp after warp, which takes
+            several times as long.
+    """
     program = Program.parse(text)
     memory = Memory.of([value for value in arguments if isinstance(value, torch.Tensor)])
     arguments = [value.data_ptr() if isinstance(value, torch.Tensor) else value for value in arguments]
     x, y, z = size = (*grid, 1, 1)[:3]
     places = itertools.product(range(x), range(y), range(z))
-    running = [Block(program, memory, shared, place, size, arguments).run() for place in places]
+    groups = np.split(np.arange(program.threads), 1 if together else program.threads // 32)
+    running = []
+    for place in places:
+        own = np.full(shared, POISON, np.uint8)
+        running.append(_block([Threads(program, memory, own, group, place, size, arguments).run() for group in groups]))
     while running:
         running = [block for block in running if next(block, StopIteration) is not StopIteration]

@@ -36,7 +36,11 @@ launched: list[tuple[str, str]] = []
 
 @pytest.fixture
 def target(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
-    """A compute capability that every device passes for; what is launched there runs on the CPU."""
+    """A compute capability that every device passes for; what is launched there runs on the CPU.
+
+    With it may come whether the threads of a program take each instruction together.
+    """
+    capability, together = request.param if isinstance(request.param, tuple) else (request.param, True)
     if dispatch.interpreted():
         pytest.skip("nothing is compiled there")
     from triton.runtime.jit import JITFunction
@@ -50,15 +54,15 @@ def target(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.M
         arguments = [value for name, value in bound.items() if compiled.src.signature[name] != "constexpr"]
         launched.append((self.__name__, compiled.asm["ptx"]))
         # Two more for the compiler's own scratch memory, of which our kernels want none.
-        ptx.run(compiled.asm["ptx"], grid, compiled.metadata.shared, [*arguments, 0, 0])
+        ptx.run(compiled.asm["ptx"], grid, compiled.metadata.shared, [*arguments, 0, 0], together=together)
         return compiled
 
     monkeypatch.setattr(JITFunction, "run", run)
     monkeypatch.setattr(decode, "multiprocessors", lambda device: PROGRAMS)
     monkeypatch.setattr(decode, "_workspaces", {})
     launched.clear()
-    with compiling(tmp_path, request.param):
-        yield request.param
+    with compiling(tmp_path, capability):
+        yield capability
 
 
 def have_run(target: int, *names: str) -> bool:
@@ -101,6 +105,19 @@ def test_attention_agrees(target: int, lens: list[int], columns: tuple[int, int]
 def test_prefill_agrees(target: int, sizes: tuple[int, ...], knobs: dict[str, Any]) -> None:
     test_prefill.agrees(test_prefill.inputs(*sizes), **knobs)
     assert have_run(target, "decode" if knobs["mode"] == "absorbed" else "forward")
+
+
+@pytest.mark.parametrize("target", [(75, False)], indirect=True)
+@pytest.mark.parametrize("stored", [None, "int8"])
+def test_no_barrier_of_the_decode_is_missing(target: int, stored: str | None) -> None:
+    test_kernels.agrees(test_kernels.inputs([70], 16, 1, 64), stored)
+    assert have_run(target, "decode")
+
+
+@pytest.mark.parametrize("target", [(75, False)], indirect=True)
+def test_no_barrier_of_the_attention_is_missing(target: int) -> None:
+    test_attention.agrees(test_attention.inputs(40, 1, 192, 128), [40])
+    assert have_run(target, "forward", "row_sums", "keys_values", "queries")
 
 
 @pytest.mark.parametrize("target", [75], indirect=True)
