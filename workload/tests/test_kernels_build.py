@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,18 @@ def test_a_stale_or_foreign_cache_is_never_trusted(tmp_path: Path) -> None:
 def test_each_variant_has_a_name_of_its_own() -> None:
     found = launches(lambda: drive(90), 90)
     assert len(set(names(found).values())) == len(found) == len({launch.digest for launch in found})
+
+
+def test_another_checkout_finds_what_was_built() -> None:
+    """Launches are told apart by what is compiled, not by where Triton lies."""
+    launch, *_ = launches(lambda: drive(75), 75)
+    content = json.loads(launch.specialisation)
+    libraries = content["options"]["extern_libs"]
+    content["options"]["extern_libs"] = [[name, f"/elsewhere{path}"] for name, path in libraries]
+    assert libraries
+    assert replace(launch, specialisation=json.dumps(content)).digest == launch.digest
+    content["options"]["num_warps"] += 1
+    assert replace(launch, specialisation=json.dumps(content)).digest != launch.digest
 
 
 @pytest.mark.gpu
