@@ -30,6 +30,8 @@ COMPARE = {
     "eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal,
     "neu": np.not_equal,
 }  # fmt: skip
+OPERAND = re.compile(r"\{[^}]*\}|\[[^\]]*\]|[^,\s]+")
+"""Between commas, but not those within a vector's braces."""
 POISON = 0xFF
 """Fills shared memory: a value that was never written is no number."""
 
@@ -69,13 +71,8 @@ class Program:
                 if not part.startswith("."):
                     found = re.fullmatch(r"(?:@(!?%\w+)\s+)?([\w.:]+)\s*(.*)", part)
                     assert found, part
-                    statements.append(Statement(found[1] or "", found[2], tuple(_split(found[3]))))
+                    statements.append(Statement(found[1] or "", found[2], tuple(OPERAND.findall(found[3]))))
         return cls(tuple(statements), labels, int(threads[1]))
-
-
-def _split(text: str) -> Iterator[str]:
-    """Yields operands: at commas, but not within a vector's braces."""
-    yield from re.findall(r"\{[^}]*\}|\[[^\]]*\]|[^,\s]+", text)
 
 
 def _integer(text: str) -> int:
@@ -114,9 +111,7 @@ class Threads:
     ) -> None:  # fmt: skip
         self.program, self.memory, self.shared, self.threads = program, memory, shared, len(numbers)
         thread, every = numbers.astype(np.uint32), np.ones(len(numbers), np.uint32)
-        self.registers: dict[str, Array] = {
-            "%tid.x": thread, "global_smem": every * np.uint32(0),
-        }  # fmt: skip
+        self.registers: dict[str, Array] = {"%tid.x": thread, "global_smem": every * np.uint32(0)}
         for axis, at, size in zip("xyz", place, grid, strict=True):
             self.registers |= {f"%ctaid.{axis}": every * np.uint32(at), f"%nctaid.{axis}": every * np.uint32(size)}
         self.arguments, self.lane = arguments, (thread % 32).astype(np.int64)
@@ -143,10 +138,8 @@ class Threads:
                 assert statement.opcode == "bar.sync" and statement.operands == ("0",), statement
                 yield "barrier"
                 continue
-            try:
-                action: Callable[[Statement, Array], None] = getattr(self, f"do_{name}")
-            except AttributeError:
-                raise NotImplementedError(f"{statement}") from None
+            action: Callable[[Statement, Array], None] | None = getattr(self, f"do_{name}", None)
+            assert action, f"an instruction that is not known here: {statement}"
             action(statement, active)
 
     def _guard(self, guard: str) -> Array:

@@ -70,6 +70,7 @@ def test_every_variant_for_every_target_is_fit_to_ship(built: Path) -> None:
         step = {"next_token.begin", "products.project", "products.absorb", "rope_cache.rope_cache", "decode.decode"}
         assert step | {"next_token.best_of_part", "next_token.best_of_all"} <= kernels
         assert {"attention.forward", "attention_backward.keys_values", "attention_backward.queries"} <= kernels
+        assert any(r["tensor_cores"] for r in reports if r["target"] == target)
 
 
 @pytest.mark.parametrize(("function", "target"), [("served", 75), ("served", 80), ("served", 90), ("trained", 90)])

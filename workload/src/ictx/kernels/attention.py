@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ictx.kernels import attention_reference, dispatch, turing
-from ictx.kernels.attention_tuning import INTERPRETER, AttentionConfig, Tiles, attention_config
+from ictx.kernels.attention_tuning import AttentionConfig, Tiles, attention_config
 
 WIDEST, WIDEST_VALUE = 192, 128
 """Columns of a head's queries and values that the kernels' tiles are cut for."""
@@ -117,7 +117,7 @@ def mla_attention(
         q, k = (F.pad(x, (0, width - x.shape[-1])) for x in (q, k))
     wide = F.pad(v, (0, value_width - v.shape[-1])) if value_width != v.shape[-1] else v
     if config is None:
-        config = INTERPRETER if dispatch.interpreted() else attention_config(dispatch.capability(q.device))
+        config = attention_config(dispatch.capability(q.device))
     out: Tensor = _Attention.apply(q, k, wide, scale, packing, config)  # type: ignore[no-untyped-call]
     return out[..., : v.shape[-1]]
 

@@ -7,6 +7,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from ictx.kernels import dispatch
 from ictx.kernels.tuning import FILE
 
 
@@ -46,8 +47,8 @@ override: AttentionConfig | None = None
 
 
 def attention_config(cc: int) -> AttentionConfig:
-    """Returns the configuration of the newest target that is not newer than compute capability `cc`."""
-    return override or _tuned(cc)
+    """Returns what the interpreter runs with, or what the newest target does that is not newer than `cc`."""
+    return override or (INTERPRETER if dispatch.interpreted() else _tuned(cc))
 
 
 @functools.cache

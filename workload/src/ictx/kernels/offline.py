@@ -93,7 +93,8 @@ class Launch:
         """Tells it from all others, wherever Triton is installed: it names its libraries with their paths."""
         content = json.loads(self.specialisation)
         content["options"]["extern_libs"] = [name for name, _ in content["options"]["extern_libs"]]
-        return hashlib.sha256(f"{self.module} {self.function} {json.dumps(content)}".encode()).hexdigest()[:12]
+        told = f"{self.module} {self.function} {self.turing} {json.dumps(content)}"
+        return hashlib.sha256(told.encode()).hexdigest()[:12]
 
     @property
     def parameters(self) -> dict[str, Any]:

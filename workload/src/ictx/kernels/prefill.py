@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ictx.kernels import attention_reference, dispatch, layout
 from ictx.kernels.attention import choice, forward, widths
-from ictx.kernels.attention_tuning import INTERPRETER, attention_config
+from ictx.kernels.attention_tuning import attention_config
 from ictx.kernels.decode import mla_decode, multiprocessors
 from ictx.kernels.layout import LATENT, ROW
 
@@ -157,7 +157,7 @@ def _expanded(
     new, heads, width = q.shape
     rope = ROW - LATENT
     nope = width - rope
-    tiles = (INTERPRETER if dispatch.interpreted() else attention_config(dispatch.capability(q.device))).forward
+    tiles = attention_config(dispatch.capability(q.device)).forward
     d0, d1 = widths(width)
     split = (d0, d1) == (nope, rope) and value == 1 << (value.bit_length() - 1) >= 16
     row = (heads * (nope + value) + (ROW if table is not None else 0)) * q.element_size()

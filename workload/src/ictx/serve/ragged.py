@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ictx.kernels import dispatch
 from ictx.kernels.attention import choice, forward, readable, widths
-from ictx.kernels.attention_tuning import INTERPRETER, attention_config
+from ictx.kernels.attention_tuning import attention_config
 
 WORKSPACE = 1 << 28
 """Bytes that scores and weights take at most in PyTorch, unless one query alone takes more."""
@@ -71,7 +71,7 @@ def _by_kernel(
     q: Tensor, k: Tensor, v: Tensor, q_bounds: list[int], k_bounds: list[int], scale: float, causal: bool
 ) -> tuple[Tensor, Tensor]:
     """Launches the kernel for each sequence."""
-    tiles = (INTERPRETER if dispatch.interpreted() else attention_config(dispatch.capability(q.device))).forward
+    tiles = attention_config(dispatch.capability(q.device)).forward
     q, k, v = readable(q), readable(k), readable(v)
     first_part = widths(q.shape[-1])[0]
     parts = (k[..., :first_part], k[..., first_part:] if first_part < q.shape[-1] else k)
