@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -15,6 +16,11 @@ os.environ |= {
     "ANSIBLE_CACHE_PLUGIN": "memory",
     "ANSIBLE_NOCOLOR": "1",
 }
+
+# The quick suite draws the same examples each time; the full suite draws many new ones.
+settings.register_profile("quick", max_examples=50, deadline=None, derandomize=True)
+settings.register_profile("full", max_examples=1000, deadline=None, print_blob=True)
+settings.load_profile(os.environ.get("ICTX_SUITE", "quick"))
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# The quick suite draws the same examples each time; the full suite draws many new ones.
+settings.register_profile("quick", max_examples=50, deadline=None, derandomize=True)
+settings.register_profile("full", max_examples=1000, deadline=None, print_blob=True)
+settings.load_profile(os.environ.get("ICTX_SUITE", "quick"))
 
 VOCABULARY = 512
 SETTINGS = f"""
