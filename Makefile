@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: help lab test check-fast lint unit bench-cpu kernels dashboards down clean
+.PHONY: help lab test test-full check-fast lint unit bench-cpu kernels dashboards down clean
 
 help: ## Show every target
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -12,9 +12,15 @@ lab: ## From nothing to a completion: nodes, platform, images, a trained model, 
 	@scripts/bootstrap control
 	@scripts/lab
 
-test: ## Run the whole test suite: lint, unit, molecule, end to end
+test: ## Run the quick suite: lint, unit, one lab, the main paths and the attacks end to end
 	@scripts/bootstrap test
-	@scripts/test
+	@scripts/bootstrap workload
+	@scripts/suite quick
+
+test-full: ## Run everything else: molecule, drills, long waits, vLLM, kernels for all targets; writes a dated report
+	@scripts/bootstrap test
+	@scripts/bootstrap workload
+	@scripts/suite full
 
 check-fast: lint unit ## Lint and unit tests: the inner loop
 
@@ -24,7 +30,8 @@ lint: ## Run every linter
 
 unit: ## Run the unit tests of the platform and of the workload
 	@scripts/bootstrap test
-	@scripts/unit
+	@scripts/bootstrap workload
+	@scripts/suite quick --only unit
 
 bench-cpu: ## Run every benchmark that needs no GPU
 	@scripts/bootstrap test

@@ -9,7 +9,7 @@ from kubernetes.client import ApiException
 from kubernetes.dynamic import DynamicClient
 from lab import STATE
 
-pytestmark = pytest.mark.lab
+pytestmark = [pytest.mark.lab, pytest.mark.full]
 
 # Kinds of operators that the lab does not run; their manifests are checked against nothing but Helm's lint.
 CUSTOM = {"ServiceMonitor", "PodMonitor", "ScaledObject", "HTTPRoute"}

@@ -14,7 +14,7 @@ from helm import program
 from kubernetes import client, config
 from lab import ROOT, STATE, Lab, wait_for
 
-pytestmark = pytest.mark.lab
+pytestmark = [pytest.mark.lab, pytest.mark.full]
 
 KUBECONFIG = STATE / "kubeconfig"
 NAMESPACE = "proof"

@@ -28,7 +28,7 @@ def changes(output: str) -> dict[str, tuple[int, int]]:
     return {host: (int(changed), int(failed)) for host, changed, failed in found}
 
 
-@pytest.mark.parametrize("mode", [[], ["--check"]], ids=["run", "check"])
+@pytest.mark.parametrize("mode", [[], pytest.param(["--check"], marks=pytest.mark.full)], ids=["run", "check"])
 def test_another_run_of_site_changes_nothing(mode: list[str]) -> None:
     done = ansible("site.yml", *mode)
     assert done.returncode == 0, done.stdout[-3000:]
@@ -41,6 +41,7 @@ def test_the_registry_refuses_a_wrong_password(lab: Lab) -> None:
     assert done.stdout.endswith("401")
 
 
+@pytest.mark.full
 def test_a_base_that_does_not_exist_is_named_and_leaves_nothing(tmp_path: Path) -> None:
     before = (SHARED / "images" / "training" / "current").readlink()
     reference = "10.203.77.31:5000/nobody/made-this@sha256:" + 64 * "0"
@@ -52,6 +53,7 @@ def test_a_base_that_does_not_exist_is_named_and_leaves_nothing(tmp_path: Path) 
     assert (SHARED / "images" / "training" / "current").readlink() == before
 
 
+@pytest.mark.full
 def test_a_full_shared_directory_is_named() -> None:
     done = ansible("playbooks/preflight.yml", "-e", "ictx_shared_min_free_gb=1000000")
     assert done.returncode != 0
@@ -64,6 +66,7 @@ def test_secrets_are_private() -> None:
     assert [path for path in loose if path.stat().st_mode & 0o077] == []
 
 
+@pytest.mark.full
 def test_a_backup_reaches_prometheus(lab: Lab) -> None:
     began = int(time.time())
     done = lab.run("ctl", "systemctl start ictx-backup")

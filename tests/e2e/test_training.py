@@ -113,6 +113,7 @@ def test_the_run_is_tagged_with_the_image_that_the_registry_has(lab: Lab, regist
     assert f"docker-content-digest: {digest}" in headers.lower()
 
 
+@pytest.mark.full
 def test_a_job_that_loses_a_node_resumes_and_its_curve_goes_on(lab: Lab, trained: str) -> None:
     job = lab.submit("pretrain/tiny.yaml", *SHORT)
     lab.wait_in(job, "the second checkpoint", lambda: (lab.folder(job) / "checkpoints" / "step-00000020").exists())
@@ -148,6 +149,7 @@ def assert_resumed(lab: Lab, job: str) -> None:
     assert records[-1]["loss"] < records[0]["loss"]
 
 
+@pytest.mark.full
 def test_an_empty_corpus_is_named(lab: Lab, trained: str) -> None:
     lab.user("mkdir -p /shared/runs/researcher/nothing")
     drafts = set((SHARED / "data").glob(".*.part"))
@@ -159,6 +161,7 @@ def test_an_empty_corpus_is_named(lab: Lab, trained: str) -> None:
     assert set((SHARED / "data").glob(".*.part")) == drafts
 
 
+@pytest.mark.full
 def test_an_unknown_setting_is_named_before_anything_is_trained(lab: Lab, trained: str) -> None:
     job = lab.submit("pretrain/tiny.yaml", "train.stepz=3")
     status, output = lab.follow(job)

@@ -17,7 +17,7 @@ import pytest
 import yaml
 from lab import STATE, Lab
 
-pytestmark = pytest.mark.lab
+pytestmark = [pytest.mark.lab, pytest.mark.full]
 
 CONFIG = "/etc/prometheus/alertmanager.yml"
 

@@ -60,6 +60,7 @@ def built() -> Path:
     return cache
 
 
+@pytest.mark.full
 def test_every_variant_for_every_target_is_fit_to_ship(built: Path) -> None:
     """A spill, too much shared memory or a lost tensor core fails the build, which the fixture runs."""
     reports = json.loads((built / MANIFEST).read_text("utf-8"))["reports"].values()
@@ -74,6 +75,7 @@ def test_every_variant_for_every_target_is_fit_to_ship(built: Path) -> None:
 
 
 @pytest.mark.parametrize(("function", "target"), [("served", 75), ("served", 80), ("served", 90), ("trained", 90)])
+@pytest.mark.full
 def test_a_process_with_the_shipped_folder_compiles_nothing(
     built: Path, function: str, target: int, tmp_path: Path
 ) -> None:
@@ -84,6 +86,7 @@ def test_a_process_with_the_shipped_folder_compiles_nothing(
     assert files(built) == before and not files(tmp_path)
 
 
+@pytest.mark.full
 def test_a_stale_folder_is_not_used(built: Path, tmp_path: Path) -> None:
     """One that has moved is."""
     moved = tmp_path / "moved"
@@ -107,6 +110,7 @@ def test_a_stale_folder_is_not_used(built: Path, tmp_path: Path) -> None:
     assert found["compiled"] == []
 
 
+@pytest.mark.full
 def test_files_of_a_folder_that_moved_are_read_where_they_are(
     built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
