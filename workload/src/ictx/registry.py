@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
 from ictx.errors import UserError
+from ictx.manifest import digest, hash_files, list_files
 
 SUMS_FILE = "SHA256SUMS"
 """Lies beside a model's files and lists them, as `sha256sum` does."""
@@ -30,18 +30,14 @@ VERSION_TAG = "ictx.model_version"
 
 
 def sha256(path: Path) -> str:
-    """Returns the SHA-256 of a file in hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+    """Returns the SHA-256 of a file in hexadecimal. Raises Unusable for what is not a regular file."""
+    return digest(path).sha256
 
 
 def write_sums(directory: Path) -> str:
     """Writes SUMS_FILE for the files below the folder and returns its own SHA-256."""
-    files = sorted(path for path in directory.rglob("*") if path.is_file() and path.name != SUMS_FILE)
-    lines = [f"{sha256(path)}  {path.relative_to(directory).as_posix()}\n" for path in files]
+    files = hash_files(directory, sorted(list_files(directory) - {SUMS_FILE}))
+    lines = [f"{entry.sha256}  {name}\n" for name, entry in files.items()]
     target = directory / SUMS_FILE
     target.write_text("".join(lines))
     return sha256(target)

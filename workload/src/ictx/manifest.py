@@ -1,0 +1,198 @@
+"""Manifests: the files of a folder with their sizes and SHA-256, written when all of them are complete.
+
+What is read by another process than the one that wrote it (checkpoints, prepared data, models) is compared with its
+manifest first. Only the standard library is imported: who verifies a folder need not have torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import stat
+from collections.abc import Collection, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO
+
+from ictx.errors import UserError
+from ictx.folder import sync
+
+MANIFEST_FILE, FORMAT = "manifest.json", 1
+LARGEST_TEXT = 16 << 20
+"""Bytes of the largest manifest or other JSON file that is read."""
+SHA256 = re.compile("[0-9a-f]{64}")
+BLOCK = 1 << 20
+# hashlib releases the interpreter's lock. Ranks of one node share its cores and its storage.
+THREADS = min(4, len(os.sched_getaffinity(0)))
+
+
+class Unusable(UserError):
+    """A file or folder that must not be read: damaged, incomplete, or writable by others."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A file as it was written."""
+
+    sha256: str
+    """In hexadecimal."""
+    size: int | None = None
+    """Bytes; None where a list has checksums only."""
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Opens a regular file for reading: follows no link, waits for no FIFO. Raises Unusable for anything else."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError as error:
+        link = path.is_symlink()
+        raise Unusable(f"{path}: {'is a symbolic link' if link else error.strerror}") from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise Unusable(f"{path}: is not a regular file")
+    return os.fdopen(descriptor, "rb")
+
+
+def read_json(path: Path) -> Any:
+    """Returns the content of a JSON file that somebody else may have written. Raises Unusable."""
+    with open_regular(path) as file:
+        content = file.read(LARGEST_TEXT + 1)
+    if len(content) > LARGEST_TEXT:
+        raise Unusable(f"{path}: has more than {LARGEST_TEXT >> 20} MiB")
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise Unusable(f"{path}: is not JSON ({str(error)[:100]})") from error
+
+
+def digest(path: Path) -> Entry:
+    """Returns what a file is. Raises Unusable when it cannot be read."""
+    sha256, size = hashlib.sha256(), 0
+    with open_regular(path) as file:
+        try:
+            while block := file.read(BLOCK):
+                sha256.update(block)
+                size += len(block)
+        except OSError as error:
+            raise Unusable(f"{path}: {error.strerror}") from error
+    return Entry(sha256.hexdigest(), size)
+
+
+def hash_files(directory: Path, names: Iterable[str]) -> dict[str, Entry]:
+    """Returns files of a folder with what they are, read in several threads. Raises Unusable."""
+    names = list(names)
+    with ThreadPoolExecutor(THREADS) as pool:
+        return dict(zip(names, pool.map(digest, (directory / name for name in names)), strict=True))
+
+
+def list_files(directory: Path) -> set[str]:
+    """Returns the files below a folder, without its manifest. Raises Unusable for links, FIFOs and other odd things."""
+    names, folders = set[str](), [""]
+    while folders:
+        prefix = folders.pop()
+        try:
+            with os.scandir(directory / prefix) as entries:
+                for entry in entries:
+                    name = f"{prefix}{entry.name}"
+                    if entry.is_dir(follow_symlinks=False):
+                        folders.append(f"{name}/")
+                    elif entry.is_file(follow_symlinks=False):
+                        names.add(name)
+                    else:
+                        raise Unusable(f"{shown(directory, name)}: is a symbolic link or a special file")
+        except OSError as error:
+            raise Unusable(f"{shown(directory, prefix)}: {error.strerror}") from error
+    return names - {MANIFEST_FILE}
+
+
+def shown(directory: Path, name: str) -> str:
+    """Returns a path for a message: names on disk may hold line ends and bytes that no terminal prints."""
+    return f"{directory}/{name if name.isprintable() else ascii(name)}"
+
+
+def write(directory: Path, entries: Mapping[str, Entry]) -> str:
+    """Writes a folder's manifest, safe on disk, and returns the SHA-256 of it. Call it last."""
+    files = {name: asdict(entries[name]) for name in sorted(entries)}
+    content = (json.dumps({"format": FORMAT, "files": files}, indent=1) + "\n").encode()
+    descriptor = os.open(directory / MANIFEST_FILE, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(descriptor)
+    sync(directory)
+    return hashlib.sha256(content).hexdigest()
+
+
+def read(directory: Path) -> dict[str, Entry]:
+    """Returns what a folder's manifest lists. Raises Unusable when there is none that can be read."""
+    path = directory / MANIFEST_FILE
+    content = read_json(path)
+    if not isinstance(content, dict) or content.get("format") != FORMAT or not isinstance(content.get("files"), dict):
+        raise Unusable(f"{path}: is not a manifest of format {FORMAT}")
+    for name, entry in content["files"].items():
+        if not isinstance(entry, dict) or set(entry) != {"sha256", "size"}:
+            raise Unusable(f"{path}: {name[:100]!r} has no size and SHA-256")
+        check_entry(path, name, entry["sha256"])
+        if type(entry["size"]) is not int or entry["size"] < 0:
+            raise Unusable(f"{path}: {name[:100]!r} has size {str(entry['size'])[:20]!r}")
+    return {name: Entry(**entry) for name, entry in content["files"].items()}
+
+
+def check_entry(path: Path, name: object, sha256: object) -> None:
+    """Raises Unusable unless a line of the list `path` names a file inside its folder and has a SHA-256."""
+    inside = isinstance(name, str) and name.isprintable() and name == PurePosixPath(name).as_posix()
+    if not inside or str(name) in ("", ".") or str(name).startswith("/") or ".." in str(name).split("/"):
+        raise Unusable(f"{path}: {str(name)[:100]!r} is not the name of a file in the folder")
+    if not isinstance(sha256, str) or not SHA256.fullmatch(sha256):
+        raise Unusable(f"{path}: {str(name)[:100]!r} has no SHA-256")
+
+
+def check_names(directory: Path, entries: Collection[str]) -> None:
+    """Raises Unusable when a folder lacks a file that its manifest lists, or has another one. Reads no file."""
+    found, wanted = list_files(directory), set(entries)
+    if missing := wanted - found:
+        raise Unusable(f"{shown(directory, min(missing))}: is missing")
+    if extra := found - wanted:
+        raise Unusable(f"{shown(directory, min(extra))}: is not in the manifest")
+
+
+def check_files(directory: Path, entries: Mapping[str, Entry]) -> None:
+    """Reads files of a folder. Raises Unusable for the first one that is not what `entries` lists."""
+    for name, entry in entries.items():
+        # A wrong length is found without reading the other files.
+        with open_regular(directory / name) as file:
+            size = os.fstat(file.fileno()).st_size
+        if entry.size is not None and size != entry.size:
+            raise Unusable(f"{directory / name}: has {size:,} bytes instead of {entry.size:,}")
+    for name, found in hash_files(directory, entries).items():
+        if found.sha256 != entries[name].sha256:
+            raise Unusable(f"{directory / name}: its SHA-256 is {found.sha256} instead of {entries[name].sha256}")
+
+
+def verify(directory: Path) -> dict[str, Entry]:
+    """Compares a folder with its manifest, which it returns. Raises Unusable naming the file and what is wrong."""
+    entries = read(directory)
+    check_names(directory, entries)
+    check_files(directory, entries)
+    return entries
+
+
+def check_owner(path: Path, allowed: Collection[int] = ()) -> None:
+    """Raises Unusable unless a file or folder is this user's (or an allowed one's), and only the owner can write to it.
+
+    In a rootless container its root is the job's user, and every other user's files have the overflow id.
+    """
+    try:
+        found = path.lstat()
+    except OSError as error:
+        raise Unusable(f"{path}: {error.strerror}") from error
+    if stat.S_ISLNK(found.st_mode):
+        raise Unusable(f"{path}: is a symbolic link")
+    if found.st_uid != os.geteuid() and found.st_uid not in allowed:
+        raise Unusable(f"{path}: belongs to user id {found.st_uid}, not to {os.geteuid()}")
+    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        mode = stat.S_IMODE(found.st_mode)
+        raise Unusable(f"{path}: others can write to it (mode {mode:04o}); if you trust it: chmod go-w {path}")
