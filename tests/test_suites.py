@@ -43,8 +43,8 @@ def test_a_failed_step_fails_the_suite_and_later_steps_still_run(tmp_path, monke
     steps = [
         suite.Step("code", "breaks", "echo this is why; exit 3"),
         suite.Step("code", "runs on", "echo $ICTX_SUITE"),
-        suite.Step("lab", "breaks the track", "exit 1", needed=True),
-        suite.Step("lab", "is left out", "echo never", after="breaks the track"),
+        suite.Step("lab", "stops the track", "exit 1", needed=True),
+        suite.Step("lab", "is left out", "echo never", after="stops the track"),
     ]
     monkeypatch.setitem(suite.SUITES, "quick", steps)
     monkeypatch.setattr(suite, "LOGS", tmp_path / "logs")
@@ -55,8 +55,8 @@ def test_a_failed_step_fails_the_suite_and_later_steps_still_run(tmp_path, monke
     results = {
         line.split(" | ")[1]: line.split(" | ")[-1].rstrip(" |") for line in report.read_text().splitlines()[4:8]
     }
-    assert results == {"breaks": "failed", "runs on": "passed", "breaks the track": "failed", "is left out": "not run"}
+    assert results == {"breaks": "failed", "runs on": "passed", "stops the track": "failed", "is left out": "not run"}
     printed = capfd.readouterr().out
     assert "this is why" in printed.split("=== FAILED: breaks")[1]
     assert "never" not in printed
-    assert set(suite.last("quick")) == {"breaks", "runs on", "breaks the track"}
+    assert set(suite.last("quick")) == {"breaks", "runs on", "stops the track"}
