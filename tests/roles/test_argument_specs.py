@@ -19,8 +19,9 @@ def load(file: Path) -> dict[str, Any]:
 
 
 def options(role: Path) -> dict[str, Any]:
-    """Returns the options of the role's main entry point."""
-    return load(role / "meta/argument_specs.yml")["argument_specs"]["main"].get("options", {})
+    """Returns the options of all the role's entry points."""
+    specs = load(role / "meta/argument_specs.yml")["argument_specs"].values()
+    return {name: option for spec in specs for name, option in spec.get("options", {}).items()}
 
 
 @pytest.fixture(params=ROLES, ids=lambda path: path.name)
