@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -11,17 +12,22 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import PERMISSION_DENIED
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 
 from ictx.errors import UserError
 from ictx.model import ModelConfig, Transformer
 from ictx.model.hf import write_pretrained
-from ictx.registry import SUMS_FILE, ModelRef
+from ictx.registry import PROMOTED_TAG, SUMS_FILE, SUMS_TAG, ModelRef, format_sums, read_sums, sha256, write_sums
 from ictx.serve.promote import promote
 from ictx.serve.pull import pull
 from ictx.train.tracking import Tracker
@@ -286,3 +292,103 @@ def test_promotion_moves_the_alias_and_says_what_it_was(client: MlflowClient, re
         promote(client, "1", "champion")
     promote(client, "1", "champion", NAME)
     assert client.get_model_version_by_alias(NAME, "champion").version == 1
+
+
+def change_weights(stored: Path) -> None:
+    content = bytearray((stored / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (stored / "model.safetensors").write_bytes(content)
+
+
+def rewrite_everything(stored: Path) -> None:
+    """What a version's writer can do: other files, with a list of checksums that fits them."""
+    change_weights(stored)
+    write_sums(stored)
+
+
+@pytest.mark.attack(
+    "H4",
+    "the files of a promoted version are replaced afterwards, their list of checksums with them",
+    before="served: the checksums lay beside the files and in a tag that the version's writer may change",
+    now="refused with the file's name: the checksums recorded at the promotion count, which only promoters may write",
+)
+@pytest.mark.parametrize("change", [change_weights, rewrite_everything, lambda m: (m / "tokenizer.json").unlink()])
+def test_what_changed_after_its_promotion_is_refused_by_name(
+    client: MlflowClient, registered: Registered, tmp_path: Path, change: Callable[[Path], object]
+) -> None:
+    version = registered()
+    promote(client, version, "champion")
+    pull(client, ModelRef(NAME, alias="champion"), tmp_path / "before", promoted=True)
+    change(artifacts(client, version))
+    digest = sha256(artifacts(client, version) / SUMS_FILE)
+    client.set_model_version_tag(NAME, version, SUMS_TAG, digest)
+    reason = rf"models:/{NAME}@champion: .*(model.safetensors|tokenizer.json).* its promotion recorded: .*promote"
+    with pytest.raises(UserError, match=reason):
+        pull(client, ModelRef(NAME, alias="champion"), tmp_path / "after", promoted=True)
+    assert not (tmp_path / "after").exists()
+    # Nor does a second promotion believe the new files.
+    with pytest.raises(UserError, match="its promotion recorded"):
+        promote(client, version, "stable")
+
+
+def test_promotion_refuses_what_is_not_what_the_job_logged(client: MlflowClient, registered: Registered) -> None:
+    version = registered()
+    change_weights(artifacts(client, version))
+    with pytest.raises(UserError, match="version 1 does not have the checksum in its SHA256SUMS"):
+        promote(client, version, "champion")
+    assert set(client.get_registered_model(NAME).aliases) == {"candidate"}
+    assert PROMOTED_TAG not in client.get_model_version(NAME, version).tags
+
+
+def test_a_server_refuses_a_version_that_nobody_promoted(
+    client: MlflowClient, registered: Registered, tmp_path: Path
+) -> None:
+    version = registered()
+    with pytest.raises(UserError, match=f"whose checksums no promoter recorded: ictx promote {version} --alias"):
+        pull(client, ModelRef(NAME, alias="candidate"), tmp_path / "m", promoted=True)
+    promote(client, version, "champion")
+    assert pull(client, ModelRef(NAME, version=version), tmp_path / "m", promoted=True) == version
+
+
+def test_a_job_whose_names_belong_to_another_registers_under_its_own(
+    client: MlflowClient, registered: Registered, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    registered()
+    create = MlflowClient.create_model_version
+
+    def refuse(self: MlflowClient, name: str, *arguments: Any, **more: Any) -> Any:
+        if name == NAME:
+            raise MlflowException("Permission denied", PERMISSION_DENIED)
+        return create(self, name, *arguments, **more)
+
+    monkeypatch.setattr(MlflowClient, "create_model_version", refuse)
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "bob")
+    assert registered() == "1"
+    assert f"{NAME} belongs to another user" in capsys.readouterr().out
+    assert client.get_model_version_by_alias(f"{NAME}-bob", "candidate").version == 1
+    assert client.get_model_version_by_alias(NAME, "candidate").version == 1
+
+
+SUMS_LINES = st.lists(st.tuples(st.text("0123456789abcdefg", min_size=62, max_size=65), st.text(max_size=40)))
+
+
+@given(st.one_of(st.text(), SUMS_LINES.map(lambda lines: "\n".join(f"{digest}  {path}" for digest, path in lines))))
+def test_a_list_of_checksums_names_files_below_the_folder_or_is_refused(text: str) -> None:
+    try:
+        sums = read_sums(text)
+    except UserError:
+        return
+    folder = Path("/models/m")
+    for path, digest in sums.items():
+        assert re.fullmatch("[0-9a-f]{64}", digest)
+        assert os.path.normpath(folder / path).startswith(f"{folder}/")
+
+
+def test_a_list_of_checksums_is_read_as_it_was_written() -> None:
+    sums = {"config.json": "0" * 64, "a folder/model.safetensors": "f" * 64}
+    assert read_sums(format_sums(sums)) == sums
+
+
+def test_a_file_name_cannot_add_a_line_to_the_list() -> None:
+    with pytest.raises(UserError, match="line break in its name"):
+        format_sums({f"x\n{'0' * 64}  model.safetensors": "f" * 64})

@@ -39,8 +39,12 @@ folder appears complete and verified, or not at all; a pull that was interrupted
 examples:
   ictx pull models:/ictx-tiny@champion --to /models/ictx-tiny/champion
   ictx pull models:/ictx-tiny/3 --to /models/ictx-tiny/3
+  ictx pull models:/ictx-tiny@champion --to /models/ictx-tiny/champion --promoted    # as the server does
 """
 PROMOTE_EXAMPLES = """
+The version's files are compared with the checksums that the job logged, and the checksums are recorded where only
+promoters (ictx_promoters in the inventory) may write: a file that changes afterwards is not served.
+
 examples:
   ictx promote 3 --alias champion
   ictx promote candidate --alias champion --model ictx-tiny    # the version that another alias stands for
@@ -95,10 +99,14 @@ def parser() -> argparse.ArgumentParser:
     )
     pull.add_argument("uri", help="models:/<name>@<alias> or models:/<name>/<version>")
     pull.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="where its files go")
+    pull.add_argument("--promoted", action="store_true", help="refuse a version that no promoter verified")
     pull.set_defaults(run=run_pull)
 
     promote = areas.add_parser(
-        "promote", help="point an alias to a registered version", epilog=PROMOTE_EXAMPLES, formatter_class=raw
+        "promote",
+        help="verify a registered version and point an alias to it",
+        epilog=PROMOTE_EXAMPLES,
+        formatter_class=raw,
     )
     promote.add_argument("version", help="number, or an alias that stands for it")
     promote.add_argument("--alias", required=True, help="alias that is to stand for it, such as champion")
@@ -167,7 +175,7 @@ def run_pull(arguments: argparse.Namespace) -> int:
     from ictx.serve.pull import pull
 
     with explained():
-        pull(new_client(), ModelRef.parse(arguments.uri), arguments.to)
+        pull(new_client(), ModelRef.parse(arguments.uri), arguments.to, arguments.promoted)
     return 0
 
 

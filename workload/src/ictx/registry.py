@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 # Before the import, which reads it: MLflow would report its use to its makers.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -17,12 +17,15 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
 from ictx.errors import UserError
-from ictx.manifest import digest, hash_files, list_files
+from ictx.manifest import SHA256, digest, hash_files, list_files
 
 SUMS_FILE = "SHA256SUMS"
 """Lies beside a model's files and lists them, as `sha256sum` does."""
 SUMS_TAG = "ictx.sha256sums"
 """Tag of a registered version: the SHA-256 of its SUMS_FILE, so that the registry vouches for all of its files."""
+PROMOTED_TAG = "ictx.promoted.sha256sums"
+"""Tag of a version that was promoted: the checksums of its files, as the promoter verified them. Only promoters may
+write it: the server refuses others, those who own the model included."""
 IMAGE_TAG = "ictx.image_digest"
 """Tag of a run: the image that trained."""
 VERSION_TAG = "ictx.model_version"
@@ -37,20 +40,29 @@ def sha256(path: Path) -> str:
 def write_sums(directory: Path) -> str:
     """Writes SUMS_FILE for the files below the folder and returns its own SHA-256."""
     files = hash_files(directory, sorted(list_files(directory) - {SUMS_FILE}))
-    lines = [f"{entry.sha256}  {name}\n" for name, entry in files.items()]
     target = directory / SUMS_FILE
-    target.write_text("".join(lines))
+    target.write_text(format_sums({name: entry.sha256 for name, entry in files.items()}))
     return sha256(target)
+
+
+def format_sums(sums: Mapping[str, str]) -> str:
+    """Returns path → SHA-256 as `sha256sum` lists them. Raises UserError for a name that would read as another."""
+    text = "".join(f"{checksum}  {path}\n" for path, checksum in sorted(sums.items()))
+    if read_sums(text) != sums:
+        odd = [path for path in sums if len(path.splitlines()) > 1]
+        raise UserError(f"a model's file has a line break in its name: {', '.join(map(repr, odd))}")
+    return text
 
 
 def read_sums(text: str) -> dict[str, str]:
     """Returns path → SHA-256 from what SUMS_FILE says. Raises UserError for a line that is no checksum."""
     sums: dict[str, str] = {}
     for line in text.splitlines():
-        digest, _, path = line.partition("  ")
-        if not re.fullmatch("[0-9a-f]{64}", digest) or not path or path.startswith("/") or ".." in Path(path).parts:
+        checksum, _, path = line.partition("  ")
+        inside = path == PurePosixPath(path).as_posix() and path[:1] not in ("", "/") and path != "."
+        if not SHA256.fullmatch(checksum) or not inside or ".." in PurePosixPath(path).parts or path in sums:
             raise UserError(f"{SUMS_FILE} has a line that is no checksum of a file: {line[:80]!r}")
-        sums[path] = digest
+        sums[path] = checksum
     return sums
 
 

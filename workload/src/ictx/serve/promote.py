@@ -1,11 +1,16 @@
-"""`ictx promote`: says which version of a registered model an alias stands for."""
+"""`ictx promote`: says which version of a registered model an alias stands for, and vouches for its files."""
 
 from __future__ import annotations
+
+import tempfile
+from dataclasses import replace
+from pathlib import Path
 
 from mlflow import MlflowClient
 
 from ictx.errors import UserError
-from ictx.registry import ModelRef
+from ictx.registry import PROMOTED_TAG, ModelRef, format_sums
+from ictx.serve.pull import Source, fetch_all
 
 
 def only_model(client: MlflowClient) -> str:
@@ -19,14 +24,21 @@ def only_model(client: MlflowClient) -> str:
 def promote(client: MlflowClient, version: str, alias: str, model: str = "") -> str:
     """Points the alias to a version (a number, or another alias) and returns what was done, in words.
 
-    Raises UserError naming the version when it does not exist or cannot be served, and the models when several are
-    registered and none is named.
+    The version's files are read and compared with what the job logged, or with what an earlier promotion recorded, and
+    their checksums are recorded where only promoters write: `ictx pull` compares with them. Raises UserError naming the
+    version when it does not exist or is damaged, and the models when several are registered and none is named.
     """
     model = model or only_model(client)
     ref = ModelRef(model, version=version) if version.isdecimal() else ModelRef(model, alias=version)
-    found = ref.find(client)
+    source = Source.find(client, ref)
     before = client.get_registered_model(model).aliases.get(alias)
-    if before == found.version:
-        return f"models:/{model}@{alias} is version {found.version} already"
-    client.set_registered_model_alias(model, alias, found.version)
-    return f"models:/{model}@{alias} is version {found.version} now" + (f", was {before}" if before else "")
+    if source.promoted and str(before) == source.version:
+        return f"models:/{model}@{alias} is version {before} already"
+    # From here on the number counts: another may move the alias meanwhile.
+    source = replace(source, ref=ModelRef(model, version=source.version))
+    with tempfile.TemporaryDirectory(prefix="ictx-promote-") as folder:
+        sums = fetch_all(source, Path(folder))
+    if not source.promoted:
+        client.set_model_version_tag(model, source.version, PROMOTED_TAG, format_sums(sums))
+    client.set_registered_model_alias(model, alias, source.version)
+    return f"models:/{model}@{alias} is version {source.version} now" + (f", was {before}" if before else "")

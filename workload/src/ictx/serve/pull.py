@@ -8,7 +8,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from mlflow.artifacts import download_artifacts, list_artifacts
 from safetensors import SafetensorError, safe_open
 
 from ictx.errors import UserError
-from ictx.registry import SUMS_FILE, SUMS_TAG, ModelRef, read_sums, sha256
+from ictx.registry import PROMOTED_TAG, SUMS_FILE, SUMS_TAG, ModelRef, read_sums, sha256
 
 STATE_FILE = ".ictx-model.json"
 """In a complete folder: which version it holds, and the checksums with which it was verified."""
@@ -40,13 +40,17 @@ class Source:
     uri: str
     sums_digest: str
     """SHA-256 of SUMS_FILE, empty where the version was registered without."""
+    promoted: dict[str, str] = field(default_factory=dict)
+    """Path → SHA-256 as a promoter verified them, empty where the version was never promoted."""
 
     @classmethod
     def find(cls, client: MlflowClient, ref: ModelRef) -> Source:
         """Asks the registry. Raises UserError."""
         found = ref.find(client)
         uri = client.get_model_version_download_uri(ref.name, found.version)
-        return cls(ref, str(found.version), uri.rstrip("/"), (found.tags or {}).get(SUMS_TAG, ""))
+        tags = found.tags or {}
+        promoted = read_sums(tags.get(PROMOTED_TAG, ""))
+        return cls(ref, str(found.version), uri.rstrip("/"), tags.get(SUMS_TAG, ""), promoted)
 
     def sizes(self) -> dict[str, int]:
         """Returns path → bytes of all files."""
@@ -68,11 +72,12 @@ class Source:
         download_artifacts(artifact_uri=f"{self.uri}/{path}", dst_path=str(target.parent))
 
 
-def pull(client: MlflowClient, ref: ModelRef, target: Path) -> str:
+def pull(client: MlflowClient, ref: ModelRef, target: Path, promoted: bool = False) -> str:
     """Brings the version's files to `target`, which is complete and verified or not there; returns the version.
 
     Files that an interrupted pull has verified already are not fetched again. A fixed version that is there already
-    needs no server. Raises UserError naming the model and what is wrong with it.
+    needs no server. With `promoted`, a version that no promoter verified is refused. Raises UserError naming the
+    model and what is wrong with it.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     draft = target.with_name(f".{target.name}.part")
@@ -85,6 +90,11 @@ def pull(client: MlflowClient, ref: ModelRef, target: Path) -> str:
         if held == (ref.name, source.version):
             _say(f"{ref} is version {source.version}, in {target} already")
             return source.version
+        if promoted and not source.promoted:
+            raise UserError(
+                f"{ref} is version {source.version}, whose checksums no promoter recorded: "
+                f"ictx promote {source.version} --alias ALIAS --model {ref.name}"
+            )
         _say(f"{ref} is version {source.version}, at {source.uri}")
         fetch_all(source, draft)
         check_servable(ref, draft)
@@ -106,8 +116,8 @@ def held_version(target: Path) -> tuple[str, str] | None:
         return None
 
 
-def fetch_all(source: Source, draft: Path) -> None:
-    """Fills `draft` with the version's files and writes STATE_FILE there. Raises UserError."""
+def fetch_all(source: Source, draft: Path) -> dict[str, str]:
+    """Fills `draft` with the version's files, writes STATE_FILE there, and returns path → SHA-256. Raises UserError."""
     draft.mkdir(exist_ok=True)
     sizes = source.sizes()
     sums = _sums(source, draft, sizes)
@@ -132,16 +142,14 @@ def fetch_all(source: Source, draft: Path) -> None:
         if sums and sha256(draft / path) != sums[path]:
             (draft / path).unlink()
             raise UserError(
-                f"{source.ref}: {path} of version {source.version} does not have the checksum in its {SUMS_FILE}: "
-                "the registered file is damaged; promote another version"
+                f"{source.ref}: {path} of version {source.version} does not have the checksum {_origin(source)}: "
+                "the registered file is damaged or was changed; promote another version"
             )
         _say(f"fetched {path}, {sizes[path] / 1e6:,.1f} MB in {time.monotonic() - began:.1f} s")
-    state = {
-        "name": source.ref.name,
-        "version": source.version,
-        "sha256": sums or {path: sha256(draft / path) for path in wanted},
-    }
+    sums = sums or {path: sha256(draft / path) for path in wanted}
+    state = {"name": source.ref.name, "version": source.version, "sha256": sums}
     (draft / STATE_FILE).write_text(json.dumps(state, indent=1) + "\n")
+    return sums
 
 
 def check_servable(ref: ModelRef, directory: Path) -> None:
@@ -169,7 +177,29 @@ def check_servable(ref: ModelRef, directory: Path) -> None:
 
 
 def _sums(source: Source, draft: Path, sizes: dict[str, int]) -> dict[str, str]:
-    """Returns path → SHA-256, empty for a version without SUMS_FILE. Raises UserError when the list cannot be right."""
+    """Returns path → SHA-256, empty for a version without any. Raises UserError when the list cannot be right.
+
+    What a promoter recorded counts more than SUMS_FILE, which the version's writer can replace.
+    """
+    sums = source.promoted or _listed_sums(source, draft, sizes)
+    for path in sums:
+        if path not in sizes:
+            raise UserError(
+                f"{source.ref}: version {source.version} lacks {path}, which {_origin(source, 'lists')}: "
+                "promote another version"
+            )
+    return sums
+
+
+def _origin(source: Source, lists: str = "") -> str:
+    """Returns what the checksums are, in words."""
+    if source.promoted:
+        return "its promotion recorded" if lists else "that its promotion recorded"
+    return f"its {SUMS_FILE} {lists}" if lists else f"in its {SUMS_FILE}"
+
+
+def _listed_sums(source: Source, draft: Path, sizes: dict[str, int]) -> dict[str, str]:
+    """Returns what SUMS_FILE lists, empty for a version without it."""
     if SUMS_FILE not in sizes:
         if source.sums_digest:
             raise UserError(f"{source.ref}: version {source.version} has lost its {SUMS_FILE}")
@@ -178,11 +208,7 @@ def _sums(source: Source, draft: Path, sizes: dict[str, int]) -> dict[str, str]:
     file = draft / SUMS_FILE
     if source.sums_digest and sha256(file) != source.sums_digest:
         raise UserError(f"{source.ref}: {SUMS_FILE} of version {source.version} is not what the registry vouches for")
-    sums = read_sums(file.read_text())
-    for path in sums:
-        if path not in sizes:
-            raise UserError(f"{source.ref}: version {source.version} lacks {path}, which its {SUMS_FILE} lists")
-    return sums
+    return read_sums(file.read_text())
 
 
 def _verified(file: Path, size: int, digest: str | None) -> bool:

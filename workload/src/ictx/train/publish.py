@@ -31,6 +31,7 @@ def publish(config: PretrainConfig, model: Transformer, journal: Journal, result
     write_pretrained(directory, config.model, weights, config.data.dir, dtype, end_of_text=end_of_text)
     name = config.run.model_name
     version = tracker.register(directory, name, config.run.alias) if name else None
+    name = tracker.model
     result |= {
         "export_dir": str(directory),
         "mlflow_run_id": tracker.run_id,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -62,6 +63,28 @@ def patiently(call: Callable[[], T], seconds: float) -> T:
         time.sleep(SECONDS_BETWEEN_TRIES)
 
 
+def names_to_try(name: str) -> Iterator[str]:
+    """Yields a name and what to call it where another user has it: where users have accounts, the first one owns it."""
+    yield name
+    if user := os.environ.get("MLFLOW_TRACKING_USERNAME"):
+        yield f"{name}-{user}"
+        # Somebody else took that one too.
+        yield f"{name}-{user}-{secrets.token_hex(4)}"
+
+
+def own(name: str, call: Callable[[str], T]) -> tuple[str, T]:
+    """Returns the first of the names to try that this user may write to, and what the call returned for it."""
+    *others, last = names_to_try(name)
+    for each in others:
+        try:
+            return each, call(each)
+        except MlflowException as error:
+            if error.error_code != "PERMISSION_DENIED":
+                raise
+            print(f"MLflow: {each} belongs to another user", flush=True)
+    return last, call(last)
+
+
 @contextmanager
 def _request_timeout(seconds: int) -> Iterator[None]:
     """Lets the server take longer to answer: it stores a whole file before it does."""
@@ -87,7 +110,8 @@ class Tracker:
         os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
         self.client = MlflowClient()
         self.experiment, self.patience = experiment, patience
-        self._announced = False
+        self.model = ""
+        self._announced = self._uploaded = False
         note = directory / "mlflow_run_id"
         if note.exists():
             self.run_id = note.read_text().strip()
@@ -98,30 +122,33 @@ class Tracker:
 
     def _begin(self, directory: Path, settings: Mapping[str, Any]) -> str:
         """Returns the id of a new run with the settings as parameters."""
-        experiment = patiently(self._experiment_id, self.patience)
         name = os.environ.get("SLURM_JOB_ID", directory.name)
-        run = patiently(lambda: self.client.create_run(experiment, run_name=name), self.patience)
-        run_id = str(run.info.run_id)
+
+        def create(experiment: str) -> str:
+            number = patiently(lambda: self._experiment_id(experiment), self.patience)
+            return str(patiently(lambda: self.client.create_run(number, run_name=name), self.patience).info.run_id)
+
+        self.experiment, run_id = own(self.experiment, create)
         params = [Param(key, text) for key, text in flatten(settings).items()]
         patiently(lambda: self.client.log_batch(run_id, params=params), self.patience)
         return run_id
 
-    def _experiment_id(self) -> str:
+    def _experiment_id(self, name: str) -> str:
         """Returns the experiment's id; creates the experiment when there is none."""
-        found = self.client.get_experiment_by_name(self.experiment)
+        found = self.client.get_experiment_by_name(name)
         if not found:
-            self._create_experiment()
-            found = self.client.get_experiment_by_name(self.experiment)
+            self._create_experiment(name)
+            found = self.client.get_experiment_by_name(name)
         assert found
         return str(found.experiment_id)
 
-    def _create_experiment(self) -> None:
+    def _create_experiment(self, name: str) -> None:
         """Creates the experiment. The embedded store keeps artifacts beside its database."""
         uri = os.environ.get("MLFLOW_TRACKING_URI", "")
-        place = Path(uri.removeprefix("sqlite:///")).parent / "artifacts" / self.experiment
+        place = Path(uri.removeprefix("sqlite:///")).parent / "artifacts" / name
         artifacts = place.as_uri() if uri.startswith("sqlite:///") else None
         try:
-            self.client.create_experiment(self.experiment, artifact_location=artifacts)
+            self.client.create_experiment(name, artifact_location=artifacts)
         except MlflowException as error:
             # Another job created it in the meantime.
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
@@ -150,11 +177,15 @@ class Tracker:
     def register(self, directory: Path, name: str, alias: str) -> str:
         """Returns the version under which the run's exported model is registered; the alias points to it.
 
-        Idempotent: a job that ends right after it registered does not register again when it restarts.
+        `self.model` is its name: another one where `name` belongs to another user. Idempotent: a job that ends right
+        after it registered does not register again when it restarts.
         """
         digest = write_sums(directory)
         with _request_timeout(1800):
-            return patiently(lambda: self._register(directory, name, alias, digest), self.patience)
+            self.model, version = own(
+                name, lambda each: patiently(lambda: self._register(directory, each, alias, digest), self.patience)
+            )
+        return version
 
     def _register(self, directory: Path, name: str, alias: str, digest: str) -> str:
         try:
@@ -162,16 +193,18 @@ class Tracker:
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
+        source = f"{self.client.get_run(self.run_id).info.artifact_uri}/model"
         versions = self.client.search_model_versions(f"name = '{name}' and run_id = '{self.run_id}'")
-        if versions:
-            version = str(versions[0].version)
-        else:
-            self.client.log_artifacts(self.run_id, str(directory), "model")
-            source = f"{self.client.get_run(self.run_id).info.artifact_uri}/model"
+        # Another user may name this run as the origin of a version, but not its files.
+        version = next((str(each.version) for each in versions if each.source == source), "")
+        if not version:
+            if not self._uploaded:
+                self.client.log_artifacts(self.run_id, str(directory), "model")
+                self._uploaded = True
             tags = {SUMS_TAG: digest, IMAGE_TAG: os.environ.get("ICTX_IMAGE_DIGEST", "")}
             version = str(self.client.create_model_version(name, source, self.run_id, tags=tags).version)
-        self.client.set_tag(self.run_id, VERSION_TAG, f"{name}/{version}")
         self.client.set_registered_model_alias(name, alias, version)
+        self.client.set_tag(self.run_id, VERSION_TAG, f"{name}/{version}")
         return version
 
     def finish(self, status: str) -> None:
