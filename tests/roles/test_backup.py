@@ -221,6 +221,51 @@ def test_another_password_is_named(site: Site, capfd: pytest.CaptureFixture[str]
     assert "was made with another password than" in capfd.readouterr().err
 
 
+def opens(site: Site, password: str) -> bool:
+    """Returns whether a password opens the repository."""
+    file = site.etc / "tried"
+    file.write_text(f"{password}\n")
+    return bool(loaded(PROGRAM).Backup(site.settings).opens(file))
+
+
+def test_a_new_password_replaces_the_one_before_and_snapshots_stay(site: Site) -> None:
+    assert site("run") == 0
+    (site.etc / "password.next").write_text("new\n")
+    assert site("init") == 0
+    assert (opens(site, "new"), opens(site, "secret")) == (True, False)
+    assert site("run") == 0
+    assert sorted(site.snapshots()) == ["accounting"] * 2 + ["state"] * 2
+    assert sorted(path.name for path in site.etc.glob("password*")) == ["password"]
+
+
+@pytest.mark.parametrize(
+    "cut",
+    ["key add", pytest.param("key list", marks=pytest.mark.full), pytest.param("key remove", marks=pytest.mark.full)],
+)
+def test_a_change_of_password_that_is_cut_off_keeps_backups_running_and_is_completed(
+    site: Site, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cut: str
+) -> None:
+    (site.etc / "password.next").write_text("new\n")
+    broken = tmp_path / "broken/restic"
+    broken.parent.mkdir()
+    broken.write_text(f'#!/bin/sh\ncase "$*" in "{cut}"*) exit 1 ;; esac\nexec {distributed("restic")} "$@"\n')
+    broken.chmod(0o755)
+    with monkeypatch.context() as patch:
+        patch.setenv("PATH", f"{broken.parent}:{os.environ['PATH']}")
+        assert site("init") == 1
+    assert opens(site, (site.etc / "password").read_text().strip()), "the one in use opens the repository"
+    assert site("run") == 0, "the next backup completes it"
+    assert (opens(site, "new"), opens(site, "secret")) == (True, False)
+    assert sorted(path.name for path in site.etc.glob("password*")) == ["password"]
+
+
+def test_a_new_password_for_a_repository_that_is_not_there_makes_it(site: Site) -> None:
+    shutil.rmtree(site.repository)
+    (site.etc / "password.next").write_text("new\n")
+    assert site("init") == 0
+    assert opens(site, "new")
+
+
 def test_without_a_folder_for_metrics_it_says_so(site: Site, capfd: pytest.CaptureFixture[str]) -> None:
     site.metrics.rmdir()
     assert site("run") == 0
