@@ -1,0 +1,115 @@
+"""Units of ours are shut in: `systemd-analyze security` rates each at 4.0 at most, but for those that cannot be."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+from ansible.errors import AnsibleFilterError
+from cluster import ROOT, Cluster
+from programs import loaded
+
+FILTER = loaded(ROOT / "playbooks/plugins/filter/systemd.py")
+MOST = 4.0
+# What a role's tasks register before they write a template.
+REGISTERED = {"_k3s_runtime": {"stat": {"exists": True}}}
+# What each would have to give up to be rated better.
+EXCEPTIONS = {
+    "k3s/k3s.service": "starts containers, with all that they may be given",
+    "slurm/slurmd.service.conf": "starts users' jobs, as each of them and with the node's devices",
+    "kube_lab/kubelet.service": "starts containers, as K3s does; in the lab only",
+    "kube_lab/kube-proxy.service": "writes the node's packet filter; in the lab only",
+    "kube_lab/kube-lab-prepare.service": "changes the node's mounts for kubelet; in the lab only",
+    "kube_lab/kube-lab-addons.service": "makes volumes for pods' users; in the lab only",
+    "kube_lab/kube-lab-dns.service": "drops its own rights when it has started; in the lab only",
+}
+# What a drop-in's unit has from its package and counts; everything else is as if the package shut nothing in.
+PACKAGED = {
+    "alertmanager": "User=prometheus",
+    "blackbox_exporter": "User=prometheus",
+    "dcgm_exporter": "User=root",
+    "grafana": "User=grafana",
+    "journal": "DynamicUser=yes",
+    "kube_lab": "User=etcd",
+    "mysqld_exporter": "User=prometheus",
+    "node_exporter": "User=prometheus",
+    "prometheus": "User=prometheus",
+    "registry": "User=docker-registry",
+    "slurm": "User=root",
+}
+
+
+def units() -> dict[str, Path]:
+    """Returns the templates of units and of their drop-ins, by role and name."""
+    found = [*ROOT.glob("roles/*/templates/*.service*.j2"), *ROOT.glob("roles/*/templates/*unit.conf.j2")]
+    return {f"{path.parts[-3]}/{path.stem}": path for path in sorted(found)}
+
+
+UNITS = units()
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    """Returns each unit as the first host of its role has it, in each inventory."""
+    state = str(tmp_path_factory.mktemp("state"))
+    found: dict[str, list[str]] = {}
+    for inventory in ("example", "lab"):
+        cluster = Cluster(ROOT / "inventories" / inventory, {"ictx_state_dir": state, "lab_state_dir": state})
+        for role, play, hosts in cluster.uses("site.yml"):
+            mine = {name: path for name, path in UNITS.items() if name.split("/")[0] == role.get_name() and hosts}
+            variables = {**cluster.variables(hosts[0], play, role), **REGISTERED} if mine else {}
+            for name, path in mine.items():
+                found.setdefault(name, []).append(cluster.render(path, variables))
+    return found
+
+
+def exposure(text: str, folder: Path) -> float:
+    """Returns how exposed systemd takes a unit to be, from 0 to 10."""
+    file = folder / "test.service"
+    file.write_text(text if re.search("^ExecStart=/", text, re.M) else text + "ExecStart=\nExecStart=/bin/true\n")
+    done = subprocess.run(
+        ["systemd-analyze", "security", "--offline=true", "--no-pager", file],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    found = re.search(r"Overall exposure level for \S+: ([\d.]+)", done.stdout)
+    assert found, done.stderr
+    return float(found[1])
+
+
+@pytest.mark.attack(
+    "L",
+    "takes over a service of the platform, by its port or by what it reads",
+    before="units at 8.5 to 8.9 in systemd-analyze security: nearly everything of the host was open to it",
+    now="each at 4.0 at most; exceptions are named in tests/templates/test_units.py with their reasons",
+)
+@pytest.mark.parametrize("name", UNITS)
+def test_a_unit_is_shut_in_or_named_with_a_reason(name: str, texts: dict[str, list[str]], tmp_path: Path) -> None:
+    assert texts[name]
+    for text in texts[name]:
+        role = name.split("/")[0]
+        if "\nDescription=" not in text:
+            text = f"[Service]\n{PACKAGED[role]}\n{text}"
+        elif name == "grafana/grafana-server.service":
+            # Wherever Grafana comes from, the drop-in belongs to its unit.
+            text += texts["grafana/unit.conf"][0]
+        rated = exposure(text, tmp_path)
+        assert (rated > MOST) == (name in EXCEPTIONS), f"{name}: {rated}"
+
+
+def test_every_exception_is_a_unit() -> None:
+    assert set(EXCEPTIONS) <= set(UNITS)
+
+
+def test_a_sandbox_has_differences_and_no_second_line() -> None:
+    lines = FILTER.sandbox({"UMask": "0077", "ProtectHome": None, "ReadWritePaths": "/a"}).splitlines()
+    assert "UMask=0077" in lines
+    assert "ReadWritePaths=/a" in lines
+    assert "ProtectSystem=strict" in lines
+    assert not [line for line in lines if line.startswith("ProtectHome")]
+    for wrong in ("/a\nExecStart=/bin/sh", True, ["/a"]):
+        with pytest.raises(AnsibleFilterError):
+            FILTER.sandbox({"ReadWritePaths": wrong})
