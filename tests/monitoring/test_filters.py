@@ -28,6 +28,14 @@ def test_a_salt_that_bcrypt_would_cut_or_refuse_is_named(salt: str) -> None:
         FILTERS.web_password("secret", salt)
 
 
+def test_no_two_hosts_or_users_have_the_same_hash_of_a_password() -> None:
+    hosts = [FILTERS.web_users({"metrics": "secret", "admin": "secret"}, "salt", host) for host in ("n1", "n2")]
+    hashes = [made for users in hosts for made in users.values()]
+    assert len(set(hashes)) == 4
+    assert all(bcrypt.checkpw(b"secret", made.encode()) for made in hashes)
+    assert hosts[0] == FILTERS.web_users({"metrics": "secret", "admin": "secret"}, "salt", "n1"), "the same each time"
+
+
 def test_targets_are_the_hosts_addresses_with_their_names() -> None:
     hostvars = {"b": {"ansible_host": "192.0.2.2"}, "a": {}}
     assert FILTERS.scrape_targets(["b", "a"], hostvars, 9100, "x") == [

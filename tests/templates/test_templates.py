@@ -182,7 +182,12 @@ def test_prometheus_scrapes_every_host_of_the_inventory_by_its_name(written: Any
     assert set(jobs) == {"node", "mysqld", "dcgm", "blackbox", "prometheus", "alertmanager", *asked}
     assert {job["scheme"] for job in jobs.values()} == {"https"}
     assert jobs["node"]["honor_labels"] is True, "a controller tells about other nodes"
-    assert {job["basic_auth"]["password_file"] for job in jobs.values()} == {"/etc/prometheus/metrics_password"}
+    own = {"username": "prometheus", "password_file": "/etc/prometheus/own_password"}
+    for name, job in jobs.items():
+        exporter = {"username": "metrics", "password_file": "/etc/prometheus/metrics_password"}
+        assert job["basic_auth"] == (own if name in ("prometheus", "alertmanager") else exporter)
+    assert conf["alerting"]["alertmanagers"][0]["basic_auth"] == own
+    assert "insecure" not in str(conf), "certificates are always verified"
     assert conf["alerting"]["alertmanagers"][0]["static_configs"] == [{"targets": ["192.0.2.15:9093"]}]
 
 

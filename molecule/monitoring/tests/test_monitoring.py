@@ -58,6 +58,11 @@ def test_every_port_asks_for_a_password_over_tls(name: str, port: int) -> None:
     assert ask(name, port, path, "admin:wrong")[0] == 401
 
 
+@pytest.mark.parametrize(("name", "port"), [("m1", 9090), ("m1", 9093), ("m2", 9093)])
+def test_the_password_of_exporters_opens_exporters_only(name: str, port: int) -> None:
+    assert ask(name, port, "/metrics", f"metrics:{secret('metrics_password')}")[0] == 401
+
+
 def test_the_registry_tells_its_metrics_on_its_own_host_only() -> None:
     listening = node("m1").check_output("ss --listening --tcp --numeric --no-header")
     assert re.findall(r"(\S+):5001\b", listening) == ["127.0.0.1"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -17,6 +18,14 @@ def web_password(password: str, salt: str) -> str:
         raise AnsibleFilterError("web_password: the salt must be 21 letters or digits")
     # The 22nd character of a salt carries two bits only; `.` leaves them 0.
     return bcrypt.hashpw(password.encode(), f"$2b$10${salt}.".encode()).decode()
+
+
+def web_users(passwords: Mapping[str, str], salt: str, host: str) -> dict[str, str]:
+    """Returns the hash of each user's password, with a salt that only this host and user have."""
+    return {
+        user: web_password(password, hashlib.sha256(f"{salt}/{host}/{user}".encode()).hexdigest()[:21])
+        for user, password in passwords.items()
+    }
 
 
 def scrape_targets(hosts: Iterable[str], hostvars: Mapping[str, Any], port: int, cluster: str) -> list[dict[str, Any]]:
@@ -61,4 +70,5 @@ class FilterModule:
             "secret_value": secret_value,
             "scrape_targets": scrape_targets,
             "web_password": web_password,
+            "web_users": web_users,
         }

@@ -160,6 +160,12 @@ def build() -> Dashboard:
             },
         ),
         graph(
+            "Rows left out",
+            "What the exporter could not use, by source; `limits` is what exceeds a user's share.",
+            "none",
+            {"{{source}}": f"sum by (source) (ictx_slurm_skipped_rows{{{ME}}})"},
+        ),
+        graph(
             "Database",
             "Statements a second and connections of the accounting database.",
             "none",

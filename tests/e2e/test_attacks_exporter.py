@@ -1,0 +1,116 @@
+"""Mallory's jobs write into their folders what may harm the exporter of SLURM, or make it expose what others wrote."""
+
+from __future__ import annotations
+
+import base64
+import re
+import uuid
+from collections.abc import Iterator
+
+import pytest
+from lab import Lab, wait_for
+
+pytestmark = pytest.mark.lab
+
+SECRET = f"secret-{uuid.uuid4().hex}"
+# What researcher's job does: its metrics must be there, and its other file is nobody else's.
+HONEST = f"""
+folder=/shared/runs/$USER/$SLURM_JOB_ID; mkdir $folder; cd $folder
+echo '{{"step": 3, "loss": 1.5}}' >metrics.jsonl; echo {SECRET} >notes
+"""
+# What a task of mallory's array does. {{notes}} is researcher's file, which the exporter's account may read.
+EVIL = """
+import os, sys
+task, notes = int(os.environ["SLURM_ARRAY_TASK_ID"]), sys.argv[1]
+folder = f"/shared/runs/{os.environ['USER']}/{os.environ['SLURM_JOB_ID']}"
+os.mkdir(folder)
+os.chdir(folder)
+def write(name, text): open(name, "w").write(text)
+if task == 0: os.symlink("/dev/zero", "metrics.jsonl")
+if task == 1: os.mkfifo("metrics.jsonl")
+if task == 2: os.symlink(notes, "metrics.jsonl")
+if task == 3: write("metrics.jsonl", '{"loss": 1}\\n' + "[" * 10000 + '\\n{"loss": ' + "9" * 400 + "}\\n")
+if task == 4:
+    write("metrics.jsonl", '{"loss": 2}\\n')
+    write("about.json", '{"model": "\\\\ud800\\\\n", "steps": ' + "9" * 400 + "}")
+    os.symlink(notes, "mlflow_run_id")
+    os.symlink("/proc", "checkpoints")
+if task == 5:
+    write("metrics.jsonl", '{"loss": 3}\\n')
+    os.chmod(folder, 0o700)
+"""
+TASKS = 6
+
+
+def submit(lab: Lab, user: str, *options: str) -> str:
+    """Submits a small job; returns its number."""
+    done = lab.run(
+        "ctl", f"sbatch --parsable --chdir=/tmp --output=/dev/null --time=2 --mem=50 {' '.join(options)}", user=user
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.fixture(scope="module")
+def exposed(lab: Lab) -> Iterator[tuple[str, str, str]]:
+    """Returns researcher's job, mallory's, and what node_exporter exposes when all have ended."""
+    script = base64.b64encode(EVIL.encode()).decode()
+    honest = submit(lab, "researcher", f"--wrap='{HONEST}'")
+    notes = f"/shared/runs/researcher/{honest}/notes"
+    evil = submit(
+        lab, "mallory", f"--array=0-{TASKS - 1}", f"--wrap='echo {script} | base64 --decode | python3 - {notes}'"
+    )
+    # Names that are in the queue while the exporter looks.
+    forged = rf"x\n{honest}|{honest}|researcher|2001|batch|RUNNING|9|0|0|None|n1|forged"
+    names = [
+        submit(lab, "mallory", "--hold", f'--job-name="$(printf "{name}")"', "--wrap=true")
+        for name in (forged, r"\377\033[31m")
+    ]
+    jobs = f"{honest},{evil}"
+    try:
+        wait_for("the jobs' end", lambda: not lab.user(f"squeue --noheader --jobs={jobs} 2>/dev/null || true"), 300)
+        # sacct learns of it a moment later.
+        ended = f"sacct -n -X -j {jobs} -o State%20"
+        wait_for("the accounts", lambda: lab.run("ctl", ended).stdout.split() == ["COMPLETED"] * (TASKS + 1), 60)
+        started = lab.run("ctl", "systemctl start ictx-slurm-metrics.service")
+        assert started.returncode == 0, lab.run("ctl", "journalctl -u ictx-slurm-metrics -n 20").stdout
+        read = 'curl --silent --fail --cacert /etc/ictx/tls/ca.crt --user "metrics:$(cat /etc/prometheus/metrics_password)"'
+        yield honest, evil, lab.run("svc1", f"{read} https://ctl:9100/metrics").stdout
+    finally:
+        lab.run("ctl", f"scancel {' '.join(names)}")
+
+
+@pytest.mark.attack(
+    "H5",
+    "her jobs write links, FIFOs, 10,000 brackets, half characters; their names have newlines and bytes that are no UTF-8",
+    before="all metrics of SLURM gone, or slurm_up 0; memory until the exporter was killed",
+    now="slurm_up stays 1, researcher's metrics are there, what cannot be used is counted",
+)
+def test_every_honest_metric_is_there(exposed: tuple[str, str, str]) -> None:
+    honest, _, text = exposed
+    assert "\nslurm_up 1\n" in text
+    assert "\nnode_textfile_scrape_error 0\n" in text
+    assert f'\nictx_training_loss{{job_id="{honest}",user="researcher"}} 1.5\n' in text
+    skipped = {source: float(count) for source, count in re.findall(r'_skipped_rows\{source="(\w+)"\} (\S+)', text)}
+    assert skipped["training"] >= 8
+    assert skipped["jobs"] == skipped["nodes"] == skipped["accounting"] == 0
+
+
+@pytest.mark.attack(
+    "H5",
+    "links to another user's file, which only the exporter may read, where it looks for her own",
+    before="its content in a world-readable file",
+    now="links are not followed and only files of the job's user are read",
+)
+def test_nothing_of_another_user_is_exposed(lab: Lab, exposed: tuple[str, str, str]) -> None:
+    assert SECRET not in exposed[2]
+    assert "forged" not in exposed[2]
+    assert lab.run("ctl", f"grep -r {SECRET} /var/lib/ictx-slurm-metrics").returncode == 1
+
+
+def test_the_exporter_has_limits_and_reads_no_secret_of_monitoring(lab: Lab) -> None:
+    show = "systemctl show ictx-slurm-metrics.service --property=User,MemoryMax,TasksMax,TimeoutStartUSec"
+    shown = dict(line.split("=", 1) for line in lab.run("ctl", show).stdout.splitlines())
+    assert shown == {"User": "ictx-metrics", "MemoryMax": "268435456", "TasksMax": "32", "TimeoutStartUSec": "1min"}
+    done = lab.run("ctl", "runuser -u ictx-metrics -- cat /etc/prometheus/node_exporter_web.yml")
+    assert "Permission denied" in done.stderr
