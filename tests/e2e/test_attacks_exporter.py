@@ -74,15 +74,15 @@ def exposed(lab: Lab) -> Iterator[tuple[str, str, str]]:
         wait_for("the accounts", lambda: lab.run("ctl", ended).stdout.split() == ["COMPLETED"] * (TASKS + 1), 60)
         started = lab.run("ctl", "systemctl start ictx-slurm-metrics.service")
         assert started.returncode == 0, lab.run("ctl", "journalctl -u ictx-slurm-metrics -n 20").stdout
-        read = 'curl --silent --fail --cacert /etc/ictx/tls/ca.crt --user "metrics:$(cat /etc/prometheus/metrics_password)"'
-        yield honest, evil, lab.run("svc1", f"{read} https://ctl:9100/metrics").stdout
+        read = "curl --silent --fail --cacert /etc/ictx/tls/ca.crt https://ctl:9100/metrics"
+        yield honest, evil, lab.run("svc1", f'{read} --user "metrics:$(cat /etc/prometheus/metrics_password)"').stdout
     finally:
         lab.run("ctl", f"scancel {' '.join(names)}")
 
 
 @pytest.mark.attack(
     "H5",
-    "her jobs write links, FIFOs, 10,000 brackets, half characters; their names have newlines and bytes that are no UTF-8",
+    "her jobs write links, FIFOs, 10,000 brackets, half characters; their names have newlines and no UTF-8",
     before="all metrics of SLURM gone, or slurm_up 0; memory until the exporter was killed",
     now="slurm_up stays 1, researcher's metrics are there, what cannot be used is counted",
 )
