@@ -29,6 +29,8 @@ def plan(rotate: object = "", finish: object = "", **more: float) -> dict[str, A
 def test_every_generated_secret_can_be_rotated() -> None:
     sources = [*(ROOT / "playbooks").glob("*.yml"), *(ROOT / "roles").glob("*/*/*.yml")]
     text = "\n".join(path.read_text() for path in sources)
+    page = (ROOT / "docs/security.md").read_text()
+    assert [name for name in SECRETS if f"`{name}`" not in page] == [], "the page has every secret"
     generated = set(re.findall(r"(?:/secrets|_secrets ~ ')/([a-z0-9_.]+)", text))
     # Of K3s: docs/security.md has the commands.
     generated -= {"k3s_token", "k3s_agent_token"}
@@ -43,6 +45,8 @@ def test_what_a_secret_needs_exists() -> None:
         assert secret["playbooks"], name
         assert all((ROOT / "playbooks" / f"{playbook}.yml").exists() for playbook in secret["playbooks"]), name
     text = (ROOT / "playbooks/rotate-secrets.yml").read_text()
+    for name in (name for name, secret in SECRETS.items() if secret.get("overlap")):
+        assert re.search(rf"^          {name}: .*\n?.*", text, re.M), f"{name}: how it is finished is not reported"
     assert set(re.findall(r"'(\w+)' \| rotated_playbook", text)) == {
         playbook for secret in SECRETS.values() for playbook in secret["playbooks"]
     }
@@ -142,8 +146,14 @@ class Site:
 
     def __call__(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """Runs the playbook."""
-        variables = {"ictx_state_dir": str(self.secrets.parent), "ictx_registry": "192.0.2.1:5000"}
-        self.inventory.write_text(yaml.safe_dump({"all": {"hosts": self.hosts, "vars": variables}}))
+        variables = {
+            "ictx_cluster_name": "test",
+            "ictx_state_dir": str(self.secrets.parent),
+            "ictx_registry": "192.0.2.1",
+        }
+        groups = yaml.safe_load((ROOT / "playbooks/plugins/inventory_schema.yml").read_text())["groups"]
+        everything = {"hosts": self.hosts, "vars": variables, "children": {name: {} for name in groups}}
+        self.inventory.write_text(yaml.safe_dump({"all": everything}))
         command = [ROOT / ".venv/bin/ansible-playbook", "--inventory", self.inventory, "playbooks/rotate-secrets.yml"]
         return subprocess.run(
             [*command, *arguments], capture_output=True, text=True, cwd=ROOT, env=self.environment, check=False
@@ -203,3 +213,51 @@ def test_a_list_a_check_and_a_mistake_change_nothing(site: Site, arguments: list
     assert (done.returncode == 0) == ("rotate=nonsense" not in arguments)
     assert ("changed=0" not in done.stdout) == ("--check" in arguments)
     assert site.read() == {"munge.key": "old"}
+
+
+@pytest.mark.full
+def test_the_authority_is_trusted_before_it_issues_and_dropped_after(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = site.secrets.parent / "ca"
+
+    def subjects() -> tuple[str, list[str]]:
+        """Returns what issues and what is trusted, as the public keys' digests."""
+        issues = subprocess.run(
+            ["openssl", "pkey", "-in", folder / "ca.key", "-pubout"], capture_output=True, text=True, check=True
+        ).stdout
+        bundle = re.findall(r"-----BEGIN.*?-----END CERTIFICATE-----\n", (folder / "ca.crt").read_text(), re.S)
+        trusted = [
+            subprocess.run(
+                ["openssl", "x509", "-pubkey", "-noout"], input=one, capture_output=True, text=True, check=True
+            ).stdout
+            for one in bundle
+        ]
+        return issues, trusted
+
+    rotate, finish = ["-e", "rotate=authority"], ["-e", "finish=authority"]
+    folder.mkdir()
+    openssl = ["openssl", "ecparam", "-name", "secp384r1", "-genkey", "-noout", "-out", folder / "ca.key"]
+    subprocess.run(openssl, check=True)
+    first = subprocess.run(
+        ["openssl", "pkey", "-in", folder / "ca.key", "-pubout"], capture_output=True, text=True, check=True
+    ).stdout
+    assert site(*finish).returncode == 0, "nothing to end"
+    assert subjects() == (first, [first])
+    for repeated in range(2):
+        done = site(*rotate)
+        assert done.returncode == 0, done.stdout
+        if repeated == 0:
+            issues, trusted = subjects()
+            assert issues == first
+            assert len(trusted) == 2
+            second = trusted[1]
+            assert second != first
+            assert site(*finish).returncode == 2, "it issues nothing yet"
+            # A run that ended early is completed before the next step.
+            (folder / "next/trusted").unlink()
+            assert site(*rotate).returncode == 0
+            assert subjects() == (first, [first, second])
+    assert subjects() == (second, [second, first])
+    assert site(*finish).returncode == 0
+    assert subjects() == (second, [second])

@@ -35,7 +35,7 @@ def described(name: str, secret: Mapping[str, Any], found: Mapping[str, float], 
     words = [f"{name}: {max(0, int(now - oldest)) // 86400} days old"]
     if any(f"{file}.next" in found for file in present):
         words.append(f"a rotation was cut off before it changed anything, -e rotate={name} completes it")
-    elif any(f"{file}.previous" in found for file in present):
+    elif any(secret.get("kept", f"{file}.previous") in found for file in present):
         verb = "finish" if secret.get("overlap") else "rotate"
         words.append(f"a rotation is under way, -e {verb}={name} completes it")
     return "; ".join([*words, secret["cost"]])
@@ -48,7 +48,8 @@ def rotation(
 
     Args:
         secrets: the catalogue, by name: `files` (pattern of file names), `cost`, and where they apply `length`,
-            `overlap` (the previous secret is accepted until `finish` names it), `issued` (by something else than us).
+            `overlap` (the previous secret is accepted until `finish` names it), `kept` (the file that it is in, if not
+            NAME.previous), `issued` (it is not a text that is generated here).
         found: the files of the folder of secrets, with their times of change.
         rotate: names of secrets to rotate, or `all`.
         finish: names of secrets whose previous one is dropped.
@@ -85,6 +86,7 @@ def rotation(
         "problems": problems,
         "report": [described(name, secret, found, now) for name, secret in secrets.items()],
         "secrets": chosen,
+        "finished": [name for name in chosen if name in finished],
         # A secret with a previous one was changed by a run that did not end: it is used as it is.
         "generate": [
             {"file": file, "length": secrets[name].get("length", 32)}
@@ -95,7 +97,12 @@ def rotation(
         ],
         "overlapping": [name for name in chosen if name in wanted and name in overlapping],
         "drop": {
-            "first": [f"{file}.previous" for name in chosen if name in finished for file in present[name]],
+            "first": [
+                f"{file}.previous"
+                for name in chosen
+                if name in finished and not secrets[name].get("issued")
+                for file in present[name]
+            ],
             "last": [
                 f"{file}.previous"
                 for name in chosen
