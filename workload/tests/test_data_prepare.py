@@ -304,7 +304,7 @@ def test_a_single_bit_that_is_wrong_is_found(
     (folder / name).write_bytes(content)
     assert main() == 2
     error = capsys.readouterr().err
-    assert error.startswith(f"ictx: {folder / name} is damaged: its SHA-256 is ")
+    assert error.startswith(f"ictx: {folder / name}: its SHA-256 is ")
     assert error.count("\n") == 1
     (folder / name).unlink()
     with pytest.raises(UserError, match=name):

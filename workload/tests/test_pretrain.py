@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import shutil
@@ -9,6 +10,7 @@ import signal
 import sqlite3
 import subprocess
 import time
+from collections.abc import Container, Iterable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,7 @@ from ictx.errors import UserError
 from ictx.model.half import by_layer, tracked_amax
 from ictx.model.hf import load_pretrained
 from ictx.train.checkpoint import load_model
-from ictx.train.config import load
+from ictx.train.config import PretrainConfig, load
 from ictx.train.pretrain import main as train
 
 STEPS, EVERY, BATCH = 120, 45, 8
@@ -332,7 +334,10 @@ def test_the_settings_file_is_refused_by_name_before_anything_starts(
         (["model.hidden_size=32"], "step-00000120 does not fit this configuration"),
         (["train.steps=100"], "train.steps is 100, but .* has a checkpoint of step 120"),
         (["data.dir={other}"], "was trained on other data than .*/other holds"),
-        (["optimizer.learning_rate=1e30", "run.dir={new}"], "the loss is (nan|inf) at step .*: lower optimizer.learn"),
+        (
+            ["optimizer.learning_rate=1e30", "run.dir={new}"],
+            r"the loss is .* at step 12 \(gradient norm nan\), after 10 .*: lower optimizer.learn",
+        ),
         (["run.dir={new}"], "MLFLOW_TRACKING_URI is 'nonsense://store'"),
     ],
 )
@@ -365,3 +370,79 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(commands: Commands, prepare
     assert f"ictx: cannot write checkpoint {run}/checkpoints/step-00000015: " in ended.err
     assert "Traceback" not in ended.err
     assert not list((run / "checkpoints").iterdir())
+
+
+def make_nan(monkeypatch: pytest.MonkeyPatch, steps: Container[int]) -> None:
+    """Sets one number of one gradient to NaN in some steps, counted from the start of the process."""
+    clip, count = torch.nn.utils.clip_grad_norm_, itertools.count(1)
+
+    def poisoned(parameters: Iterable[torch.nn.Parameter], longest: float) -> Any:
+        weights = list(parameters)
+        if next(count) in steps:
+            assert weights[3].grad is not None
+            weights[3].grad.to_local()[0] = math.nan  # type: ignore[attr-defined]
+        return clip(weights, longest)
+
+    monkeypatch.setattr("torch.nn.utils.clip_grad_norm_", poisoned)
+
+
+SHORT = ["train.steps=6", "train.checkpoint_every=3", "train.keep_checkpoints=1", "run.model_name=", "run.dir={}"]
+
+
+def short(commands: Commands, prepared: Path, run: Path, *further: str) -> PretrainConfig:
+    wanted = [setting.format(run) for setting in SHORT]
+    return load(str(commands.folder / "test.yaml"), [*wanted, f"data.dir={prepared}", *further])
+
+
+def strict(text: str) -> Any:
+    """Returns JSON; NaN, which Python writes by default, is none."""
+    return json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing(
+    commands: Commands, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At a checkpoint's step, and at the last step, where what is saved is exported."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", commands.tracking_uri)
+    make_nan(monkeypatch, {3, 6})
+    assert train(short(commands, prepared, tmp_path)) == 0
+    told = [strict(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [record["skipped_steps"] for record in told] == [0, 0, 1, 0, 0, 1]
+    assert ["gradient_norm" in record for record in told] == [True, True, False, True, True, False]
+    assert strict((tmp_path / "result.json").read_text())["val_loss"] > 0
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000006"]
+    for name, weight in load_pretrained(tmp_path / "export").state_dict().items():
+        assert weight.isfinite().all(), name
+
+
+def test_a_series_of_bad_steps_ends_the_run_and_leaves_the_last_good_checkpoint(
+    commands: Commands, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", commands.tracking_uri)
+    wanted = ["train.steps=20", "train.bad_steps=4"]
+    with monkeypatch.context() as patch:
+        make_nan(patch, range(5, 100))
+        with pytest.raises(UserError, match=r"at step 9 .*after 4 steps like it .* checkpoint is of step 3: lower"):
+            train(short(commands, prepared, tmp_path, *wanted))
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000003"]
+    assert train(short(commands, prepared, tmp_path, *wanted)) == 0
+    assert result_of(tmp_path)["resumed_from_step"] == 3
+
+
+def test_weights_that_explode_at_the_last_step_are_not_published(
+    commands: Commands, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", commands.tracking_uri)
+    rate = ["optimizer.warmup_steps=0", "optimizer.learning_rate=1e9", "optimizer.final_share=0.9"]
+    wanted = ["train.steps=2", *rate, "run.model_name=ictx-exploded"]
+    try:
+        train(short(commands, prepared, tmp_path, *wanted))
+    except UserError as error:
+        assert "lower optimizer.learning_rate" in str(error)
+        assert not (tmp_path / "export").exists()
+        assert not MlflowClient(commands.tracking_uri).search_model_versions("name = 'ictx-exploded'")
+    else:
+        for name, weight in load_pretrained(tmp_path / "export").state_dict().items():
+            assert weight.isfinite().all(), name
+    for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
+        strict(line)

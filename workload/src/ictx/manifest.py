@@ -11,7 +11,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
@@ -24,6 +24,7 @@ MANIFEST_FILE, FORMAT = "manifest.json", 1
 LARGEST_TEXT = 16 << 20
 """Bytes of the largest manifest or other JSON file that is read."""
 SHA256 = re.compile("[0-9a-f]{64}")
+OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 BLOCK = 1 << 20
 # hashlib releases the interpreter's lock. Ranks of one node share its cores and its storage.
 THREADS = min(4, len(os.sched_getaffinity(0)))
@@ -68,24 +69,26 @@ def read_json(path: Path) -> Any:
         raise Unusable(f"{path}: is not JSON ({str(error)[:100]})") from error
 
 
-def digest(path: Path) -> Entry:
-    """Returns what a file is. Raises Unusable when it cannot be read."""
+def digest(path: Path, progress: Callable[[int], object] = int) -> Entry:
+    """Returns what a file is; `progress` gets the bytes of each block. Raises Unusable when it cannot be read."""
     sha256, size = hashlib.sha256(), 0
     with open_regular(path) as file:
         try:
             while block := file.read(BLOCK):
                 sha256.update(block)
                 size += len(block)
+                progress(len(block))
         except OSError as error:
             raise Unusable(f"{path}: {error.strerror}") from error
     return Entry(sha256.hexdigest(), size)
 
 
-def hash_files(directory: Path, names: Iterable[str]) -> dict[str, Entry]:
+def hash_files(directory: Path, names: Iterable[str], progress: Callable[[int], object] = int) -> dict[str, Entry]:
     """Returns files of a folder with what they are, read in several threads. Raises Unusable."""
     names = list(names)
     with ThreadPoolExecutor(THREADS) as pool:
-        return dict(zip(names, pool.map(digest, (directory / name for name in names)), strict=True))
+        found = pool.map(lambda name: digest(directory / name, progress), names)
+        return dict(zip(names, found, strict=True))
 
 
 def list_files(directory: Path) -> set[str]:
@@ -146,8 +149,13 @@ def check_entry(path: Path, name: object, sha256: object) -> None:
     inside = isinstance(name, str) and name.isprintable() and name == PurePosixPath(name).as_posix()
     if not inside or str(name) in ("", ".") or str(name).startswith("/") or ".." in str(name).split("/"):
         raise Unusable(f"{path}: {str(name)[:100]!r} is not the name of a file in the folder")
-    if not isinstance(sha256, str) or not SHA256.fullmatch(sha256):
+    if not is_sha256(sha256):
         raise Unusable(f"{path}: {str(name)[:100]!r} has no SHA-256")
+
+
+def is_sha256(value: object) -> bool:
+    """Whether a value is a SHA-256 in hexadecimal."""
+    return isinstance(value, str) and bool(SHA256.fullmatch(value))
 
 
 def check_names(directory: Path, entries: Collection[str]) -> None:
@@ -159,7 +167,7 @@ def check_names(directory: Path, entries: Collection[str]) -> None:
         raise Unusable(f"{shown(directory, min(extra))}: is not in the manifest")
 
 
-def check_files(directory: Path, entries: Mapping[str, Entry]) -> None:
+def check_files(directory: Path, entries: Mapping[str, Entry], progress: Callable[[int], object] = int) -> None:
     """Reads files of a folder. Raises Unusable for the first one that is not what `entries` lists."""
     for name, entry in entries.items():
         # A wrong length is found without reading the other files.
@@ -167,7 +175,7 @@ def check_files(directory: Path, entries: Mapping[str, Entry]) -> None:
             size = os.fstat(file.fileno()).st_size
         if entry.size is not None and size != entry.size:
             raise Unusable(f"{directory / name}: has {size:,} bytes instead of {entry.size:,}")
-    for name, found in hash_files(directory, entries).items():
+    for name, found in hash_files(directory, entries, progress).items():
         if found.sha256 != entries[name].sha256:
             raise Unusable(f"{directory / name}: its SHA-256 is {found.sha256} instead of {entries[name].sha256}")
 
@@ -180,8 +188,12 @@ def verify(directory: Path) -> dict[str, Entry]:
     return entries
 
 
-def check_owner(path: Path, allowed: Collection[int] = ()) -> None:
+def check_owner(path: Path, allowed: Collection[int] = (), *, any_mode: bool = False) -> None:
     """Raises Unusable unless a file or folder is this user's (or an allowed one's), and only the owner can write to it.
+
+    Args:
+        allowed: user ids besides the process's own.
+        any_mode: whether others may be able to write to it.
 
     In a rootless container its root is the job's user, and every other user's files have the overflow id.
     """
@@ -193,6 +205,6 @@ def check_owner(path: Path, allowed: Collection[int] = ()) -> None:
         raise Unusable(f"{path}: is a symbolic link")
     if found.st_uid != os.geteuid() and found.st_uid not in allowed:
         raise Unusable(f"{path}: belongs to user id {found.st_uid}, not to {os.geteuid()}")
-    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+    if found.st_mode & OTHERS_WRITE and not any_mode:
         mode = stat.S_IMODE(found.st_mode)
         raise Unusable(f"{path}: others can write to it (mode {mode:04o}); if you trust it: chmod go-w {path}")

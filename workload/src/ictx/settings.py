@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import reprlib
+import sys
 import types
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -23,9 +26,11 @@ SHIPPED = Path("/opt/ictx/configs"), Path(__file__).parents[2] / "configs"
 def config_path(name: str) -> Path:
     """Returns the file: as given, or below the configs that come with the image or the checkout. Raises UserError."""
     for folder in (Path(), *SHIPPED):
-        if (folder / name).is_file():
-            return folder / name
-    raise UserError(f"configuration {name} is neither here nor below {SHIPPED[0]}")
+        # A name that is too long, or holds a null, is no file's.
+        with suppress(OSError, ValueError):
+            if (folder / name).is_file():
+                return folder / name
+    raise UserError(f"configuration {shown(name)} is neither here nor below {SHIPPED[0]}")
 
 
 def shipped(pattern: str) -> list[Path]:
@@ -36,14 +41,38 @@ def shipped(pattern: str) -> list[Path]:
 def load_yaml(path: Path) -> dict[str, Any]:
     """Returns the mapping in a YAML file. Raises UserError when there is none."""
     try:
-        content = yaml.safe_load(path.read_text())
+        text = path.read_text()
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not YAML: {str(error).splitlines()[0]}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8: {error}") from error
+    content = _parsed(text, str(path))
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected keys and values, found {type(content).__name__}")
     return content
+
+
+def _parsed(text: str, where: str) -> Any:
+    """Returns a YAML text's value. Raises UserError."""
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{where}: not YAML: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # PyYAML lets pass what int, datetime, re and the recursion limit raise
+        raise UserError(f"{where}: not YAML: {type(error).__name__}: {shown(str(error))}") from error
+
+
+def shown(value: object) -> str:
+    """Returns a value for a message: one line, however long, deep or odd it is."""
+    try:
+        return value if isinstance(value, str) and value.isprintable() and len(value) < 200 else reprlib.repr(value)
+    except ValueError:  # an integer of more digits than Python prints
+        return f"a long {type(value).__name__}"
+
+
+def _quoted(value: object) -> str:
+    """Returns a value as it is written in Python."""
+    return repr(value) if isinstance(value, str) and len(value) < 200 else shown(value)
 
 
 def override(content: dict[str, Any], assignments: Iterable[str]) -> dict[str, Any]:
@@ -53,16 +82,13 @@ def override(content: dict[str, Any], assignments: Iterable[str]) -> dict[str, A
         name, equals, text = assignment.partition("=")
         *sections, key = name.split(".")
         if not equals or not key:
-            raise UserError(f"--set {assignment}: expected section.key=value")
+            raise UserError(f"--set {shown(assignment)}: expected section.key=value")
         target = result
         for section in sections:
             target = target.setdefault(section, {})
             if not isinstance(target, dict):
-                raise UserError(f"--set {assignment}: {section} is not a section")
-        try:
-            target[key] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise UserError(f"--set {assignment}: {text!r} is not a YAML value") from error
+                raise UserError(f"--set {shown(assignment)}: {shown(section)} is not a section")
+        target[key] = _parsed(text, f"--set {shown(assignment)}")
     return result
 
 
@@ -76,9 +102,9 @@ def build(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
     arguments: dict[str, Any] = {}
     for name, value in values.items():
         if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
+            near = difflib.get_close_matches(str(name)[:100], known, 1)
             hint = f"did you mean {where}{near[0]}?" if near else f"known: {', '.join(sorted(known))}"
-            raise UserError(f"unknown setting {where}{name}: {hint}")
+            raise UserError(f"unknown setting {where}{shown(name)}: {hint}")
         arguments[name] = _convert(hints[name], value, f"{where}{name}")
     for name, field in known.items():
         missing = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
@@ -99,9 +125,14 @@ def _convert(kind: Any, value: Any, name: str) -> Any:
         kind = next(option for option in options if option is not type(None))
     if dataclasses.is_dataclass(kind):
         if not isinstance(value, dict):
-            raise UserError(f"setting {name} is {value!r}: expected keys and values")
+            raise UserError(f"setting {name} is {_quoted(value)}: expected keys and values")
         return build(kind, value, f"{name}.")  # type: ignore[arg-type]
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+    if get_origin(kind) is tuple:
+        if not isinstance(value, list):
+            raise UserError(f"setting {name} is {_quoted(value)}: expected a list")
+        element, _ = get_args(kind)
+        return tuple(_convert(element, each, f"{name}[{number}]") for number, each in enumerate(value))
+    if kind is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) <= sys.float_info.max:
         return float(value)
     if kind is float and isinstance(value, str):
         # YAML 1.1 reads 3e-4 as text.
@@ -109,8 +140,13 @@ def _convert(kind: Any, value: Any, name: str) -> Any:
             return float(value)
         except ValueError:
             pass
-    if kind is Path and isinstance(value, str):
+    if kind is Path and isinstance(value, str) and value.isprintable():
         return Path(value)
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise UserError(f"setting {name} is {value!r}: expected {kind.__name__}")
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool) or _too_large(value):
+        raise UserError(f"setting {name} is {_quoted(value)}: expected {kind.__name__}")
     return value
+
+
+def _too_large(value: object) -> bool:
+    """Whether a number is one that no setting means, and that most libraries cannot take."""
+    return isinstance(value, int) and not -(1 << 63) <= value < 1 << 63

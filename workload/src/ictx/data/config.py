@@ -35,6 +35,10 @@ class DataConfig:
     """Read data sets of the Hub over the network at each of the three passes, instead of downloading them first."""
     dir: Path | None = None
     """Prepared data (training only)."""
+    trusted_owners: tuple[int, ...] = ()
+    """Numbers of users whose prepared data is used, besides one's own and root's."""
+    trusted_dirs: tuple[Path, ...] = ()
+    """Folders of prepared data that are used whoever owns them; in containers owners cannot be told apart."""
 
     def __post_init__(self) -> None:
         if not SMALLEST_VOCABULARY <= self.vocab_size <= 1 << 31:

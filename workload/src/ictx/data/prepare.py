@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import time
 import uuid
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from ictx.data.config import DataConfig
 from ictx.data.corpus import Corpus, Summary
 from ictx.data.encode import encoded
 from ictx.data.progress import Progress
-from ictx.data.shards import FORMAT, META_FILE, SPLITS, SplitWriter
+from ictx.data.shards import FORMAT, META_FILE, SPLITS, SplitWriter, verify
 from ictx.data.tokenizer import (
     END_OF_TEXT,
     SPECIAL_TOKENS,
@@ -29,8 +31,10 @@ from ictx.data.tokenizer import (
     save_tokenizer,
     train_tokenizer,
 )
+from ictx.data.trust import trusted_files
 from ictx.errors import UserError
 from ictx.folder import sync
+from ictx.manifest import Unusable, digest
 
 # Folders that nothing was added to for so long are not being written any more.
 STALE_SECONDS = 24 * 3600
@@ -54,36 +58,34 @@ def prepare(sources: Sequence[str | Path], out: Path, config: DataConfig) -> Pat
     chosen = hashlib.sha256(given.to_str().encode()).hexdigest() if given else None
     identity = [found.fingerprint, config.identity(), chosen, FORMAT]
     fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-    directory = out / fingerprint[:16]
+    name = fingerprint[:16]
     print(
         f"corpus: {found.documents:,} distinct documents, {found.bytes / 1e6:.1f} MB of text "
         f"({found.repeated:,} were there twice)",
         flush=True,
     )
     _remove_stale(out)
-    if (directory / META_FILE).exists():
-        print(f"{directory} holds this corpus already: nothing to do", flush=True)
-        return directory
+    if held := _held(out, name, fingerprint, config):
+        print(f"{held} holds this corpus already: nothing to do", flush=True)
+        return held
     # No process number: in containers of every node and of every job it is the same.
-    draft = out / f".{directory.name}.{uuid.uuid4().hex[:12]}.part"
+    draft = out / f".{name}.{uuid.uuid4().hex[:12]}.part"
     try:
-        draft.mkdir(parents=True)
+        out.mkdir(parents=True, exist_ok=True)
+        draft.mkdir()
         tokenizer = given or _trained(corpus, found, config)
         save_tokenizer(tokenizer, draft)
         print(f"tokenizer: {tokenizer.get_vocab_size():,} entries, {time.monotonic() - start:.0f} s", flush=True)
         meta = write_tokens(corpus, found, tokenizer, draft, config)
-        sums = {name: hashlib.sha256((draft / name).read_bytes()).hexdigest() for name in TOKENIZER_FILES}
+        sums = {name: digest(draft / name).sha256 for name in TOKENIZER_FILES}
         about = {"ictx": __version__, "format": FORMAT, "fingerprint": fingerprint, "sha256": sums}
         (draft / META_FILE).write_text(json.dumps({**about, **meta}, indent=1) + "\n")
-        for name in (*TOKENIZER_FILES, META_FILE):
-            sync(draft / name)
-        sync(draft)
-        try:
-            draft.replace(directory)
-        except OSError:
-            # Another job was quicker with the same text.
-            if not (directory / META_FILE).exists():
-                raise
+        # Whatever the umask is: everybody may read what is prepared, and its owner alone may change it.
+        for path in [*draft.iterdir(), draft]:
+            path.chmod(0o755 if path == draft else 0o644)
+        for path in (*(draft / name for name in (*TOKENIZER_FILES, META_FILE)), draft):
+            sync(path)
+        directory = _named(draft, name, fingerprint, config)
         sync(out)
     except OSError as error:
         raise UserError(f"cannot write {error.filename or draft}: {error.strerror}") from error
@@ -97,13 +99,51 @@ def prepare(sources: Sequence[str | Path], out: Path, config: DataConfig) -> Pat
     return directory
 
 
+def _held(out: Path, name: str, fingerprint: str, config: DataConfig) -> Path | None:
+    """Returns a folder that holds the corpus: of somebody who is trusted, every file of it what was written.
+
+    Where others can write too, anybody may have taken the name: then this user's folder has a longer one.
+    """
+    not_trusted = 0
+    for path in sorted(out.glob(f"{name}*")):
+        try:
+            trusted_files(path, config)
+        except (Unusable, OSError) as error:
+            not_trusted += 1
+            if not_trusted == 1:
+                print(f"not used: {error}", flush=True)
+            continue
+        try:
+            if verify(path)["fingerprint"] == fingerprint:
+                return path
+        except (Unusable, OSError) as error:
+            print(f"not used: {error}", flush=True)
+    if not_trusted > 1:
+        print(f"not used for such reasons: {not_trusted - 1} more folders with this name", flush=True)
+    return None
+
+
+def _named(draft: Path, name: str, fingerprint: str, config: DataConfig) -> Path:
+    """Gives a draft its name, or one that nobody can guess where that is taken; returns the folder to use."""
+    try:
+        return draft.rename(draft.parent / name)
+    except OSError:
+        # Another job was quicker with the same text, or somebody keeps others from using the name.
+        if held := _held(draft.parent, name, fingerprint, config):
+            return held
+        return draft.rename(draft.parent / f"{name}-{uuid.uuid4().hex[:12]}")
+
+
 def _remove_stale(out: Path) -> None:
-    """Removes what killed runs left: they cannot tidy up themselves."""
+    """Removes what killed runs of this user left: they cannot tidy up themselves."""
     for left in out.glob(".*.part"):
-        # The folder of a run that takes days is as old, but what it writes to is not.
-        newest = max((path.stat().st_mtime for path in [left, *left.glob("*")]), default=0.0)
-        if time.time() - newest > STALE_SECONDS:
-            shutil.rmtree(left, ignore_errors=True)
+        with suppress(OSError):
+            if left.lstat().st_uid != os.geteuid():
+                continue
+            # The folder of a run that takes days is as old, but what it writes to is not.
+            newest = max(path.lstat().st_mtime for path in [left, *left.glob("*")])
+            if time.time() - newest > STALE_SECONDS:
+                shutil.rmtree(left, ignore_errors=True)
 
 
 def _trained(corpus: Corpus, found: Summary, config: DataConfig) -> Tokenizer:

@@ -8,9 +8,10 @@ the whole corpus.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-from collections.abc import Sequence
+import re
+import sys
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,15 +20,17 @@ import numpy as np
 import numpy.typing as npt
 
 from ictx.data.progress import Progress
+from ictx.data.tokenizer import TOKENIZER_FILES
 from ictx.errors import UserError
+from ictx.manifest import Entry, Unusable, check_files, is_sha256, read_json
 
 META_FILE, FORMAT = "meta.json", 2
 SplitName = Literal["train", "validation"]
 SPLITS: tuple[SplitName, ...] = ("train", "validation")
 INDEX_TYPE = np.dtype("<i8")
+TOKEN_TYPES = ("<u2", "<u4")
 # Each needs two open files while the corpus is written, and systems allow 1,024.
 MOST_SHARDS = 400
-BLOCK = 1 << 22
 
 
 class ShardWriter:
@@ -136,13 +139,61 @@ class TokenArray:
 def read_meta(directory: Path) -> dict[str, Any]:
     """Returns the content of meta.json. Raises UserError when the folder has none that we can read."""
     try:
-        meta: dict[str, Any] = json.loads((directory / META_FILE).read_text())
-        number = meta.get("format", 1)
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"{directory} holds no prepared data ({error}): run `ictx data prepare`") from error
+        meta: Any = read_json(directory / META_FILE)
+    except Unusable as error:
+        raise Unusable(f"{directory} holds no prepared data ({error}): run `ictx data prepare`") from error
+    number = meta.get("format", 1) if isinstance(meta, dict) else meta
     if number != FORMAT:
-        raise UserError(f"{directory} has format {number}, but this version reads {FORMAT}: run `ictx data prepare`")
-    return meta
+        shown = str(number)[:20]
+        raise Unusable(f"{directory} has format {shown}, but this version reads {FORMAT}: run `ictx data prepare`")
+    if not _whole(meta):
+        raise Unusable(f"{directory / META_FILE} lacks what {FORMAT=} has: run `ictx data prepare`")
+    return dict(meta)
+
+
+def _whole(meta: dict[str, Any]) -> bool:
+    """Whether meta.json has all that is read of it, in the right types."""
+
+    def count(value: object) -> bool:
+        return type(value) is int and 0 <= value < 1 << 63
+
+    def sums(value: object, names: Collection[str]) -> bool:
+        return isinstance(value, dict) and set(value) == set(names) and all(map(is_sha256, value.values()))
+
+    def shard(entry: object, split: str) -> bool:
+        return (
+            isinstance(entry, dict)
+            and bool(re.fullmatch(rf"{split}-\d{{5}}", str(entry.get("name"))))
+            and count(entry.get("tokens"))
+            and count(entry.get("documents"))
+            and sums(entry.get("sha256"), [f"{entry['name']}.{kind}" for kind in ("bin", "idx")])
+        )
+
+    splits, end, entropy = meta.get("splits"), meta.get("end_of_text"), meta.get("unigram_entropy")
+    return (
+        isinstance(meta.get("fingerprint"), str)
+        and meta.get("dtype") in TOKEN_TYPES
+        and all(count(meta.get(name)) for name in ("vocab_size", *(f"{split}_tokens" for split in SPLITS)))
+        and sums(meta.get("sha256"), TOKENIZER_FILES)
+        and isinstance(end, list)
+        and list(map(type, end)) == [int, str]
+        and isinstance(entropy, int | float)
+        and abs(entropy) <= sys.float_info.max
+        and isinstance(splits, dict)
+        and all(isinstance(splits.get(split), list) and splits[split] for split in SPLITS)
+        and all(shard(entry, split) for split in SPLITS for entry in splits[split])
+    )
+
+
+def files_of(meta: dict[str, Any]) -> dict[str, Entry]:
+    """Returns the files that meta.json lists."""
+    files = {name: Entry(sha256) for name, sha256 in meta["sha256"].items()}
+    for entry in (entry for split in SPLITS for entry in meta["splits"][split]):
+        sizes = entry["tokens"] * np.dtype(meta["dtype"]).itemsize, entry["documents"] * INDEX_TYPE.itemsize
+        for size, kind in zip(sizes, ("bin", "idx"), strict=True):
+            name = f"{entry['name']}.{kind}"
+            files[name] = Entry(entry["sha256"][name], size)
+    return files
 
 
 def _mapped(path: Path, dtype: np.dtype[Any], count: int, what: str) -> npt.NDArray[Any]:
@@ -160,27 +211,13 @@ def _mapped(path: Path, dtype: np.dtype[Any], count: int, what: str) -> npt.NDAr
 
 
 def verify(directory: Path) -> dict[str, Any]:
-    """Reads every byte and returns meta.json. Raises UserError naming the first file that is not what was written."""
+    """Reads every byte and returns meta.json. Raises Unusable naming the first file that is not what was written."""
     meta = read_meta(directory)
-    sums = dict(meta["sha256"])
-    for split in SPLITS:
-        TokenArray.open(directory, split)
-        for entry in meta["splits"][split]:
-            sums |= entry["sha256"]
-    paths = {directory / name: expected for name, expected in sums.items()}
-    for path in paths:
-        if not path.is_file():
-            raise UserError(f"{path} is missing: remove the folder and prepare it again")
-    with Progress(f"verifying {directory}", sum(path.stat().st_size for path in paths)) as progress:
-        for path, expected in paths.items():
-            sha256 = hashlib.sha256()
-            with path.open("rb") as file:
-                while block := file.read(BLOCK):
-                    sha256.update(block)
-                    progress.add(len(block))
-            if sha256.hexdigest() != expected:
-                raise UserError(
-                    f"{path} is damaged: its SHA-256 is {sha256.hexdigest()}, but {META_FILE} says {expected}: remove "
-                    "the folder and prepare it again"
-                )
+    files = files_of(meta)
+    total = sum((directory / name).stat().st_size for name in files if (directory / name).exists())
+    with Progress(f"verifying {directory}", total) as progress:
+        try:
+            check_files(directory, files, progress.add)
+        except Unusable as error:
+            raise Unusable(f"{error}: remove the folder and prepare it again") from error
     return meta

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from ictx.folder import write_whole
+
 
 def write_about(directory: Path, stage: str, model: str, steps: int, parameters: int) -> None:
     """Writes about.json, whole or not at all.
@@ -17,6 +19,4 @@ def write_about(directory: Path, stage: str, model: str, steps: int, parameters:
         parameters: size of the model.
     """
     content = {"stage": stage, "model": model, "steps": steps, "parameters": parameters}
-    draft = directory / "about.json.part"
-    draft.write_text(json.dumps(content) + "\n")
-    draft.replace(directory / "about.json")
+    write_whole(directory / "about.json", json.dumps(content) + "\n")

@@ -155,11 +155,12 @@ def balance_loss(scores_bse: Tensor, config: MoeConfig) -> Tensor:
 
 
 @torch.no_grad()
-def update_router_biases(routers: Iterable[Router]) -> Tensor | None:
+def update_router_biases(routers: Iterable[Router], move: bool = True) -> Tensor | None:
     """Moves each bias up where an expert got fewer tokens than the mean since last time, down where more.
 
-    Once per optimizer step; in a distributed job every rank calls it, and the tokens of all ranks count. Returns how
-    far the busiest expert of all layers was above its layer's mean, relative to that: MaxVio (arXiv:2408.15664).
+    Once per optimizer step; in a distributed job every rank calls it, and the tokens of all ranks count. Without `move`
+    the tokens are counted and the biases stay. Returns how far the busiest expert of all layers was above its layer's
+    mean, relative to that: MaxVio (arXiv:2408.15664).
     """
     violations = []
     for router in routers:
@@ -167,6 +168,7 @@ def update_router_biases(routers: Iterable[Router]) -> Tensor | None:
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(counts)
         violations.append(counts.max() / counts.mean().clamp(min=1) - 1)
-        router.e_score_correction_bias += router.config.bias_update_speed * (counts.mean() - counts).sign()
+        if move:
+            router.e_score_correction_bias += router.config.bias_update_speed * (counts.mean() - counts).sign()
         counts.zero_()
     return torch.stack(violations).max() if violations else None

@@ -180,12 +180,15 @@ class Transformer(nn.Module):
             total = total + self.config.mtp_loss_weight * loss / (further >= 0).sum().clamp(min=1)
         return total
 
-    def after_step(self) -> Tensor | None:
+    def after_step(self, updated: bool = True) -> Tensor | None:
         """Does what follows each optimizer step: experts that got too few tokens become likelier to be chosen.
+
+        Args:
+            updated: whether the step changed weights; else the biases stay too.
 
         Returns how uneven their load was (see `update_router_biases`), or None for a dense model.
         """
-        return update_router_biases(self.routers)
+        return update_router_biases(self.routers, updated)
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:

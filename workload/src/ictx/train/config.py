@@ -71,6 +71,8 @@ class LoopConfig:
     """Steps between two checkpoints."""
     keep_checkpoints: int = 2
     """Checkpoints that stay."""
+    bad_steps: int = 10
+    """Steps in a row whose loss or gradient is not finite: they change no weights; one more ends the run."""
 
     def __post_init__(self) -> None:
         for name in [
@@ -85,6 +87,8 @@ class LoopConfig:
         ]:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: expected 1 or more")
+        if self.bad_steps < 0:
+            raise ValueError(f"bad_steps is {self.bad_steps}: expected 0 or more")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype is {self.dtype!r}: expected one of {', '.join(DTYPES)}")
 

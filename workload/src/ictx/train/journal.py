@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +12,8 @@ from typing import Any
 
 from mlflow.exceptions import MlflowException
 
+from ictx.folder import write_whole
+from ictx.manifest import open_regular
 from ictx.registry import reason
 from ictx.train.tracking import Tracker, patiently
 
@@ -20,26 +24,47 @@ class MetricsFile:
     def __init__(self, path: Path, resumed_from: int) -> None:
         """Keeps the records up to step `resumed_from`: what lies behind it is going to be computed again."""
         self.path = path
-        kept = [line for line in self._lines() if json.loads(line)["step"] <= resumed_from]
-        draft = path.with_suffix(".part")
-        draft.write_text("".join(f"{line}\n" for line in kept))
-        draft.replace(path)
+        kept = [record for record in self._records() if record["step"] <= resumed_from]
+        write_whole(path, "".join(map(_line, kept)))
 
-    def _lines(self) -> list[str]:
-        """Returns the whole lines; a crash may have left half of one at the end."""
-        if not self.path.exists():
+    def _records(self) -> list[dict[str, float]]:
+        """Returns the records; a crash, or a full disk, may have left lines that are none."""
+        if not os.path.lexists(self.path):
             return []
-        *whole, _ = self.path.read_text().split("\n")
-        return whole
+        with open_regular(self.path) as file:
+            return [record for line in file if (record := _record(line))]
 
     def append(self, record: Mapping[str, float]) -> None:
-        """Adds a record."""
+        """Adds a record of finite numbers."""
         with self.path.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(_line(record))
 
     def after(self, step: int) -> list[dict[str, float]]:
         """Returns the records of later steps."""
-        return [record for record in map(json.loads, self._lines()) if record["step"] > step]
+        return [record for record in self._records() if record["step"] > step]
+
+
+def _line(record: Mapping[str, float]) -> str:
+    return json.dumps(record, allow_nan=False) + "\n"
+
+
+def _record(line: bytes) -> dict[str, float] | None:
+    """Returns the record in a line, or None."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(record, dict) or not line.endswith(b"\n"):
+        return None
+    if type(step := record.get("step")) is not int or not 0 <= step < 1 << 63:
+        return None
+    numbers = {name: value for name, value in record.items() if type(value) in (int, float)}
+    return finite({"time": 0.0} | numbers)
+
+
+def finite(record: Mapping[str, float]) -> dict[str, float]:
+    """Returns a record without the numbers that are not finite: JSON has none."""
+    return {name: value for name, value in record.items() if abs(value) <= sys.float_info.max}
 
 
 class Outbox:
@@ -51,7 +76,7 @@ class Outbox:
     def __init__(self, tracker: Tracker, metrics: MetricsFile, note: Path, resumed_from: int) -> None:
         """Takes up what an earlier start of the run could not send."""
         self.tracker, self.note = tracker, note
-        self.sent = min(int(note.read_text()), resumed_from) if note.exists() else 0
+        self.sent = min(_step(note), resumed_from)
         self.waiting: list[Mapping[str, float]] = [*metrics.after(self.sent)]
         self._away = False
 
@@ -60,7 +85,7 @@ class Outbox:
         if self.waiting:
             self.tracker.log(self.waiting)
             self.sent = int(self.waiting[-1]["step"])
-            self.note.write_text(f"{self.sent}\n")
+            write_whole(self.note, f"{self.sent}\n")
         if self._away:
             print(f"MLflow answers again: {len(self.waiting)} records sent", flush=True)
         self._away, self.waiting = False, []
@@ -72,6 +97,14 @@ class Outbox:
         except MlflowException as error:
             print(f"MLflow does not answer ({reason(error)}): {len(self.waiting)} records wait", flush=True)
             self._away = True
+
+
+def _step(note: Path) -> int:
+    """Returns the step in a note; 0, from which everything is sent again, when there is none that can be read."""
+    try:
+        return int(note.read_text())
+    except (OSError, ValueError):
+        return 0
 
 
 class Journal:
@@ -101,7 +134,7 @@ class Journal:
     def record(self, record: Mapping[str, float]) -> None:
         """Writes a record with its `step`; it reaches MLflow at the next `flush`."""
         if self.metrics and self.outbox:
-            timed = {**record, "time": round(time.time(), 3)}
+            timed = finite({**record, "time": round(time.time(), 3)})
             self.metrics.append(timed)
             self.outbox.waiting.append(timed)
 

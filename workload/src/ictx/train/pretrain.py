@@ -17,6 +17,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from ictx.data.loader import Batch, Batches
 from ictx.data.shards import TokenArray
 from ictx.errors import UserError
+from ictx.folder import write_whole
 from ictx.metrics import flops_per_token, model_flops_utilisation, peak_flops, write_about
 from ictx.model import Transformer
 from ictx.model.half import by_layer, tracked_amax, warning
@@ -24,6 +25,7 @@ from ictx.train.checkpoint import MODEL_FILE, Checkpoints
 from ictx.train.config import OptimizerConfig, PretrainConfig
 from ictx.train.failures import explained
 from ictx.train.journal import Journal
+from ictx.train.prepared import checked
 from ictx.train.publish import publish
 from ictx.train.ranks import Ranks, joined
 from ictx.train.stopwatch import Stopwatch
@@ -64,13 +66,14 @@ class Pretraining:
             raise UserError("run.dir and data.dir are needed: --set run.dir=FOLDER --set data.dir=FOLDER")
         self.config, self.ranks, self.directory = config, ranks, config.run.dir
         loop = config.train
-        data = TokenArray.open(config.data.dir, "train")
+        folder = checked(config.data)
+        data = TokenArray.open(folder, "train")
         if data.meta["vocab_size"] != config.model.vocab_size:
             raise UserError(
                 f"{config.data.dir} was prepared with vocab_size {data.meta['vocab_size']}, but model.vocab_size is "
                 f"{config.model.vocab_size}: prepare the corpus with this configuration"
             )
-        self.validation = TokenArray.open(config.data.dir, "validation")
+        self.validation = TokenArray.open(folder, "validation")
         if self.validation.windows(loop.sequence_length) < ranks.count:
             raise UserError(
                 f"{config.data.dir} has fewer validation windows of {loop.sequence_length} tokens than there are "
@@ -82,6 +85,7 @@ class Pretraining:
         self.data_fingerprint: str = data.meta["fingerprint"]
         self.stopwatch = Stopwatch(ranks.device)
         self.losses = {"loss": math.nan, "validation_loss": math.nan}
+        self.stops = 0.0
         self.checkpoints = Checkpoints(self.directory / "checkpoints", loop.keep_checkpoints)
         self.resumed_from = self._resume()
 
@@ -146,7 +150,11 @@ class Pretraining:
         return step
 
     def step(self, number: int) -> dict[str, float]:
-        """Does one optimizer step; returns this rank's `loss`, the whole gradient's norm, and how experts are used."""
+        """Does one optimizer step, unless the loss or the gradient is not finite: then nothing changes.
+
+        Returns the `loss` of all ranks, the whole gradient's norm, how experts are used, and whether the step was
+        `skipped`.
+        """
         rate = learning_rate(number, self.config.train.steps, self.config.optimizer)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -159,16 +167,23 @@ class Pretraining:
         (loss + auxiliary).backward()  # type: ignore[no-untyped-call]
         self.stopwatch.lap("backward")
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimizer.clip_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        violation = self.model.after_step()
+        whole_norm = norm.full_tensor().item()  # type: ignore[attr-defined]
         self.stopwatch.lap("optimizer")
-        record = {"loss": loss.item(), "gradient_norm": norm.full_tensor().item()}  # type: ignore[attr-defined]
+        mean, self.stops = self.ranks.total(loss.item() / self.ranks.count, float(self.ranks.told_to_stop))
+        self.stopwatch.lap("ranks")
+        record = {"loss": mean, "gradient_norm": whole_norm}
+        # The same numbers on every rank: all of them update their weights, or none does.
+        good = math.isfinite(mean) and math.isfinite(whole_norm)
+        if good:
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        violation = self.model.after_step(good)
+        self.stopwatch.lap("optimizer")
         if violation is not None:
             record["expert_max_violation"] = violation.item()
         if auxiliary.requires_grad:
             record["auxiliary_loss"] = auxiliary.item()
-        return record
+        return record | {"skipped": float(not good)}
 
     def validate(self) -> dict[str, float]:
         """Returns the loss over windows spread evenly over the validation data, and how large activations got there.
@@ -211,22 +226,26 @@ class Pretraining:
             write_about(self.directory, "pretrain", name, loop.steps, size)
         began = time.monotonic()
         saved = logged = self.resumed_from
-        busy = 0.0
+        busy, skipped, in_a_row, due = 0.0, 0, 0, False
         for step in range(self.resumed_from + 1, loop.steps + 1):
             start = time.monotonic()
             record = self.step(step)
-            loss, stops = ranks.total(record["loss"] / ranks.count, float(ranks.told_to_stop))
-            self.stopwatch.lap("ranks")
             busy += time.monotonic() - start
-            if not math.isfinite(loss):
-                raise UserError(
-                    f"the loss is {loss} at step {step} (gradient norm {record['gradient_norm']}), the last good "
-                    f"checkpoint is of step {saved}: lower optimizer.learning_rate"
-                )
-            self.losses["loss"] = loss
+            loss, bad = record["loss"], bool(record.pop("skipped"))
+            skipped, in_a_row = skipped + bad, in_a_row + 1 if bad else 0
+            if bad:
+                found = f"the loss is {loss} at step {step} (gradient norm {record['gradient_norm']})"
+                if in_a_row > loop.bad_steps:
+                    raise UserError(
+                        f"{found}, after {loop.bad_steps} steps like it (train.bad_steps); the last good checkpoint is "
+                        f"of step {saved}: lower optimizer.learning_rate"
+                    )
+                journal.say(f"{found}: weights stay as they are")
+            else:
+                self.losses["loss"] = loss
             last = step == loop.steps
             if step % loop.log_every == 0 or last:
-                record = {"step": step} | record | {"loss": loss}
+                record = {"step": step} | record | {"skipped_steps": skipped}
                 record["learning_rate"] = learning_rate(step, loop.steps, self.config.optimizer)
                 record["tokens_per_second"] = (step - logged) * tokens_per_step / busy
                 record["step_seconds"] = busy / (step - logged)
@@ -236,22 +255,29 @@ class Pretraining:
                     self.stopwatch.start()
                     record |= self.validate()
                     self.stopwatch.lap("evaluation")
+                    if not math.isfinite(record["validation_loss"]):
+                        raise UserError(
+                            f"the validation loss is {record['validation_loss']} at step {step}, the last good "
+                            f"checkpoint is of step {saved}: lower optimizer.learning_rate"
+                        )
                     self.losses["validation_loss"] = record["validation_loss"]
                     line += f", validation loss {record['validation_loss']:.3f}"
                 spent = self.stopwatch.read()
                 record |= {f"{part}_seconds": spent.get(part, 0.0) / (step - logged) for part in STEP_PARTS + PAUSES}
-                busy, logged = 0.0, step
+                busy, skipped, logged = 0.0, 0, step
                 journal.record(record)
                 journal.say(line)
-            if step % loop.checkpoint_every == 0 or last or stops:
+            # A series of bad steps is waited for: the weights that led to it must not take the place of better ones.
+            due |= step % loop.checkpoint_every == 0 or self.stops > 0
+            if (due and not bad) or last:
                 # Its seconds are told by the next record: a record is written before the checkpoint that has its step.
                 self.stopwatch.start()
                 saved_as = self.checkpoints.save(step, self._state())
                 self.stopwatch.lap("checkpoint")
                 journal.say(f"saved {saved_as}")
                 journal.flush()
-                saved = step
-            if stops and not last:
+                saved, due = step, False
+            if self.stops and not bad and not last:
                 journal.say(f"told to stop: ended after step {step}")
                 return None
         return {
@@ -273,11 +299,11 @@ def main(config: PretrainConfig) -> int:
     """
     with explained(config.run.dir), joined() as ranks:
         training = Pretraining(config, ranks)
-        training.directory.mkdir(parents=True, exist_ok=True)
+        training.directory.mkdir(mode=0o755, parents=True, exist_ok=True)
         start, patience = training.resumed_from, config.run.tracking_patience
         journal = Journal(ranks.first, training.directory, config.run.experiment, asdict(config), start, patience)
         if ranks.first:
-            (training.directory / MODEL_FILE).write_text(yaml.safe_dump(asdict(config.model), sort_keys=False))
+            write_whole(training.directory / MODEL_FILE, yaml.safe_dump(asdict(config.model), sort_keys=False))
         size = sum(weight.numel() for weight in training.model.parameters())
         origin = f"resuming after step {training.resumed_from}" if training.resumed_from else "from the start"
         journal.say(

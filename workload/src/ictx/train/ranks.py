@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from ictx.errors import UserError
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -50,6 +55,32 @@ class Ranks:
     def _stop(self, number: int, frame: FrameType | None) -> None:
         """Remembers SIGTERM; the signal may come more than once (SLURM and torchrun both send it)."""
         self.told_to_stop = True
+
+
+def on_all(call: Callable[[], T]) -> list[T]:
+    """Returns what each rank's call returns, on every rank.
+
+    No rank waits for one that failed: what a call raises, the lowest rank's first, every rank raises.
+    """
+    outcome: tuple[T | None, Exception | None]
+    try:
+        outcome = call(), None
+    except (UserError, OSError) as error:
+        outcome = None, error
+    except Exception as error:
+        # Other classes need not survive the way to the other ranks.
+        outcome = None, RuntimeError(f"{type(error).__name__}: {error}")
+    outcomes = [outcome] * dist.get_world_size()
+    dist.all_gather_object(outcomes, outcome)
+    for _, failed in outcomes:
+        if failed:
+            raise failed
+    return [cast("T", value) for value, _ in outcomes]
+
+
+def on_first(call: Callable[[], T]) -> T:
+    """Returns what the first rank's call returns, on every rank; what it raises, every rank raises."""
+    return cast("T", on_all(lambda: call() if dist.get_rank() == 0 else None)[0])
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -14,6 +15,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 
+from ictx.folder import write_whole
 from ictx.registry import IMAGE_TAG, SUMS_TAG, VERSION_TAG, reason, write_sums
 
 T = TypeVar("T")
@@ -96,6 +98,15 @@ def _request_timeout(seconds: int) -> Iterator[None]:
         os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = before
 
 
+def _run_id(note: Path) -> str:
+    """Returns the id in a note; an empty text when there is none, or what a full disk left of it."""
+    try:
+        found = note.read_text().strip()
+    except (FileNotFoundError, UnicodeDecodeError):
+        return ""
+    return found if re.fullmatch("[0-9A-Za-z-]+", found) else ""
+
+
 class Tracker:
     """Logs to the server or store that MLFLOW_TRACKING_URI names."""
 
@@ -113,11 +124,10 @@ class Tracker:
         self.model = ""
         self._announced = self._uploaded = False
         note = directory / "mlflow_run_id"
-        if note.exists():
-            self.run_id = note.read_text().strip()
-        else:
+        self.run_id = _run_id(note)
+        if not self.run_id:
             self.run_id = self._begin(directory, settings)
-            note.write_text(self.run_id + "\n")
+            write_whole(note, self.run_id + "\n")
             patiently(self._announce, patience)
 
     def _begin(self, directory: Path, settings: Mapping[str, Any]) -> str:

@@ -1,0 +1,31 @@
+"""Whose prepared data a job trains on.
+
+Checksums beside the data show damage. They prove nothing against who owns the folder and can write both, so that is
+looked at first: data of the job's own user, of root, and of whom the settings name.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ictx.data.config import DataConfig
+from ictx.data.shards import META_FILE, files_of, read_meta
+from ictx.manifest import Entry, Unusable, check_owner
+
+
+def trusted_files(directory: Path, config: DataConfig) -> dict[str, Entry]:
+    """Returns the files of a folder of prepared data, which are not read yet.
+
+    Raises Unusable unless all belongs to somebody who is trusted, and only its owner can write to it. In a container
+    root's files appear as nobody's, like those of every other user: there only `data.trusted_dirs` tells them apart.
+    """
+    files = files_of(read_meta(directory))
+    allowed = {0, *config.trusted_owners}
+    if directory.resolve() in [trusted.resolve() for trusted in config.trusted_dirs]:
+        allowed.add(directory.stat().st_uid)
+    for path in (directory, directory / META_FILE, *(directory / name for name in files)):
+        try:
+            check_owner(path, allowed)
+        except Unusable as error:
+            raise Unusable(f"{error} (data.trusted_owners, data.trusted_dirs)") from error
+    return files

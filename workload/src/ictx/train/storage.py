@@ -1,0 +1,153 @@
+"""PyTorch's checkpoint files: hashed while they are written, and read without running anything that is in them.
+
+Distributed checkpoints keep their index (`.metadata`) and what is not a tensor as pickles. A manifest (`ictx.manifest`)
+and the files' owner decide whether they are read at all; here they are limited to plain data all the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import pickle
+from collections.abc import Collection, Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint._traverse import set_element
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
+
+from ictx.manifest import MANIFEST_FILE, Entry, Unusable, open_regular
+
+INDEX_FILE = ".metadata"
+"""PyTorch's: written last, it lists which tensor lies where."""
+HAS_MANIFEST = "manifest"
+"""Is in the state of checkpoints with a manifest: one that has lost it is not taken for an earlier version's."""
+# What an index is made of, besides dtypes.
+INDEX_CLASSES = {
+    "torch.distributed.checkpoint.metadata": {
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.serialization": {"_get_layout"},
+    "torch": {"Size"},
+    "pathlib": {"PosixPath"},
+    "pathlib._local": {"PosixPath"},
+}
+
+
+class Misfit(Exception):
+    """The state to fill has other tensors than the checkpoint."""
+
+
+class _HashedFile(io.BufferedWriter):
+    """A new file that only its owner can write to."""
+
+    def __init__(self, path: Path) -> None:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        super().__init__(io.FileIO(descriptor, "wb"))
+        self.sha256, self.size = hashlib.sha256(), 0
+
+    def write(self, content: Any) -> int:
+        self.sha256.update(content)
+        count = super().write(content)
+        self.size += count
+        return count
+
+
+class _HashingFiles(FileSystem):
+    """Files on disk; what was written is in `entries`."""
+
+    def __init__(self) -> None:
+        self.entries: dict[str, Entry] = {}
+
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Generator[Any, None, None]:
+        assert mode == "wb"
+        with _HashedFile(Path(path)) as file:
+            yield file
+        self.entries[Path(path).name] = Entry(file.sha256.hexdigest(), file.size)
+
+    def rename(self, path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:
+        super().rename(path, new_path)
+        self.entries[Path(new_path).name] = self.entries.pop(Path(path).name)
+
+
+class HashingWriter(FileSystemWriter):
+    """Writes a rank's files."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory)
+        self.fs = self.files = _HashingFiles()
+
+    @property
+    def entries(self) -> dict[str, Entry]:
+        """What this rank wrote."""
+        return self.files.entries
+
+
+class _IndexUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if name in INDEX_CLASSES.get(module, ()) or (
+            module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        ):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it refers to {module}.{name}")
+
+
+class SafeReader(FileSystemReader):
+    """Reads a rank's files; `open` comes first."""
+
+    def __init__(self, directory: Path, names: Collection[str], verified: bool) -> None:
+        """Args: `names` are the files that may be read; `verified` is whether there was a manifest."""
+        super().__init__(directory)
+        self.directory, self.names, self.verified = directory, names, verified
+
+    def open(self) -> None:
+        """Reads the index. Raises Unusable; DCP would log what is wrong with it as two tracebacks."""
+        path = self.directory / INDEX_FILE
+        try:
+            with open_regular(path) as file:
+                self.index: Metadata = _IndexUnpickler(file).load()
+            tensors, places = self.index.state_dict_metadata, self.index.storage_data
+            others = {info.relative_path for info in places.values()} - set(self.names)
+        except Unusable:
+            raise
+        except Exception as error:  # a pickle of anything fails in any way
+            raise Unusable(f"{path}: is not the index of a checkpoint ({str(error)[:100]!r})") from error
+        if others:
+            raise Unusable(f"{path}: refers to {str(min(others, key=str))[:100]!r}, which is not in the manifest")
+        if not self.verified and HAS_MANIFEST in tensors:
+            raise Unusable(f"{self.directory / MANIFEST_FILE}: is missing")
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """Returns the index."""
+        return self.index
+
+
+class SafePlanner(DefaultLoadPlanner):
+    """Fills a state."""
+
+    def create_local_plan(self) -> LoadPlan:
+        """Returns what to read. Raises Misfit."""
+        try:
+            return super().create_local_plan()
+        except (ValueError, RuntimeError) as error:
+            raise Misfit(str(error)) from error
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        """Takes over what is not a tensor."""
+        place = self.mappings[read_item.dest_index.fqn]
+        set_element(self.original_state_dict, place, torch.load(value, weights_only=True))
