@@ -221,7 +221,7 @@ def test_what_is_named_is_there_or_is_the_deployers(case: str) -> None:
 @by_case
 def test_selectors_find_the_server_and_nothing_else(case: str) -> None:
     documents = documents_of(case)
-    deployment, service = only(documents, "Deployment"), only(documents, "Service")
+    deployment = only(documents, "Deployment")
     selector = deployment["spec"]["selector"]["matchLabels"]
     # A change of these makes every installed release fail to upgrade.
     chart = case.split("/")[0]
@@ -230,13 +230,16 @@ def test_selectors_find_the_server_and_nothing_else(case: str) -> None:
         "app.kubernetes.io/instance": "ictx",
         "app.kubernetes.io/component": "server",
     }
-    assert service["spec"]["selector"] == selector
-    for kind in ("PodDisruptionBudget", "NetworkPolicy"):
-        spec = only(documents, kind)["spec"]
-        assert (spec.get("selector") or spec["podSelector"])["matchLabels"] == selector
+    services = [document for document in documents if document["kind"] == "Service"]
+    for service in services:
+        assert service["spec"]["selector"] == selector
+        assert selector.items() <= service["metadata"]["labels"].items()
+    assert only(documents, "PodDisruptionBudget")["spec"]["selector"]["matchLabels"] == selector
+    policies = {name_of(document): document for document in documents if document["kind"] == "NetworkPolicy"}
+    policy = policies[f"NetworkPolicy/{deployment['metadata']['name']}"]
+    assert policy["spec"]["podSelector"]["matchLabels"] == selector
     matching = {pod.owner for pod in pods(documents) if selector.items() <= pod.labels.items()}
     assert matching == {name_of(deployment)}
-    assert selector.items() <= service["metadata"]["labels"].items()
 
 
 @pytest.mark.parametrize("chart", CHARTS)

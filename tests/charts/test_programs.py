@@ -69,6 +69,8 @@ def test_pods_run_the_programs_unchanged() -> None:
     assert texts["CronJob/ictx-mlflow-backup"].strip() == program("mlflow", "snapshots").strip()
     assert texts["CronJob/ictx-mlflow-gc"].strip() == program("mlflow", "gc").strip()
     assert texts["Deployment/ictx-mlflow"].strip() == program("mlflow", "prepare").strip()
+    guard = only(documents, "ConfigMap")["data"]["ictx_guard.py"]
+    assert guard.strip() == program("mlflow", "ictx_guard").strip()
     pod = only(render(CHARTS["mlflow"], None, {"metrics.annotations": True}), "Deployment")["spec"]["template"]
     (metrics,) = (each for each in pod["spec"]["containers"] if each["name"] == "metrics")
     assert metrics["command"][-1].strip() == program("mlflow", "metrics").strip()
@@ -204,6 +206,7 @@ class Site:
                 "BACKUP_DIR": str(self.backups),
                 "ARTIFACTS_DIR": str(self.artifacts),
                 "RETENTION": "3",
+                "SHARED_COPIES": "7",
                 "SNAPSHOT": "latest",
                 "SERVER": self.address,
                 "SERVER_GRACE": "0",
@@ -304,6 +307,96 @@ def test_a_damaged_backup_changes_nothing(site: Site) -> None:
     assert done.returncode == 1
     assert "is damaged: its checksum" in done.stderr
     assert site.read() == ["first", "second"]
+
+
+def damage(path: Path) -> None:
+    """Flips a byte; size and time stay."""
+    about, content = path.stat(), bytearray(path.read_bytes())
+    content[-1] ^= 1
+    with open(path, "r+b") as file:
+        file.write(content)
+    os.utime(path, ns=(about.st_atime_ns, about.st_mtime_ns))
+
+
+def make_older(snapshot: Path, days: int) -> Path:
+    return snapshot.rename(snapshot.with_name(f"202001{20 - days:02d}T000000Z"))
+
+
+DAMAGED = pytest.mark.attack(
+    "M4",
+    "one byte of an artifact flips, on the server's volume or on that of the backups",
+    before="taken into every backup, as all share one copy; a restore ended with 0 and left the damaged file",
+    now="named by the next backup, which keeps the intact copy; a restore puts back only what has its checksum",
+)
+
+
+@DAMAGED
+def test_a_live_file_that_changed_silently_is_named_and_the_good_copy_kept(site: Site) -> None:
+    first, model = make_older(site.backup(), 1), site.artifacts / "0" / "model"
+    damage(model)
+    done = site.run("backup")
+    assert done.returncode == 1
+    assert f"{model} is damaged: its content changed, its size and time did not" in done.stderr
+    (second,) = [path for path in site.backups.iterdir() if path != first]
+    second = make_older(second, 0)
+    assert (second / "artifacts" / "0" / "model").read_text() == "weights"
+    assert site.run("restore").returncode == 0
+    assert model.read_text() == "weights"
+    assert site.run("backup").returncode == 0
+
+
+@DAMAGED
+def test_a_damaged_copy_is_named_and_the_next_backup_has_a_good_one(site: Site) -> None:
+    first = make_older(site.backup(), 1)
+    copy = first / "artifacts" / "0" / "model"
+    damage(copy)
+    done = site.run("backup")
+    assert done.returncode == 1
+    assert f"{copy} is damaged: its checksum is not the one in manifest.json" in done.stderr
+    # The older backup can be restored again, with the newer one's copy.
+    (site.artifacts / "0" / "model").unlink()
+    assert site.run("restore", SNAPSHOT=first.name).returncode == 0
+    assert (site.artifacts / "0" / "model").read_text() == "weights"
+
+
+@DAMAGED
+def test_damage_to_one_copy_does_not_ruin_all_backups(site: Site) -> None:
+    snapshots = [make_older(site.backup(RETENTION="9", SHARED_COPIES="2"), days) for days in (5, 4, 3, 2)]
+    copies = [snapshot / "artifacts" / "0" / "model" for snapshot in snapshots]
+    assert len({copy.stat().st_ino for copy in copies}) == 2
+    damage(copies[-1])
+    shutil.rmtree(site.artifacts)
+    assert site.run("restore", SNAPSHOT=snapshots[-1].name).returncode == 0
+    assert (site.artifacts / "0" / "model").read_text() == "weights"
+
+
+@DAMAGED
+def test_a_damaged_artifact_is_restored_by_nobody_and_the_rest_if_asked(site: Site) -> None:
+    (site.artifacts / "0" / "other").write_text("intact")
+    snapshot = site.backup()
+    damage(snapshot / "artifacts" / "0" / "model")
+    site.write("second")
+    shutil.rmtree(site.artifacts / "0")
+    done = site.run("restore")
+    assert done.returncode == 1
+    assert f"{snapshot / 'artifacts/0/model'} is damaged (not what manifest.json lists), and no other" in done.stdout
+    assert "nothing was changed" in done.stderr
+    assert site.read() == ["first", "second"]
+    done = site.run("restore", PARTIAL="true")
+    assert done.returncode == 1
+    assert "restored without 0/model" in done.stderr
+    assert site.read() == ["first"]
+    assert [path.name for path in (site.artifacts / "0").iterdir()] == ["other"]
+
+
+def test_a_backup_of_an_older_version_is_restored_and_built_upon(site: Site) -> None:
+    snapshot = make_older(site.backup(), 1)
+    manifest = json.loads((snapshot / "manifest.json").read_text())
+    (snapshot / "manifest.json").write_text(json.dumps({**manifest, "artifacts": True}))
+    (site.artifacts / "0" / "model").unlink()
+    assert site.run("restore").returncode == 0
+    assert (site.artifacts / "0" / "model").read_text() == "weights"
+    assert (site.backup() / "artifacts" / "0" / "model").samefile(snapshot / "artifacts" / "0" / "model")
 
 
 def test_an_unknown_or_unfinished_backup_is_refused_by_name(site: Site) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
-from helm import CHARTS, CI, ROOT, Document, HelmError, Pod, helm, only, pods, render
+from helm import CHARTS, CI, ROOT, Document, HelmError, Pod, helm, name_of, only, pods, render
 
 LONG = "x" * 64
 
@@ -265,6 +265,60 @@ def test_monitors_find_the_metrics() -> None:
     (endpoint,) = only(documents, "ServiceMonitor")["spec"]["endpoints"]
     assert endpoint["scheme"] == "https"
     assert endpoint["basicAuth"]["password"] == {"name": "ictx-mlflow-auth", "key": "admin-password"}
+
+
+@pytest.mark.attack(
+    "L",
+    "somebody in the cluster answers in MLflow's place, or a pod of a backup is taken over",
+    before="the chart's clients checked no certificate; pods of backup, gc, restore and test could reach everything",
+    now="they verify the server by the platform's authority, and reach the server, names and the database only",
+)
+def test_clients_in_the_cluster_verify_the_server_and_reach_nothing_else() -> None:
+    values = {"tls.existingSecret": "mlflow-tls", "gc.enabled": True, "backup.enabled": True}
+    documents = render(CHARTS["mlflow"], None, values)
+    clients = {pod.owner: pod for pod in pods(documents) if not pod.owner.startswith("Deployment/")}
+    for owner, name in (("Pod/ictx-mlflow-test", "ask"), ("CronJob/ictx-mlflow-gc", "gc")):
+        container = clients[owner].container(name)
+        assert environment(container)["MLFLOW_TRACKING_SERVER_CERT_PATH"] == "/etc/mlflow-ca/ca.crt"
+        (volume,) = [volume for volume in clients[owner].spec["volumes"] if volume["name"] == "authority"]
+        assert volume["secret"]["items"] == [{"key": "ca.crt", "path": "ca.crt"}], "the key is the server's"
+    assert "INSECURE" not in json.dumps(documents)
+    assert "unverified" not in json.dumps(documents)
+    (jobs,) = [document for document in documents if name_of(document) == "NetworkPolicy/ictx-mlflow-jobs"]
+    (expression,) = jobs["spec"]["podSelector"]["matchExpressions"]
+    assert expression == {"key": "app.kubernetes.io/component", "operator": "NotIn", "values": ["server"]}
+    for pod in clients.values():
+        assert jobs["spec"]["podSelector"]["matchLabels"].items() <= pod.labels.items()
+    assert jobs["spec"]["policyTypes"] == ["Ingress", "Egress"]
+    assert "ingress" not in jobs["spec"]
+    assert [[port["port"] for port in rule["ports"]] for rule in jobs["spec"]["egress"]] == [["http"], [53, 53]]
+
+
+def test_nobody_reaches_mlflow_whom_the_values_do_not_name() -> None:
+    def peers(**values: Any) -> list[Any]:
+        documents = render(CHARTS["mlflow"], None, {"metrics.annotations": True, **values})
+        (policy,) = [document for document in documents if name_of(document) == "NetworkPolicy/ictx-mlflow"]
+        (rule,) = policy["spec"]["ingress"]
+        assert [port["port"] for port in rule["ports"]] == ["http", "metrics"]
+        return list(rule["from"])
+
+    (own,) = peers()
+    assert own["podSelector"]["matchLabels"]["app.kubernetes.io/instance"] == "ictx"
+    block = {"ipBlock": {"cidr": "192.0.2.0/24"}}
+    assert peers(**{"networkPolicy.allowFrom": [block]}) == [own, block]
+
+
+def test_mlflow_takes_the_certificate_of_its_authority_and_refuses_routes_without_a_rule() -> None:
+    values = {
+        "tls": {"existingSecret": "mlflow-tls", "revision": "abc"},
+        "auth": {"freeAliases": ["candidate", "draft"]},
+    }
+    pod = server("mlflow", **values)
+    container = pod.container("mlflow")
+    assert container["readinessProbe"]["httpGet"]["scheme"] == "HTTPS"
+    assert pod.annotations["ictx/certificate"] == "abc"
+    assert environment(container)["MLFLOW_BASIC_AUTH_FAIL_CLOSED"] == "true"
+    assert environment(container)["FREE_ALIASES"] == "candidate,draft"
 
 
 def test_sqlite_has_one_server_and_jobs_beside_it() -> None:

@@ -13,8 +13,7 @@ import urllib.request
 URL = os.environ["MLFLOW_TRACKING_URI"]
 USER, PASSWORD = os.environ.get("MLFLOW_TRACKING_USERNAME", ""), os.environ.get("MLFLOW_TRACKING_PASSWORD", "")
 SEARCH = "/api/2.0/mlflow/experiments/search?max_results=1"
-# As in the other pods: the Service's name need not be in the certificate.
-TLS = ssl._create_unverified_context()
+TLS = ssl.create_default_context(cafile=os.environ.get("MLFLOW_TRACKING_SERVER_CERT_PATH"))
 
 
 def get(path, credentials=""):

@@ -1,4 +1,6 @@
-"""Before the server: brings databases to this MLflow's schema (`migrate`), writes the auth settings (`auth-config`)."""
+"""Before the server: brings databases to this MLflow's schema (`migrate`), writes the auth settings and sets the
+administrator's password (`auth-config`).
+"""
 
 import configparser
 import os
@@ -68,11 +70,30 @@ def write_auth_config(path):
         # MLflow interpolates: a password's %2F would end the server.
         "database_uri": os.environ["AUTH_DATABASE_URI"].replace("%", "%%"),
         "auth_cache_ttl_seconds": os.environ["AUTH_CACHE_SECONDS"],
-        "authorization_function": "mlflow.server.auth:authenticate_request_basic_auth",
+        "authorization_function": "ictx_guard:authorize",
     }
     with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
         config.write(file)
     say(f"auth settings: {path}")
+
+
+def set_admin_password(uri, name, password):
+    """Sets it where the database has another one: it was changed while no server ran, or came back with a backup."""
+    import sqlalchemy
+    from werkzeug.security import check_password_hash, generate_password_hash
+
+    # Not by MLflow's own store: importing it takes as long as starting a server.
+    engine = sqlalchemy.create_engine(uri)
+    query = "SELECT password_hash FROM users WHERE username = :name"
+    with engine.begin() as connection:
+        # The server makes table and account at its first start.
+        known = sqlalchemy.inspect(connection).has_table("users")
+        found = known and connection.execute(sqlalchemy.text(query), {"name": name}).scalar()
+        if found and not check_password_hash(found, password):
+            update = "UPDATE users SET password_hash = :new WHERE username = :name"
+            connection.execute(sqlalchemy.text(update), {"new": generate_password_hash(password), "name": name})
+            say(f"password of {name}: set to that of the Secret")
+    engine.dispose()
 
 
 if "migrate" in sys.argv[1:]:
@@ -81,3 +102,6 @@ if "migrate" in sys.argv[1:]:
         migrate_auth(os.environ["AUTH_DATABASE_URI"])
 if "auth-config" in sys.argv[1:]:
     write_auth_config(os.environ["MLFLOW_AUTH_CONFIG_PATH"])
+    if "MLFLOW_AUTH_ADMIN_PASSWORD" in os.environ:
+        credentials = (os.environ["MLFLOW_AUTH_ADMIN_USERNAME"], os.environ["MLFLOW_AUTH_ADMIN_PASSWORD"])
+        set_admin_password(os.environ["AUTH_DATABASE_URI"], *credentials)

@@ -1,7 +1,11 @@
 """Backups: `backup` makes one (databases, artifacts, list of checksums) and removes old ones, `restore` puts one back.
 
-Environment: the databases' URIs, BACKUP_DIR, ARTIFACTS_DIR (empty: none); RETENTION to back up; SNAPSHOT, SERVER
-(host:port) and SERVER_GRACE (seconds that it may take to end) to restore.
+Both compare what they read with checksums, name what is damaged and fail in the end: a backup that is whole but for a
+damaged file of the server is kept, a restore of a damaged backup changes nothing unless it may be partial.
+
+Environment: the databases' URIs, BACKUP_DIR, ARTIFACTS_DIR (empty: none); RETENTION and SHARED_COPIES (backups that
+share one copy of a file) to back up; SNAPSHOT, PARTIAL (`true`), SERVER (host:port) and SERVER_GRACE (seconds that it
+may take to end) to restore.
 """
 
 import hashlib
@@ -50,30 +54,6 @@ def dump(uri, folder, name):
         subprocess.run(command, env=libpq(uri), check=True)
 
 
-def same(one, other):
-    """Tells whether two files have the same size and time: MLflow never changes an artifact in place."""
-    one, other = one.stat(), other.stat()
-    return one.st_size == other.st_size and int(one.st_mtime) == int(other.st_mtime)
-
-
-def copy_tree(source, target, previous):
-    """Copies files; what the previous backup has already is linked instead and takes no space."""
-    for path in sorted(source.rglob("*")):
-        where = path.relative_to(source)
-        copy, old = target / where, previous / where if previous else None
-        try:
-            if path.is_dir():
-                copy.mkdir(parents=True, exist_ok=True)
-                continue
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            if old and old.is_file() and same(path, old):
-                os.link(old, copy)
-            else:
-                shutil.copy2(path, copy)
-        except FileNotFoundError:
-            say(f"gone meanwhile: {path}")
-
-
 def checksum(path):
     """Returns the SHA-256 of a file."""
     digest = hashlib.sha256()
@@ -81,6 +61,74 @@ def checksum(path):
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def describe(path):
+    """Returns checksum, size and time of a file."""
+    about = path.stat()
+    return {"sha256": checksum(path), "size": about.st_size, "time": int(about.st_mtime)}
+
+
+def read_manifest(folder):
+    """Returns what is known of a backup's artifacts, by path."""
+    artifacts = json.loads((folder / MANIFEST).read_text())["artifacts"]
+    if isinstance(artifacts, dict):
+        return artifacts
+    # Of an older version, which noted only whether there are any: as they are now.
+    files = (path for path in sorted((folder / "artifacts").rglob("*")) if path.is_file())
+    return {str(path.relative_to(folder / "artifacts")): describe(path) for path in files}
+
+
+def intact(folder, where, known):
+    """Returns a backup's copy of an artifact, if it is what it was."""
+    copy = folder / "artifacts" / where
+    return copy if copy.is_file() and checksum(copy) == known["sha256"] else None
+
+
+def copy_artifact(path, target, old, known, shared):
+    """Copies a file, or links the previous backup's copy; returns what the new one is, and what is damaged.
+
+    A copy takes no space again until so many backups share it: the next gets one of its own, and damage to one does not
+    ruin all. `old` is the previous copy and `known` what it was, where there is one.
+    """
+    found, damaged = describe(path), []
+    silent = known and known["sha256"] != found["sha256"] and {**known, "sha256": found["sha256"]} == found
+    whole = known and old.is_file() and checksum(old) == known["sha256"]
+    if silent:
+        # MLflow writes new files: their time changes.
+        damaged.append(
+            f"{path} is damaged: its content changed, its size and time did not; intact: {old if whole else None}"
+        )
+    if known and not whole:
+        damaged.append(f"{old} is damaged: its checksum is not the one in {MANIFEST}")
+    if silent and not whole:
+        return None, damaged
+    if whole and (silent or known["sha256"] == found["sha256"]):
+        os.link(old, target) if old.stat().st_nlink < shared else shutil.copy2(old, target)
+        return known, damaged
+    shutil.copy2(path, target)
+    return describe(target), damaged
+
+
+def copy_artifacts(source, target, previous, shared):
+    """Returns the manifest of the artifacts that it copied, and what is damaged. `previous` may be None."""
+    before, files, damaged = read_manifest(previous) if previous else {}, {}, []
+    for path in sorted(source.rglob("*")):
+        where = str(path.relative_to(source))
+        try:
+            if path.is_dir():
+                (target / where).mkdir(parents=True, exist_ok=True)
+                continue
+            (target / where).parent.mkdir(parents=True, exist_ok=True)
+            old = previous / "artifacts" / where if previous else None
+            found, wrong = copy_artifact(path, target / where, old, before.get(where), shared)
+        except FileNotFoundError:
+            say(f"gone meanwhile: {path}")
+            continue
+        damaged += wrong
+        if found:
+            files[where] = found
+    return files, damaged
 
 
 def backup():
@@ -100,15 +148,18 @@ def backup():
     if auth and auth != backend and not missing:
         dump(auth, folder, "basic_auth")
     sums = {path.name: checksum(path) for path in sorted(folder.iterdir())}
-    artifacts = os.environ.get("ARTIFACTS_DIR", "")
+    artifacts, files, damaged = os.environ.get("ARTIFACTS_DIR", ""), {}, []
     if artifacts and Path(artifacts).is_dir():
-        copy_tree(Path(artifacts), folder / "artifacts", done[-1] / "artifacts" if done else None)
-    (folder / MANIFEST).write_text(json.dumps({"databases": sums, "artifacts": bool(artifacts)}, indent=1))
+        previous, shared = done[-1] if done else None, int(os.environ.get("SHARED_COPIES", "7"))
+        files, damaged = copy_artifacts(Path(artifacts), folder / "artifacts", previous, shared)
+    (folder / MANIFEST).write_text(json.dumps({"databases": sums, "artifacts": files}, indent=1))
     folder.rename(root / name)
-    say(f"backup {name}: {', '.join(sums)}{' and artifacts' if artifacts else ''}")
+    say(f"backup {name}: {', '.join(sums)}{f' and {len(files)} artifacts' if artifacts else ''}")
     for old in [*done, root / name][: -int(os.environ["RETENTION"])]:
         shutil.rmtree(old)
         say(f"removed {old.name}")
+    if damaged:
+        sys.exit("\n".join(damaged))
 
 
 def wait_for_the_server_to_end(address, grace, seconds=300):
@@ -169,17 +220,23 @@ def load(uri, file):
     fresh.replace(path)
 
 
-def copy_missing(source, target):
-    """Copies artifacts that are not there, or not whole; what came after the backup stays."""
-    for path in sorted(source.rglob("*")):
-        copy = target / path.relative_to(source)
-        if path.is_dir():
-            copy.mkdir(parents=True, exist_ok=True)
-        elif not copy.is_file() or copy.stat().st_size != path.stat().st_size:
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            partial = copy.with_name(copy.name + ".restoring")
-            shutil.copy2(path, partial)
-            partial.replace(copy)
+def find_copies(folder, known):
+    """Returns an intact copy of each artifact of a backup, from this backup or another; None where there is none."""
+    others = sorted((path.parent for path in folder.parent.glob(f"*Z/{MANIFEST}")), reverse=True)
+    places = [folder, *(place for place in others if place != folder)]
+    return {
+        where: next(filter(None, (intact(place, where, known[where]) for place in places)), None) for where in known
+    }
+
+
+def put_back(source, known, target):
+    """Copies an artifact that is not there, or not what it was; what came after the backup stays."""
+    if target.is_file() and target.stat().st_size == known["size"] and checksum(target) == known["sha256"]:
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(target.name + ".restoring")
+    shutil.copy2(source, partial)
+    partial.replace(target)
 
 
 def restore():
@@ -187,14 +244,26 @@ def restore():
     wait_for_the_server_to_end(os.environ["SERVER"], float(os.environ["SERVER_GRACE"]))
     folder = choose(Path(os.environ["BACKUP_DIR"]), os.environ["SNAPSHOT"])
     databases = verify(folder)
+    artifacts = os.environ.get("ARTIFACTS_DIR", "")
+    known = read_manifest(folder) if artifacts else {}
+    copies = find_copies(folder, known)
+    damaged = [where for where, copy in copies.items() if not copy]
+    for where in damaged:
+        say(f"{folder / 'artifacts' / where} is damaged (not what {MANIFEST} lists), and no other backup has it")
+    if damaged and os.environ.get("PARTIAL") != "true":
+        sys.exit("nothing was changed: choose another backup, or set restore.partial to restore what is intact")
     uris = {"mlflow": os.environ["MLFLOW_BACKEND_STORE_URI"], "basic_auth": os.environ.get("AUTH_DATABASE_URI", "")}
     for name, file in databases.items():
         if uris[name]:
             load(uris[name], file)
             say(f"restored {file}")
-    if os.environ.get("ARTIFACTS_DIR") and (folder / "artifacts").is_dir():
-        copy_missing(folder / "artifacts", Path(os.environ["ARTIFACTS_DIR"]))
+    for where, copy in copies.items():
+        if copy:
+            put_back(copy, known[where], Path(artifacts) / where)
+    if copies:
         say(f"restored {folder / 'artifacts'}")
+    if damaged:
+        sys.exit(f"restored without {', '.join(damaged)}")
 
 
 {"backup": backup, "restore": restore}[sys.argv[1]]()

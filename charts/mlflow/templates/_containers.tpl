@@ -16,8 +16,7 @@ env:
   {{- include "mlflow.baseEnv" . | nindent 2 }}
   {{- include "mlflow.databaseEnv" . | nindent 2 }}
   {{- if .Values.auth.enabled }}
-  - name: MLFLOW_AUTH_CONFIG_PATH
-    value: /run/mlflow/basic_auth.ini
+  {{- include "mlflow.adminEnv" . | nindent 2 }}
   - name: AUTH_DEFAULT_PERMISSION
     value: {{ .Values.auth.defaultPermission }}
   - name: AUTH_CACHE_SECONDS
@@ -77,18 +76,14 @@ env:
   {{- include "mlflow.databaseEnv" . | nindent 2 }}
   {{- include "mlflow.artifactsEnv" . | nindent 2 }}
   {{- if .Values.auth.enabled }}
-  - name: MLFLOW_AUTH_CONFIG_PATH
-    value: /run/mlflow/basic_auth.ini
-  - name: MLFLOW_AUTH_ADMIN_USERNAME
-    valueFrom:
-      secretKeyRef:
-        name: {{ include "mlflow.authSecret" . }}
-        key: admin-username
-  - name: MLFLOW_AUTH_ADMIN_PASSWORD
-    valueFrom:
-      secretKeyRef:
-        name: {{ include "mlflow.authSecret" . }}
-        key: admin-password
+  {{- include "mlflow.adminEnv" . | nindent 2 }}
+  # A route for which MLflow knows no rule is refused.
+  - name: MLFLOW_BASIC_AUTH_FAIL_CLOSED
+    value: "true"
+  - name: PYTHONPATH
+    value: /etc/mlflow-guard
+  - name: FREE_ALIASES
+    value: {{ join "," .Values.auth.freeAliases | quote }}
   - name: MLFLOW_FLASK_SERVER_SECRET_KEY
     valueFrom:
       secretKeyRef:
@@ -138,6 +133,11 @@ volumeMounts:
   {{- if include "mlflow.hasVolume" . }}
   - name: data
     mountPath: /data
+  {{- end }}
+  {{- if .Values.auth.enabled }}
+  - name: guard
+    mountPath: /etc/mlflow-guard
+    readOnly: true
   {{- end }}
   {{- if .Values.tls.existingSecret }}
   - name: tls

@@ -224,9 +224,8 @@ batch/v1beta1
 - name: MLFLOW_TRACKING_URI
   value: {{ include "mlflow.url" . }}
 {{- if .Values.tls.existingSecret }}
-# The Service's name need not be in the certificate; the traffic stays in the namespace.
-- name: MLFLOW_TRACKING_INSECURE_TLS
-  value: "true"
+- name: MLFLOW_TRACKING_SERVER_CERT_PATH
+  value: /etc/mlflow-ca/ca.crt
 {{- end }}
 {{- if .Values.auth.enabled }}
 - name: MLFLOW_TRACKING_USERNAME
@@ -283,6 +282,37 @@ app.kubernetes.io/component: {{ index . 1 }}
 {{ include "mlflow.commonLabels" $root }}
 {{- end }}
 
+{{/* The pods of the release that are not servers. */}}
+{{- define "mlflow.jobsSelector" -}}
+matchLabels:
+  app.kubernetes.io/name: {{ include "mlflow.name" . }}
+  app.kubernetes.io/instance: {{ .Release.Name }}
+matchExpressions:
+  - {key: app.kubernetes.io/component, operator: NotIn, values: [server]}
+{{- end }}
+
+{{/* Egress rules to names, database and artifacts. */}}
+{{- define "mlflow.storesEgress" -}}
+- ports:
+    - {port: 53, protocol: UDP}
+    - {port: 53, protocol: TCP}
+{{- if eq .Values.database.type "postgresql" }}
+- ports:
+    {{- range .Values.networkPolicy.databasePorts }}
+    - {port: {{ . | int }}, protocol: TCP}
+    {{- end }}
+{{- end }}
+{{- if eq .Values.artifacts.type "s3" }}
+- ports:
+    {{- range .Values.networkPolicy.s3Ports }}
+    - {port: {{ . | int }}, protocol: TCP}
+    {{- end }}
+{{- end }}
+{{- with .Values.networkPolicy.extraEgress }}
+{{ toYaml . }}
+{{- end }}
+{{- end }}
+
 {{- define "mlflow.serverAffinity" -}}
 affinity:
   podAffinity:
@@ -305,6 +335,40 @@ affinity:
 - name: backup
   persistentVolumeClaim:
     claimName: {{ include "mlflow.backupClaimName" . }}
+{{- end }}
+
+{{/* The authority by which clients verify the server: its volume, and where it is mounted. */}}
+{{- define "mlflow.authorityVolume" -}}
+{{- with .Values.tls.existingSecret }}
+- name: authority
+  secret:
+    secretName: {{ . }}
+    items: [{key: ca.crt, path: ca.crt}]
+{{- end }}
+{{- end }}
+
+{{- define "mlflow.authorityMount" -}}
+{{- if .Values.tls.existingSecret }}
+- name: authority
+  mountPath: /etc/mlflow-ca
+  readOnly: true
+{{- end }}
+{{- end }}
+
+{{/* Name and password of the administrator, under the names that MLflow's server reads. */}}
+{{- define "mlflow.adminEnv" -}}
+- name: MLFLOW_AUTH_CONFIG_PATH
+  value: /run/mlflow/basic_auth.ini
+- name: MLFLOW_AUTH_ADMIN_USERNAME
+  valueFrom:
+    secretKeyRef:
+      name: {{ include "mlflow.authSecret" . }}
+      key: admin-username
+- name: MLFLOW_AUTH_ADMIN_PASSWORD
+  valueFrom:
+    secretKeyRef:
+      name: {{ include "mlflow.authSecret" . }}
+      key: admin-password
 {{- end }}
 
 {{- define "mlflow.gracePeriod" -}}

@@ -17,11 +17,15 @@ env:
   - name: ARTIFACTS_DIR
     value: {{ ternary "/data/artifacts" "" (and $root.Values.backup.artifacts (eq $root.Values.artifacts.type "pvc")) | quote }}
   {{- if eq $what "backup" }}
+  - name: SHARED_COPIES
+    value: {{ $root.Values.backup.sharedCopies | int | quote }}
   - name: RETENTION
     value: {{ $root.Values.backup.retention | int | quote }}
   {{- else }}
   - name: SNAPSHOT
     value: {{ $root.Values.restore.snapshot | quote }}
+  - name: PARTIAL
+    value: {{ $root.Values.restore.partial | quote }}
   - name: SERVER
     value: {{ include "mlflow.fullname" $root }}:{{ $root.Values.service.port | int }}
   - name: SERVER_GRACE
