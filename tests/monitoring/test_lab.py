@@ -53,6 +53,43 @@ def test_nobody_reads_metrics_without_tls_and_a_password(lab: Lab, name: str) ->
     assert lab.run("svc1", f"{ask} http://{node}:{port}/metrics").stdout == "400"
 
 
+@pytest.mark.attack(
+    "L",
+    "reads the password of exporters and tries it on Prometheus and Alertmanager",
+    before="it opened both; every node had the same hash of it",
+    now="it opens exporters only; hosts hold hashes, each another one",
+)
+@pytest.mark.parametrize("name", PORTS)
+def test_the_password_of_exporters_opens_exporters_only(lab: Lab, name: str) -> None:
+    node, port = PORTS[name]
+    ask = "curl --silent --output /dev/null --write-out '%{http_code}' --cacert /etc/ictx/tls/ca.crt"
+    login = '--user "metrics:$(cat /etc/prometheus/metrics_password)"'
+    expected = "401" if name in ("Prometheus", "Alertmanager") else "200"
+    assert lab.run("svc1", f"{ask} {login} https://{node}:{port}/metrics").stdout == expected
+
+
+def test_no_two_hosts_have_the_same_hash_of_a_password(lab: Lab) -> None:
+    found = [lab.run(node, "grep -h metrics: /etc/prometheus/node_exporter_web.yml").stdout for node in NODES]
+    assert len(set(found)) == len(NODES)
+
+
+# Units that start containers or users' jobs: tests/templates/test_units.py has the reasons.
+OPEN = {"slurmd", "kubelet", "kube-proxy", "kube-lab-prepare", "kube-lab-addons", "kube-lab-dns"}
+
+
+@pytest.mark.parametrize("node", NODES)
+def test_units_of_ours_are_shut_in_as_systemd_sees_them(lab: Lab, node: str) -> None:
+    ours = "grep -l 'Ansible managed' /etc/systemd/system/*.service /etc/systemd/system/*.service.d/*.conf"
+    units = set(re.findall(r"/system/([\w@-]+)\.service", lab.run(node, ours).stdout)) - OPEN
+    assert "prometheus-node-exporter" in units
+    # A template's instance is rated like any other.
+    names = " ".join(f"{unit}x.service" if unit.endswith("@") else f"{unit}.service" for unit in units)
+    rated = lab.run(node, f"for unit in {names}; do systemd-analyze security --no-pager $unit | tail -n 1; done").stdout
+    levels = dict(re.findall(r"level for (\S+): ([\d.]+)", rated))
+    assert len(levels) == len(units), rated
+    assert {unit: level for unit, level in levels.items() if float(level) > 4.0} == {}
+
+
 @pytest.mark.parametrize("node", NODES)
 def test_no_secret_lies_in_a_file_more_open_than_0640(node: str) -> None:
     assert len(SECRETS) > 8

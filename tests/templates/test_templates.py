@@ -215,6 +215,13 @@ def test_a_single_alertmanager_does_not_look_for_others(written: Any) -> None:
     assert arguments.endswith('--cluster.listen-address="')
 
 
+def test_several_alertmanagers_gossip_with_certificates_only(written: Any) -> None:
+    conf = yaml.safe_load("\n".join(written("example", "alertmanager", "cluster.yml.j2", "infra1")))
+    assert conf["tls_server_config"]["client_auth_type"] == "RequireAndVerifyClientCert"
+    files = {"cert_file": "host.crt", "key_file": "host.key", "ca_file": "ca.crt"}
+    assert conf["tls_client_config"] == {name: f"/etc/ictx/tls/{file}" for name, file in files.items()}
+
+
 def test_no_password_stands_in_a_configuration_of_monitoring(rendered: Any) -> None:
     texts = rendered["example"]
     for role in ("prometheus", "alertmanager", "grafana", "node_exporter"):

@@ -6,6 +6,7 @@ import base64
 import json
 import os
 import re
+import socket
 import ssl
 import subprocess
 import time
@@ -86,6 +87,14 @@ def test_the_alertmanagers_are_one_cluster_and_prometheus_knows_both() -> None:
     assert peers == {"10.203.87.11:9094", "10.203.87.12:9094"}
     active = ask("m1", 9090, "/api/v1/alertmanagers", admin())[1]["data"]["activeAlertmanagers"]
     assert len(active) == 2
+
+
+def test_nobody_gossips_without_a_certificate_of_the_platform() -> None:
+    plain = socket.create_connection((ADDRESSES["m2"], 9094), timeout=10)
+    connection = TLS.wrap_socket(plain, server_hostname=ADDRESSES["m2"])
+    # In TLS 1.3 the refusal is the server's first answer.
+    with connection, pytest.raises((ssl.SSLError, ConnectionError)):
+        connection.recv(1)
 
 
 def test_what_one_alertmanager_is_told_the_other_knows() -> None:
