@@ -15,25 +15,28 @@ pytestmark = pytest.mark.lab
 SECRET = f"secret-{uuid.uuid4().hex}"
 # What researcher's job does: its metrics must be there, and its other file is nobody else's.
 HONEST = f"""
-folder=/shared/runs/$USER/$SLURM_JOB_ID; mkdir $folder; cd $folder
-echo '{{"step": 3, "loss": 1.5}}' >metrics.jsonl; echo {SECRET} >notes
+import os
+folder = f"/shared/runs/researcher/{{os.environ['SLURM_JOB_ID']}}"
+os.mkdir(folder)
+open(f"{{folder}}/metrics.jsonl", "w").write('{{"step": 3, "loss": 1.5}}\\n')
+open(f"{{folder}}/notes", "w").write("{SECRET}")
 """
-# What a task of mallory's array does. {{notes}} is researcher's file, which the exporter's account may read.
+# What a task of mallory's array does; NOTES is researcher's file, which the exporter's account may read.
 EVIL = """
-import os, sys
-task, notes = int(os.environ["SLURM_ARRAY_TASK_ID"]), sys.argv[1]
-folder = f"/shared/runs/{os.environ['USER']}/{os.environ['SLURM_JOB_ID']}"
+import os
+task = int(os.environ["SLURM_ARRAY_TASK_ID"])
+folder = f"/shared/runs/mallory/{os.environ['SLURM_JOB_ID']}"
 os.mkdir(folder)
 os.chdir(folder)
 def write(name, text): open(name, "w").write(text)
 if task == 0: os.symlink("/dev/zero", "metrics.jsonl")
 if task == 1: os.mkfifo("metrics.jsonl")
-if task == 2: os.symlink(notes, "metrics.jsonl")
+if task == 2: os.symlink("NOTES", "metrics.jsonl")
 if task == 3: write("metrics.jsonl", '{"loss": 1}\\n' + "[" * 10000 + '\\n{"loss": ' + "9" * 400 + "}\\n")
 if task == 4:
     write("metrics.jsonl", '{"loss": 2}\\n')
     write("about.json", '{"model": "\\\\ud800\\\\n", "steps": ' + "9" * 400 + "}")
-    os.symlink(notes, "mlflow_run_id")
+    os.symlink("NOTES", "mlflow_run_id")
     os.symlink("/proc", "checkpoints")
 if task == 5:
     write("metrics.jsonl", '{"loss": 3}\\n')
@@ -42,11 +45,12 @@ if task == 5:
 TASKS = 6
 
 
-def submit(lab: Lab, user: str, *options: str) -> str:
-    """Submits a small job; returns its number."""
-    done = lab.run(
-        "ctl", f"sbatch --parsable --chdir=/tmp --output=/dev/null --time=2 --mem=50 {' '.join(options)}", user=user
-    )
+def submit(lab: Lab, user: str, script: str, *options: str) -> str:
+    """Submits a small job that runs a script of Python; returns its number."""
+    encoded = base64.b64encode(script.encode()).decode()
+    small = "--parsable --chdir=/tmp --output=/dev/null --time=2 --mem=50"
+    command = f"sbatch {small} {' '.join(options)} --wrap 'echo {encoded} | base64 --decode | python3'"
+    done = lab.run("ctl", command, user=user)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
@@ -54,21 +58,17 @@ def submit(lab: Lab, user: str, *options: str) -> str:
 @pytest.fixture(scope="module")
 def exposed(lab: Lab) -> Iterator[tuple[str, str, str]]:
     """Returns researcher's job, mallory's, and what node_exporter exposes when all have ended."""
-    script = base64.b64encode(EVIL.encode()).decode()
-    honest = submit(lab, "researcher", f"--wrap='{HONEST}'")
+    honest = submit(lab, "researcher", HONEST)
     notes = f"/shared/runs/researcher/{honest}/notes"
-    evil = submit(
-        lab, "mallory", f"--array=0-{TASKS - 1}", f"--wrap='echo {script} | base64 --decode | python3 - {notes}'"
-    )
+    evil = submit(lab, "mallory", EVIL.replace("NOTES", notes), f"--array=0-{TASKS - 1}")
     # Names that are in the queue while the exporter looks.
-    forged = rf"x\n{honest}|{honest}|researcher|2001|batch|RUNNING|9|0|0|None|n1|forged"
+    forged = rf"x\\n{honest}|{honest}|researcher|2001|batch|RUNNING|9|0|0|None|n1|forged"
     names = [
-        submit(lab, "mallory", "--hold", f'--job-name="$(printf "{name}")"', "--wrap=true")
-        for name in (forged, r"\377\033[31m")
+        submit(lab, "mallory", "", "--hold", f'--job-name="$(printf "{name}")"') for name in (forged, r"\\377\\033[31m")
     ]
     jobs = f"{honest},{evil}"
     try:
-        wait_for("the jobs' end", lambda: not lab.user(f"squeue --noheader --jobs={jobs} 2>/dev/null || true"), 300)
+        wait_for("the jobs' end", lambda: not lab.run("ctl", f"squeue --noheader --jobs={jobs}").stdout, 300)
         # sacct learns of it a moment later.
         ended = f"sacct -n -X -j {jobs} -o State%20"
         wait_for("the accounts", lambda: lab.run("ctl", ended).stdout.split() == ["COMPLETED"] * (TASKS + 1), 60)
