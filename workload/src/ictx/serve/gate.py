@@ -1,0 +1,100 @@
+"""The gate in front of vLLM's API: every request but `GET /health` needs a key.
+
+vLLM's own `--api-key` covers a few path prefixes: `/invocations` and `/tokenize` answer anybody. This ASGI middleware
+(`--middleware ictx.serve.gate.Gate`) is around all that vLLM routes and mounts, so what a new version adds is behind it
+too. Prometheus scrapes a port of its own, which is in no Service for clients.
+"""
+
+from __future__ import annotations
+
+import hmac
+import json
+import os
+from collections.abc import Awaitable, Callable, MutableMapping
+from pathlib import Path
+from typing import Any
+
+KEYS = "ICTX_API_KEYS"
+"""Variable with the folder of the keys: the files `api-key` and, while a key is rotated, `api-key-previous`."""
+METRICS_PORT = "ICTX_METRICS_PORT"
+"""Variable with the port on which `/metrics` is served without a key; none if unset."""
+FILES = ("api-key", "api-key-previous", "api-key")
+"""What is read, in this order: kubelet replaces the folder as a whole, and a file may be gone for an instant."""
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Message, Receive, Send], Awaitable[None]]
+
+
+def accepted(folder: Path) -> list[bytes]:
+    """Returns the keys that are accepted now: they are read for each request, as a mounted Secret changes in place."""
+    keys = []
+    for name in FILES:
+        try:
+            keys.append((folder / name).read_bytes().strip())
+        except FileNotFoundError:
+            continue
+    return [key for key in keys if key]
+
+
+def presented(headers: list[tuple[bytes, bytes]]) -> bytes | None:
+    """Returns the bearer key of a request; None without exactly one `Authorization: Bearer`."""
+    values = [value for name, value in headers if name.lower() == b"authorization"]
+    if len(values) != 1:
+        return None
+    scheme, _, key = values[0].partition(b" ")
+    return key if scheme.lower() == b"bearer" else None
+
+
+def serve_metrics(port: int) -> None:
+    """Serves this server's metrics on a port of its own, in a thread."""
+    from prometheus_client import start_http_server
+    from vllm.v1.metrics.prometheus import get_prometheus_registry
+
+    start_http_server(port, registry=get_prometheus_registry())
+
+
+async def refuse(scope: Message, send: Send) -> None:
+    """Answers 401; a WebSocket is refused before its handshake."""
+    prefix = "http"
+    if scope["type"] == "websocket":
+        prefix = "websocket.http"
+        if f"{prefix}.response" not in scope.get("extensions", {}):
+            await send({"type": "websocket.close", "code": 1008})
+            return
+    error = {"message": "a valid API key is required: Authorization: Bearer KEY", "type": "authentication_error"}
+    headers = [(b"content-type", b"application/json"), (b"www-authenticate", b"Bearer")]
+    await send({"type": f"{prefix}.response.start", "status": 401, "headers": headers})
+    await send({"type": f"{prefix}.response.body", "body": json.dumps({"error": error}).encode()})
+
+
+class Gate:
+    """ASGI middleware that refuses what has no key. Without a key to compare with, the server does not start."""
+
+    def __init__(self, app: App) -> None:
+        self._app = app
+        self._folder = Path(os.environ[KEYS])
+        if not accepted(self._folder):
+            raise RuntimeError(f"{KEYS}={self._folder} has no key")
+
+    def _allows(self, scope: Message) -> bool:
+        """Returns whether a request passes."""
+        if scope["type"] == "http" and scope["method"] == "GET" and scope["path"] == "/health":
+            return True
+        key = presented(scope["headers"])
+        if key is None:
+            return False
+        # All are compared, each in constant time: the time taken depends on none of them.
+        matches = [hmac.compare_digest(key, each) for each in accepted(self._folder)]
+        return any(matches)
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        """Hands a request on, or refuses it."""
+        if scope["type"] == "lifespan":
+            if port := os.environ.get(METRICS_PORT):
+                serve_metrics(int(port))
+        elif not self._allows(scope):
+            await refuse(scope, send)
+            return
+        await self._app(scope, receive, send)
