@@ -17,6 +17,7 @@ from kubernetes_validate import utils as schemas
 
 # Kubernetes' own schemas do not have them; what they must say is asserted below.
 CUSTOM = {
+    "BackendTLSPolicy": "Gateway API",
     "HTTPRoute": "Gateway API",
     "PodMonitor": "Prometheus Operator",
     "ScaledObject": "KEDA",
@@ -35,7 +36,7 @@ EVERYTHING: dict[str, Document] = {
         "storage.type": "pvc",
         "metrics": {"annotations": True, "serviceMonitor": {"enabled": True}, "podMonitor": {"enabled": True}},
         "ingress": {"enabled": True, "host": "ictx.example.org"},
-        "httpRoute": {"enabled": True, "parentRefs": [{"name": "public"}]},
+        "httpRoute": {"enabled": True, "parentRefs": [{"name": "public"}], "caConfigMap": "ictx-ca"},
         "commonLabels": {"team": "research"},
         "podLabels": {"tier": "gold"},
         "imagePullSecrets": [{"name": "registry"}],
@@ -100,7 +101,7 @@ def test_manifests_are_valid(case: str, version: str) -> None:
 
 
 def test_validation_is_strict() -> None:
-    document = only(documents_of("serving/defaults"), "Service")
+    document = only(documents_of("mlflow/defaults"), "Service")
     with pytest.raises(pytest.fail.Exception, match="sessionAfinity"):
         validate({**document, "spec": {**document["spec"], "sessionAfinity": "None"}}, VERSIONS[0])
 
@@ -174,7 +175,7 @@ def test_secrets_are_in_secrets_only(case: str) -> None:
             command = " ".join([*container.get("command", []), *container.get("args", [])])
             assert "$(" not in command, "an expanded variable is seen in the list of processes"
             for entry in container.get("env", []):
-                if re.search(r"PASSWORD|SECRET|TOKEN|API_KEY|^KEY$|ACCESS_KEY", entry["name"]):
+                if re.search(r"PASSWORD|SECRET|TOKEN|API_KEY$|^KEY$|ACCESS_KEY", entry["name"]):
                     assert set(entry.get("valueFrom", {})) == {"secretKeyRef"}, (pod.owner, entry)
 
 

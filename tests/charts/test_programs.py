@@ -43,14 +43,20 @@ def serve(answer: Callable[[BaseHTTPRequestHandler, Any], tuple[int, str]]) -> I
     """Answers requests on a free port with what a function of handler and body returns."""
 
     class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+        wbufsize = -1  # an answer is one packet
+
         def do_GET(self) -> None:
             size = int(self.headers.get("Content-Length", 0))
             status, text = answer(self, json.loads(self.rfile.read(size)) if size else None)
+            content = text.encode()
             self.send_response(status)
+            self.send_header("Content-Length", str(len(content)))
             self.end_headers()
-            self.wfile.write(text.encode())
+            if self.command != "HEAD":
+                self.wfile.write(content)
 
-        do_POST = do_GET  # noqa: N815
+        do_POST = do_PUT = do_PATCH = do_DELETE = do_HEAD = do_OPTIONS = do_TRACE = do_PROPFIND = do_GET  # noqa: N815
 
         def log_message(self, *_: Any) -> None:
             pass
@@ -90,7 +96,7 @@ vllm:num_requests_waiting_by_reason{{engine="0",model_name="m",reason="capacity"
 
 def drain(port: int, delay: str, timeout: str) -> tuple[int, float]:
     start = time.monotonic()
-    done = run(program("serving", "drain").replace("127.0.0.1:8000", f"127.0.0.1:{port}"), delay, timeout)
+    done = run(program("serving", "drain").replace("127.0.0.1:9100", f"127.0.0.1:{port}"), delay, timeout)
     assert done.stderr == ""
     return done.returncode, time.monotonic() - start
 
@@ -122,11 +128,20 @@ def test_drain_ends_when_its_time_is_up_or_the_server_is_gone() -> None:
     assert seconds < 10
 
 
-def endpoint(refuse: bool = True, model: str = "m", stream: bool = True) -> Callable[..., tuple[int, str]]:
+def endpoint(
+    refuse: bool = True, model: str = "m", stream: bool = True, opened: str = "", listed: str = "/v1/completions"
+) -> Callable[..., tuple[int, str]]:
+    """Answers as vLLM behind the gate does, but for what a test breaks; `opened` is a method and a path."""
+
     def answer(handler: BaseHTTPRequestHandler, body: Any) -> tuple[int, str]:
-        if refuse and handler.headers.get("Authorization") != "Bearer right":
+        target = handler.requestline.split()[1]  # handler.path makes one slash of two
+        asked, path = f"{handler.command} {target}", target.partition("?")[0]
+        known = handler.headers.get("Authorization") == "Bearer right"
+        if (refuse and not known and asked not in ("GET /health", opened)) or opened == f"not {asked}":
             return 401, '{"error": "Unauthorized"}'
-        if body.get("stream"):
+        if path == "/openapi.json":
+            return 200, json.dumps({"paths": {listed: {}, "/health": {}, "/v1/responses/{response_id}": {}}})
+        if (body or {}).get("stream"):
             return 200, "data: {}\n\ndata: {}\n\ndata: [DONE]\n\n" if stream else "data: [DONE]\n\n"
         return 200, json.dumps({"model": model, "usage": {"completion_tokens": 8}, "choices": [{"text": " a"}]})
 
@@ -149,6 +164,33 @@ def test_the_test_of_serving_finds_what_is_wrong(answer: Callable[..., tuple[int
         done = run(program("serving", "ask"), URL=url, MODEL="m", KEY="right", TIMEOUT="10")
     assert (done.returncode == 0) == (not wrong), done.stdout + done.stderr
     assert f"FAILED: {wrong}" in done.stdout if wrong else 'completion: " a"' in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("answer", "wrong"),
+    [
+        (endpoint(), ""),
+        (endpoint(opened="POST /invocations"), "FAILED: POST /invocations with no key: 200"),
+        (endpoint(opened="GET /metrics"), "FAILED: GET /metrics with no key: 200"),
+        # Listed by the server alone: a path that a new version brings.
+        (endpoint(opened="DELETE /v1/responses/response_id"), "FAILED: DELETE /v1/responses/response_id with no key"),
+        (endpoint(opened="OPTIONS /v1/completions"), "FAILED: OPTIONS /v1/completions with no key: 200"),
+        (endpoint(opened="HEAD /health"), "FAILED: HEAD /health with no key: 200"),
+        (
+            endpoint(opened="POST /load?api_key=right"),
+            "FAILED: POST /load?api_key=right with the key in the query: 200",
+        ),
+        (endpoint(opened="not GET /health"), "GET /health: 401"),
+        (endpoint(listed="/other"), "the server lists none of vLLM's paths"),
+        (lambda *_: (401, "no"), "GET /openapi.json with the key: 401"),
+    ],
+)
+def test_the_walk_finds_every_path_that_is_open(answer: Callable[..., tuple[int, str]], wrong: str) -> None:
+    with serve(answer) as port:
+        done = run(program("serving", "walk"), URL=f"http://127.0.0.1:{port}", KEY="right", TIMEOUT="10")
+    assert (done.returncode == 0) == (not wrong), done.stdout + done.stderr
+    assert wrong in done.stdout + done.stderr
+    assert wrong or "GET /health: 200" in done.stdout
 
 
 @pytest.mark.parametrize(("open_to_all", "status"), [(False, 0), (True, 1)])

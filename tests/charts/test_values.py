@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 import shutil
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
+from cryptography import x509
 from helm import CHARTS, CI, ROOT, Document, HelmError, Pod, helm, name_of, only, pods, render
 
 LONG = "x" * 64
@@ -47,6 +49,9 @@ WRONG: list[tuple[str, Document, str]] = [
     ("serving", {"mlflow.trackingUri": "ictx-mlflow:5000"}, "mlflow.trackingUri"),
     ("serving", {"mlflow.password": "abc"}, "password"),
     ("serving", {"apiKey.value": "abc"}, "value"),
+    ("serving", {"tls.names": ["a b"]}, "tls.names"),
+    ("serving", {"tls.secret": "abc"}, "secret"),
+    ("serving", {"service.externalTrafficPolicy": "local"}, "service.externalTrafficPolicy"),
     ("serving", {"storage.type": "hostPath"}, "storage.type"),
     ("serving", {"storage.size": "8 GB"}, "storage.size"),
     ("serving", {"storage.accessModes": []}, "storage.accessModes"),
@@ -168,6 +173,11 @@ def option(container: Document, name: str) -> str:
     return container["args"][container["args"].index(name) + 1]
 
 
+def services(documents: list[Document]) -> dict[str, Document]:
+    """Returns the Services by name."""
+    return {document["metadata"]["name"]: document for document in documents if document["kind"] == "Service"}
+
+
 def environment(container: Document) -> dict[str, Any]:
     """Returns the environment; what comes from elsewhere is None."""
     return {entry["name"]: entry.get("value") for entry in container["env"]}
@@ -183,7 +193,7 @@ def test_vllm_gets_what_the_values_say() -> None:
     assert option(vllm, "--tensor-parallel-size") == "4"
     assert option(vllm, "--served-model-name") == "ictx"
     assert vllm["resources"]["limits"]["nvidia.com/gpu"] == 4
-    assert vllm["args"][-1] == "--enable-prefix-caching"
+    assert "--enable-prefix-caching" in vllm["args"]
 
 
 def test_the_lab_serves_on_the_cpu() -> None:
@@ -196,7 +206,6 @@ def test_the_lab_serves_on_the_cpu() -> None:
     assert list(vllm["resources"]["limits"]) == ["memory"]
     assert environment(vllm)["VLLM_CPU_KVCACHE_SPACE"] == "1"
     assert option(vllm, "--attention-backend") == "CPU_MLA"
-    assert environment(vllm)["VLLM_API_KEY"] is None
     assert "runtimeClassName" not in pod.spec
 
 
@@ -246,21 +255,158 @@ def test_autoscaling_owns_the_number_of_pods() -> None:
     assert trigger["metadata"]["query"] == 'sum(vllm:num_requests_waiting{namespace="ictx",pod=~"ictx-serving-.*"})'
 
 
+def policies(documents: list[Document]) -> dict[str, Document]:
+    """Returns the NetworkPolicies by name."""
+    return {document["metadata"]["name"]: document for document in documents if document["kind"] == "NetworkPolicy"}
+
+
+TEST_PODS = {
+    "app.kubernetes.io/name": "serving",
+    "app.kubernetes.io/instance": "ictx",
+    "app.kubernetes.io/component": "test",
+}
+
+
+@pytest.mark.attack(
+    "H1",
+    "Any pod of the cluster connects to the served model",
+    before="networkPolicy.allowFrom was empty, which meant everyone",
+    now="nobody but the chart's own test, and who is named in networkPolicy.allowFrom",
+)
+def test_nobody_is_let_in_unless_named() -> None:
+    requests, metrics = policies(render(CHARTS["serving"]))["ictx-serving"]["spec"]["ingress"]
+    assert requests == {
+        "ports": [{"port": "https", "protocol": "TCP"}],
+        "from": [{"podSelector": {"matchLabels": TEST_PODS}}],
+    }
+    # Pods of the cluster only, in whatever namespace.
+    assert metrics == {"ports": [{"port": "metrics", "protocol": "TCP"}], "from": [{"namespaceSelector": {}}]}
+    peer = {"ipBlock": {"cidr": "192.0.2.0/24"}}
+    values = {"networkPolicy": {"allowFrom": [peer], "metricsFrom": []}}
+    (requests,) = policies(render(CHARTS["serving"], None, values))["ictx-serving"]["spec"]["ingress"]
+    assert requests["from"] == [{"podSelector": {"matchLabels": TEST_PODS}}, peer]
+
+
+def test_test_pods_reach_the_server_and_nothing_else() -> None:
+    documents = render(CHARTS["serving"])
+    spec = policies(documents)["ictx-serving-test"]["spec"]
+    assert spec["podSelector"]["matchLabels"] == TEST_PODS
+    assert spec["policyTypes"] == ["Ingress", "Egress"]
+    assert "ingress" not in spec
+    names, server = spec["egress"]
+    assert [entry["port"] for entry in names["ports"]] == [53, 53]
+    assert server["to"] == [
+        {"podSelector": {"matchLabels": only(documents, "Deployment")["spec"]["selector"]["matchLabels"]}}
+    ]
+    tests = [pod for pod in pods(documents) if pod.owner.startswith("Pod/")]
+    assert {pod.owner for pod in tests} == {"Pod/ictx-serving-test", "Pod/ictx-serving-test-walk"}
+    assert all(TEST_PODS.items() <= pod.labels.items() for pod in tests)
+
+
+def test_the_gate_is_around_the_whole_server() -> None:
+    """vLLM puts the last middleware outermost, and takes the last of several values of an option."""
+    values = {"vllm__extraArgs": ["--middleware", "some.Middleware", "--ssl-certfile", "/tmp/other.crt"]}
+    for vllm in (server("serving").container("vllm"), server("serving", **values).container("vllm")):
+        assert vllm["args"][-2:] == ["--middleware", "ictx.serve.gate.Gate"]
+        assert vllm["args"][-6:-2] == [
+            "--ssl-certfile", "/etc/ictx/tls/tls.crt", "--ssl-keyfile", "/etc/ictx/tls/tls.key",
+        ]  # fmt: skip
+
+
+def test_the_keys_are_files_that_change_under_the_server() -> None:
+    pod = server("serving", apiKey={"existingSecret": "clients", "key": "now", "previousKey": "before"})
+    (volume,) = [volume for volume in pod.spec["volumes"] if volume["name"] == "keys"]
+    now, before = [source["secret"] for source in volume["projected"]["sources"]]
+    assert now == {"name": "clients", "items": [{"key": "now", "path": "api-key"}]}
+    assert before == {"name": "clients", "items": [{"key": "before", "path": "api-key-previous"}], "optional": True}
+    vllm = pod.container("vllm")
+    (mount,) = [mount for mount in vllm["volumeMounts"] if mount["name"] == "keys"]
+    # A subPath would never change.
+    assert mount == {"name": "keys", "mountPath": environment(vllm)["ICTX_API_KEYS"], "readOnly": True}
+    assert "VLLM_API_KEY" not in environment(vllm)
+
+
+@pytest.mark.attack(
+    "H3",
+    "Somebody on the network reads the key of the served model, or answers in its place",
+    before="the endpoint spoke plain HTTP",
+    now="HTTPS by default, with a certificate of the platform's authority",
+)
+def test_the_endpoint_speaks_https() -> None:
+    documents = render(CHARTS["serving"])
+    vllm = server("serving").container("vllm")
+    for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+        assert vllm[probe]["httpGet"] == {"path": "/health", "port": "https", "scheme": "HTTPS"}
+    (port,) = services(documents)["ictx-serving"]["spec"]["ports"]
+    assert (port["name"], port["targetPort"], port["appProtocol"]) == ("https", "https", "https")
+    for pod in pods(documents):
+        if pod.owner.startswith("Pod/"):
+            test = environment(pod.containers[0])
+            assert (test["URL"], test["CA"]) == ("https://ictx-serving:8000", "/etc/ictx/tls/ca.crt")
+            (volume,) = [volume["secret"] for volume in pod.spec["volumes"] if volume["name"] == "ca"]
+            assert volume["items"] == [{"key": "ca.crt", "path": "ca.crt"}], "a test needs no private key"
+    plain = server("serving", tls__enabled=False).container("vllm")
+    assert "--ssl-certfile" not in plain["args"]
+    assert plain["readinessProbe"]["httpGet"]["scheme"] == "HTTP"
+    assert not [
+        d for d in render(CHARTS["serving"], None, {"tls.enabled": False}) if d.get("type") == "kubernetes.io/tls"
+    ]
+
+
+def test_a_generated_certificate_has_the_names_of_the_service() -> None:
+    (secret,) = [
+        document
+        for document in render(CHARTS["serving"], None, {"tls.names": ["llm.example.org", "192.0.2.31"]})
+        if document.get("type") == "kubernetes.io/tls"
+    ]
+    data = {name: base64.b64decode(value) for name, value in secret["data"].items()}
+    authority, certificate = (x509.load_pem_x509_certificate(data[name]) for name in ("ca.crt", "tls.crt"))
+    certificate.verify_directly_issued_by(authority)
+    names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    domains = names.get_values_for_type(x509.DNSName)
+    assert {"ictx-serving", "ictx-serving.ictx", "ictx-serving.ictx.svc", "llm.example.org"} <= set(domains)
+    assert [str(address) for address in names.get_values_for_type(x509.IPAddress)] == ["127.0.0.1", "192.0.2.31"]
+    own = render(CHARTS["serving"], None, {"tls.existingSecret": "mine"})
+    assert not [document for document in own if document.get("type") == "kubernetes.io/tls"]
+
+
+def test_a_new_certificate_rolls_the_pods() -> None:
+    """vLLM's own switch for it, --enable-ssl-refresh, notices only the first change of a mounted Secret."""
+    before, after = server("serving", tls__revision="1"), server("serving", tls__revision="2")
+    assert before.annotations != after.annotations
+
+
+@pytest.mark.parametrize("service", ["ClusterIP", "NodePort", "LoadBalancer"])
+def test_metrics_are_in_the_cluster_only(service: str) -> None:
+    values = {"service.type": service, "ingress": {"enabled": True, "host": "a.example.org"}}
+    documents = render(CHARTS["serving"], None, values)
+    found = services(documents)
+    assert [port["port"] for port in found["ictx-serving"]["spec"]["ports"]] == [8000]
+    assert found["ictx-serving-metrics"]["spec"]["type"] == "ClusterIP"
+    assert found["ictx-serving-metrics"]["spec"]["ports"][0]["targetPort"] == "metrics"
+    text = str(only(documents, "Ingress"))
+    assert "ictx-serving-metrics" not in text
+    vllm = server("serving").container("vllm")
+    (port,) = [port["containerPort"] for port in vllm["ports"] if port["name"] == "metrics"]
+    assert environment(vllm)["ICTX_METRICS_PORT"] == str(port)
+    assert server("serving", metrics__annotations=True).annotations["prometheus.io/port"] == str(port)
+
+
 @pytest.mark.parametrize(
     ("uri", "port"),
     [("http://mlflow:5000", 5000), ("https://mlflow.example.org", 443), ("http://mlflow.example.org/base", 80)],
 )
 def test_the_network_policy_lets_the_pull_out(uri: str, port: int) -> None:
-    policy = only(render(CHARTS["serving"], None, {"mlflow.trackingUri": uri}), "NetworkPolicy")
+    policy = policies(render(CHARTS["serving"], None, {"mlflow.trackingUri": uri}))["ictx-serving"]
     ports = [entry["port"] for rule in policy["spec"]["egress"] for entry in rule["ports"]]
     assert ports == [53, 53, port]
 
 
 def test_monitors_find_the_metrics() -> None:
     documents = render(CHARTS["serving"], CI["serving/multi-gpu"][1])
-    monitor, service = only(documents, "ServiceMonitor"), only(documents, "Service")
+    monitor, service = only(documents, "ServiceMonitor"), services(documents)["ictx-serving-metrics"]
     assert monitor["spec"]["selector"]["matchLabels"].items() <= service["metadata"]["labels"].items()
-    assert monitor["spec"]["endpoints"][0]["port"] == service["spec"]["ports"][0]["name"]
+    assert monitor["spec"]["endpoints"][0]["port"] == service["spec"]["ports"][0]["name"] == "metrics"
     documents = render(CHARTS["mlflow"], CI["mlflow/tls"][1])
     (endpoint,) = only(documents, "ServiceMonitor")["spec"]["endpoints"]
     assert endpoint["scheme"] == "https"
@@ -410,7 +556,7 @@ def test_the_notes_are_commands_that_a_shell_takes(ci: str, tmp_path: Path) -> N
     done = subprocess.run(["bash", "-n"], input=commands, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr + commands
     if chart == "serving":
-        assert 'curl -sS $ICTX_URL/v1/completions -H "Authorization: Bearer $ICTX_API_KEY"' in commands
+        assert 'curl -sS --cacert ca.crt $ICTX_URL/v1/completions -H "Authorization: Bearer $ICTX_API_KEY"' in commands
         assert "get secret" in commands
 
 

@@ -6,48 +6,17 @@ import json
 import os
 import re
 import subprocess
-import threading
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 from helm import program
 from kubernetes import client, config
 from lab import ROOT, SHARED, STATE, Lab, wait_for
+from serving import MODEL, NAMESPACE, RELEASE, SERVER, Client, complete, key
 
 pytestmark = pytest.mark.lab
-
-NAMESPACE, RELEASE, MODEL = "ictx", "ictx", "ictx-tiny"
-SERVER = f"app.kubernetes.io/instance={RELEASE},app.kubernetes.io/component=server"
-
-
-def endpoint() -> str:
-    return f"http://{Lab().address('kube1')}:30800"
-
-
-def key() -> str:
-    return (STATE / "secrets/serving_api_key").read_text().strip()
-
-
-def post(path: str, body: dict[str, Any], secret: str) -> tuple[int, str]:
-    """Returns status and text of a request to the model."""
-    request = urllib.request.Request(endpoint() + path, json.dumps(body).encode(), {"Content-Type": "application/json"})
-    if secret:
-        request.add_header("Authorization", f"Bearer {secret}")
-    try:
-        with urllib.request.urlopen(request, timeout=300) as answer:
-            return answer.status, answer.read().decode()
-    except urllib.error.HTTPError as error:
-        return error.code, error.read().decode()
-
-
-def complete(secret: str, **more: Any) -> tuple[int, str]:
-    asked = {"model": MODEL, "prompt": "def f(", "max_tokens": 8, "temperature": 0, "ignore_eos": True}
-    return post("/v1/completions", {**asked, **more}, secret)
 
 
 def run(*command: object, status: int = 0) -> str:
@@ -65,37 +34,11 @@ def playbook(*arguments: str, status: int = 0) -> str:
     return run(ROOT / ".venv/bin/ansible-playbook", *arguments, status=status)
 
 
-@dataclass
-class Client:
-    """Asks again and again, as fast as answers come; remembers every failure."""
-
-    answered: int = 0
-    failures: list[str] = field(default_factory=list)
-    done: threading.Event = field(default_factory=threading.Event)
-
-    def ask(self) -> None:
-        """Asks until told to end."""
-        while not self.done.is_set():
-            try:
-                status, text = complete(key())
-            except OSError as error:
-                status, text = 0, str(error)
-            if status == 200:
-                self.answered += 1
-            else:
-                self.failures.append(f"{status} {text[:200]}")
-            time.sleep(0.3)
-
-
 @pytest.fixture
 def steady() -> Iterator[Client]:
     """A client that asks while a test runs."""
-    asking = Client()
-    thread = threading.Thread(target=asking.ask)
-    thread.start()
-    yield asking
-    asking.done.set()
-    thread.join()
+    with Client() as asking:
+        yield asking
 
 
 @pytest.fixture(scope="module")
@@ -245,6 +188,7 @@ def test_a_damaged_version_is_not_promoted(registry: Registry, lab: Lab) -> None
     assert registry.alias("champion") == before
 
 
+@pytest.mark.full
 def test_a_model_that_cannot_be_served_is_told_and_the_one_before_serves_on(
     registry: Registry, lab: Lab, steady: Client
 ) -> None:
@@ -271,6 +215,7 @@ file.write_text(file.read_text().replace('"kv_lora_rank": 512', '"kv_lora_rank":
     assert steady.failures == []
 
 
+@pytest.mark.full
 def test_a_release_that_was_cut_off_is_mended(steady: Client) -> None:
     def status() -> str:
         return str(json.loads(helm("status", RELEASE, "--output", "json"))["info"]["status"])
@@ -287,6 +232,7 @@ def test_a_release_that_was_cut_off_is_mended(steady: Client) -> None:
     assert steady.failures == []
 
 
+@pytest.mark.full
 def test_an_alias_that_does_not_exist_changes_nothing(core: client.CoreV1Api) -> None:
     before = server(core).metadata.name
     told = playbook("playbooks/serving.yml", "-e", '{"_serving_alias": "nobody"}')
@@ -294,6 +240,7 @@ def test_an_alias_that_does_not_exist_changes_nothing(core: client.CoreV1Api) ->
     assert server(core).metadata.name == before
 
 
+@pytest.mark.full
 def test_a_registry_that_is_down_is_named_and_the_model_serves_on(steady: Client) -> None:
     apps = client.AppsV1Api()
 
@@ -309,12 +256,14 @@ def test_a_registry_that_is_down_is_named_and_the_model_serves_on(steady: Client
         told = playbook("playbooks/serving.yml", status=2)
     finally:
         scale(1)
-    assert re.search(r"MLflow at http://\S+:30500 does not answer.*what is served stays", told.replace("\n", " ")), told
+    told = " ".join(told.split())
+    assert re.search(r"MLflow at https?://\S+:30500 does not answer.*what is served stays", told), told
     answered = steady.answered
     wait_for("another answer", lambda: steady.answered > answered)
     assert steady.failures == []
 
 
+@pytest.mark.full
 def test_by_hand_as_the_readme_says(core: client.CoreV1Api) -> None:
     def by_hand(*words: str) -> str:
         return run(program(), *words, "--kubeconfig", STATE / "kubeconfig", "--timeout", "15m")
@@ -337,6 +286,7 @@ def test_by_hand_as_the_readme_says(core: client.CoreV1Api) -> None:
     assert core.list_namespaced_persistent_volume_claim("default").items == [], "the model volume is an emptyDir"
 
 
+@pytest.mark.full
 def test_a_training_loses_no_metric_when_mlflow_goes_away(core: client.CoreV1Api, registry: Registry, lab: Lab) -> None:
     steps = 60
     job = lab.submit("pretrain/tiny.yaml", f"train.steps={steps}", "train.log_every=1", "train.checkpoint_every=5",

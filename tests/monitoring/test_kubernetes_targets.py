@@ -83,12 +83,13 @@ def test_a_pod_that_asks_for_it_is_a_target_when_it_is_ready() -> None:
 
 
 def test_a_service_of_a_served_model_is_a_target_even_without_pods() -> None:
-    found = list(targets.service_targets({"items": [service("mlflow"), service("serving", name="http")]}, API))
-    assert [each["labels"]["__metrics_path__"] for each in found] == [
-        "/api/v1/namespaces/ictx/services/ictx-serving:http/proxy/metrics"
-    ]
-    (unnamed,) = targets.service_targets({"items": [service("serving")]}, API)
-    assert "/services/ictx-serving:80/proxy" in unnamed["labels"]["__metrics_path__"]
+    metrics = service("serving", name="metrics")
+    metrics["metadata"]["name"] += "-metrics"
+    others = [service("mlflow", name="metrics"), service("serving", name="https"), service("serving")]
+    (found,) = targets.service_targets({"items": [*others, metrics]}, API)
+    path = "/api/v1/namespaces/ictx/services/ictx-serving-metrics:metrics/proxy/metrics"
+    assert found["labels"]["__metrics_path__"] == path
+    assert found["labels"]["instance"] == "ictx-serving"
 
 
 def run(tmp_path: Path, api: str) -> subprocess.CompletedProcess[str]:

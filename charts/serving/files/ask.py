@@ -1,16 +1,19 @@
 """`helm test`: the endpoint answers with the key, streams, and refuses without.
 
-Environment: URL, MODEL, KEY, TIMEOUT (seconds).
+Environment: URL, MODEL, KEY, CA (file of the authority; the system's if there is none), TIMEOUT (seconds).
 """
 
 import json
 import os
+import ssl
 import sys
 import urllib.error
 import urllib.request
 
 URL, MODEL, KEY = os.environ["URL"], os.environ["MODEL"], os.environ["KEY"]
 TIMEOUT = float(os.environ["TIMEOUT"])
+CA = os.environ.get("CA", "")
+CONTEXT = ssl.create_default_context(cafile=CA if os.path.exists(CA) else None)
 
 
 def post(key, **more):
@@ -21,7 +24,7 @@ def post(key, **more):
     if key:
         request.add_header("Authorization", "Bearer " + key)
     try:
-        with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
+        with urllib.request.urlopen(request, timeout=TIMEOUT, context=CONTEXT) as answer:
             return answer.status, answer.read().decode()
     except urllib.error.HTTPError as error:
         return error.code, error.read().decode(errors="replace")

@@ -4,7 +4,7 @@ import sys
 import time
 import urllib.request
 
-METRICS = "http://127.0.0.1:8000/metrics"
+METRICS = "http://127.0.0.1:9100/metrics"
 COUNTED = ("vllm:num_requests_running", "vllm:num_requests_waiting")
 
 

@@ -2,7 +2,7 @@
 {{- default .Chart.Name .Values.nameOverride | trunc 63 | trimSuffix "-" }}
 {{- end }}
 
-{{/* 63 characters, less those of `-api-key` and what a Deployment adds. */}}
+{{/* 63 characters, less those of `-api-key`, `-metrics` and what a Deployment adds. */}}
 {{- define "serving.fullname" -}}
 {{- if .Values.fullnameOverride }}
 {{- .Values.fullnameOverride | trunc 52 | trimSuffix "-" }}
@@ -28,6 +28,13 @@ app.kubernetes.io/part-of: infinitecontext
 {{- with .Values.commonLabels }}
 {{ toYaml . }}
 {{- end }}
+{{- end }}
+
+{{/* Of the pods of `helm test`. */}}
+{{- define "serving.testLabels" -}}
+app.kubernetes.io/name: {{ include "serving.name" . }}
+app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/component: test
 {{- end }}
 
 {{- define "serving.labels" -}}
@@ -68,6 +75,15 @@ app.kubernetes.io/part-of: infinitecontext
 
 {{- define "serving.apiKeySecret" -}}
 {{- .Values.apiKey.existingSecret | default (printf "%s-api-key" (include "serving.fullname" .)) }}
+{{- end }}
+
+{{- define "serving.tlsSecret" -}}
+{{- .Values.tls.existingSecret | default (printf "%s-tls" (include "serving.fullname" .)) }}
+{{- end }}
+
+{{/* Also the name of the port: gateways take the protocol from it. */}}
+{{- define "serving.scheme" -}}
+{{- ternary "https" "http" .Values.tls.enabled }}
 {{- end }}
 
 {{- define "serving.claimName" -}}

@@ -39,6 +39,19 @@
 {{- range .Values.vllm.extraArgs }}
 - {{ . | quote }}
 {{- end }}
+{{- if .Values.tls.enabled }}
+- --ssl-certfile
+- /etc/ictx/tls/tls.crt
+- --ssl-keyfile
+- /etc/ictx/tls/tls.key
+{{- end }}
+# The last one is the outermost: nothing answers before it.
+- --middleware
+- ictx.serve.gate.Gate
+{{- end }}
+
+{{- define "serving.probe" -}}
+httpGet: {path: /health, port: {{ include "serving.scheme" . }}, scheme: {{ include "serving.scheme" . | upper }}}
 {{- end }}
 
 {{- define "serving.vllmContainer" -}}
@@ -49,11 +62,18 @@ args:
   {{- include "serving.vllmArgs" . | nindent 2 }}
 env:
   {{- include "serving.baseEnv" . | nindent 2 }}
-  - name: VLLM_API_KEY
-    valueFrom:
-      secretKeyRef:
-        name: {{ include "serving.apiKeySecret" . }}
-        key: {{ .Values.apiKey.key }}
+  # vLLM's own check of keys (VLLM_API_KEY) covers a part of the API only, and reads its key once.
+  - name: ICTX_API_KEYS
+    value: /etc/ictx/keys
+  - name: ICTX_METRICS_PORT
+    value: "9100"
+  # A pod is one host: what its processes tell each other, unencrypted and to whoever connects, stays on it.
+  - name: VLLM_HOST_IP
+    value: 127.0.0.1
+  - name: GLOO_SOCKET_IFNAME
+    value: lo
+  - name: NCCL_SOCKET_IFNAME
+    value: lo
   - name: ICTX_VLLM_ATTENTION
     value: {{ .Values.vllm.attention }}
   # The model lies in the volume: nothing is looked up elsewhere, nothing is reported.
@@ -80,8 +100,11 @@ envFrom:
   {{- toYaml . | nindent 2 }}
 {{- end }}
 ports:
-  - name: http
+  - name: {{ include "serving.scheme" . }}
     containerPort: 8000
+    protocol: TCP
+  - name: metrics
+    containerPort: 9100
     protocol: TCP
 securityContext:
   {{- include "serving.containerSecurityContext" . | nindent 2 }}
@@ -93,18 +116,18 @@ securityContext:
 resources:
   {{- toYaml $resources | nindent 2 }}
 startupProbe:
-  httpGet: {path: /health, port: http}
+  {{- include "serving.probe" . | nindent 2 }}
   periodSeconds: 5
   timeoutSeconds: 5
   failureThreshold: {{ mul 12 (int .Values.startupTimeoutMinutes) }}
 readinessProbe:
-  httpGet: {path: /health, port: http}
+  {{- include "serving.probe" . | nindent 2 }}
   periodSeconds: 5
   timeoutSeconds: 5
   failureThreshold: 3
 # Patient: a server that computes a long prefill may answer late, and its requests are lost when it is restarted.
 livenessProbe:
-  httpGet: {path: /health, port: http}
+  {{- include "serving.probe" . | nindent 2 }}
   periodSeconds: 15
   timeoutSeconds: 10
   failureThreshold: 8
@@ -120,6 +143,14 @@ lifecycle:
         - {{ .Values.drain.timeoutSeconds | int | quote }}
 terminationMessagePolicy: FallbackToLogsOnError
 volumeMounts:
+  - name: keys
+    mountPath: /etc/ictx/keys
+    readOnly: true
+  {{- if .Values.tls.enabled }}
+  - name: tls
+    mountPath: /etc/ictx/tls
+    readOnly: true
+  {{- end }}
   - name: models
     mountPath: /models
     readOnly: true
