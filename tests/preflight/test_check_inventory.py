@@ -21,6 +21,7 @@ def problems(inventory: Path, extra: dict[str, Any] | None = None) -> list[str]:
         playbook=str(ROOT / "site.yml"),
         roles_dir=str(ROOT / "roles"),
         schema=str(ROOT / "playbooks/plugins/inventory_schema.yml"),
+        formats=str(ROOT / "playbooks/plugins/inventory_formats.yml"),
     )
     assert not result.get("failed"), result
     assert result["changed"] is False
@@ -68,7 +69,9 @@ def test_the_example_asks_only_for_what_nobody_else_can_know() -> None:
             id="choice",
         ),
         pytest.param(
-            "slurm_kill_wait: soon", "slurm_kill_wait (all hosts): must be of type int, got 'soon'", id="no number"
+            "slurm_kill_wait: soon",
+            "slurm_kill_wait (all hosts): must be a whole number from 0 to 2147483647, got 'soon'",
+            id="no number",
         ),
         pytest.param(
             "slurm_kill_wait: [60]", "slurm_kill_wait (all hosts): must be of type int, got [60]", id="a list"
@@ -131,7 +134,7 @@ def test_a_wrong_variable_is_named(check: Check, variables: str, line: str) -> N
 
 def test_a_variable_of_one_group_names_its_hosts(check: Check) -> None:
     assert check("slurm_kill_wait: soon", "slurm_compute") == [
-        "slurm_kill_wait (n1, n2): must be of type int, got 'soon'"
+        "slurm_kill_wait (n1, n2): must be a whole number from 0 to 2147483647, got 'soon'"
     ]
 
 
@@ -166,7 +169,7 @@ def test_a_variable_of_the_cluster_is_the_same_everywhere(check: Check) -> None:
 
 def test_extra_variables_are_checked_too() -> None:
     found = problems(ROOT / "inventories/lab", {"slurm_kill_wait": "soon"})
-    assert found == ["slurm_kill_wait (all hosts): must be of type int, got 'soon'"]
+    assert found == ["slurm_kill_wait (all hosts): must be a whole number from 0 to 2147483647, got 'soon'"]
 
 
 def test_a_missing_group_is_named_with_the_one_that_was_meant(check: Check) -> None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
-from ansible.errors import AnsibleError
 from ansible.module_utils.common.arg_spec import ArgumentSpecValidator
 from ansible.plugins.action import ActionBase
 from ansible.plugins.loader import lookup_loader
@@ -26,11 +28,22 @@ options:
   playbook: {type: path, required: true, description: Playbook whose imports name the roles that will run.}
   roles_dir: {type: path, required: true, description: Folder of the roles.}
   schema: {type: path, required: true, description: File with the variables and groups of the whole cluster.}
+  formats: {type: path, required: true, description: File with what text and numbers may look like, by variable.}
 author: [InfiniteContext]
 """
 
 PLACEHOLDER = "CHANGE-ME"
 SCALAR_TYPES = ("str", "path", "int", "float", "bool")
+# Deeper than any value that means something, and far from Python's own limit.
+DEEPEST = 30
+LONGEST_SHOWN = 100  # characters
+
+
+class Unknown:
+    """Stands for a value that only facts or a role's defaults complete."""
+
+
+UNKNOWN = Unknown()
 
 
 class Use(NamedTuple):
@@ -51,7 +64,7 @@ class Problems:
 
     def add(self, subject: str, text: str, host: str = "") -> None:
         """Notes that something is wrong with `subject` (on one host, or everywhere)."""
-        hosts = self._found[subject, text]
+        hosts = self._found[printable(subject), printable(text)]
         # A role that several plays run on a host asks as often.
         if host not in hosts:
             hosts.append(host)
@@ -74,44 +87,174 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
-def type_error(value: Any, option: Mapping[str, Any]) -> str:
-    """Returns what is wrong with a value by its option (an entry of an argument spec), empty when nothing is.
+def printable(text: str) -> str:
+    """Returns the text in one line: what would start another, or steer a terminal, is escaped."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+
+
+def shown(value: Any) -> str:
+    """Returns a value as a problem names it; Python writes no integer of more than 4,300 digits."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):
+        return f"a {type(value).__name__} that is too large to be shown"
+    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}…"
+
+
+class Formats:
+    """What text and numbers may look like, by variable (inventory_formats.yml)."""
+
+    def __init__(self, content: Mapping[str, Any]) -> None:
+        self._formats = content["formats"]
+        self._types = content["types"]
+        self._rules = [(rule["match"], rule["format"]) for rule in content["variables"]]
+        self.unique: Mapping[str, list[str]] = content["unique"]
+        self.connection: Options = content["connection"]
+        self.name_of = cache(self._name_of)
+
+    def _name_of(self, path: str, kind: str) -> str:
+        named = (form for pattern, form in self._rules if fnmatchcase(path, pattern))
+        return next(named, self._types.get(kind, "word"))
+
+    def text_error(self, form: str, text: str) -> str:
+        """Returns what is wrong with a text, empty when nothing is."""
+        rule = self._formats[form]
+        # A number in quotes, or from the command line.
+        if "pattern" not in rule:
+            digits = re.fullmatch(r"[0-9]{1,18}(\.[0-9]{1,9})?", text, re.ASCII)
+            return (
+                self.number_error(form, float(text)) if digits else f"must be {rule['description']}, got {shown(text)}"
+            )
+        sound = re.fullmatch(rule["pattern"], text) and text.lower() not in rule.get("reserved", ())
+        return "" if sound else f"must be {rule['description']}, got {shown(text)}"
+
+    def number_error(self, form: str, value: float) -> str:
+        """Returns what is wrong with a number, empty when nothing is."""
+        rule = self._formats[form]
+        # Text that YAML takes for a number, such as the version 580.
+        if "pattern" in rule:
+            return self.text_error(form, str(value)) if type(value) is int and abs(value) < 10**18 else QUOTE
+        sound = rule["min"] <= value <= rule["max"] and value not in rule.get("reserved", ())
+        return "" if sound else f"must be {rule['description']}, got {shown(value)}"
+
+
+QUOTE = "must be text: put it in quotes"
+
+
+def kind_error(kind: str, value: Any) -> str:
+    """Returns what is wrong with the kind of a value, empty when nothing is.
 
     Ansible converts before it checks, but roles see the value as it stands in the inventory. So what a conversion would
     change in kind (a string that stands for a list, a list that stands for a string) is an error here.
     """
+    text, number = isinstance(value, str), isinstance(value, (int, float)) and not isinstance(value, bool)
+    if kind == "list":
+        return (
+            ""
+            if isinstance(value, Sequence) and not isinstance(value, (str, bytes))
+            else f"must be a list, got {shown(value)}"
+        )
+    if kind == "dict":
+        return "" if isinstance(value, Mapping) else f"must be a dictionary, got {shown(value)}"
+    right = {
+        "bool": isinstance(value, (bool, str)),
+        "float": text or number,
+        "int": text or (number and not isinstance(value, float)),
+    }.get(kind, text or number)
+    if right:
+        return ""
+    return (
+        QUOTE if kind in ("str", "path") and isinstance(value, bool) else f"must be of type {kind}, got {shown(value)}"
+    )
+
+
+def value_errors(path: str, value: Any, option: Mapping[str, Any], formats: Formats, depth: int = 0) -> Iterator[str]:
+    """Yields what is wrong with a value, at any depth, by its option (an entry of an argument spec).
+
+    Args:
+        path: name of the variable and, of a part of it, the keys that lead there.
+        value: the value.
+        option: its option; a dictionary's parts without one are free, as are those of type `raw`.
+        formats: what text and numbers may look like.
+        depth: how deep the value is in the variable.
+    """
     kind = option.get("type", "str")
-    if kind == "list" and (isinstance(value, (str, Mapping)) or not isinstance(value, Sequence)):
-        return f"must be a list, got {value!r}"
-    if kind == "dict" and not isinstance(value, Mapping):
-        return f"must be a dictionary, got {value!r}"
-    if kind in SCALAR_TYPES and isinstance(value, (Mapping, list, tuple)):
-        return f"must be of type {kind}, got {value!r}"
-    if kind == "list" and option.get("elements") in (*SCALAR_TYPES, "dict"):
-        wrong = (type_error(item, {"type": option["elements"]}) for item in value)
-        return next((f"each item {text}" for text in wrong if text), "")
-    return ""
+    if depth > DEEPEST:
+        yield f"is nested more than {DEEPEST} deep"
+    elif value is None:
+        yield from [] if kind == "free" else ["has no value: set one, or remove it"]
+    elif kind in ("free", "raw"):
+        yield from free_errors(path, value, kind, formats, depth)
+    elif text := kind_error(kind, value):
+        yield text
+    elif kind == "list":
+        item = {"type": option.get("elements", "free"), "options": option.get("options", {})}
+        for text in dict.fromkeys(
+            text for part in value for text in value_errors(path, part, item, formats, depth + 1)
+        ):
+            yield f"each item {text}"
+    elif kind == "dict":
+        for key, part in value.items():
+            inner = option.get("options", {}).get(key, {"type": "free"}) if isinstance(key, str) else {}
+            yield from part_errors(path, key, part, inner, formats, depth)
+    elif kind == "bool":
+        return
+    elif option.get("required") and value == "":
+        yield "is empty"
+    else:
+        form = formats.name_of(path, kind)
+        text = formats.text_error(form, value) if isinstance(value, str) else formats.number_error(form, value)
+        yield from [text] if text else []
 
 
-def value_errors(name: str, value: Any, option: Mapping[str, Any]) -> list[str]:
-    """Returns what is wrong with the value of a variable, by its option."""
-    if text := type_error(value, option):
-        return [text]
-    spec = {key: entry for key, entry in option.items() if key not in ("required", "needs")}
-    found = ArgumentSpecValidator({name: spec}).validate({name: value}).error_messages
+def part_errors(
+    path: str, key: Any, part: Any, option: Mapping[str, Any], formats: Formats, depth: int
+) -> Iterator[str]:
+    """Yields what is wrong with a key of a dictionary and its value."""
+    if not isinstance(key, str):
+        yield f"has the key {shown(key)}: {QUOTE}"
+    elif formats.name_of(path, "free") != "multiline" and (text := formats.text_error("key", key)):
+        yield f"has the key {shown(key)}: {text}"
+    else:
+        for text in value_errors(f"{path}.{key}", part, option, formats, depth + 1):
+            yield f"{key} {text}"
+
+
+def free_errors(path: str, value: Any, kind: str, formats: Formats, depth: int) -> Iterator[str]:
+    """Yields what is wrong with a value of no declared type, or (`raw`) one that is text or a list of texts."""
+    if isinstance(value, Mapping) and kind == "free":
+        yield from value_errors(path, value, {"type": "dict"}, formats, depth)
+    elif isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
+        yield from value_errors(
+            path, value, {"type": "list", "elements": "str" if kind == "raw" else "free"}, formats, depth
+        )
+    elif isinstance(value, str):
+        yield from filter(None, [formats.text_error(formats.name_of(path, kind), value)])
+    elif kind == "raw":
+        yield f"must be text or a list, got {shown(value)}"
+    elif not isinstance(value, (int, float)) or not -math.inf < value < math.inf:
+        yield f"must be text, a number, a list or a dictionary, got {shown(value)}"
+
+
+def declared_errors(name: str, value: Any, option: Mapping[str, Any], formats: Formats) -> list[str]:
+    """Returns what is wrong with the value of a variable: with its parts, else with choices and the like."""
+    found = list(dict.fromkeys(value_errors(name, value, option, formats)))
+    if not found:
+        spec = {key: entry for key, entry in option.items() if key not in ("required", "needs")}
+        found = ArgumentSpecValidator({name: spec}).validate({name: value}).error_messages
+        if found and spec.get("type") in SCALAR_TYPES and "choices" not in spec:
+            found = [f"must be of type {spec['type']}, got {shown(value)}"]
     if found and option.get("no_log"):
         return ["wrong value (not shown)"]
-    if found and spec.get("type") in SCALAR_TYPES and "choices" not in spec:
-        return [f"must be of type {spec['type']}, got {value!r}"]
     return [text.removeprefix(f"value of {name} ") for text in found]
 
 
-def placeholder(value: Any) -> str:
-    """Returns the first text in the value, however deep, that still has a placeholder; empty when none has."""
+def placeholder(value: Any, depth: int = 0) -> str:
+    """Returns the first text in the value that still has a placeholder; empty when none has."""
     if isinstance(value, str):
         return value if PLACEHOLDER in value else ""
     items = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
-    return next(filter(None, map(placeholder, items)), "")
+    return next((text for item in items if depth < DEEPEST and (text := placeholder(item, depth + 1))), "")
 
 
 def check_groups(wanted: Mapping[str, Any], groups: Mapping[str, list[str]], problems: Problems) -> None:
@@ -135,9 +278,23 @@ def check_groups(wanted: Mapping[str, Any], groups: Mapping[str, list[str]], pro
                     problems.add(subject, f"must contain what is in {part}", host)
 
 
+def check_hosts(hosts: Iterable[str], groups: Iterable[str], formats: Formats, problems: Problems) -> None:
+    """Checks the names of hosts and groups, which configuration files and shells see."""
+    for kind, form, names in (("host", "host", hosts), ("group", "key", groups)):
+        for name in names:
+            if text := formats.text_error(form, str(name)):
+                problems.add(f"{kind} {shown(name)}", f"its name {text}")
+
+
+@cache
+def read(file: Path) -> Any:
+    """Returns the content of a YAML file of the project."""
+    return yaml.load(file.read_text(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+
+
 def plays(playbook: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
     """Yields the plays of a playbook and of those that it imports, each with the file that it stands in."""
-    for play in yaml.safe_load(playbook.read_text()):
+    for play in read(playbook):
         imported = play.get("import_playbook") or play.get("ansible.builtin.import_playbook")
         if imported:
             yield from plays(playbook.parent / imported)
@@ -149,7 +306,7 @@ def read_options(roles_dir: Path) -> dict[str, dict[str, Any]]:
     """Returns the options of every role's entry points, by role."""
     found: dict[str, dict[str, Any]] = {}
     for file in sorted(roles_dir.glob("*/meta/argument_specs.yml")):
-        specs = yaml.safe_load(file.read_text())["argument_specs"]
+        specs = read(file)["argument_specs"]
         found[file.parent.parent.name] = {k: v for spec in specs.values() for k, v in spec.get("options", {}).items()}
     return found
 
@@ -164,26 +321,43 @@ class ActionModule(ActionBase):
         """Returns the problems; finding some is no failure of the task."""
         result = super().run(tmp, task_vars)
         _, arguments = self.validate_argument_spec(
-            {name: {"type": "path", "required": True} for name in ("playbook", "roles_dir", "schema")}
+            {name: {"type": "path", "required": True} for name in ("playbook", "roles_dir", "schema", "formats")}
         )
         self._vars = task_vars or {}
         groups = {group: list(hosts) for group, hosts in self._vars["groups"].items()}
         hosts = list(self._vars["groups"]["all"])
-        schema = yaml.safe_load(Path(arguments["schema"]).read_text())
+        schema = read(Path(arguments["schema"]))
+        formats = Formats(read(Path(arguments["formats"])))
         roles = read_options(Path(arguments["roles_dir"]))
         uses = list(self._uses(Path(arguments["playbook"])))
 
         problems = Problems(hosts)
         check_groups(schema["groups"], groups, problems)
+        check_hosts(hosts, groups, formats, problems)
         self._unreadable: set[str] = set()
         known = {name for options in roles.values() for name in options}
         values = {host: self._values(host, known, problems) for host in hosts}
         check_names(values, schema["variables"], roles, problems)
-        check_values(values, schema["variables"], roles, problems)
+        options = {name: option for entries in roles.values() for name, option in entries.items()} | schema["variables"]
+        wrong = check_values(values, options, formats, problems)
+        check_same(values, schema["variables"], wrong, problems)
         check_required(values, schema["variables"], roles, uses, problems)
         check_needs(values, schema["variables"], groups, problems)
         check_given(values, uses, set(load_extra_vars(self._loader)), problems)
-        return {**result, "changed": False, "problems": problems.lines(), "unreadable": sorted(self._unreadable)}
+        self._unreadable |= {host for host, name in wrong if name in formats.connection}
+        accepted = {
+            name: values[host][name]
+            for host in hosts
+            for name in schema["variables"].keys() & values[host].keys()
+            if (host, name) not in wrong and values[host][name] is not UNKNOWN
+        }
+        return {
+            **result,
+            "changed": False,
+            "problems": problems.lines(),
+            "unreadable": sorted(self._unreadable),
+            "accepted": accepted,
+        }
 
     def _uses(self, playbook: Path) -> Iterator[Use]:
         matching = lookup_loader.get("ansible.builtin.inventory_hostnames", loader=self._loader, templar=self._templar)
@@ -194,18 +368,22 @@ class ActionModule(ActionBase):
                 yield Use(entry["role"], hosts, entry.get("vars", {}), str(file.relative_to(playbook.parent)))
 
     def _values(self, host: str, known: set[str], problems: Problems) -> dict[str, Any]:
-        """Returns the host's inventory variables, evaluated; `None` for one that needs facts or a role's default."""
+        """Returns the host's inventory variables, evaluated; UNKNOWN for one that needs facts or a role's default."""
         raw = self._vars["hostvars"].raw_get(host)
         templar = self._templar.copy_with_new_env(available_variables={**raw, "hostvars": self._vars["hostvars"]})
         values = {}
         for name in raw:
+            if not isinstance(name, str):
+                problems.add(f"variable {shown(name)}", "its name must be text", host)
+                continue
             if name.startswith("ansible_") and not name.startswith(("ansible_host", "ansible_user", "ansible_port")):
                 continue
             try:
                 values[name] = templar.template(raw[name])
-            except AnsibleError as error:
-                values[name] = None
-                reason = str(error).splitlines()[0]
+            # A filter may raise anything, and what is nested without end a RecursionError.
+            except Exception as error:
+                values[name] = UNKNOWN
+                reason = next(iter(str(error).splitlines()), type(error).__name__)
                 missing = re.findall(r"'(\w+)' is undefined", reason)
                 if "ansible_facts" in str(raw[name]) or known.intersection(missing):
                     continue
@@ -237,22 +415,39 @@ def check_names(values: Values, cluster: Options, roles: Mapping[str, Options], 
                 problems.add(name, f"no role has this variable; did you mean {near[0]}?", host)
 
 
-def check_values(values: Values, cluster: Options, roles: Mapping[str, Options], problems: Problems) -> None:
-    """Checks types, choices and placeholders, and that what belongs to the whole cluster is the same everywhere."""
-    options = {name: option for entries in roles.values() for name, option in entries.items()} | dict(cluster)
+def check_values(values: Values, options: Options, formats: Formats, problems: Problems) -> set[tuple[str, str]]:
+    """Checks types, formats, choices and placeholders; returns the hosts and names of what is wrong."""
+    wrong = set()
     for host, variables in values.items():
         for name, value in variables.items():
-            if name not in options or value is None:
+            option = options.get(name) or formats.connection.get(name)
+            if option is None or value is UNKNOWN:
                 continue
             if text := placeholder(value):
-                problems.add(name, f"replace {PLACEHOLDER} in {text}", host)
-                continue
-            for text in value_errors(name, value, options[name]):
+                found = [f"replace {PLACEHOLDER} in {text}"]
+            else:
+                found = declared_errors(name, value, option, formats) or duplicates(name, value, formats)
+            for text in found:
                 problems.add(name, text, host)
+                wrong.add((host, name))
+    return wrong
+
+
+def duplicates(name: str, value: Any, formats: Formats) -> list[str]:
+    """Returns which items of a list have what only one of them may have."""
+    found = []
+    for key in formats.unique.get(name, ()):
+        counts = Counter(str(item[key]) for item in value if key in item)
+        found += [f"{count} items have the {key} {text}" for text, count in counts.items() if count > 1]
+    return found
+
+
+def check_same(values: Values, cluster: Options, wrong: set[tuple[str, str]], problems: Problems) -> None:
+    """Checks that what belongs to the whole cluster is the same on every host."""
     for name in cluster:
-        told = {repr(variables[name]) for variables in values.values() if name in variables}
-        if len(told) > 1:
-            problems.add(name, f"must be the same on every host, got {', '.join(sorted(told))}")
+        found = {shown(values[host][name]) for host in values if name in values[host] and (host, name) not in wrong}
+        if len(found) > 1:
+            problems.add(name, f"must be the same on every host, got {', '.join(sorted(found))}")
 
 
 def check_required(
@@ -268,7 +463,7 @@ def check_required(
             if not option.get("required") or name in use.given:
                 continue
             for host in use.hosts:
-                if name not in values.get(host, {name: None}):
+                if name not in values.get(host, {name: UNKNOWN}):
                     problems.add(name, f"missing; role {use.role} needs it: {option['description']}", host)
 
 
@@ -276,7 +471,7 @@ def check_needs(values: Values, cluster: Options, groups: Mapping[str, list[str]
     """Checks that a group has a host where a variable's value needs one."""
     for host, variables in values.items():
         for name in cluster.keys() & variables.keys():
-            group = cluster[name].get("needs", {}).get(str(variables[name]))
+            group = cluster[name].get("needs", {}).get(variables[name] if isinstance(variables[name], str) else "")
             if group and not groups.get(group):
                 problems.add(name, f"{variables[name]} needs a host in the group {group}", host)
 
