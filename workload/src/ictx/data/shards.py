@@ -23,6 +23,7 @@ from ictx.data.progress import Progress
 from ictx.data.tokenizer import TOKENIZER_FILES
 from ictx.errors import UserError
 from ictx.manifest import Entry, Unusable, check_files, is_sha256, read_json
+from ictx.settings import shown
 
 META_FILE, FORMAT = "meta.json", 2
 SplitName = Literal["train", "validation"]
@@ -144,8 +145,9 @@ def read_meta(directory: Path) -> dict[str, Any]:
         raise Unusable(f"{directory} holds no prepared data ({error}): run `ictx data prepare`") from error
     number = meta.get("format", 1) if isinstance(meta, dict) else meta
     if number != FORMAT:
-        shown = str(number)[:20]
-        raise Unusable(f"{directory} has format {shown}, but this version reads {FORMAT}: run `ictx data prepare`")
+        raise Unusable(
+            f"{directory} has format {shown(number)}, but this version reads {FORMAT}: run `ictx data prepare`"
+        )
     if not _whole(meta):
         raise Unusable(f"{directory / META_FILE} lacks what {FORMAT=} has: run `ictx data prepare`")
     return dict(meta)

@@ -146,7 +146,8 @@ def read(name: str, assignments: list[str]) -> dict[str, Any]:
     model = content.get("model")
     if isinstance(model, str):
         content["model"] = load_yaml(config_path(f"model/{model}.yaml"))
-        content["run"] = {"model_name": f"ictx-{model}", **content.get("run", {})}
+        if isinstance(run := content.get("run", {}), dict):
+            content["run"] = {"model_name": f"ictx-{model}", **run}
     content = override(content, assignments)
     if isinstance(content.get("model"), dict) and isinstance(content.setdefault("data", {}), dict):
         content["data"].setdefault("vocab_size", content["model"].get("vocab_size"))

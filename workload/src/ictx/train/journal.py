@@ -102,7 +102,7 @@ class Outbox:
 def _step(note: Path) -> int:
     """Returns the step in a note; 0, from which everything is sent again, when there is none that can be read."""
     try:
-        return int(note.read_text())
+        return max(int(note.read_text()), 0)
     except (OSError, ValueError):
         return 0
 
