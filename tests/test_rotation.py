@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,7 @@ class Site:
         self.secrets, self.inventory = folder / "secrets", folder / "inventory.yml"
         self.secrets.mkdir()
         self.hosts: dict[str, Any] = {}
+        self.groups: dict[str, Any] = {}
         self.write("munge.key", "old")
         self.environment = {**os.environ, "ANSIBLE_CACHE_PLUGIN_CONNECTION": str(folder / "facts")}
 
@@ -152,7 +154,7 @@ class Site:
             "ictx_registry": "192.0.2.1",
         }
         groups = yaml.safe_load((ROOT / "playbooks/plugins/inventory_schema.yml").read_text())["groups"]
-        everything = {"hosts": self.hosts, "vars": variables, "children": {name: {} for name in groups}}
+        everything = {"hosts": self.hosts, "vars": variables, "children": {name: {} for name in groups} | self.groups}
         self.inventory.write_text(yaml.safe_dump({"all": everything}))
         command = [ROOT / ".venv/bin/ansible-playbook", "--inventory", self.inventory, "playbooks/rotate-secrets.yml"]
         return subprocess.run(
@@ -179,12 +181,34 @@ def test_a_run_replaces_the_secret_and_prints_none(site: Site) -> None:
 def test_a_host_that_cannot_be_reached_keeps_every_secret_as_it_is(site: Site) -> None:
     site.hosts = {
         "gone": {"ansible_host": "127.0.0.1", "ansible_port": 1, "ansible_ssh_retries": 0},
-        "here": {"ansible_connection": "local"},
+        "here": {"ansible_connection": "local", "ansible_python_interpreter": sys.executable},
     }
     done = site("-e", "rotate=munge")
     assert done.returncode != 0
     assert "gone cannot be reached: nothing was changed" in done.stdout
     assert site.read() == {"munge.key": "old"}
+
+
+def test_a_playbook_that_fails_leaves_the_previous_secret_and_the_next_run_completes_it(site: Site) -> None:
+    site.write("slurmdbd_password", "old")
+    # Refused by the role before it changes anything on the host.
+    database = {
+        "ansible_connection": "local",
+        "ansible_python_interpreter": sys.executable,
+        "slurmdbd_innodb_buffer_pool_mb": "much",
+    }
+    site.groups = {"slurm_database": {"hosts": {"database": database}}}
+    done = site("-e", "rotate=slurmdbd_password")
+    assert done.returncode != 0
+    assert "slurmdbd_innodb_buffer_pool_mb" in done.stdout
+    left = site.read()
+    assert left["slurmdbd_password.previous"] == "old"
+    assert "a rotation is under way, -e rotate=slurmdbd_password completes it" in site().stdout.replace(
+        "\n        ", " "
+    )
+    site.groups = {}
+    assert site("-e", "rotate=slurmdbd_password").returncode == 0
+    assert site.read() == {"munge.key": "old", "slurmdbd_password": left["slurmdbd_password"]}
 
 
 @pytest.mark.full
