@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from conftest import VOCABULARY, Commands
 
+from ictx.cli import main
 from ictx.data.config import DataConfig
 from ictx.data.prepare import prepare
 from ictx.data.shards import verify
@@ -96,6 +97,30 @@ def test_data_of_another_user_is_neither_used_nor_in_the_way(
         dataclasses.replace(config, trusted_dirs=(his,)),
     ):
         assert prepare([corpus], tmp_path, trusting) == his
+
+
+@pytest.mark.parametrize("change", [lambda d: d.chmod(0o775), overwrite_tokens, shutil.rmtree, None])
+def test_a_restart_goes_on_with_its_data_or_has_it_prepared_anew(
+    commands: Commands,
+    tmp_path: Path,
+    corpus: Path,
+    prepared: Path,
+    change: Callable[[Path], object] | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    link, out = tmp_path / "link", tmp_path / "out"
+    arguments = ["data", "prepare", "--config", commands.folder / "test.yaml", "--corpus", corpus, "--out", out]
+    arguments += ["--link", link, "--keep", f"--set=data.tokenizer={prepared}"]
+    monkeypatch.setattr("sys.argv", ["ictx", *map(str, arguments)])
+    assert main() == 0
+    first = link.resolve()
+    if change:
+        change(first)
+    else:
+        monkeypatch.setattr("ictx.data.prepare.Corpus.scan", lambda _: pytest.fail("sources are read"))
+    assert main() == 0
+    verify(link)
+    assert (link.resolve() == first) == (change in (None, shutil.rmtree))
 
 
 def deep(path: Path) -> None:

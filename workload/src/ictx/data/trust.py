@@ -6,6 +6,7 @@ looked at first: data of the job's own user, of root, and of whom the settings n
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from ictx.data.config import DataConfig
@@ -19,13 +20,20 @@ def trusted_files(directory: Path, config: DataConfig) -> dict[str, Entry]:
     Raises Unusable unless all belongs to somebody who is trusted, and only its owner can write to it. In a container
     root's files appear as nobody's, like those of every other user: there only `data.trusted_dirs` tells them apart.
     """
-    files = files_of(read_meta(directory))
     allowed = {0, *config.trusted_owners}
-    if directory.resolve() in [trusted.resolve() for trusted in config.trusted_dirs]:
+    if directory.exists() and directory.resolve() in [trusted.resolve() for trusted in config.trusted_dirs]:
         allowed.add(directory.stat().st_uid)
-    for path in (directory, directory / META_FILE, *(directory / name for name in files)):
+
+    def check(path: Path) -> None:
         try:
             check_owner(path, allowed)
         except Unusable as error:
             raise Unusable(f"{error} (data.trusted_owners, data.trusted_dirs)") from error
+
+    # Before anything in it is read: the folders of others may be many, and large.
+    if os.path.lexists(directory):
+        check(directory)
+    files = files_of(read_meta(directory))
+    for name in (META_FILE, *files):
+        check(directory / name)
     return files

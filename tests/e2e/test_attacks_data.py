@@ -1,0 +1,71 @@
+"""Mallory prepares the corpus that researcher trains on next, with tokens of his own."""
+
+from __future__ import annotations
+
+import base64
+import uuid
+from collections.abc import Iterator
+
+import pytest
+from lab import Lab
+
+pytestmark = pytest.mark.lab
+
+# Writes another token in every place, and checksums that match.
+OVERWRITE = """
+import hashlib, json, pathlib, sys
+folder = pathlib.Path(sys.argv[1])
+meta = json.loads((folder / "meta.json").read_text())
+for entry in meta["splits"]["train"]:
+    file = folder / f"{entry['name']}.bin"
+    file.write_bytes(b"*\\0" * entry["tokens"])
+    entry["sha256"][file.name] = hashlib.sha256(file.read_bytes()).hexdigest()
+(folder / "meta.json").write_text(json.dumps(meta))
+"""
+
+
+@pytest.fixture
+def corpus(lab: Lab) -> Iterator[str]:
+    """A corpus in the shared directory that nobody has prepared; what is prepared of it goes with it."""
+    path = f"/shared/data/corpus-{uuid.uuid4().hex}.jsonl"
+    lines = r"""seq 400 | sed 's/.*/{"text": "& bottles of beer on the wall, & bottles of beer"}/'"""
+    unique = f"""echo '{{"text": "{uuid.uuid4()}"}}'"""
+    done = lab.run("ctl", f"({lines}; {unique}) >{path} && chmod 644 {path}")
+    assert done.returncode == 0, done.stderr
+    yield path
+    newer = f"find /shared/data -mindepth 1 -maxdepth 1 -type d -newer {path}"
+    lab.run("ctl", f"{newer} -exec rm -rf {{}} +; rm {path}")
+
+
+def prepare(lab: Lab, user: str, corpus: str) -> tuple[str, str]:
+    """Prepares the corpus as a user's job; returns the folder and all that was printed."""
+    settings = "--set data.min_bytes=1 --set data.vocab_size=300 --set model.vocab_size=300"
+    done = lab.run(
+        "ctl",
+        f"/opt/ictx/bin/ictx data prepare --config pretrain/tiny.yaml --corpus {corpus} --out /shared/data {settings}",
+        user=user,
+    )
+    assert done.returncode == 0, done.stderr + done.stdout
+    return done.stdout.split()[-1], done.stdout
+
+
+@pytest.mark.attack(
+    "H2",
+    "mallory prepares researcher's corpus first, and overwrites every token and the checksums",
+    before="researcher's job reported that the corpus was there already, and trained on mallory's tokens",
+    now="the job prepares a copy of its own, which mallory cannot change, and goes on using it",
+)
+def test_a_corpus_that_another_user_prepared_is_not_trained_on(lab: Lab, corpus: str) -> None:
+    his, _ = prepare(lab, "mallory", corpus)
+    program = base64.b64encode(OVERWRITE.encode()).decode()
+    done = lab.run("ctl", f"echo {program} | base64 --decode | python3 - {his}", user="mallory")
+    assert done.returncode == 0, done.stderr
+    mine, printed = prepare(lab, "researcher", corpus)
+    assert mine != his
+    assert f"not used: {his}: belongs to user id" in printed
+    assert lab.run("ctl", f"stat -c '%U %a' {mine}").stdout == "researcher 755\n"
+    assert lab.run("ctl", f"echo >>{mine}/train-00000.bin", user="mallory").returncode != 0
+    assert lab.run("ctl", f"mv {mine} {mine}-away", user="mallory").returncode != 0
+    again, printed = prepare(lab, "researcher", corpus)
+    assert again == mine
+    assert "holds this corpus already" in printed
