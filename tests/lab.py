@@ -31,7 +31,8 @@ class Lab:
     def tracking(self) -> dict[str, str]:
         """Returns the environment in which MLflow's client reaches the lab's server as its administrator."""
         return {
-            "MLFLOW_TRACKING_URI": f"http://{self.address('kube1')}:30500",
+            "MLFLOW_TRACKING_URI": f"https://{self.address('kube1')}:30500",
+            "MLFLOW_TRACKING_SERVER_CERT_PATH": str(STATE / "ca/ca.crt"),
             "MLFLOW_TRACKING_USERNAME": "admin",
             "MLFLOW_TRACKING_PASSWORD": (STATE / "secrets/mlflow_admin_password").read_text().strip(),
         }

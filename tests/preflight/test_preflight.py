@@ -93,3 +93,20 @@ def test_the_lab_passes() -> None:
         ["ansible-playbook", "playbooks/preflight.yml"], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.attack(
+    "H3",
+    "an inventory whose ictx_mlflow_uri is http://",
+    before="accepted: passwords of users and of the administrator in clear text on the network",
+    now="refused by preflight, unless ictx_mlflow_plain_http accepts it",
+)
+def test_passwords_in_clear_text_and_promoters_who_are_no_users_are_refused(tmp_path: Path) -> None:
+    uri = "http://192.0.2.30:30500"
+    done = preflight(tmp_path, ictx_mlflow_uri=uri, ictx_promoters=["eve"])
+    assert done.returncode != 0
+    output = done.stdout + done.stderr
+    assert "- ictx_mlflow_uri: passwords would be readable on the network: use https://" in output
+    assert "- ictx_promoters: eve is not one of ictx_users" in output
+    assert preflight(tmp_path, ictx_mlflow_uri=uri, ictx_mlflow_plain_http=True).returncode == 0
+    assert preflight(tmp_path, ictx_mlflow_uri="http://127.0.0.1:5000").returncode == 0

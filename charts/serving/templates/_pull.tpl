@@ -15,6 +15,8 @@ env:
   {{- include "serving.baseEnv" . | nindent 2 }}
   - name: MLFLOW_TRACKING_URI
     value: {{ .Values.mlflow.trackingUri | quote }}
+  - name: ICTX_PROMOTED_ONLY
+    value: {{ .Values.pull.promotedOnly | quote }}
   - name: MLFLOW_DISABLE_TELEMETRY
     value: "true"
   {{- with .Values.mlflow }}

@@ -102,7 +102,12 @@ def parser() -> argparse.ArgumentParser:
     )
     pull.add_argument("uri", help="models:/<name>@<alias> or models:/<name>/<version>")
     pull.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="where its files go")
-    pull.add_argument("--promoted", action="store_true", help="refuse a version that no promoter verified")
+    pull.add_argument(
+        "--promoted",
+        action="store_true",
+        default=os.environ.get("ICTX_PROMOTED_ONLY") == "true",
+        help="refuse a version that no promoter verified (also: ICTX_PROMOTED_ONLY=true)",
+    )
     pull.set_defaults(run=run_pull)
 
     promote = areas.add_parser(
