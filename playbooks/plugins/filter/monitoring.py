@@ -1,11 +1,9 @@
-"""Ansible filters: targets from hosts, passwords as Prometheus' web ports want them, text without secrets."""
+"""Ansible filters: targets from hosts, passwords as Prometheus' web ports want them."""
 
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import bcrypt
@@ -39,35 +37,12 @@ def scrape_targets(hosts: Iterable[str], hostvars: Mapping[str, Any], port: int,
     ]
 
 
-# A setting whose name says that its value is a secret: the value ends with the line or its quotes.
-NAMED = re.compile(r"(?i)(\w*(?:pass(?:word)?|secret|token|api_?key)\w*[\"']?\s*[=:]\s*[\"']?)([^\s\"',]{4,})")
-
-
-def secret_value(path: str) -> str:
-    """Returns the secret that a file holds, empty for one that is no text."""
-    return Path(path).read_bytes().decode(errors="ignore").split(" salt=")[0].strip()
-
-
-def redacted(text: str, secrets: Mapping[str, str]) -> str:
-    """Returns the text without the secrets (name → value), and without values of settings that are named like some."""
-    for name, value in sorted(secrets.items(), key=lambda item: -len(item[1])):
-        if len(value.strip()) >= 8:
-            text = text.replace(value.strip(), f"[{name}]")
-    text = re.sub(
-        r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?-----END [A-Z ]*PRIVATE KEY-----", "[private key]", text, flags=re.S
-    )
-    text = re.sub(r"\$2[aby]\$\d\d\$[./A-Za-z0-9]{53}", "[hash]", text)
-    return NAMED.sub(r"\1[redacted]", text)
-
-
 class FilterModule:
     """The filters of this file."""
 
     def filters(self) -> dict[str, Callable[..., Any]]:
         """Returns them by name."""
         return {
-            "redacted": redacted,
-            "secret_value": secret_value,
             "scrape_targets": scrape_targets,
             "web_password": web_password,
             "web_users": web_users,
