@@ -154,6 +154,19 @@ def target(admin: Account) -> Iterator[Target]:
     assert after == tags
 
 
+def run_ictx(account: Account, *words: object) -> subprocess.CompletedProcess[str]:
+    """Runs Python with the workload's package, as the account."""
+    environment = {
+        "MLFLOW_TRACKING_URI": account.uri,
+        "MLFLOW_TRACKING_USERNAME": account.name,
+        "MLFLOW_TRACKING_PASSWORD": account.password,
+        "MLFLOW_TRACKING_SERVER_CERT_PATH": str(STATE / "ca/ca.crt"),
+        "PYTHONPATH": str(ROOT / "workload/src"),
+    }
+    command = [str(word) for word in (ROOT / ".venv-workload/bin/python", *words)]
+    return subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, check=False)
+
+
 def changes(target: Target) -> list[tuple[str, str, Any]]:
     """Returns requests that change the model, its versions or the run: method, path, body."""
     version, run = {"name": MODEL, "version": target.version}, {"run_id": target.run}
@@ -304,6 +317,37 @@ def test_the_command_line_promotes_for_promoters_only(lab: Lab, target: Target) 
     assert f"models:/{MODEL}@{ALIAS} is version {target.version}" in done.stdout
 
 
+TRACKER = """
+import pathlib, sys
+from ictx.train.tracking import Tracker
+folder = pathlib.Path(sys.argv[1])
+(folder / "export").mkdir()
+(folder / "export" / "config.json").write_text("{}")
+tracker = Tracker(folder, "pretrain", {}, patience=0)
+version = tracker.register(folder / "export", sys.argv[2], "candidate")
+tracker.finish("FINISHED")
+print(tracker.experiment, tracker.model, version)
+"""
+
+
+def test_a_job_with_the_names_of_another_user_loses_nothing(
+    lab: Lab, admin: Account, target: Target, tmp_path: Path
+) -> None:
+    candidate = admin.get(f"/registered-models/alias?name={MODEL}&alias=candidate")
+    bob = of_person(lab, "bob")
+    before = {model["name"] for model in admin.get("/registered-models/search").get("registered_models", [])}
+    done = run_ictx(bob, "-c", TRACKER, tmp_path, MODEL)
+    assert done.returncode == 0, done.stderr
+    experiment, model, version = done.stdout.splitlines()[-1].split()
+    assert experiment == "pretrain-bob"
+    assert model == f"{MODEL}-bob"
+    assert admin.get(f"/registered-models/alias?name={model}&alias=candidate")["model_version"]["version"] == version
+    assert admin.get(f"/registered-models/alias?name={MODEL}&alias=candidate") == candidate
+    what = ("registered-models", {"name": model}) if model not in before else (
+        "model-versions", {"name": model, "version": version})  # fmt: skip
+    assert bob.call("DELETE", f"/api/2.0/mlflow/{what[0]}/delete", what[1])[0] == 200
+
+
 @READS_ONLY
 def test_the_account_of_the_serving_pods_only_reads(serving: Account, target: Target) -> None:
     assert json.loads(serving.bytes(f"{target.folder}/config.json"))["model_type"] == "deepseek_v3"
@@ -328,29 +372,7 @@ def test_a_file_that_changed_after_the_promotion_is_refused_by_name(
 
     def pull(folder: str) -> subprocess.CompletedProcess[str]:
         uri = f"models:/{MODEL}/{target.version}"
-        environment = {
-            "MLFLOW_TRACKING_URI": serving.uri,
-            "MLFLOW_TRACKING_USERNAME": serving.name,
-            "MLFLOW_TRACKING_PASSWORD": serving.password,
-            "MLFLOW_TRACKING_SERVER_CERT_PATH": str(STATE / "ca/ca.crt"),
-            "PYTHONPATH": str(ROOT / "workload/src"),
-        }
-        return subprocess.run(
-            [
-                ROOT / ".venv-workload/bin/python",
-                "-m",
-                "ictx",
-                "pull",
-                uri,
-                "--promoted",
-                "--to",
-                str(tmp_path / folder),
-            ],
-            env={**os.environ, **environment},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        return run_ictx(serving, "-m", "ictx", "pull", uri, "--promoted", "--to", tmp_path / folder)
 
     try:
         # The writer of the version may write its files; a space more changes no JSON.
