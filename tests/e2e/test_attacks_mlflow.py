@@ -260,6 +260,26 @@ def test_no_other_way_of_writing_the_request_moves_the_alias(mallory: Account, t
 
 
 @MOVES
+def test_what_is_checked_and_what_is_deleted_are_named_in_one_place(
+    mallory: Account, researcher: Account, target: Target
+) -> None:
+    api = "/api/2.0/mlflow/registered-models"
+    for account, name in ((mallory, "of-mallory"), (researcher, "of-researcher")):
+        assert account.call("POST", f"{api}/create", {"name": name})[0] == 200
+    try:
+        # MLflow alone checks the one in the query, and deletes the one in the body.
+        body = json.dumps({"name": "of-researcher"}).encode()
+        for kind in ("text/plain", "application/x-www-form-urlencoded", "application/octet-stream"):
+            headers = {"Content-Type": kind}
+            assert mallory.call("DELETE", f"{api}/delete?name=of-mallory", body, headers)[0] == 403
+            assert mallory.call("DELETE", f"{api}/alias?name=of-mallory&alias=candidate", body, headers)[0] == 403
+        assert mallory.call("DELETE", f"{api}/delete", {"name": "of-researcher"})[0] == 403
+    finally:
+        for account, name in ((mallory, "of-mallory"), (researcher, "of-researcher")):
+            assert account.call("DELETE", f"{api}/delete", {"name": name})[0] == 200
+
+
+@MOVES
 def test_a_user_replaces_no_file_of_another(mallory: Account, target: Target) -> None:
     before = mallory.bytes(f"{target.folder}/config.json")
     first, rest = target.folder.split("/", 1)

@@ -44,6 +44,9 @@ def _decide():
         roles = {role.name for role in auth.store.list_user_roles(user.id)}
         if (READER in roles or user.username.endswith(PREVIOUS)) and not _reads():
             raise RefusalError(f"{user.username} has a read-only account")
+        # MLflow would take the names that it checks from the query, and those that it uses from the body.
+        if request.method == "DELETE" and not request.is_json and request.get_data():
+            raise RefusalError("the body of a DELETE request must have the Content-Type application/json")
         if not user.is_admin and PROMOTER not in roles:
             _check_rules()
     except RefusalError as refusal:
