@@ -141,6 +141,7 @@ def test_the_charts_test_themselves(release: str) -> None:
 def test_pods_run_as_nobody_in_particular_on_a_root_that_cannot_be_written(core: client.CoreV1Api) -> None:
     for pod in core.list_namespaced_pod(NAMESPACE).items:
         assert pod.spec.security_context.run_as_non_root
+        assert pod.spec.automount_service_account_token is False
         for container in [*pod.spec.containers, *(pod.spec.init_containers or [])]:
             assert container.security_context.read_only_root_filesystem, (pod.metadata.name, container.name)
             assert "@sha256:" in container.image
