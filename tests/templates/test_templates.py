@@ -158,9 +158,79 @@ def test_the_job_script_asks_for_what_the_inventory_says(written: Any) -> None:
     assert "gpus-per-node" not in lab
 
 
-def test_the_server_exports_the_directory_to_the_networks_of_the_inventory(written: Any) -> None:
+@pytest.mark.attack(
+    "M6",
+    "root of a host that mounts the shared directory writes there as root",
+    before="any host of the exported network was root on the storage (no_root_squash)",
+    now="root is nobody, but for the hosts that make folders and images",
+)
+def test_root_of_a_client_is_root_on_the_export_only_where_it_must_be(written: Any) -> None:
     exports = written("example", "storage", "exports.j2", "nas1")
-    assert any(line.startswith("/srv/ictx 192.0.2.0/24(") for line in exports)
+    options = dict(re.findall(r"^/srv/ictx (\S+?)\((\S+)\)$", "\n".join(exports), re.MULTILINE))
+    assert {host: "no_root_squash" in words.split(",") for host, words in options.items()} == {
+        # Two controllers, the accounting database, the image builder; and the network.
+        "192.0.2.11": True, "192.0.2.12": True, "192.0.2.13": True, "192.0.2.15": True, "192.0.2.0/24": False
+    }  # fmt: skip
+    for words in options.values():
+        assert "sync" in words.split(",")
+        assert "async" not in words.split(",")
+
+
+@pytest.mark.attack(
+    "C1",
+    "a hook in a container's state, which slurmstepd has the runtime read",
+    before="the runtime ran as root",
+    now="everything but RunTimeRun, which runs as the user, goes through runuser",
+)
+@pytest.mark.parametrize(("inventory", "host"), [("example", "ctl1"), ("lab", "ctl")])
+def test_the_runtime_never_runs_as_root(written: Any, inventory: str, host: str) -> None:
+    conf = written(inventory, "slurm", "oci.conf.j2", host)
+    commands = dict(re.findall(r'^(RunTime\w+)="(\S+ \S+)', "\n".join(conf), re.MULTILINE))
+    as_user = "/opt/ictx/bin/ictx-oci-as-user '%u'"
+    assert commands.pop("RunTimeRun") == "/opt/ictx/bin/ictx-oci-run '%b'"
+    assert commands == dict.fromkeys(("RunTimeQuery", "RunTimeKill", "RunTimeDelete"), as_user)
+    # What a user's bundle says stands in no command that root's shell reads.
+    assert not [line for line in conf if re.match("RunTime(Query|Kill|Delete)=", line) and re.search("%[bre@]", line)]
+
+
+def test_what_slurmstepd_writes_for_a_user_lies_where_no_link_is_followed(written: Any) -> None:
+    (path,) = (line for line in written("example", "slurm", "oci.conf.j2", "ctl1") if line.startswith("ContainerPath="))
+    assert path == "ContainerPath=/run/ictx-oci/.steps/%j.%s"
+    tasks = yaml.safe_load((ROOT / "roles/slurm/tasks/prepare.yml").read_text())
+    (mount,) = (task["ansible.posix.mount"] for task in tasks if "ansible.posix.mount" in task)
+    assert {"nosymfollow", "nosuid", "nodev"} <= set(mount["opts"].split(","))
+    unit = written("example", "slurm", "slurmd.service.conf.j2", "gpu1")
+    assert "AssertPathIsMountPoint=/run/ictx-oci" in unit
+
+
+@pytest.mark.attack(
+    "M7",
+    "users look at one another's jobs, preempt them, and meet in /tmp and /dev/shm",
+    before="all of it was allowed",
+    now="PrivateData, QOS of the partition, an epilog, and a /tmp of its own for each job",
+)
+def test_users_of_slurm_are_kept_apart(written: Any) -> None:
+    conf = written("example", "slurm", "slurm.conf.j2", "ctl1")
+    settings = dict(line.split("=", 1) for line in conf if re.match(r"\w+=", line))
+    assert {"jobs", "usage", "users"} <= set(settings["PrivateData"].split(","))
+    assert {"associations", "limits", "qos"} <= set(settings["AccountingStorageEnforce"].split(","))
+    assert settings["Epilog"] == "/etc/slurm/epilog.d/*"
+    assert (settings["PrologFlags"], settings["JobContainerType"]) == ("Contain", "job_container/tmpfs")
+    (urgent,) = (line for line in conf if line.startswith("PartitionName=urgent"))
+    assert "AllowQos=urgent" in urgent.split()
+
+
+def test_the_lab_cannot_track_processes_and_so_shares_tmp(written: Any) -> None:
+    conf = written("lab", "slurm", "slurm.conf.j2", "ctl")
+    assert "JobContainerType=job_container/none" in conf
+    assert "PrologFlags=Alloc" in conf
+
+
+def test_what_others_may_not_know_is_on_no_command_line_of_the_job_script(written: Any) -> None:
+    script = "\n".join(written("example", "slurm_jobs", "pretrain.sbatch.j2", "login1"))
+    assert "--master-port" not in script
+    assert "--rdzv-id" not in script
+    assert not re.search(r"^[^#]*\bsource ", script, re.MULTILINE), "passwords are read inside the container"
 
 
 def test_the_driver_stays_on_the_branch_of_the_inventory(written: Any) -> None:

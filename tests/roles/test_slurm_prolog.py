@@ -1,0 +1,76 @@
+"""The prolog makes the folder of a user's containers, and gives nobody what was there before."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+from cluster import ROOT
+
+pytestmark = pytest.mark.skipif(os.getuid() != 0, reason="gives folders to another user, as root does")
+
+NOBODY = 65534
+
+
+@pytest.fixture
+def state(tmp_path: Path) -> Path:
+    """Returns the folder that the prolog makes."""
+    return tmp_path / "oci/nobody"
+
+
+def prolog(state: Path, uid: int = NOBODY) -> subprocess.CompletedProcess[str]:
+    """Runs the prolog of a job."""
+    text = (ROOT / "roles/slurm/templates/prolog.j2").read_text()
+    script = state.parents[1] / "prolog"
+    script.write_text(text.replace("{{ _slurm_oci_state_dir | quote }}", str(state.parent)))
+    environment = {"SLURM_JOB_UID": str(uid), "SLURM_JOB_ID": "17", "SLURM_JOB_USER": "../../etc"}
+    return subprocess.run(["sh", script], env=environment, capture_output=True, text=True, check=False)
+
+
+def owner_and_mode(path: Path) -> tuple[int, int]:
+    about = path.lstat()
+    return about.st_uid, about.st_mode & 0o7777
+
+
+def test_a_user_gets_a_folder_that_only_he_can_write_to(state: Path) -> None:
+    done = prolog(state)
+    assert done.returncode == 0, done.stderr
+    assert owner_and_mode(state) == (NOBODY, 0o700)
+    assert owner_and_mode(state.parent) == (0, 0o711)
+    assert (state.parent / f".jobs/{NOBODY}/17").exists()
+    assert owner_and_mode(state.parent / ".jobs") == (0, 0o700)
+
+
+def test_a_folder_that_its_user_has_opened_is_closed_again(state: Path) -> None:
+    prolog(state)
+    state.chmod(0o777)
+    assert prolog(state).returncode == 0
+    assert owner_and_mode(state) == (NOBODY, 0o700)
+
+
+@pytest.mark.parametrize("kind", ["link", "file", "another's folder"])
+def test_what_is_not_the_users_folder_stops_the_job_and_stays_as_it_is(state: Path, kind: str) -> None:
+    state.parent.mkdir()
+    target = state.parents[1] / "of-root"
+    target.mkdir(mode=0o700)
+    match kind:
+        case "link":
+            state.symlink_to(target)
+        case "file":
+            state.write_text("")
+        case _:
+            state.mkdir()
+            os.chown(state, 1, 1)
+    before = [owner_and_mode(path) for path in (state, target)]
+    done = prolog(state)
+    assert done.returncode == 1
+    assert f"{state} " in done.stderr
+    assert [owner_and_mode(path) for path in (state, target)] == before
+
+
+def test_a_number_without_a_name_starts_no_job(state: Path) -> None:
+    done = prolog(state, uid=3_999_999)
+    assert done.returncode == 1
+    assert "3999999" in done.stderr
