@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,11 @@ import pytest
 import yaml
 from ansible.template import Templar
 from cluster import ROOT, Cluster, trusted
+from hypothesis import given
+from hypothesis import strategies as st
+from programs import loaded
+
+images_in_use = loaded(ROOT / "roles/image_bake/files/images-in-use")
 
 BUILT_WITH_KERNELS = ("training", "serving")
 
@@ -49,6 +57,22 @@ def test_other_gpus_make_another_image(tmp_path: Path) -> None:
         assert changed == (name in BUILT_WITH_KERNELS), name
 
 
+def play(tasks: str, variables: dict[str, Any], folder: Path) -> subprocess.CompletedProcess[str]:
+    """Runs some of the role's tasks on this machine; programs in the folder come first."""
+    run = [{"ansible.builtin.include_role": {"name": "image_bake", "tasks_from": tasks}}]
+    file = folder / "play.yml"
+    start = {"hosts": "localhost", "connection": "local", "gather_facts": False, "vars": variables, "tasks": run}
+    file.write_text(yaml.safe_dump([start]))
+    return subprocess.run(
+        ["ansible-playbook", "-i", "localhost,", str(file)],
+        cwd=ROOT,
+        env={**os.environ, "PATH": f"{folder}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
 @pytest.mark.parametrize(("accelerator", "refused"), [("cpu", True), ("cuda", False)])
 def test_images_without_cuda_hold_no_kernels(accelerator: str, refused: bool, tmp_path: Path) -> None:
     variables = {
@@ -60,13 +84,7 @@ def test_images_without_cuda_hold_no_kernels(accelerator: str, refused: bool, tm
         "image_bake_registry_password_file": str(tmp_path / "password"),
         "image_bake_source_dir": str(ROOT),
     }
-    tasks = [{"ansible.builtin.include_role": {"name": "image_bake", "tasks_from": "preflight.yml"}}]
-    file = tmp_path / "play.yml"
-    start = {"hosts": "localhost", "connection": "local", "gather_facts": False, "vars": variables, "tasks": tasks}
-    file.write_text(yaml.safe_dump([start]))
-    done = subprocess.run(
-        ["ansible-playbook", "-i", "localhost,", str(file)], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    done = play("preflight.yml", variables, tmp_path)
     assert ("images without CUDA hold no Triton" in done.stdout) == refused, done.stdout + done.stderr
     assert (done.returncode != 0) == refused
 
@@ -82,3 +100,88 @@ def test_triton_reads_the_folder_that_the_build_fills(name: str) -> None:
     assert wanted in {node.name for node in tree.body if isinstance(node, ast.ClassDef)}
     # Which kernels there are follows the configs: they come before the build.
     assert text.index("COPY configs /opt/ictx/configs") < text.index("kernels build")
+
+
+def digest(number: int) -> str:
+    """Returns the name of a layout."""
+    return f"{number:064x}"
+
+
+@pytest.fixture
+def shared(tmp_path: Path) -> Path:
+    """A shared directory with six layouts that are between 60 and 66 days old, 0 the oldest, which is current."""
+    layouts = tmp_path / "images/training"
+    for number in range(6):
+        folder = layouts / digest(number)
+        folder.mkdir(parents=True)
+        then = time.time() - (66 - number) * 24 * 3600
+        os.utime(folder, (then, then))
+    (layouts / "current").symlink_to(digest(0))
+    return tmp_path
+
+
+def bundle(shared: Path, path: str, number: int) -> None:
+    """Makes a bundle of a layout."""
+    file = shared / path / "config.json"
+    file.parent.mkdir(parents=True)
+    file.write_text(f'{{"root": {{"path": "{shared}/images/training/{digest(number)}/rootfs"}}}}')
+
+
+@pytest.mark.attack(
+    "M5",
+    "the newest image is rolled back to one that is older than a month, or a job waits that long in the queue",
+    before="the next bake removed the image that was current, or the job's",
+    now="what is current and what a job's bundle names stays, whatever its age",
+)
+@pytest.mark.parametrize("answers", [True, False], ids=["controller answers", "controller is down"])
+def test_the_current_image_and_those_of_jobs_are_not_removed(shared: Path, answers: bool) -> None:
+    bundle(shared, "bundles/bob/17", 1)  # in the queue
+    bundle(shared, "runs/bob/18/bundle", 2)  # in the queue, of an earlier release
+    bundle(shared, "bundles/bob/16", 3)  # over
+    (shared / "squeue").write_text("#!/bin/sh\necho 17\necho 18\n" if answers else "#!/bin/sh\nexit 1\n")
+    (shared / "squeue").chmod(0o755)
+    variables = {
+        "image_bake_shared_dir": str(shared),
+        "image_bake_keep": 1,
+        "ansible_python_interpreter": sys.executable,
+    }
+    done = play("collect.yml", variables, shared)
+    assert done.returncode == 0, done.stdout
+    left = {path.name for path in (shared / "images/training").iterdir()} - {"current"}
+    # 5 is the newest.
+    assert left == {digest(number) for number in ((0, 1, 2, 5) if answers else range(6))}
+
+
+def test_images_are_found_in_bundles_only(shared: Path) -> None:
+    for number, name in enumerate(("17", "18", "ictx-a1b2")):
+        bundle(shared, f"bundles/bob/{name}", number)
+    (shared / "bundles/eve").symlink_to(shared / "bundles/bob")
+    os.mkfifo(shared / "bundles/bob/config.json")
+    (shared / "bundles/bob/19").mkdir()
+    os.mkfifo(shared / "bundles/bob/19/config.json")
+    (shared / "bundles/bob/20").mkdir()
+    (shared / "bundles/bob/20/config.json").symlink_to(shared / "bundles/bob/18/config.json")
+    assert images_in_use.in_use(shared, {"17", "19", "20"}) == {digest(0), digest(2)}
+
+
+@given(content=st.binary(max_size=200), number=st.integers(0, 2**256 - 1), after=st.binary(max_size=20))
+def test_digests_are_found_in_whatever_a_user_writes(
+    tmp_path_factory: pytest.TempPathFactory, content: bytes, number: int, after: bytes
+) -> None:
+    file = tmp_path_factory.mktemp("bundle") / "config.json"
+    file.write_bytes(content + b"/" + digest(number).encode() + b"/" + after)
+    assert digest(number) in images_in_use.digests(file)
+
+
+def test_a_layout_has_no_program_with_rights_of_its_own(tmp_path: Path) -> None:
+    text = (ROOT / "roles/image_bake/tasks/layout.yml").read_text()
+    (command,) = re.findall(r"^ +(find .*)$", text, re.MULTILINE)
+    root = tmp_path / "rootfs"
+    for name, mode in {"su": 0o4755, "wall": 0o2755, "tmp": 0o1777, "plain": 0o644}.items():
+        (root / name).mkdir(parents=True)
+        (root / name).chmod(mode)
+    (root / "link").symlink_to("/etc/passwd")
+    subprocess.run(["bash", "-c", command], env={**os.environ, "draft": str(tmp_path)}, check=True)
+    modes = {name: (root / name).stat().st_mode & 0o7777 for name in ("su", "wall", "tmp", "plain")}
+    assert modes == {"su": 0o755, "wall": 0o755, "tmp": 0o1755, "plain": 0o644}
+    assert Path("/etc/passwd").stat().st_mode & 0o777 == 0o644
