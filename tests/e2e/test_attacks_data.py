@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import uuid
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 import pytest
 from lab import Lab
@@ -24,29 +25,35 @@ for entry in meta["splits"]["train"]:
 """
 
 
+@dataclass
+class Corpus:
+    """A corpus in the shared directory, and the folders with it prepared."""
+
+    lab: Lab
+    path: str
+    made: set[str] = field(default_factory=set)
+
+    def prepare(self, user: str) -> tuple[str, str]:
+        """Prepares it as a user's job; returns the folder and all that was printed."""
+        settings = "--set data.min_bytes=1 --set data.vocab_size=300 --set model.vocab_size=300"
+        command = f"/opt/ictx/bin/ictx data prepare --config pretrain/tiny.yaml --corpus {self.path} --out /shared/data"
+        done = self.lab.run("ctl", f"{command} {settings}", user=user)
+        assert done.returncode == 0, done.stderr + done.stdout
+        self.made.add(folder := done.stdout.split()[-1])
+        return folder, done.stdout
+
+
 @pytest.fixture
-def corpus(lab: Lab) -> Iterator[str]:
-    """A corpus in the shared directory that nobody has prepared; what is prepared of it goes with it."""
+def corpus(lab: Lab) -> Iterator[Corpus]:
+    """A corpus that nobody has prepared yet."""
     path = f"/shared/data/corpus-{uuid.uuid4().hex}.jsonl"
     lines = r"""seq 400 | sed 's/.*/{"text": "& bottles of beer on the wall, & bottles of beer"}/'"""
     unique = f"""echo '{{"text": "{uuid.uuid4()}"}}'"""
     done = lab.run("ctl", f"({lines}; {unique}) >{path} && chmod 644 {path}")
     assert done.returncode == 0, done.stderr
-    yield path
-    newer = f"find /shared/data -mindepth 1 -maxdepth 1 -type d -newer {path}"
-    lab.run("ctl", f"{newer} -exec rm -rf {{}} +; rm {path}")
-
-
-def prepare(lab: Lab, user: str, corpus: str) -> tuple[str, str]:
-    """Prepares the corpus as a user's job; returns the folder and all that was printed."""
-    settings = "--set data.min_bytes=1 --set data.vocab_size=300 --set model.vocab_size=300"
-    done = lab.run(
-        "ctl",
-        f"/opt/ictx/bin/ictx data prepare --config pretrain/tiny.yaml --corpus {corpus} --out /shared/data {settings}",
-        user=user,
-    )
-    assert done.returncode == 0, done.stderr + done.stdout
-    return done.stdout.split()[-1], done.stdout
+    result = Corpus(lab, path)
+    yield result
+    lab.run("ctl", f"rm -r {path} {' '.join(result.made)}")
 
 
 @pytest.mark.attack(
@@ -55,17 +62,17 @@ def prepare(lab: Lab, user: str, corpus: str) -> tuple[str, str]:
     before="researcher's job reported that the corpus was there already, and trained on mallory's tokens",
     now="the job prepares a copy of its own, which mallory cannot change, and goes on using it",
 )
-def test_a_corpus_that_another_user_prepared_is_not_trained_on(lab: Lab, corpus: str) -> None:
-    his, _ = prepare(lab, "mallory", corpus)
+def test_a_corpus_that_another_user_prepared_is_not_trained_on(lab: Lab, corpus: Corpus) -> None:
+    his, _ = corpus.prepare("mallory")
     program = base64.b64encode(OVERWRITE.encode()).decode()
     done = lab.run("ctl", f"echo {program} | base64 --decode | python3 - {his}", user="mallory")
     assert done.returncode == 0, done.stderr
-    mine, printed = prepare(lab, "researcher", corpus)
+    mine, printed = corpus.prepare("researcher")
     assert mine != his
     assert f"not used: {his}: belongs to user id" in printed
     assert lab.run("ctl", f"stat -c '%U %a' {mine}").stdout == "researcher 755\n"
     assert lab.run("ctl", f"echo >>{mine}/train-00000.bin", user="mallory").returncode != 0
     assert lab.run("ctl", f"mv {mine} {mine}-away", user="mallory").returncode != 0
-    again, printed = prepare(lab, "researcher", corpus)
+    again, printed = corpus.prepare("researcher")
     assert again == mine
     assert "holds this corpus already" in printed

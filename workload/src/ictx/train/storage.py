@@ -11,6 +11,7 @@ import io
 import os
 import pickle
 from collections.abc import Collection, Generator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 
-from ictx.manifest import MANIFEST_FILE, Entry, Unusable, open_regular
+from ictx.manifest import BLOCK, MANIFEST_FILE, Entry, Unusable, open_regular
 
 INDEX_FILE = ".metadata"
 """PyTorch's: written last, it lists which tensor lies where."""
@@ -55,14 +56,21 @@ class Misfit(Exception):
 class _HashedFile(io.BufferedWriter):
     """A new file that only its owner can write to."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, hasher: ThreadPoolExecutor) -> None:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
         super().__init__(io.FileIO(descriptor, "wb"))
-        self.sha256, self.size = hashlib.sha256(), 0
+        self.hasher, self.sha256, self.size = hasher, hashlib.sha256(), 0
 
     def write(self, content: Any) -> int:
-        self.sha256.update(content)
-        count = super().write(content)
+        # Both release the interpreter's lock: what is large is hashed while it goes to the storage.
+        hashed = self.hasher.submit(self.sha256.update, content) if len(content) >= BLOCK else None
+        if not hashed:
+            self.sha256.update(content)
+        try:
+            count = super().write(content)
+        finally:
+            if hashed:
+                hashed.result()
         self.size += count
         return count
 
@@ -72,11 +80,12 @@ class _HashingFiles(FileSystem):
 
     def __init__(self) -> None:
         self.entries: dict[str, Entry] = {}
+        self.hasher = ThreadPoolExecutor(1)
 
     @contextmanager
     def create_stream(self, path: str | os.PathLike[str], mode: str) -> Generator[Any, None, None]:
         assert mode == "wb"
-        with _HashedFile(Path(path)) as file:
+        with _HashedFile(Path(path), self.hasher) as file:
             yield file
         self.entries[Path(path).name] = Entry(file.sha256.hexdigest(), file.size)
 
