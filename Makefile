@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: help lab test test-full check-fast lint unit bench-cpu kernels dashboards down clean
+.PHONY: help lab test test-full check-fast lint unit bench-cpu kernels audit dashboards down clean
 
 help: ## Show every target
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,6 +41,9 @@ bench-cpu: ## Run every benchmark that needs no GPU
 kernels: ## Compile every GPU kernel for every target (no GPU needed) and report what each takes
 	@scripts/bootstrap workload
 	@.venv-workload/bin/ictx kernels build
+
+audit: ## Compare the locked packages with known vulnerabilities, offline
+	@scripts/audit
 
 dashboards: ## Write the dashboards' JSON, and draw every panel with the lab's data into docs/images/dashboards
 	@scripts/bootstrap test
