@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 from conftest import VOCABULARY, Commands
 
-from ictx.cli import main
 from ictx.data.config import DataConfig
 from ictx.data.prepare import prepare
 from ictx.data.shards import verify
@@ -76,7 +75,11 @@ def test_data_that_was_changed_is_prepared_anew(
 )
 @as_root
 def test_data_of_another_user_is_neither_used_nor_in_the_way(
-    tmp_path: Path, corpus: Path, config: DataConfig, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    corpus: Path,
+    config: DataConfig,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     his = prepare([corpus], tmp_path, config)
     overwrite_tokens(his)
@@ -92,35 +95,14 @@ def test_data_of_another_user_is_neither_used_nor_in_the_way(
     assert "not used for such reasons: 1 more folders with this name" in out
     assert prepare([corpus], tmp_path, config) == own
     assert (own / "train-00000.bin").read_bytes() != (his / "train-00000.bin").read_bytes()
+    monkeypatch.setenv("ICTX_TRUSTED_DATA", f"/nowhere:{his}")
+    given = DataConfig(VOCABULARY, 100_000, 0.1, tokenizer=config.tokenizer)
     for trusting in (
         dataclasses.replace(config, trusted_owners=(MALLORY,)),
         dataclasses.replace(config, trusted_dirs=(his,)),
+        given,
     ):
         assert prepare([corpus], tmp_path, trusting) == his
-
-
-@pytest.mark.parametrize("change", [lambda d: d.chmod(0o775), overwrite_tokens, shutil.rmtree, None])
-def test_a_restart_goes_on_with_its_data_or_has_it_prepared_anew(
-    commands: Commands,
-    tmp_path: Path,
-    corpus: Path,
-    prepared: Path,
-    change: Callable[[Path], object] | None,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    link, out = tmp_path / "link", tmp_path / "out"
-    arguments = ["data", "prepare", "--config", commands.folder / "test.yaml", "--corpus", corpus, "--out", out]
-    arguments += ["--link", link, "--keep", f"--set=data.tokenizer={prepared}"]
-    monkeypatch.setattr("sys.argv", ["ictx", *map(str, arguments)])
-    assert main() == 0
-    first = link.resolve()
-    if change:
-        change(first)
-    else:
-        monkeypatch.setattr("ictx.data.prepare.Corpus.scan", lambda _: pytest.fail("sources are read"))
-    assert main() == 0
-    verify(link)
-    assert (link.resolve() == first) == (change in (None, shutil.rmtree))
 
 
 def deep(path: Path) -> None:

@@ -79,9 +79,6 @@ def parser() -> argparse.ArgumentParser:
     )
     prepare.add_argument("--out", type=Path, required=True, help="folder below which the prepared corpus is put")
     prepare.add_argument("--link", type=Path, help="symbolic link to make to the prepared corpus")
-    prepare.add_argument(
-        "--keep", action="store_true", help="read no source if the link leads to intact data of somebody who is trusted"
-    )
     prepare.set_defaults(run=run_prepare)
     verify = data.add_parser("verify", help="read a prepared corpus and compare it with its checksums")
     verify.add_argument("dir", type=Path, metavar="DIR", help="what `ictx data prepare` printed")
@@ -136,17 +133,13 @@ def drive_models(target: int) -> None:
 
 def run_prepare(arguments: argparse.Namespace) -> int:
     """`ictx data prepare`."""
-    from ictx.data.prepare import prepare, usable
+    from ictx.data.prepare import prepare
     from ictx.train.config import load
 
     # A job that is told to stop tidies up like one that fails.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     # The whole configuration is read: what is wrong in it shows before the corpus is read, not after.
-    config = load(arguments.config, arguments.set).data
-    if arguments.keep and arguments.link and arguments.link.exists() and usable(arguments.link.resolve(), config):
-        print(arguments.link.resolve())
-        return 0
-    directory = prepare(arguments.corpus, arguments.out, config)
+    directory = prepare(arguments.corpus, arguments.out, load(arguments.config, arguments.set).data)
     if arguments.link:
         draft = arguments.link.with_name(f"{arguments.link.name}.part")
         draft.unlink(missing_ok=True)

@@ -99,17 +99,6 @@ def prepare(sources: Sequence[str | Path], out: Path, config: DataConfig) -> Pat
     return directory
 
 
-def usable(directory: Path, config: DataConfig) -> bool:
-    """Whether a folder holds data of somebody who is trusted, and all that was written; if not, prints why."""
-    try:
-        trusted_files(directory, config)
-        verify(directory)
-    except (Unusable, OSError) as error:
-        print(f"not used: {error}", flush=True)
-        return False
-    return True
-
-
 def _held(out: Path, name: str, fingerprint: str, config: DataConfig) -> Path | None:
     """Returns a folder that holds the corpus: of somebody who is trusted, every file of it what was written.
 
