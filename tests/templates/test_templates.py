@@ -188,6 +188,8 @@ def test_the_runtime_never_runs_as_root(written: Any, inventory: str, host: str)
     commands = dict(re.findall(r'^(RunTime\w+)="(\S+ \S+)', "\n".join(conf), re.MULTILINE))
     as_user = "/opt/ictx/bin/ictx-oci-as-user '%u'"
     assert commands.pop("RunTimeRun") == "/opt/ictx/bin/ictx-oci-run '%b'"
+    run = next(line for line in conf if line.startswith("RunTimeRun="))
+    assert re.search(r"ictx-oci-run '%b' '%r' (runc|nvidia-container-runtime) --", run)
     assert commands == dict.fromkeys(("RunTimeQuery", "RunTimeKill", "RunTimeDelete"), as_user)
     # What a user's bundle says stands in no command that root's shell reads.
     assert not [line for line in conf if re.match("RunTime(Query|Kill|Delete)=", line) and re.search("%[bre@]", line)]
