@@ -232,3 +232,25 @@ def test_backups_open_with_another_password_and_keep_what_they_have(lab: Lab) ->
     snapshots = json.loads(lab.run("ctl", "/opt/ictx/bin/ictx-backup restic snapshots --json").stdout)
     assert {tag for snapshot in snapshots for tag in snapshot["tags"]} == {"accounting", "slurm-state"}
     assert lab.run("ctl", "systemctl start ictx-backup").returncode == 0
+
+
+@pytest.mark.full
+def test_the_authority_is_replaced_while_clients_verify(lab: Lab) -> None:
+    first = (STATE / "ca/current.crt").read_text()
+    key = secret("serving_api_key")
+    # A client reads ca.crt when it connects, as programs on the nodes do.
+    with steady(lambda: models(key)) as refused:
+        rotated("rotate=authority")
+        assert (STATE / "ca/current.crt").read_text() == first
+        rotated("rotate=authority")
+        assert (STATE / "ca/current.crt").read_text() != first
+        rotated("finish=authority")
+    assert refused == []
+    assert (STATE / "ca/ca.crt").read_text().strip() == (STATE / "ca/current.crt").read_text().strip()
+    for node in ("ctl", "n1", "n2", "svc1", "kube1"):
+        verified = lab.run(node, "openssl verify -CAfile /etc/ictx/tls/ca.crt /etc/ictx/tls/host.crt")
+        assert verified.returncode == 0, f"{node}: {verified.stderr}"
+    assert status(f"https://{lab.address('svc1')}:5000/v2/", basic("ictx", secret("registry_password"))) == 200
+    assert status(f"{lab.tracking()['MLFLOW_TRACKING_URI']}/health", "") == 200
+    prometheus = dashboards.Prometheus.of_lab()
+    wait_for("every target being scraped", lambda: prometheus.instant("up == 0") == [], seconds=180)
