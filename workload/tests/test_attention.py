@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ictx.errors import UserError
 from ictx.kernels import dispatch
-from ictx.kernels.attention import Packing, mla_attention, widths
-from ictx.kernels.attention_tuning import AttentionConfig, Tiles
+from ictx.kernels.attention import Packing, choice, mla_attention, operation, widths
+from ictx.kernels.attention_tuning import AttentionConfig, Tiles, attention_config
 
 BOUND = {torch.float16: 2e-3, torch.bfloat16: 8e-3}
 SCALE = 0.07
@@ -110,6 +110,24 @@ def _gradients(q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> tuple[Tensor, .
 
 
 @pytest.mark.usefixtures("interpreter")
+def test_the_operation_is_one_for_pytorch_in_the_interpreter() -> None:
+    """torch.compile and selective recompute see it: its description is right, and compiled code has the same bits."""
+    q, k, v, _ = inputs(33, 2, 192, 128)
+    packing = Packing.of(bounds_of([20, 13]), 33)
+    numbers = attention_config(0).numbers()
+    assert AttentionConfig.of_numbers(numbers) == attention_config(0)
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(operation, (q, k, v, SCALE, packing.first, packing.end, numbers), test_utils=tests)
+    compiled = torch.compile(mla_attention, backend="aot_eager", fullgraph=True)
+    for attend in (mla_attention, compiled):
+        out = attend(q, k, v, SCALE, packing)
+        found = [out, *torch.autograd.grad(out.float().square().sum(), (q, k, v))]
+        if attend is mla_attention:
+            wanted = found
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+@pytest.mark.usefixtures("interpreter")
 def test_views_and_large_values_in_the_interpreter() -> None:
     # Keys and values as the model has them: two views of one projection; scores far beyond what exp can take.
     whole = torch.randn(20, 2, 96, generator=torch.Generator().manual_seed(0)).half()
@@ -124,7 +142,7 @@ def test_views_and_large_values_in_the_interpreter() -> None:
 
 
 def test_interpreted_cases_pass_in_a_process_of_their_own() -> None:
-    passes_interpreted(__file__, "10 passed", "-k", "interpreter")
+    passes_interpreted(__file__, "11 passed", "-k", "interpreter")
 
 
 @pytest.mark.parametrize("dtype", [*BOUND, torch.float64])
@@ -152,6 +170,43 @@ def test_packing_knows_each_tokens_document() -> None:
     assert packing.bounds() == [0, 2, 5]
     again = Packing.of_starts(torch.tensor([False, False, True, False, False, True]))
     assert torch.equal(again.first, packing.first) and torch.equal(again.end, packing.end)
+
+
+def test_rows_are_documents_of_equal_length() -> None:
+    packing = Packing.of_rows(2, 3, torch.device("cpu"))
+    assert (packing.first.tolist(), packing.end.tolist(), packing.equal) == ([0] * 3 + [3] * 3, [3] * 3 + [6] * 3, 2)
+    assert Packing.of(bounds_of([3, 3]), 6).equal == 0, "nobody has looked"
+
+
+@pytest.mark.parametrize(
+    ("cc", "equal", "dtype", "forced", "name"),
+    [
+        (90, True, torch.bfloat16, "auto", "cudnn"),
+        (90, False, torch.bfloat16, "auto", "triton"),
+        (90, True, torch.bfloat16, "triton", "triton"),
+        (90, True, torch.bfloat16, "torch", "torch"),
+        (90, True, torch.float32, "auto", "torch"),
+        (80, True, torch.bfloat16, "auto", "triton"),
+        (80, True, torch.bfloat16, "cudnn", "triton"),
+        (100, True, torch.bfloat16, "auto", "triton"),
+        (100, True, torch.bfloat16, "cudnn", "cudnn"),
+    ],
+)
+def test_cudnn_attends_where_it_was_measured_to_be_faster(
+    cc: int, equal: bool, dtype: torch.dtype, forced: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(dispatch.VARIABLE, forced)
+    monkeypatch.setattr(dispatch, "interpreted", lambda: False)
+    cpu = torch.device("cpu")
+    assert dispatch.choose("mla_attention", cpu, dtype, cc=cc, equal=equal).name == name
+    assert dispatch.choose("mla_prefill", cpu, dtype, cc=cc, equal=equal).name in ("triton", "torch")
+
+
+def test_where_bits_must_repeat_no_library_attends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "interpreted", lambda: False)
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    chosen = dispatch.choose("mla_attention", torch.device("cpu"), torch.bfloat16, cc=90, equal=True)
+    assert chosen.name == "triton"
 
 
 def test_widths_are_powers_of_two() -> None:
@@ -188,12 +243,29 @@ def test_wrong_inputs_are_refused(change: dict[str, object], message: str) -> No
 @pytest.mark.parametrize(
     "lens", [[4095], [4096], [4097], [1], RAGGED, [63, 64, 65, 1000, 127, 128, 129, 700], [2] * 1000]
 )
-def test_attention_agrees_on_a_gpu(lens: list[int], dtype: torch.dtype) -> None:
+def test_attention_agrees_on_a_gpu(lens: list[int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(dispatch.VARIABLE, "triton")
     agrees(inputs(sum(lens), 3, 192, 128, dtype, "cuda"), lens)
 
 
 @pytest.mark.gpu
-def test_the_gradient_has_the_same_bits_each_time() -> None:
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "length"), [(1, 4096), (3, 1000), (2, 65)])
+def test_cudnn_agrees_on_a_gpu(rows: int, length: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(dispatch.VARIABLE, "cudnn")
+    given = inputs(rows * length, 3, 192, 128, dtype, "cuda")
+    packing = Packing.of_rows(rows, length, given[0].device)
+    if choice("mla_attention", given[0], 128, packing.equal).name != "cudnn":
+        pytest.skip("cuDNN has no such attention for this GPU")
+    out = mla_attention(*given[:3], SCALE, packing)
+    found = [out.detach(), *torch.autograd.grad(out, given[:3], given[3])]
+    for ours, wanted in zip(found, expected(*given, [length] * rows), strict=True):
+        assert float((ours.double() - wanted).norm() / wanted.norm()) <= BOUND[dtype]
+
+
+@pytest.mark.gpu
+def test_the_gradient_has_the_same_bits_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(dispatch.VARIABLE, "triton")
     given = inputs(3000, 4, 192, 128, torch.bfloat16, "cuda")
     first, second = (_gradients(*given) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))

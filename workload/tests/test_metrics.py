@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from ictx.metrics import flops_per_token, model_flops_utilisation, peak_flops, write_about
-from ictx.model import ModelConfig
+from ictx.metrics import Flops, flops_per_token, model_flops_utilisation, peak_flops, write_about
+from ictx.model import ModelConfig, MoeConfig
+from ictx.model.describe import parameters_by_part
 
 ICTX_1B = ModelConfig(
     vocab_size=65536,
@@ -30,21 +32,34 @@ def test_about_json_says_what_the_run_is(tmp_path: Path) -> None:
 
 
 def test_operations_of_a_token_are_six_per_weight_and_grow_with_the_window() -> None:
-    size = 1_004_623_872
-    embedding = 65536 * 2048
-    assert flops_per_token(ICTX_1B, size, 0) == 6 * (size - embedding)
-    # Scores and values of 16 layers × 16 heads of (192 + 128), 2 operations each, half the window, three passes.
-    attention = 3 * 16 * 16 * (192 + 128) * 2 * 4096 / 2
-    assert flops_per_token(ICTX_1B, size, 4096) - flops_per_token(ICTX_1B, size, 0) == attention
+    weights = 1_004_623_872 - 65536 * 2048
+    assert flops_per_token(ICTX_1B, 0).full == 6 * weights
+    # Scores and values of 16 layers × 16 heads of (192 + 128), 2 operations each, three passes.
+    attention = 3 * 16 * 16 * (192 + 128) * 2 * 4096
+    assert flops_per_token(ICTX_1B, 4096) == Flops(6 * weights, attention)
+    assert flops_per_token(ICTX_1B, 4096).causal == 6 * weights + attention / 2
+
+
+def test_of_the_experts_those_count_that_a_token_goes_to() -> None:
+    moe = MoeConfig(n_routed_experts=64, num_experts_per_tok=6, moe_intermediate_size=704, n_shared_experts=2)
+    config = replace(ICTX_1B, moe=moe)
+    experts = 15 * 64 * 3 * 704 * 2048
+    all_of_them = sum(parameters_by_part(config).values()) - 65536 * 2048
+    found = flops_per_token(config, 0).full
+    assert found == 6 * (all_of_them - experts * 58 // 64)
+    further = flops_per_token(replace(config, num_nextn_predict_layers=1), 0).full - found
+    layer = 6 * (all_of_them - experts * 58 // 64) / 16
+    assert 0.8 * layer < further - 6 * 65536 * 2048 < 1.2 * layer, "a layer, and the head again"
 
 
 def test_utilisation_is_the_share_of_the_peak() -> None:
-    assert model_flops_utilisation(1000.0, 6e9, 312e12)["mfu"] == pytest.approx(0.01923, rel=1e-3)
+    found = model_flops_utilisation(1000.0, Flops(5e9, 2e9), 312e12)
+    assert found == pytest.approx({"mfu_causal": 0.01923, "mfu": 0.02244}, rel=1e-3)
 
 
 def test_without_a_known_peak_there_is_no_utilisation() -> None:
     assert peak_flops(torch.device("cpu")) is None
-    assert model_flops_utilisation(1000.0, 6e9, None) == {}
+    assert model_flops_utilisation(1000.0, Flops(6e9, 0), None) == {}
 
 
 @pytest.mark.parametrize(

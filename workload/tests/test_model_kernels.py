@@ -13,8 +13,10 @@ from interpreter import passes_interpreted
 from models import small
 from torch import Tensor
 
+from ictx.kernels import attention as kernel
 from ictx.kernels import dispatch
 from ictx.model import LatentCache, Transformer, attention, attention_cached
+from ictx.parallel.recompute import recompute
 
 TOKENS = torch.randint(97, (2, 40), generator=torch.Generator().manual_seed(1))
 DOCUMENTS = torch.tensor([[0] * 13 + [1] * 27, [0] * 39 + [1]])
@@ -58,6 +60,18 @@ def test_training_on_documents(monkeypatch: pytest.MonkeyPatch) -> None:
         agrees(lambda model: gradients(model, document_ids=DOCUMENTS))
 
 
+@pytest.mark.parametrize(("mode", "runs"), [("none", 1), ("selective", 1), ("full", 2)])
+def test_recompute_keeps_what_the_kernel_made(mode: str, runs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(model: Transformer) -> Tensor:
+        recompute(model.model.layers[0], mode)
+        return gradients(model.train(), document_ids=DOCUMENTS)
+
+    plain = gradients(small(num_hidden_layers=1).half().train(), document_ids=DOCUMENTS)
+    with counted(monkeypatch, "forward", runs, kernel):
+        found = run(small(num_hidden_layers=1).half())
+    assert torch.equal(found, plain)
+
+
 def test_rows_do_not_see_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     mask = torch.ones_like(TOKENS)
     mask[1, 30:] = 0
@@ -99,4 +113,4 @@ def test_decoding_and_what_it_leaves_in_the_cache(block_size: int | None, monkey
 
 
 def test_interpreted_cases_pass_in_a_process_of_their_own() -> None:
-    passes_interpreted(__file__, "8 passed, 1 skipped")
+    passes_interpreted(__file__, "11 passed, 1 skipped")

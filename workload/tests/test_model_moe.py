@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import cast
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import MOE, small
-from torch import nn
-from torch.nn.functional import cross_entropy, silu
+from torch import Tensor, nn
+from torch.nn.functional import silu
 
+from ictx.model import Transformer
 from ictx.model.config import MoeConfig
 from ictx.model.moe import Experts, MoeFeedForward, Router, Routing, balance_loss, update_router_biases
 from ictx.model.rope import rotations
@@ -128,14 +130,22 @@ def test_the_balance_loss_is_least_where_experts_share_evenly() -> None:
     assert two == pytest.approx((1.0 + 8 / 3 * 2.7 / 3.2) / 2, rel=1e-5), "each sequence for itself"
 
 
+def further_logits(model: Transformer, tokens: Tensor) -> Tensor:
+    """What the further prediction of a forward in training comes to, (batch, sequence - 1, vocab_size)."""
+    found: list[Tensor] = []
+    handle = model.mtp[0].register_forward_hook(lambda module, inputs, output: found.append(output))
+    model(tokens, labels=tokens)
+    handle.remove()
+    return cast(Tensor, model.lm_head(found[0]))
+
+
 def test_the_further_prediction_learns_and_shares_embedding_and_head() -> None:
     model = small(moe=MOE, num_nextn_predict_layers=1, num_hidden_layers=2).train()
     tokens = torch.arange(64).repeat(2, 1) % 13
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
     for step in range(60):
-        logits = model(tokens[:, :-1])
-        main = cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
-        further = model.auxiliary_loss(tokens[:, 1:])
+        main = model(tokens[:, :-1], labels=tokens[:, 1:])
+        further = model.auxiliary_loss()
         if step == 0:
             first = further.item()
             assert first > 0.3 * 0.8 * math.log(97)
@@ -144,13 +154,11 @@ def test_the_further_prediction_learns_and_shares_embedding_and_head() -> None:
         optimizer.zero_grad()
         model.after_step()
     assert further.item() < first / 3
-    assert model.mtp_logits is not None
     further_tokens = tokens[0, 2:]
-    assert (model.mtp_logits[0].argmax(-1) == further_tokens)[20:].float().mean() > 0.9
+    assert (further_logits(model, tokens[:, :-1])[0].argmax(-1) == further_tokens)[20:].float().mean() > 0.9
     # Its gradient reaches what it shares.
-    model.auxiliary_loss(torch.full((2, 63), -100))
-    model(tokens[:, :-1])
-    model.auxiliary_loss(tokens[:, 1:]).backward()
+    model(tokens[:, :-1], labels=tokens[:, 1:])
+    model.auxiliary_loss().backward()
     for shared in (model.model.embed_tokens.weight, model.lm_head.weight):
         assert shared.grad is not None
         assert shared.grad.abs().sum() > 0
@@ -165,9 +173,7 @@ def test_a_further_prediction_is_made_as_the_paper_says() -> None:
         for number, norm in enumerate((module.enorm, module.hnorm, module.norm, states.norm)):
             norm.weight.uniform_(0.5, 2.0, generator=torch.Generator().manual_seed(number))
     tokens = torch.randint(97, (2, 12), generator=torch.Generator().manual_seed(2))
-    model.train()(tokens)
-    found = model.mtp_logits
-    assert found is not None
+    found = further_logits(model.train(), tokens)
     head, model.lm_head = model.lm_head, nn.Identity()
     with torch.no_grad():
         hidden = model.eval()(tokens)
@@ -182,12 +188,7 @@ def test_a_further_prediction_sees_no_later_token() -> None:
     tokens = torch.randint(97, (1, 30), generator=torch.Generator().manual_seed(2))
     changed = tokens.clone()
     changed[0, 20:] = 96 - changed[0, 20:]
-    model(tokens)
-    one = model.mtp_logits
-    model(changed)
-    other = model.mtp_logits
-    assert one is not None
-    assert other is not None
+    one, other = further_logits(model, tokens), further_logits(model, changed)
     # Position i has read tokens up to i + 1.
     torch.testing.assert_close(one[:, :19], other[:, :19])
     assert not torch.allclose(one[:, 19], other[:, 19])
@@ -196,8 +197,8 @@ def test_a_further_prediction_sees_no_later_token() -> None:
 def test_labels_below_zero_do_not_count() -> None:
     model = small(num_nextn_predict_layers=1).train()
     tokens = torch.arange(20)[None]
-    model(tokens)
-    assert model.auxiliary_loss(torch.full((1, 20), -100)).item() == 0
+    assert model(tokens, labels=torch.full((1, 20), -100)).item() == 0
+    assert model.auxiliary_loss().item() == 0
     dense = small().train()
-    dense(tokens)
-    assert dense.auxiliary_loss(tokens).item() == 0
+    dense(tokens, labels=tokens)
+    assert dense.auxiliary_loss().item() == 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,18 @@ class Packing:
     """First token of each token's document, int32 [tokens]."""
     end: Tensor
     """End of each token's document, int32 [tokens]."""
+    equal: int = 0
+    """Documents, where they are known to be equally long without a look at the tensors; otherwise 0."""
+
+    @classmethod
+    @functools.lru_cache(8)
+    def of_rows(cls, rows: int, length: int, device: torch.device) -> Packing:
+        """Returns the packing of rows that are one document each."""
+        # Kept for later calls, which may compute gradients where this one does not.
+        with torch.inference_mode(False):
+            places = torch.arange(rows * length, dtype=torch.int32, device=device)
+            first = places - places % max(length, 1)
+            return cls(first, first + length, rows)
 
     @classmethod
     def of(cls, cu_seqlens: Tensor, tokens: int) -> Packing:
@@ -57,11 +69,11 @@ def widths(columns: int) -> tuple[int, int]:
     return (whole, second) if second < whole else (2 * whole, 0)
 
 
-def choice(operation: str, q: Tensor, value_width: int) -> dispatch.Choice:
-    """Returns which implementation attends with these queries [..., width], and why."""
+def choice(operation: str, q: Tensor, value_width: int, equal: int = 0) -> dispatch.Choice:
+    """Returns which implementation attends with these queries [..., width], and why; `equal` is a `Packing`'s."""
     wide = q.shape[-1] > WIDEST or value_width > WIDEST_VALUE
     shape = f"heads of {q.shape[-1]} and {value_width} columns are wider than {WIDEST} and {WIDEST_VALUE}"
-    return dispatch.choose(operation, q.device, q.dtype, shape=shape if wide else None)
+    return dispatch.choose(operation, q.device, q.dtype, shape=shape if wide else None, equal=bool(equal))
 
 
 def mla_attention(
@@ -75,7 +87,8 @@ def mla_attention(
 ) -> Tensor:
     """Attends causally within each document: softmax(q · kᵀ · scale) · v, differentiable in q, k and v.
 
-    Result and gradients have the same bits in each run.
+    Result and gradients of the Triton kernels have the same bits in each run; `dispatch` takes these, and no library,
+    where `torch.use_deterministic_algorithms` is on.
 
     Args:
         q: queries [tokens, heads, width]; the kernels take widths up to 192, PyTorch the others.
@@ -109,17 +122,36 @@ def mla_attention(
     packing = cu_seqlens
     if packing is not None and packing.first.shape != q.shape[:1]:
         raise ValueError(f"cu_seqlens is for {len(packing.first)} tokens: expected {q.shape[0]}")
-    if choice("mla_attention", q, v.shape[-1]).name == "torch":
+    equal = packing.equal if packing else 1
+    name = choice("mla_attention", q, v.shape[-1], equal).name
+    if name == "torch":
         return attention_reference.mla_attention(q, k, v, scale, packing.bounds() if packing else [])
+    if name == "cudnn" and config is None:
+        return cudnn(q, k, v, scale, equal)
     width, value_width = sum(widths(q.shape[-1])), max(16, 1 << (v.shape[-1] - 1).bit_length())
     if width != q.shape[-1]:
         # Columns of 0 change no score.
         q, k = (F.pad(x, (0, width - x.shape[-1])) for x in (q, k))
     wide = F.pad(v, (0, value_width - v.shape[-1])) if value_width != v.shape[-1] else v
-    if config is None:
-        config = attention_config(dispatch.capability(q.device))
-    out: Tensor = _Attention.apply(q, k, wide, scale, packing, config)  # type: ignore[no-untyped-call]
-    return out[..., : v.shape[-1]]
+    tiles = config.numbers() if config else _tiles(q.device)
+    first, end = (packing.first, packing.end) if packing else (None, None)
+    out, _ = torch.ops.ictx.mla_attention(q, k, wide, scale, first, end, tiles)
+    return cast(Tensor, out)[..., : v.shape[-1]]
+
+
+@dispatch.constant
+def _tiles(device: torch.device) -> list[int]:
+    """Returns the tuned configuration; a constant for torch.compile, which cannot read files."""
+    return attention_config(dispatch.capability(device)).numbers()
+
+
+def cudnn(q: Tensor, k: Tensor, v: Tensor, scale: float, rows: int) -> Tensor:
+    """The same by cuDNN, where the tokens are so many equally long documents."""
+    q, k, v = (x.view(rows, -1, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
+    # Not by F.scaled_dot_product_attention, which would fall back to a slower kernel without a word.
+    attend = torch.ops.aten._scaled_dot_product_cudnn_attention
+    out: Tensor = attend(q, k, v, None, True, 0.0, True, False, scale=scale)[0]
+    return out.transpose(1, 2).flatten(0, 1)
 
 
 def readable(x: Tensor) -> Tensor:
@@ -175,37 +207,84 @@ def forward(
         )  # fmt: skip
 
 
-class _Attention(torch.autograd.Function):
-    """The Triton kernels."""
+@torch.library.custom_op(
+    "ictx::mla_attention",
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor v, float scale, Tensor? first, Tensor? end, int[] tiles) -> (Tensor, Tensor)",
+)
+def operation(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, first: Tensor | None, end: Tensor | None, tiles: list[int]
+) -> tuple[Tensor, Tensor]:
+    """The Triton kernels as one operation, which torch.compile and selective recompute see.
 
-    @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, packing: Packing | None, config: AttentionConfig
-    ) -> Tensor:  # fmt: skip
-        """Returns the attended values."""
-        q, k, v = readable(q), readable(k), readable(v)
-        rows, heads, width = q.shape
-        out = torch.empty(rows, heads, v.shape[-1], dtype=q.dtype, device=q.device)
-        lse = torch.empty(heads, rows, dtype=torch.float32, device=q.device)
-        if rows:
-            d0, d1 = widths(width)
-            parts = (k[..., :d0], k[..., d0:] if d1 else k)
-            forward(q, parts, v, scale, packing.first if packing else None, config.forward, out, lse)
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.rest = scale, packing, config
-        return out
+    Returns the attended values, and the scores' log-sum-exp [heads, tokens].
+    """
+    q, k, v = readable(q), readable(k), readable(v)
+    out, lse = _results(q, v)
+    if len(q):
+        d0, d1 = widths(q.shape[-1])
+        parts = (k[..., :d0], k[..., d0:] if d1 else k)
+        forward(q, parts, v, scale, first, AttentionConfig.of_numbers(tiles).forward, out, lse)
+    return out, lse
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """Returns the gradients of q, k and v."""
-        q, k, v, out, lse = ctx.saved_tensors
-        scale, packing, config = ctx.rest
-        return *gradients(readable(grad), q, k, v, out, lse, scale, packing, config), None, None, None
+
+@torch.library.custom_op(
+    "ictx::mla_attention_backward",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, float scale, Tensor? first, "
+    "Tensor? end, int[] tiles) -> (Tensor, Tensor, Tensor)",
+)
+def operation_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, first: Tensor | None,
+    end: Tensor | None, tiles: list[int],
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Returns the gradients of q, k and v."""
+    q, k, v, grad = readable(q), readable(k), readable(v), readable(grad)
+    return gradients(grad, q, k, v, out, lse, scale, first, end, AttentionConfig.of_numbers(tiles))
+
+
+def _results(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    out = torch.empty(*q.shape[:2], v.shape[-1], dtype=q.dtype, device=q.device)
+    return out, torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
+
+
+@operation.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, scale: float, first: Tensor | None, end: Tensor | None, tiles: list[int]) -> Any:
+    if dispatch.standing_for is not None:
+        # Tensors without memory, but the launches are wanted.
+        return operation._init_fn(q, k, v, scale, first, end, tiles)
+    return _results(q, v)
+
+
+@operation_backward.register_fake
+def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Any:
+    if dispatch.standing_for is not None:
+        return operation_backward._init_fn(grad, q, k, v, *rest)
+    return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, scale, first, end, tiles = inputs
+    ctx.save_for_backward(q, k, v, *output, first, end)
+    ctx.rest = scale, tiles
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    q, k, v, out, lse, first, end = ctx.saved_tensors
+    scale, tiles = ctx.rest
+    found = torch.ops.ictx.mla_attention_backward(grad, q, k, v, out, lse, scale, first, end, tiles)
+    return *found, None, None, None, None
+
+
+operation.register_autograd(_backward, setup_context=_keep)
+OPERATION = torch.ops.ictx.mla_attention.default
+"""What selective recompute knows the kernels by."""
 
 
 def gradients(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, packing: Packing | None,
-    config: AttentionConfig,
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, first: Tensor | None,
+    end: Tensor | None, config: AttentionConfig,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Returns the gradients of q, k and v, contiguous."""
     from ictx.kernels import attention_backward_triton as kernels
@@ -221,7 +300,7 @@ def gradients(
     kernels.row_sums[(padded // 64, heads)](
         out, grad, lse, sums, grad.stride(0), grad.stride(1), rows, padded, heads, DV=value, ROWS=64
     )
-    first, end = (packing.first, packing.end) if packing else (lse, lse)
+    documents = first is not None
     strides = (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *grad.stride()[:2])
 
     def sources(tiles: Tiles) -> list[Any]:
@@ -237,14 +316,15 @@ def gradients(
         tiles = config.keys_values
         blocks = -(-rows // tiles.block_n)
         kernels.keys_values[(blocks * heads,)](
-            *sources(tiles), dk, dv, sums, end, *strides,
+            *sources(tiles), dk, dv, sums, lse if end is None else end, *strides,
             rows, padded, heads, blocks, scale, scale * math.log2(math.e),
-            **constants(d0, d1, value, tiles, packing is not None),
+            **constants(d0, d1, value, tiles, documents),
         )  # fmt: skip
         tiles = config.queries
         blocks = -(-rows // tiles.block_m)
         kernels.queries[(blocks * heads,)](
-            *sources(tiles), dq, sums, first, *strides, rows, padded, heads, blocks, scale, scale * math.log2(math.e),
-            **constants(d0, d1, value, tiles, packing is not None),
+            *sources(tiles), dq, sums, lse if first is None else first, *strides,
+            rows, padded, heads, blocks, scale, scale * math.log2(math.e),
+            **constants(d0, d1, value, tiles, documents),
         )  # fmt: skip
     return dq, dk, dv

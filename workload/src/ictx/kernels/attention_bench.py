@@ -20,8 +20,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from ictx.kernels import layout
+from ictx.kernels import dispatch, layout
 from ictx.kernels.attention import mla_attention
+from ictx.kernels.attention_tuning import attention_config
 from ictx.kernels.prefill import mla_prefill
 
 HEADS = 16
@@ -96,9 +97,11 @@ def training(tokens: int) -> dict[str, tuple[Callable[[], Tensor], list[Tensor],
     padded = [*as_is[:2], F.pad(v_b, (0, 64)).requires_grad_()]
     padded_grad = F.pad(grad_b, (0, 64))
     mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, tokens, tokens, device="cuda")
+    # Named, so that no library runs in its place.
+    tuned = attention_config(dispatch.capability(q.device))
     flash, cudnn = SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION
     return {
-        "ictx": (lambda: mla_attention(ours[0], ours[1], ours[2], SCALE), ours, grad),
+        "ictx": (lambda: mla_attention(ours[0], ours[1], ours[2], SCALE, config=tuned), ours, grad),
         "sdpa flash, V padded": (lambda: sdpa(flash, *padded, is_causal=True), padded, padded_grad),
         "sdpa cudnn, V padded": (lambda: sdpa(cudnn, *padded, is_causal=True), padded, padded_grad),
         "sdpa cudnn, V as it is": (lambda: sdpa(cudnn, *as_is, is_causal=True), as_is, grad_b),

@@ -96,6 +96,8 @@ def inputs(name: str, config: AttentionConfig) -> Callable[[Tiles], float]:
             return attention_bench.median_time(
                 lambda: attention.forward(q, parts, v, scale, None, tried.forward, out, lse)
             )
-        return attention_bench.median_time(lambda: attention.gradients(grad, q, k, v, out, lse, scale, None, tried))
+        return attention_bench.median_time(
+            lambda: attention.gradients(grad, q, k, v, out, lse, scale, None, None, tried)
+        )
 
     return seconds

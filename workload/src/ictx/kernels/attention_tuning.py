@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 from ictx.kernels import dispatch
@@ -36,6 +36,21 @@ class AttentionConfig:
     forward: Tiles
     keys_values: Tiles
     queries: Tiles
+
+    def numbers(self) -> list[int]:
+        """Returns all values in a row, for an operation that PyTorch knows: it takes no classes."""
+        return [int(value) for tiles in (self.forward, self.keys_values, self.queries) for value in astuple(tiles)]
+
+    @classmethod
+    def of_numbers(cls, numbers: list[int]) -> AttentionConfig:
+        """Returns what `numbers` was called on."""
+        kinds = [type(value) for value in astuple(INTERPRETER.forward)]
+        return cls(
+            *(
+                Tiles(*(kind(value) for kind, value in zip(kinds, numbers[at : at + len(kinds)], strict=True)))
+                for at in range(0, len(numbers), len(kinds))
+            )
+        )
 
 
 INTERPRETER = AttentionConfig(Tiles(32, 32, 4, 1), Tiles(32, 32, 4, 1), Tiles(32, 32, 4, 1))

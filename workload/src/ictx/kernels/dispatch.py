@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar, cast
 
 import torch
 
 from ictx.errors import UserError
 
+F = TypeVar("F", bound=Callable[..., Any])
 VARIABLE = "ICTX_KERNELS"
-"""Environment variable that forces an implementation: auto (the default), triton or torch."""
+"""Environment variable that forces an implementation: auto (the default), triton, torch, or cudnn where it can."""
 OPERATIONS = ("mla_attention", "mla_decode", "mla_prefill", "mla_rope_cache", "decode_products")
 OLDEST = 75
 """Lowest compute capability that Triton kernels are built for."""
@@ -70,6 +75,19 @@ def launch_options(early: bool) -> dict[str, bool]:
     return {"DEPENDENT": early} | ({"launch_pdl": True} if early else {})
 
 
+@functools.cache
+def libraries() -> dict[str, dict[str, Any]]:
+    """Returns which library was measured to be faster than ours: by operation, then target, with the measurement."""
+    found: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_name("tuned.json").read_text("utf-8"))
+    return found["libraries"]
+
+
+def constant(function: F) -> F:
+    """Makes a function's result a constant for torch.compile: for what does not change while a process trains."""
+    return cast(F, torch.compiler.assume_constant_result(function))
+
+
+@constant
 def choose(
     operation: str,
     device: torch.device,
@@ -78,27 +96,43 @@ def choose(
     stored: str | None = None,
     cc: int | None = None,
     shape: str | None = None,
+    equal: bool = False,
 ) -> Choice:
     """Returns the implementation for an operation's inputs; `cc` replaces the device's compute capability.
 
     Args:
         shape: what the kernel cannot do with the inputs' shape.
+        equal: whether all documents are equally long.
 
     Raises:
         UserError: the environment variable has no such value, or forces Triton where it cannot run.
     """
     forced = os.environ.get(VARIABLE, "auto")
-    if forced not in ("auto", "triton", "torch"):
-        raise UserError(f"{VARIABLE} is {forced!r}: expected auto, triton or torch")
+    if forced not in ("auto", "triton", "torch", "cudnn"):
+        raise UserError(f"{VARIABLE} is {forced!r}: expected auto, triton, torch or cudnn")
     if forced == "torch":
         return Choice("torch", f"{VARIABLE}=torch")
-    obstacle = shape or _obstacle(operation, device, dtype, stored, capability(device) if cc is None else cc)
+    cc = capability(device) if cc is None else cc
+    if operation == "mla_attention" and not shape and (reason := _cudnn(dtype, cc, equal, forced)):
+        return Choice("cudnn", reason)
+    obstacle = shape or _obstacle(operation, device, dtype, stored, cc)
     if obstacle and forced == "triton":
         raise UserError(f"{VARIABLE}=triton, but {operation} cannot use Triton here: {obstacle}")
     if obstacle:
         return Choice("torch", obstacle)
     where = "Triton's interpreter" if interpreted() else "a GPU that the kernel is built for"
     return Choice("triton", f"{VARIABLE}=triton" if forced == "triton" else where)
+
+
+def _cudnn(dtype: torch.dtype, cc: int, equal: bool, forced: str) -> str | None:
+    """Returns why cuDNN attends in place of our kernel, or None."""
+    measured = libraries()["mla_attention"].get(f"sm_{cc}", {})
+    fits = equal and dtype in (torch.float16, torch.bfloat16) and cc >= 90 and standing_for is None
+    if not fits or forced == "triton" or interpreted() or torch.are_deterministic_algorithms_enabled():
+        return None
+    if forced == "cudnn":
+        return f"{VARIABLE}=cudnn"
+    return f"faster than ours here: {measured['measured']}" if measured.get("name") == "cudnn" else None
 
 
 def _obstacle(operation: str, device: torch.device, dtype: torch.dtype, stored: str | None, cc: int) -> str | None:
@@ -127,9 +161,11 @@ def refused(operation: str, cc: int, dtype: torch.dtype, stored: str | None) -> 
 
 
 def explain(device: torch.device, dtype: torch.dtype, cc: int | None = None) -> list[tuple[str, str, Choice]]:
-    """Returns (operation, cache, choice) for every operation and cache dtype."""
+    """Returns (operation, cache, choice) for every operation and cache dtype; `equal`: documents of equal length."""
     rows = []
     for operation in OPERATIONS:
         for stored in (None, "int8", "fp8") if operation == "mla_decode" else (None,):
             rows.append((operation, stored or "16-bit", choose(operation, device, dtype, stored=stored, cc=cc)))
+        if operation == "mla_attention":
+            rows.append((operation, "equal", choose(operation, device, dtype, cc=cc, equal=True)))
     return rows

@@ -1,6 +1,6 @@
 """What a training run tells monitoring: what it is (about.json), and how well it uses its hardware."""
 
 from ictx.metrics.about import write_about
-from ictx.metrics.efficiency import flops_per_token, model_flops_utilisation, peak_flops
+from ictx.metrics.efficiency import Flops, flops_per_token, model_flops_utilisation, peak_flops
 
-__all__ = ["flops_per_token", "model_flops_utilisation", "peak_flops", "write_about"]
+__all__ = ["Flops", "flops_per_token", "model_flops_utilisation", "peak_flops", "write_about"]

@@ -2,25 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 
 from ictx.model import ModelConfig
+from ictx.model.describe import active_parameters
 
 # Dense peak of bfloat16 (float16 on Turing), FLOP/s, from NVIDIA's data sheets; without sparsity.
 PEAKS = {"A100": 312e12, "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "L40S": 362e12, "T4": 65e12}
 
 
-def flops_per_token(config: ModelConfig, parameters: int, sequence_length: int) -> float:
-    """Returns the operations of forward and backward for one token of a causal window.
+@dataclass(frozen=True)
+class Flops:
+    """Operations of forward and backward for one token of a window."""
 
-    Six for each weight that is multiplied (all but the embedding's lookup), and three times the forward pass of the
-    attention, in which a token sees half of the window on average (PaLM, arXiv:2204.02311, appendix B).
-    """
-    multiplied = parameters - config.vocab_size * config.hidden_size
+    weights: float
+    """Six for each weight that the token is multiplied with: of the experts those that it goes to, and no lookup."""
+    attention: float
+    """Three times the forward pass of scores and values, where a token sees the whole window."""
+
+    @property
+    def causal(self) -> float:
+        """What is computed: a token sees half of the window on average (PaLM, arXiv:2204.02311, appendix B)."""
+        return self.weights + self.attention / 2
+
+    @property
+    def full(self) -> float:
+        """The whole square counted, as torchtitan and Megatron-LM do."""
+        return self.weights + self.attention
+
+
+def flops_per_token(config: ModelConfig, sequence_length: int) -> Flops:
+    """Returns the operations of a training step for one token; the further prediction is a layer and another head."""
+    multiplied, layers = active_parameters(config), config.num_hidden_layers
+    if config.num_nextn_predict_layers:
+        multiplied += active_parameters(config, further=True) + config.vocab_size * config.hidden_size
+        layers += config.num_nextn_predict_layers
     width = config.num_attention_heads * (config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim)
-    return 6.0 * multiplied + 3.0 * config.num_hidden_layers * width * sequence_length
+    return Flops(6.0 * multiplied, 6.0 * layers * width * sequence_length)
 
 
 def peak_flops(device: torch.device) -> float | None:
@@ -31,6 +51,11 @@ def peak_flops(device: torch.device) -> float | None:
     return next((peak for part, peak in PEAKS.items() if part in name), None)
 
 
-def model_flops_utilisation(tokens_per_second: float, per_token: float, peak: float | None) -> Mapping[str, float]:
-    """Returns the record's field `mfu`, 0 to 1; nothing where the peak of all devices together is not known."""
-    return {"mfu": tokens_per_second * per_token / peak} if peak else {}
+def model_flops_utilisation(tokens_per_second: float, flops: Flops, peak: float | None) -> dict[str, float]:
+    """Returns the fields `mfu_causal` and `mfu`, 0 to 1, by `Flops.causal` and `Flops.full`.
+
+    Nothing where the peak of all devices together is not known.
+    """
+    if not peak:
+        return {}
+    return {"mfu_causal": tokens_per_second * flops.causal / peak, "mfu": tokens_per_second * flops.full / peak}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from itertools import pairwise
 from typing import Literal, cast
 
@@ -35,32 +35,36 @@ Mode = Literal["auto", "expanded", "absorbed"]
 class Documents:
     """Which tokens of a batch may see each other: those of one run of equal document numbers, and no padding."""
 
-    starts_bs: Tensor
-    """True where another run begins, of shape (batch, sequence); what rows begin with means nothing."""
+    packing: Packing
+    """The same for the kernels, which take all rows as one sequence."""
+    starts_bs: Tensor | None = None
+    """True where another run begins, of shape (batch, sequence); what rows begin with means nothing. None where every
+    row is one document."""
 
     @classmethod
-    def of(cls, document_ids: Tensor | None, attention_mask: Tensor | None) -> Documents | None:
-        """Returns them, or None where every token belongs to the same document.
+    def of(cls, tokens_bs: Tensor, document_ids: Tensor | None, attention_mask: Tensor | None) -> Documents:
+        """Returns them.
 
         Args:
+            tokens_bs: what has the batch's shape (batch, sequence, …).
             document_ids: integers of shape (batch, sequence); where it changes a document ends.
             attention_mask: 1 for tokens and 0 for padding, of the same shape. Padding sees padding only, so that its
                 attention has a result.
         """
-        if document_ids is None and attention_mask is None:
-            return None
-        given = document_ids if document_ids is not None else attention_mask
-        assert given is not None
-        starts = torch.zeros_like(given, dtype=torch.bool)
-        for ids in (document_ids, attention_mask):
-            if ids is not None:
-                starts[:, 1:] |= ids[:, 1:] != ids[:, :-1]
-        return cls(starts)
+        given = [ids for ids in (document_ids, attention_mask) if ids is not None]
+        if not given:
+            return cls(Packing.of_rows(*tokens_bs.shape[:2], tokens_bs.device))
+        starts = torch.zeros_like(given[0], dtype=torch.bool)
+        for ids in given:
+            starts[:, 1:] |= ids[:, 1:] != ids[:, :-1]
+        edges = starts.clone()
+        edges[:, :1] = True
+        return cls(Packing.of_starts(edges.flatten()), starts)
 
     @cached_property
     def mask_bqk(self) -> Tensor | None:
         """True where a query sees a key, of shape (batch, 1, sequence, sequence); None for long sequences."""
-        if self.starts_bs.shape[1] > LONGEST_DENSE_MASK:
+        if self.starts_bs is None or self.starts_bs.shape[1] > LONGEST_DENSE_MASK:
             return None
         runs = self.starts_bs.cumsum(1)
         return (runs[:, None, :, None] == runs[:, None, None, :]).tril()
@@ -68,25 +72,8 @@ class Documents:
     @cached_property
     def bounds(self) -> list[list[int]]:
         """First token of each document, and the end, row by row."""
+        assert self.starts_bs is not None
         return [[0, *row.nonzero().flatten().tolist(), len(row)] for row in self.starts_bs]
-
-    @cached_property
-    def packing(self) -> Packing:
-        """The same for the kernels, which take all rows as one sequence."""
-        return packing_of(self.starts_bs)
-
-
-def packing_of(starts_bs: Tensor) -> Packing:
-    """Returns the packing of rows that follow one another."""
-    starts_bs = starts_bs.clone()
-    starts_bs[:, :1] = True
-    return Packing.of_starts(starts_bs.flatten())
-
-
-@lru_cache(8)
-def packing_of_rows(batch: int, sequence: int, device: torch.device) -> Packing:
-    """Returns the packing of rows that are one document each."""
-    return packing_of(torch.zeros(batch, sequence, dtype=torch.bool, device=device))
 
 
 class LatentAttention(nn.Module):
@@ -191,14 +178,15 @@ class LatentAttention(nn.Module):
         """Expanded, among the tokens of this forward; returns (batch, sequence, heads, v_head_dim)."""
         q = torch.cat([q_nope, q_rope], -1)
         k, v = self._keys_values(latent, k_rope)
-        if choice("mla_attention", q, v.shape[-1]).name == "triton":
+        documents = documents or Documents.of(q, None, None)
+        if choice("mla_attention", q, v.shape[-1], documents.packing.equal).name != "torch":
             batch, sequence = q.shape[:2]
-            packing = documents.packing if documents else packing_of_rows(batch, sequence, q.device)
             q, k, v = (x.flatten(0, 1) for x in (q, k, v))
-            return mla_attention(q, k, v, self.config.softmax_scale, packing).view(batch, sequence, *v.shape[1:])
+            out = mla_attention(q, k, v, self.config.softmax_scale, documents.packing)
+            return out.view(batch, sequence, *v.shape[1:])
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        if documents is None or documents.mask_bqk is not None:
-            mask = documents.mask_bqk if documents else None
+        mask = None if documents.starts_bs is None else documents.mask_bqk
+        if documents.starts_bs is None or mask is not None:
             return self._attend(q, k, v, mask).transpose(1, 2)
         rows = []
         for row, bounds in enumerate(documents.bounds):

@@ -45,17 +45,20 @@ def parameters_by_part(config: ModelConfig) -> dict[str, int]:
     return counts
 
 
-def active_parameters(config: ModelConfig) -> int:
-    """Returns the parameters that one token is multiplied with: without the embedding, and only the chosen experts."""
-    counts = parameters_by_part(config)
-    total = sum(counts.values()) - counts["embedding"] - counts.get("MTP (training only)", 0)
-    if config.moe:
-        total -= (
-            counts["routed experts"]
-            * (config.moe.n_routed_experts - config.moe.num_experts_per_tok)
-            // (config.moe.n_routed_experts)
-        )
-    return total
+def active_parameters(config: ModelConfig, further: bool = False) -> int:
+    """Returns the parameters that one token is multiplied with: without the embedding, and only the chosen experts.
+
+    Args:
+        further: those of the module that only trains (MTP), without the head; otherwise those of all else.
+    """
+    with torch.device("meta"):
+        model = Transformer(config)
+    share = config.moe.num_experts_per_tok / config.moe.n_routed_experts if config.moe else 1.0
+    total = 0.0
+    for name, weight in model.named_parameters():
+        if name.startswith("mtp.") == further and "embed_tokens" not in name:
+            total += weight.numel() * (share if ".experts." in name else 1.0)
+    return round(total)
 
 
 def flops_per_token(config: ModelConfig, context: int, *, absorbed: bool) -> int:

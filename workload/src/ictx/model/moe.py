@@ -56,6 +56,8 @@ class Router(nn.Module):
     """Added to the scores for the choice only; moved by `update_router_biases`, not by gradients."""
     tokens_per_expert: Tensor
     """Tokens that went to each expert since the bias was moved last."""
+    counts = True
+    """Whether they are counted in training: not where backward computes a forward again."""
 
     def __init__(self, config: MoeConfig, hidden_size: int) -> None:
         super().__init__()
@@ -140,7 +142,8 @@ class MoeFeedForward(nn.Module):
         routing = self.gate(x_nd)
         if self.training and torch.is_grad_enabled():
             count = self.config.n_routed_experts
-            self.gate.tokens_per_expert += torch.bincount(routing.experts_nk.flatten(), minlength=count)
+            if self.gate.counts:
+                self.gate.tokens_per_expert += torch.bincount(routing.experts_nk.flatten(), minlength=count)
             self.balance_loss = balance_loss(routing.scores_ne.unflatten(0, x_bsd.shape[:2]), self.config)
         return cast(Tensor, self.experts(x_nd, routing).view_as(x_bsd) + self.shared_experts(x_bsd))
 

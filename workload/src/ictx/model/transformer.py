@@ -6,13 +6,13 @@ import zlib
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ictx.model.attention import Documents, LatentAttention, Mode
 from ictx.model.cache import LatentCache, Slots
 from ictx.model.config import ModelConfig
+from ictx.model.head import Head
 from ictx.model.moe import Experts, FeedForward, MoeFeedForward, Router, update_router_biases
 from ictx.model.rope import Rotations, rotations
 
@@ -42,7 +42,9 @@ class Layer(nn.Module):
         mode: Mode = "auto",
     ) -> Tensor:
         """Returns the residual stream after this layer."""
-        attended = self.self_attn(self.input_layernorm(x_bsd), turn, documents, cache, self.index, slots, mode)
+        # Without a cache all layers are alike to torch.compile: it would compile each for its number.
+        index = 0 if cache is None else self.index
+        attended = self.self_attn(self.input_layernorm(x_bsd), turn, documents, cache, index, slots, mode)
         x_bsd = x_bsd + attended
         return cast(Tensor, x_bsd + self.mlp(self.post_attention_layernorm(x_bsd)))
 
@@ -82,14 +84,14 @@ class NextTokenModule(nn.Module):
 class Transformer(nn.Module):
     """A causal language model."""
 
-    mtp_logits: Tensor | None = None
-    """Logits of each token after the next, (batch, sequence - 1, vocab_size), of the last forward in training."""
+    mtp_loss: Tensor | None = None
+    """Cross-entropy of each token after the next, of the last forward in training."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
         self.model = Decoder(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Head(config.hidden_size, config.vocab_size)
         self.mtp = nn.ModuleList(NextTokenModule(config) for _ in range(config.num_nextn_predict_layers))
 
     def forward(
@@ -100,10 +102,11 @@ class Transformer(nn.Module):
         *,
         attention_mask: Tensor | None = None,
         document_ids: Tensor | None = None,
+        labels: Tensor | None = None,
         last_only: bool = False,
         mode: Mode = "auto",
     ) -> Tensor:
-        """Returns the logits of each next token, of shape (batch, sequence, vocab_size).
+        """Returns the logits of each next token, of shape (batch, sequence, vocab_size), or the loss with `labels`.
 
         Args:
             input_ids: integers of shape (batch, sequence).
@@ -112,6 +115,8 @@ class Transformer(nn.Module):
             cache: earlier tokens of the batch's sequences; these are added.
             attention_mask: 1 for tokens and 0 for padding, which may stand on either side.
             document_ids: integers; where they change a document ends, and no token sees another document's.
+            labels: the next token of each position; what is below 0 does not count. The result then is their mean
+                cross-entropy, in nats; the logits of all tokens never exist at once.
             last_only: whether only the logits of the last position are wanted, of shape (batch, 1, vocab_size).
             mode: how to attend to a cache: "expanded", "absorbed", or whichever is cheaper.
         """
@@ -122,7 +127,7 @@ class Transformer(nn.Module):
             slots = cache.reserve(input_ids.shape[1], attention_mask)
         if position_ids is None:
             position_ids = self._positions(input_ids, attention_mask, slots)
-        documents = None if slots else Documents.of(document_ids, attention_mask)
+        documents = None if slots else Documents.of(input_ids, document_ids, attention_mask)
         turn = rotations(self.config, position_ids)
         x_bsd = self.model.embed_tokens(input_ids)
         for layer in self.model.layers:
@@ -130,9 +135,12 @@ class Transformer(nn.Module):
         if cache is not None and slots is not None:
             cache.commit(slots)
         hidden_bsd = self.model.norm(x_bsd)
+        if labels is None:
+            return cast(Tensor, self.lm_head(hidden_bsd[:, -1:] if last_only else hidden_bsd))
         if self.training and torch.is_grad_enabled() and len(self.mtp) and input_ids.shape[1] > 1:
-            self.mtp_logits = self._predict_further(input_ids, hidden_bsd, turn, attention_mask, document_ids)
-        return cast(Tensor, self.lm_head(hidden_bsd[:, -1:] if last_only else hidden_bsd))
+            further_bsd = self._predict_further(input_ids, hidden_bsd, turn, attention_mask, document_ids)
+            self.mtp_loss = self.lm_head.loss(further_bsd, labels[:, 1:])
+        return self.lm_head.loss(hidden_bsd, labels)
 
     def _positions(self, input_ids: Tensor, attention_mask: Tensor | None, slots: Slots | None) -> Tensor:
         """Returns the position of each token."""
@@ -150,35 +158,28 @@ class Transformer(nn.Module):
         attention_mask: Tensor | None,
         document_ids: Tensor | None,
     ) -> Tensor:
-        """Returns `mtp_logits`."""
-        documents = Documents.of(*(ids[:, :-1] if ids is not None else None for ids in (document_ids, attention_mask)))
+        """Returns what the head reads to predict each token after the next, (batch, sequence - 1, hidden_size)."""
+        masks = (ids[:, :-1] if ids is not None else None for ids in (document_ids, attention_mask))
+        documents = Documents.of(input_ids[:, :-1], *masks)
         next_bsd = self.model.embed_tokens(input_ids[:, 1:])
         earlier = Rotations(turn.cos[:, :-1], turn.sin[:, :-1])
-        return cast(Tensor, self.lm_head(self.mtp[0](next_bsd, hidden_bsd[:, :-1], earlier, documents)))
+        return cast(Tensor, self.mtp[0](next_bsd, hidden_bsd[:, :-1], earlier, documents))
 
     @property
     def routers(self) -> list[Router]:
         """The routers of all layers."""
         return [module for module in self.modules() if isinstance(module, Router)]
 
-    def auxiliary_loss(self, labels_bs: Tensor) -> Tensor:
+    def auxiliary_loss(self) -> Tensor:
         """Returns what training adds to the loss of the last forward; 0 for a dense model that predicts one token.
 
         The balance losses of the layers with experts, and the weighted loss of predicting one token further.
-
-        Args:
-            labels_bs: the next token of each position; what is below 0 does not count.
         """
-        total = torch.zeros((), device=labels_bs.device)
-        for layer in self.modules():
-            if isinstance(layer, MoeFeedForward) and layer.balance_loss is not None:
-                total = total + layer.balance_loss
-        if self.mtp_logits is not None:
-            further = labels_bs[:, 1:].flatten()
-            further = further.masked_fill(further < 0, -100)
-            loss = F.cross_entropy(self.mtp_logits.flatten(0, 1).float(), further, reduction="sum")
-            total = total + self.config.mtp_loss_weight * loss / (further >= 0).sum().clamp(min=1)
-        return total
+        losses = [layer.balance_loss for layer in self.modules() if isinstance(layer, MoeFeedForward)]
+        if self.mtp_loss is not None:
+            losses.append(self.config.mtp_loss_weight * self.mtp_loss)
+        total = torch.zeros((), device=self.lm_head.weight.device)
+        return sum((loss for loss in losses if loss is not None), total)
 
     def after_step(self, updated: bool = True) -> Tensor | None:
         """Does what follows each optimizer step: experts that got too few tokens become likelier to be chosen.

@@ -9,6 +9,7 @@ from typing import Any
 
 from ictx.data.config import DataConfig
 from ictx.model import ModelConfig
+from ictx.parallel import MODES
 from ictx.settings import build, config_path, load_yaml, override
 
 DTYPES = ("float32", "bfloat16")
@@ -59,6 +60,14 @@ class LoopConfig:
     """Dtype of the computation on GPUs, and of the exported weights; weights are kept in float32 while training."""
     mask_documents: bool = False
     """Keep attention within documents, with positions that begin anew in each; else a window is one text."""
+    recompute: str = "selective"
+    """What backward computes again instead of keeping it: `none`, `selective` (all but attention's result), `full`."""
+    recompute_layers: int | None = None
+    """Layers that do so, the first ones; all of them unless given."""
+    compile: bool = False
+    """Compile each layer with torch.compile; layers with experts stay as they are."""
+    deterministic: bool = False
+    """The same bits in each run on a GPU: libraries that are faster, and do not promise that, are not used."""
     seed: int = 0
     """Weights and order of the data."""
     log_every: int = 10
@@ -87,10 +96,12 @@ class LoopConfig:
         ]:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: expected 1 or more")
-        if self.bad_steps < 0:
-            raise ValueError(f"bad_steps is {self.bad_steps}: expected 0 or more")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype is {self.dtype!r}: expected one of {', '.join(DTYPES)}")
+        for name, allowed in {"dtype": DTYPES, "recompute": MODES}.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} is {getattr(self, name)!r}: expected one of {', '.join(allowed)}")
+        for name in ("bad_steps", "recompute_layers"):
+            if getattr(self, name) is not None and getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}: expected 0 or more")
 
 
 @dataclass(frozen=True)

@@ -5,24 +5,23 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import asdict
-from typing import Any
+from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 import yaml
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from ictx.data.loader import Batch, Batches
 from ictx.data.shards import TokenArray
 from ictx.errors import UserError
 from ictx.folder import write_whole
 from ictx.metrics import flops_per_token, model_flops_utilisation, peak_flops, write_about
-from ictx.model import Transformer
+from ictx.model import ModelConfig, Transformer
 from ictx.model.half import by_layer, tracked_amax, warning
+from ictx.parallel import parallelize
 from ictx.train.checkpoint import MODEL_FILE, Checkpoints
-from ictx.train.config import OptimizerConfig, PretrainConfig
+from ictx.train.config import LoopConfig, OptimizerConfig, PretrainConfig
 from ictx.train.failures import explained
 from ictx.train.journal import Journal
 from ictx.train.prepared import checked
@@ -54,7 +53,35 @@ def next_token_loss(model: nn.Module, batch: Batch, mask_documents: bool) -> Ten
             with those of the documents, distances between two of them would mean nothing.
     """
     documents = {"position_ids": batch.position_ids, "document_ids": batch.document_ids} if mask_documents else {}
-    return F.cross_entropy(model(batch.input_ids, **documents).flatten(0, 1).float(), batch.labels.flatten())
+    return cast(Tensor, model(batch.input_ids, labels=batch.labels, **documents))
+
+
+def sharded_model(config: ModelConfig, loop: LoopConfig, ranks: Ranks) -> Transformer:
+    """Returns the model with the seed's weights, spread over all ranks."""
+    with torch.device("meta"):
+        model = Transformer(config)
+    half = ranks.device.type == "cuda" and loop.dtype == "bfloat16"
+    parallelize(
+        model,
+        ranks.mesh,
+        dtype=torch.bfloat16 if half else None,
+        mode=loop.recompute,
+        layers=loop.recompute_layers,
+        compiled=loop.compile,
+    )
+    # Only now is memory taken, on each rank for its own shards.
+    model.to_empty(device=ranks.device)
+    model.init_weights(loop.seed)
+    return model
+
+
+def new_optimizer(model: nn.Module, config: OptimizerConfig, ranks: Ranks) -> torch.optim.Optimizer:
+    """Returns AdamW, in one kernel on GPUs; norms do not decay."""
+    matrices = [weight for weight in model.parameters() if weight.ndim > 1]
+    norms = [weight for weight in model.parameters() if weight.ndim == 1]
+    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": norms, "weight_decay": 0.0}]
+    fused, betas = ranks.device.type == "cuda", (config.beta1, config.beta2)
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, fused=fused)
 
 
 class Pretraining:
@@ -80,41 +107,16 @@ class Pretraining:
                 f"ranks, {ranks.count}: raise data.validation_share or prepare a larger corpus"
             )
         self.batches = Batches(data, loop.sequence_length, loop.batch_size, ranks.rank, ranks.count, loop.seed)
-        self.model = self._sharded_model()
-        self.optimizer = self._new_optimizer()
+        if loop.deterministic:
+            torch.use_deterministic_algorithms(True, warn_only=True)
+        self.model = sharded_model(config.model, loop, ranks)
+        self.optimizer = new_optimizer(self.model, config.optimizer, ranks)
         self.data_fingerprint: str = data.meta["fingerprint"]
         self.stopwatch = Stopwatch(ranks.device)
         self.losses = {"loss": math.nan, "validation_loss": math.nan}
         self.stops = 0.0
         self.checkpoints = Checkpoints(self.directory / "checkpoints", loop.keep_checkpoints)
         self.resumed_from = self._resume()
-
-    def _sharded_model(self) -> Transformer:
-        """Returns the model with the seed's weights, each layer sharded over all ranks."""
-        config, mesh = self.config, self.ranks.mesh
-        with torch.device("meta"):
-            model = Transformer(config.model)
-        half = self.ranks.device.type == "cuda" and config.train.dtype == "bfloat16"
-        policy = MixedPrecisionPolicy(
-            param_dtype=torch.bfloat16 if half else None,
-            reduce_dtype=torch.float32,
-            cast_forward_inputs=False,  # rotations stay float32
-        )
-        for layer in (*model.model.layers, *model.mtp):
-            fully_shard(layer, mesh=mesh, mp_policy=policy)
-        fully_shard(model, mesh=mesh, mp_policy=policy)
-        # Only now is memory taken, on each rank for its own shards.
-        model.to_empty(device=self.ranks.device)
-        model.init_weights(config.train.seed)
-        return model
-
-    def _new_optimizer(self) -> torch.optim.Optimizer:
-        """Returns AdamW; norms do not decay."""
-        adam = self.config.optimizer
-        matrices = [weight for weight in self.model.parameters() if weight.ndim > 1]
-        norms = [weight for weight in self.model.parameters() if weight.ndim == 1]
-        groups = [{"params": matrices, "weight_decay": adam.weight_decay}, {"params": norms, "weight_decay": 0.0}]
-        return torch.optim.AdamW(groups, lr=adam.learning_rate, betas=(adam.beta1, adam.beta2))
 
     def _state(self) -> dict[str, Any]:
         """Returns what a checkpoint holds, in this rank's shards."""
@@ -162,7 +164,7 @@ class Pretraining:
         batch = self.batches.next().to(self.ranks.device)
         self.stopwatch.lap("data")
         loss = next_token_loss(self.model, batch, self.config.train.mask_documents)
-        auxiliary = self.model.auxiliary_loss(batch.labels)
+        auxiliary = self.model.auxiliary_loss()
         self.stopwatch.lap("forward")
         (loss + auxiliary).backward()  # type: ignore[no-untyped-call]
         self.stopwatch.lap("backward")
@@ -190,7 +192,8 @@ class Pretraining:
 
         The windows are the same each time: `validation_loss`, `activation_amax/LAYER`.
         """
-        with tracked_amax(self.model) as amax:
+        # Compiled code has no hooks: what watches magnitudes needs the modules.
+        with tracked_amax(self.model) as amax, torch.compiler.set_stance("force_eager"):
             loss = self._validation_loss()
         layers = by_layer(amax)
         peaks = dict(zip(layers, self.ranks.largest(*layers.values()), strict=True))
@@ -219,7 +222,7 @@ class Pretraining:
         loop, ranks = self.config.train, self.ranks
         tokens_per_step = loop.batch_size * ranks.count * loop.sequence_length
         size = sum(weight.numel() for weight in self.model.parameters())
-        per_token, each = flops_per_token(self.config.model, size, loop.sequence_length), peak_flops(ranks.device)
+        flops, each = flops_per_token(self.config.model, loop.sequence_length), peak_flops(ranks.device)
         peak = each * ranks.count if each else None
         if ranks.first:
             name = self.config.run.model_name or self.config.run.experiment
@@ -249,7 +252,7 @@ class Pretraining:
                 record["learning_rate"] = learning_rate(step, loop.steps, self.config.optimizer)
                 record["tokens_per_second"] = (step - logged) * tokens_per_step / busy
                 record["step_seconds"] = busy / (step - logged)
-                record |= model_flops_utilisation(record["tokens_per_second"], per_token, peak)
+                record |= model_flops_utilisation(record["tokens_per_second"], flops, peak)
                 line = f"step {step}/{loop.steps}: loss {loss:.3f}, {record['tokens_per_second']:,.0f} tokens/s"
                 if step % loop.validate_every == 0 or last:
                     self.stopwatch.start()

@@ -1,0 +1,62 @@
+"""What `ictx bench train` prints."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ictx.bench.train import Case, Row
+from ictx.metrics import flops_per_token
+from ictx.metrics.efficiency import PEAKS
+
+EPOCH = (372e6, 465e6)
+"""Tokens of an epoch in the specification: at least, at most."""
+SPECIFIED_HOURS, CARDS = 2.75, 4
+
+
+def lines(rows: list[Row]) -> Iterator[str]:
+    """Yields a table, and below it where memory and time go; GB are 10^9 bytes."""
+    first = rows[0]
+    size = f"{first.batch} × {first.sequence:,} tokens a rank and step"
+    yield f"{first.ranks} × {first.device}, torch {first.torch}, {size}"
+    yield (
+        f"{'':44} {'s/step':>8} {'tokens/s':>9} {'mfu_causal':>10} {'mfu':>7} {'NVML':>7} {'peak':>8} {'reserved':>8}"
+    )
+    for row in rows:
+        if row.step is None or row.tokens_per_second is None:
+            yield f"{title(row):44} not measured: {row.note}"
+            continue
+        memory = (f"{row.memory[name] / 1e9:.1f} GB" if name in row.memory else "–" for name in ("peak", "reserved"))
+        shares = (f"{100 * share:.1f} %" if share is not None else "–" for share in (row.mfu_causal, row.mfu))
+        used = f"{100 * row.utilisation:.0f} %" if row.utilisation is not None else "–"
+        causal, full = shares
+        peak, reserved = memory
+        yield (
+            f"{title(row):44} {row.step:8.3f} {row.tokens_per_second:9,.0f} {causal:>10} {full:>7} {used:>7} {peak:>8} "
+            f"{reserved:>8}"
+        )
+    for row in (row for row in rows if row.step is not None):
+        yield f"{title(row)}:"
+        yield "  time    " + ", ".join(f"{part} {seconds:.3f} s" for part, seconds in row.parts.items())
+        yield "  memory  " + ", ".join(f"{part} {size / 1e9:.2f} GB" for part, size in row.memory.items())
+
+
+def title(row: Row) -> str:
+    """Returns a row's name."""
+    if row.implementation != "ictx":
+        return f"{row.implementation}, recompute, {'compiled' if row.compile else 'eager'}"
+    layers = f" of {row.layers} layers" if row.layers is not None else ""
+    parts = [row.implementation, row.attention, f"recompute {row.recompute}{layers}", "compiled" if row.compile else ""]
+    return ", ".join(part for part in parts if part)
+
+
+def projection(case: Case, row: Row) -> Iterator[str]:
+    """Yields what the share of the peak would mean for the specification's epoch on its cards."""
+    if row.mfu_causal is None:
+        return
+    rate = CARDS * PEAKS["A100"] * row.mfu_causal / flops_per_token(case.config, case.sequence).causal
+    low, high = (tokens / rate / 3600 for tokens in EPOCH)
+    yield (
+        f"projection, not measured: at this mfu_causal {CARDS} × A100 do {rate:,.0f} tokens/s ({CARDS} × "
+        f"{PEAKS['A100'] / 1e12:.0f} TFLOP/s × {100 * row.mfu_causal:.1f} %), an epoch of {EPOCH[0] / 1e6:.0f} to "
+        f"{EPOCH[1] / 1e6:.0f} million tokens takes {low:.2f} to {high:.2f} h (specified: {SPECIFIED_HOURS} h)"
+    )

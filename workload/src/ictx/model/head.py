@@ -1,0 +1,93 @@
+"""The projection to the vocabulary, and the loss of the next token without the logits of all tokens at once."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ictx.kernels import dispatch
+
+LOGITS = 1 << 28
+"""Logits that exist at once: those of 4,096 tokens where the vocabulary has 65,536 entries, 512 MiB in bfloat16."""
+
+
+class Head(nn.Linear):
+    """A linear layer without bias that knows its loss."""
+
+    def __init__(self, hidden_size: int, vocab_size: int) -> None:
+        super().__init__(hidden_size, vocab_size, bias=False)
+
+    def loss(self, hidden_bsd: Tensor, labels_bs: Tensor, chunk: int | None = None) -> Tensor:
+        """Returns the mean cross-entropy, in nats, of the labels, float32; 0 where none counts.
+
+        Args:
+            hidden_bsd: what the head reads.
+            labels_bs: the token to predict at each position; what is below 0 does not count.
+            chunk: tokens whose logits exist at once; so many that they are `LOGITS`, unless given.
+        """
+        hidden_nd, labels_n = hidden_bsd.flatten(0, 1), labels_bs.flatten()
+        chunk = chunk or max(LOGITS // self.out_features, 1)
+        if torch.is_grad_enabled():
+            return cast(Tensor, _Loss.apply(hidden_nd, self.weight, labels_n, chunk))  # type: ignore[no-untyped-call]
+        total = hidden_nd.new_zeros((), dtype=torch.float32)
+        for x_nd, labels in zip(torch.split(hidden_nd, chunk), torch.split(labels_n, chunk), strict=True):
+            # Through the module: its magnitude can be watched.
+            total += F.cross_entropy(self(x_nd).float(), labels.clamp(min=-1), ignore_index=-1, reduction="sum")
+        return total / (labels_n >= 0).sum().clamp(min=1)
+
+
+def to_gradient(logits_nv: Tensor, targets_n1: Tensor, weights_n1: Tensor) -> Tensor:
+    """Returns the weighted sum of the rows' cross-entropies; their gradient takes the place of the logits.
+
+    Args:
+        logits_nv: in any dtype; what is computed of them is computed in float32, or in float64 where they are.
+        targets_n1: entry to predict in each row.
+        weights_n1: weight of each row; where it is 0 the row does not count, whatever it holds.
+    """
+    log_p = F.log_softmax(logits_nv, -1, dtype=weights_n1.dtype)
+    entries = torch.arange(logits_nv.shape[1], device=logits_nv.device)
+    counts = weights_n1 > 0
+    gradient = (log_p.exp() - (entries == targets_n1).to(log_p.dtype)) * weights_n1
+    logits_nv.copy_(torch.where(counts, gradient, 0.0))
+    return -torch.where(counts, log_p.gather(1, targets_n1) * weights_n1, 0.0).sum()
+
+
+@functools.cache
+def compiled_to_gradient() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """The same in one kernel, which reads the logits twice and writes once, without float32 in memory."""
+    return torch.compile(to_gradient, dynamic=False)
+
+
+class _Loss(torch.autograd.Function):
+    """Forward makes the gradients too, chunk by chunk: the logits are there, so that none is computed a second time."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_nd: Tensor, weight_vd: Tensor, labels_n: Tensor, chunk: int) -> Tensor:
+        """Returns the loss."""
+        # Sums over chunks are float32: bfloat16 would round each.
+        work = torch.promote_types(hidden_nd.dtype, torch.float32)
+        counts_n1 = (labels_n >= 0)[:, None]
+        weights_n1, targets_n1 = counts_n1.to(work) / counts_n1.sum().clamp(min=1), labels_n.clamp(min=0)[:, None]
+        total = torch.zeros((), dtype=work, device=hidden_nd.device)
+        grad_hidden, grad_weight = torch.empty_like(hidden_nd), torch.zeros_like(weight_vd, dtype=work)
+        buffer = hidden_nd.new_empty(min(chunk, len(hidden_nd)), len(weight_vd))
+        fused = buffer.is_cuda and dispatch.have_triton()
+        chunks = (torch.split(x, chunk) for x in (hidden_nd, grad_hidden, targets_n1, weights_n1))
+        for x_nd, grad_nd, targets, weights in zip(*chunks, strict=True):
+            logits = torch.mm(x_nd, weight_vd.T, out=buffer[: len(x_nd)])
+            total += (compiled_to_gradient() if fused else to_gradient)(logits, targets, weights)
+            torch.mm(logits, weight_vd, out=grad_nd)
+            grad_weight += logits.T @ x_nd
+        ctx.save_for_backward(grad_hidden, grad_weight.to(weight_vd.dtype))
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Returns the gradients of hidden states and weights."""
+        grad_hidden, grad_weight = ctx.saved_tensors
+        return (grad_hidden * grad).to(grad_hidden.dtype), (grad_weight * grad).to(grad_weight.dtype), None, None

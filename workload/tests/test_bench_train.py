@@ -1,0 +1,71 @@
+"""`ictx bench train`: its rows and arithmetic; on the CPU with two ranks, beside transformers."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from models import SMALL
+
+from ictx.bench.train import Case, Row
+from ictx.bench.train_report import lines, projection
+from ictx.cli import main
+from ictx.metrics import flops_per_token
+from ictx.model import ModelConfig
+
+
+def ictx(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["ictx", *map(str, arguments)])
+    return main()
+
+
+def test_two_ranks_train_beside_transformers(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "small.yaml").write_text(json.dumps(SMALL))
+    out = tmp_path / "rows.json"
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    arguments = ["--config", tmp_path / "small.yaml", "--seq", 32, "--ranks", 2, "--batch", 2, "--steps", 2]
+    status = ictx(monkeypatch, "bench", "train", *arguments, "--recompute", "none", "full", "--peer", "--out", out)
+    assert status == 0
+    rows = [Row(**content) for content in json.loads(out.read_text())]
+    assert [(row.implementation, row.recompute) for row in rows] == [
+        ("ictx", "none"), ("ictx", "full"), ("transformers", "full"),
+    ]  # fmt: skip
+    for row in rows:
+        assert row.ranks == 2 and row.step and row.tokens_per_second == pytest.approx(2 * 2 * 32 / row.step)
+        assert set(row.parts) == {"forward", "backward", "optimizer"} and min(row.parts.values()) > 0
+        assert row.mfu is None and row.utilisation is None, "of a CPU the peak is not known"
+        # AdamW keeps two numbers a weight; each rank has half of all.
+        assert row.memory["optimizer"] >= 2 * row.memory["weights"] and row.memory["gradients"] == row.memory["weights"]
+    assert rows[0].loss == pytest.approx(rows[1].loss, rel=1e-5)
+    assert rows[0].memory["weights"] == pytest.approx(rows[2].memory["weights"], rel=0.05)
+    printed = capsys.readouterr().out
+    assert "ictx, torch, recompute full" in printed and "transformers, recompute, eager" in printed
+
+
+CONFIG = ModelConfig(**(SMALL | {"max_position_embeddings": 32768}))
+ROW = Row(
+    "ictx", "selective", 8, True, 32768, 1, 2, "some GPU", "2.13", "cudnn", 1.0, 65536.0, 0.44, 0.6, 0.99,
+    {"forward": 0.3, "backward": 0.6, "optimizer": 0.1}, {"weights": 2 * 10**9, "peak": 17 * 10**9}, 10.5,
+)  # fmt: skip
+
+
+def test_the_table() -> None:
+    text = "\n".join(
+        lines([ROW, Row("transformers", "full", None, False, 32768, 1, 2, "some GPU", "2.13", note="OOM")])
+    )
+    assert "2 × some GPU, torch 2.13, 1 × 32,768 tokens a rank and step" in text
+    named = next(line for line in text.splitlines() if line.startswith("ictx, cudnn, recompute selective of 8 layers"))
+    assert " ".join(named.split()).endswith("1.000 65,536 44.0 % 60.0 % 99 % 17.0 GB –")
+    assert "transformers, recompute, eager" in text and "not measured: OOM" in text
+    assert "forward 0.300 s, backward 0.600 s, optimizer 0.100 s" in text and "weights 2.00 GB, peak 17.00 GB" in text
+
+
+def test_the_projection_is_the_share_of_four_cards() -> None:
+    case = Case(CONFIG, 32768)
+    rate = 4 * 312e12 * 0.44 / flops_per_token(CONFIG, 32768).causal
+    (line,) = projection(case, ROW)
+    assert f"{rate:,.0f} tokens/s" in line and f"{372e6 / rate / 3600:.2f} to {465e6 / rate / 3600:.2f} h" in line
