@@ -13,13 +13,28 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from ictx.errors import UserError
 from ictx.model import ModelConfig, Transformer
 from ictx.parallel import MODES, parallelize, recompute
+from ictx.settings import shipped
+from ictx.train.config import load
 
 TOKENS = torch.randint(97, (2, 33), generator=torch.Generator().manual_seed(6))
 DOCUMENTS = torch.tensor([[0] * 9 + [1] * 23, [0] * 32])
 DENSE: dict[str, Any] = {"num_hidden_layers": 3}
 EXPERTS: dict[str, Any] = {"num_hidden_layers": 3, "moe": MOE, "num_nextn_predict_layers": 1}
+
+
+def test_settings_of_shipped_runs() -> None:
+    for path in (files := shipped("pretrain/*.yaml")):
+        assert load(str(path), ["run.dir=/nowhere"]).train.recompute in MODES
+    assert {"ictx-1b.yaml", "tiny.yaml"} <= {path.name for path in files}
+    # The tokens of an epoch, at one window for each of four ranks.
+    loop = load("pretrain/ictx-1b.yaml", []).train
+    assert loop.steps * 4 * loop.batch_size * loop.sequence_length == pytest.approx(465e6, rel=1e-3)
+    for wrong in ("recompute=some", "recompute_layers=-1"):
+        with pytest.raises(UserError, match=f"train.{wrong.split('=')[0]} is"):
+            load("pretrain/ictx-1b.yaml", [f"train.{wrong}"])
 
 
 @pytest.fixture(scope="module")

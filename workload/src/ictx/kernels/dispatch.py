@@ -84,7 +84,7 @@ def libraries() -> dict[str, dict[str, Any]]:
 
 def constant(function: F) -> F:
     """Makes a function's result a constant for torch.compile: for what does not change while a process trains."""
-    return cast(F, torch.compiler.assume_constant_result(function))
+    return cast(F, torch.compiler.assume_constant_result(function))  # type: ignore[no-untyped-call]
 
 
 @constant

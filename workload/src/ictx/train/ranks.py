@@ -89,6 +89,8 @@ def joined() -> Iterator[Ranks]:
     for name, alone in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
         os.environ.setdefault(name, alone)
     os.environ.setdefault("MASTER_PORT", "0")
+    # Memory that grows in place: without it a tenth of a long sequence's lies in gaps (docs/training.md).
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
