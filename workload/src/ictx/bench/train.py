@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.spawn import spawn
 
 from ictx.bench.train_peer import peer
 from ictx.data.loader import Batch
@@ -246,5 +247,5 @@ def run(cases: list[Case], count: int) -> list[Row]:
         port = probe.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "rows"
-        torch.multiprocessing.spawn(_rank, (count, port, cases, str(out)), nprocs=count)  # type: ignore[no-untyped-call]
+        spawn(_rank, (count, port, cases, str(out)), nprocs=count)  # type: ignore[no-untyped-call]
         return [Row(**json.loads(line)) for line in out.read_text().splitlines()]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -15,9 +17,9 @@ def peer(config: ModelConfig, mesh: DeviceMesh, device: torch.device, *, compile
     """Returns DeepseekV3ForCausalLM with random weights: SDPA, and every layer computed again in the backward."""
     from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
-    content = to_hf(config, torch.float32, end_of_text=0, padding=None)
+    content = to_hf(config, torch.float32, end_of_text=0, padding=None) | {"attn_implementation": "sdpa"}
     with torch.device("meta"):
-        model = DeepseekV3ForCausalLM._from_config(DeepseekV3Config(**content), attn_implementation="sdpa")
+        model: Any = DeepseekV3ForCausalLM(DeepseekV3Config(**content))
     model.train()
     model.gradient_checkpointing_enable({"use_reentrant": False})
     dtype = torch.bfloat16 if device.type == "cuda" else None
@@ -35,4 +37,4 @@ def peer(config: ModelConfig, mesh: DeviceMesh, device: torch.device, *, compile
         rotary = model.model.rotary_emb
         for name, buffer in type(rotary)(model.config).named_buffers():
             getattr(rotary, name).copy_(buffer)
-    return model
+    return cast(nn.Module, model)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -12,7 +12,6 @@ from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
     create_selective_checkpoint_contexts,
-    noop_context_fn,
 )
 
 from ictx.kernels import attention
@@ -73,7 +72,7 @@ def recompute(layer: Layer, mode: str) -> None:
     def with_routers(*args: Any) -> Any:
         def contexts() -> Contexts:
             keeping = functools.partial(create_selective_checkpoint_contexts, _policy)
-            first, again = (keeping if mode == "selective" else noop_context_fn)()
+            first, again = keeping() if mode == "selective" else (nullcontext(), nullcontext())
             return first, _uncounted(routers, again)
 
         return run(forward, *args, context_fn=contexts)
