@@ -125,6 +125,18 @@ def test_a_file_that_changed_since_is_fetched_again(
     assert files(target) == files(exported)
 
 
+def test_a_link_in_place_of_a_file_is_replaced_by_the_file(
+    client: MlflowClient, registered: Registered, exported: Path, tmp_path: Path
+) -> None:
+    target, ref = tmp_path / "models/champion", ModelRef(NAME, version=registered())
+    pull(client, ref, target)
+    (target / "config.json").unlink()
+    (target / "config.json").symlink_to(exported / "config.json")
+    pull(client, ref, target)
+    assert not (target / "config.json").is_symlink()
+    assert sha256(target / "config.json") == sha256(exported / "config.json")
+
+
 def test_an_alias_that_moved_replaces_the_folder_as_a_whole(
     client: MlflowClient, registered: Registered, tmp_path: Path
 ) -> None:

@@ -112,7 +112,7 @@ def held_version(target: Path) -> tuple[str, str] | None:
         sums: dict[str, str] = state["sha256"]
         whole = all((target / path).is_file() and sha256(target / path) == digest for path, digest in sums.items())
         return (state["name"], state["version"]) if whole else None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, UserError):
         return None
 
 
