@@ -296,7 +296,7 @@ def benign(value: Any) -> Any:
 def structure(template: Path, text: str) -> Any:
     """Returns what a file says without its values: keys of YAML or JSON, else words and settings of each line."""
     if re.search(r"\.(ya?ml|json)\.j2$", template.name):
-        return shape(yaml.safe_load(text))
+        return shape(list(yaml.safe_load_all(text)))
     return [(len(line.split()), len(re.findall(r"(?:^|\s)[A-Za-z][\w.-]*\s*=", line))) for line in text.splitlines()]
 
 
