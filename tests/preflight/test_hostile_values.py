@@ -285,9 +285,9 @@ def templates() -> dict[Path, tuple[str, dict[str, Any]]]:
 
 
 def benign(value: Any) -> Any:
-    """Returns the value with every text that is more than a plain word replaced by one."""
+    """Returns the value with a letter for every sign in its texts that means something to a shell, INI or YAML."""
     if isinstance(value, str):
-        return value if re.fullmatch(r"[\w.-]*", value, re.ASCII) else "x"
+        return re.sub(r"[^\w.:/-]|:$|^-", "x", value, flags=re.ASCII)
     if isinstance(value, dict):
         return {key: benign(part) for key, part in value.items()}
     return [benign(part) for part in value] if isinstance(value, list) else value

@@ -106,7 +106,7 @@ ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
 def test_each_form_of_a_secret_is_taken_out(line: str, secret: str) -> None:
     text = f"before\n{line.replace('§', secret)}\nafter"
     made = FILTERS.redacted(text, {})
-    assert secret not in made
+    assert secret not in made.replace("[redacted]", "")
     assert made.startswith("before\n")
 
 
@@ -114,9 +114,9 @@ def test_each_form_of_a_secret_is_taken_out(line: str, secret: str) -> None:
 @pytest.mark.parametrize("line", ["X_PWD=§", "--password §", "--password=§", "password: §", "https://u:§@h/x", "a='§'"])
 @given(st.text(ALPHABET + "!#%&*+,.:;=?@^_`|~é", min_size=8, max_size=40))
 def test_a_secret_with_signs_is_taken_out_whole(line: str, secret: str) -> None:
-    made = FILTERS.redacted(line.replace("§", f"x{secret}x").replace("a=", "password="), {})
+    made = FILTERS.redacted(line.replace("§", f"x{secret}x").replace("a=", "password="), {}).replace("[redacted]", "")
     assert secret not in made
-    assert secret[-6:] + "x" not in made.replace("[redacted]", "")
+    assert secret[-6:] + "x" not in made
 
 
 @M3
