@@ -260,6 +260,7 @@ def test_no_program_of_the_shared_directory_has_its_owners_rights(lab: Lab) -> N
     now="own jobs only; the metrics' account still sees all",
 )
 def test_a_user_sees_his_own_jobs_only(lab: Lab) -> None:
+    ended(lab, submitted(lab, "bob", "--wrap=true"))
     job = submitted(lab, "bob", "--hold", "--job-name=private", "--wrap=true")
     try:
         for command in ("squeue", f"scontrol show job {job}", "sacct --allusers --starttime=now-1hour", "sshare --all"):
@@ -268,7 +269,7 @@ def test_a_user_sees_his_own_jobs_only(lab: Lab) -> None:
             assert "bob" not in output, command
         assert "private" in lab.run("ctl", "squeue --format=%j", user="bob").stdout
         assert "private" in lab.run("ctl", "runuser -u ictx-metrics -- squeue --format=%j").stdout
-        assert "private" in lab.run("ctl", "runuser -u ictx-metrics -- sacct --allusers --format=jobname%20").stdout
+        assert "bob" in lab.run("ctl", "runuser -u ictx-metrics -- sacct --allusers --format=user").stdout.split()
         assert lab.run("ctl", "runuser -u ictx-metrics -- sbatch --chdir=/tmp --wrap=true").returncode != 0
     finally:
         lab.run("ctl", f"scancel {job}")
