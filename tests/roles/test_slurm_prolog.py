@@ -70,7 +70,7 @@ def test_what_is_not_the_users_folder_stops_the_job_and_stays_as_it_is(state: Pa
     assert [owner_and_mode(path) for path in (state, target)] == before
 
 
-def test_a_number_without_a_name_starts_no_job(state: Path) -> None:
+def test_a_number_without_a_name_gets_no_folder_and_does_not_stop_the_node(state: Path) -> None:
     done = prolog(state, uid=3_999_999)
-    assert done.returncode == 1
-    assert "3999999" in done.stderr
+    assert done.returncode == 0, done.stderr
+    assert not state.parent.exists()
