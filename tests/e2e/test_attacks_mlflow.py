@@ -420,7 +420,7 @@ def test_a_file_that_changed_after_the_promotion_is_refused_by_name(
 def test_a_new_password_of_the_administrator_is_taken_and_no_request_lost(admin: Account, mallory: Account) -> None:
     file = STATE / "secrets/mlflow_admin_password"
     previous, done, failures, answered = file.with_name(f"{file.name}.previous"), threading.Event(), [], []
-    new = f"{os.urandom(12).hex()}x"
+    old, new = file.read_text(), f"{os.urandom(12).hex()}x"
 
     def converge() -> None:
         command = [ROOT / ".venv/bin/ansible-playbook", "playbooks/mlflow.yml"]
@@ -437,12 +437,17 @@ def test_a_new_password_of_the_administrator_is_taken_and_no_request_lost(admin:
     for thread in threads:
         thread.start()
     try:
-        previous.write_text(file.read_text())
+        previous.write_text(old)
         file.write_text(f"{new}\n")
         converge()
         assert Account(admin.uri, "admin", new).call("GET", "/api/2.0/mlflow/users/list")[0] == 200
         count = len(answered)
         wait_for("answers after the change", lambda: len(answered) > count + 5)
+    except BaseException:
+        if Account(admin.uri, "admin", new).call("GET", "/api/2.0/mlflow/users/list")[0] != 200:
+            file.write_text(old)
+            previous.unlink()
+        raise
     finally:
         done.set()
         for thread in threads:
