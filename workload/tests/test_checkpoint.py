@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +178,36 @@ def test_a_pickle_that_runs_something_is_not_read(run: Checkpoints, known: bool,
     loaded = state(0)
     assert (run.load_newest(loaded), value_of(loaded)) == (2, 2)
     assert not (tmp_path / "pwned").exists()
+
+
+class Attribute:
+    """Pickles as `getattr(…)`."""
+
+    def __init__(self, *words: object) -> None:
+        self.words = words
+
+    def __reduce__(self) -> Any:
+        return getattr, self.words
+
+
+def test_an_index_of_debian_12s_python_is_read_and_no_other_attribute_is(
+    run: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def older(self: Enum, protocol: int) -> Any:
+        return getattr, (self.__class__, self.name)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Enum, "__reduce_ex__", older)
+        run.save(3, state(3))
+    assert b"getattr" in (run.directory / "step-00000003" / INDEX).read_bytes()
+    loaded = state(0)
+    assert (run.load_newest(loaded), value_of(loaded)) == (3, 3)
+    for step, words in enumerate([(torch.Size, "mro"), (torch.float32, "__reduce__")], 4):
+        newest = run.directory / f"step-{step:08}"
+        shutil.copytree(run.directory / "step-00000003", newest)
+        (newest / INDEX).write_bytes(pickle.dumps(Attribute(*words)))
+        as_listed(newest)
+        assert run.load_newest(state(0)) == 3
 
 
 def test_values_that_run_something_are_not_read(run: Checkpoints, tmp_path: Path) -> None:

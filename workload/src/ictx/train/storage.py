@@ -13,6 +13,7 @@ import pickle
 from collections.abc import Collection, Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -107,8 +108,17 @@ class HashingWriter(FileSystemWriter):
         return self.files.entries
 
 
+def _member(kind: type[Enum], name: str) -> Enum:
+    """Returns a member of an enumeration: Python 3.11.0 to 3.11.3 (Debian 12) pickles it as `getattr(kind, name)`."""
+    if not (isinstance(kind, type) and issubclass(kind, Enum)):
+        raise pickle.UnpicklingError("it refers to builtins.getattr")
+    return kind[name]
+
+
 class _IndexUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):
+            return _member
         if name in INDEX_CLASSES.get(module, ()) or (
             module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         ):
