@@ -12,7 +12,9 @@ import json
 import os
 from collections.abc import Awaitable, Callable, MutableMapping
 from pathlib import Path
+from threading import Thread
 from typing import Any
+from wsgiref.simple_server import WSGIRequestHandler, make_server
 
 KEYS = "ICTX_API_KEYS"
 """Variable with the folder of the keys: the files `api-key` and, while a key is rotated, `api-key-previous`."""
@@ -48,11 +50,25 @@ def presented(headers: list[tuple[bytes, bytes]]) -> bytes | None:
 
 
 def serve_metrics(port: int) -> None:
-    """Serves this server's metrics on a port of its own, in a thread."""
-    from prometheus_client import start_http_server
+    """Serves this server's metrics on a port of its own, in a thread, as plain text whatever format is preferred.
+
+    In OpenMetrics prometheus_client writes `vllm:…` as `vllm_…`, a name that no rule or dashboard has.
+    """
+    from prometheus_client import make_wsgi_app
     from vllm.v1.metrics.prometheus import get_prometheus_registry
 
-    start_http_server(port, registry=get_prometheus_registry())
+    negotiated = make_wsgi_app(get_prometheus_registry())
+
+    def plain(environ: Message, start: Any) -> Any:
+        environ.pop("HTTP_ACCEPT", None)
+        return negotiated(environ, start)
+
+    class Quiet(WSGIRequestHandler):
+        def log_message(self, *words: Any) -> None:
+            pass
+
+    server = make_server("", port, plain, handler_class=Quiet)
+    Thread(target=server.serve_forever, daemon=True).start()
 
 
 async def refuse(scope: Message, send: Send) -> None:
