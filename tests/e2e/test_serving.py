@@ -163,6 +163,7 @@ print(json.dumps({**client.get_run(version.run_id).data.tags}))
     assert pod.metadata.annotations["ictx/image-digest"] == image["digest"]
 
 
+@pytest.mark.full
 def test_a_promoted_version_is_served_and_no_request_fails(
     core: client.CoreV1Api, registry: Registry, lab: Lab, steady: Client
 ) -> None:
