@@ -67,7 +67,7 @@ env:
     value: /etc/ictx/keys
   - name: ICTX_METRICS_PORT
     value: "9100"
-  # A pod is one host: what its processes tell each other, unencrypted and to whoever connects, stays on it.
+  # A pod is one host: what its processes exchange, unencrypted and to whoever connects, stays on it.
   - name: VLLM_HOST_IP
     value: 127.0.0.1
   - name: GLOO_SOCKET_IFNAME
