@@ -16,8 +16,8 @@ from triton import knobs
 from triton.runtime.jit import JITFunction
 
 from ictx.generate import generate
-from ictx.kernels.next_token import choose_likeliest
-from ictx.kernels.offline import standing_for
+from ictx.kernels.build.offline import standing_for
+from ictx.kernels.next_token.op import choose_likeliest
 from ictx.model import LatentCache, ModelConfig, Transformer
 from ictx.model.step import DecodeStep
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ictx.errors import UserError
 from ictx.kernels import dispatch
-from ictx.kernels.attention import Packing, choice, mla_attention, operation, widths
-from ictx.kernels.attention_tuning import AttentionConfig, Tiles, attention_config
+from ictx.kernels.attention.op import Packing, choice, mla_attention, operation, widths
+from ictx.kernels.attention.tuning import AttentionConfig, Tiles, attention_config
 
 BOUND = {torch.float16: 2e-3, torch.bfloat16: 8e-3}
 SCALE = 0.07

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ictx.errors import UserError
 from ictx.kernels import dispatch
-from ictx.kernels.next_token import Places, begin, choose_likeliest
-from ictx.kernels.products import absorb, expand, project
+from ictx.kernels.next_token.op import Places, begin, choose_likeliest
+from ictx.kernels.products.op import absorb, expand, project
 from ictx.model import LatentCache, Transformer
 from ictx.model.step import DecodeStep
 

@@ -15,9 +15,10 @@ from interpreter import passes_interpreted
 from torch import Tensor
 
 from ictx.errors import UserError
-from ictx.kernels import dispatch, layout, reference
-from ictx.kernels.decode import block_m_of, mla_decode
-from ictx.kernels.tuning import DecodeConfig, decode_config
+from ictx.kernels import dispatch, layout
+from ictx.kernels.decode import reference
+from ictx.kernels.decode.op import block_m_of, mla_decode
+from ictx.kernels.decode.tuning import DecodeConfig, decode_config
 
 BOUND = {torch.float16: 2e-3, torch.bfloat16: 8e-3}
 SCALE = 0.06

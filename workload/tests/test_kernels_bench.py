@@ -8,7 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from ictx.kernels import bench, decode_peers, layout, reference
+from ictx.kernels import layout
+from ictx.kernels.bench import decode as bench
+from ictx.kernels.bench import decode_peers
+from ictx.kernels.decode import reference
 
 
 def inputs(batch: int, context: int) -> bench.Inputs:

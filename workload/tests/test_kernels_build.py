@@ -16,10 +16,10 @@ import torch
 
 from ictx.errors import UserError
 from ictx.kernels import dispatch
-from ictx.kernels.build import TARGETS, build
-from ictx.kernels.offline import launches, names
-from ictx.kernels.shipped import MANIFEST, default_cache, fingerprint, state
-from ictx.kernels.triton_cache import ShippedCache, _usable
+from ictx.kernels.build.build import TARGETS, build
+from ictx.kernels.build.offline import launches, names
+from ictx.kernels.build.shipped import MANIFEST, default_cache, fingerprint, state
+from ictx.kernels.build.triton_cache import ShippedCache, _usable
 from ictx.model.launches import drive
 
 MANAGER = f"{ShippedCache.__module__}:{ShippedCache.__name__}"

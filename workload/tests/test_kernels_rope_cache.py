@@ -8,7 +8,7 @@ from interpreter import passes_interpreted
 from torch import Tensor, nn
 
 from ictx.kernels import dispatch, layout
-from ictx.kernels.rope_cache import mla_rope_cache
+from ictx.kernels.rope_cache.op import mla_rope_cache
 from ictx.model.rope import Rotations, rotate
 
 EPS = 1e-6

@@ -13,29 +13,34 @@ import pytest
 import torch
 
 from ictx.errors import UserError
-from ictx.kernels import attention_tune, attention_tuning, tune, tuning
-from ictx.kernels.attention_tuning import Tiles, attention_config
-from ictx.kernels.decode import block_m_of
-from ictx.kernels.tuning import DecodeConfig
+from ictx.kernels import tuned
+from ictx.kernels.attention import tuning as attention_tuning
+from ictx.kernels.attention.tuning import Tiles, attention_config
+from ictx.kernels.decode import tuning
+from ictx.kernels.decode.op import block_m_of
+from ictx.kernels.decode.tuning import DecodeConfig
+from ictx.kernels.tune import attention as attention_tune
+from ictx.kernels.tune import decode as decode_tune
+from ictx.kernels.tune import run as tune
 
 
 def test_found_configurations_are_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "tuned.json"
     found = DecodeConfig(block_n=16, warps=4, stages=5, programs=2)
-    tuning.save(87, {"decode": {"plain/rows16": found}}, file)
-    monkeypatch.setattr(tuning, "FILE", file)
-    tuning.table.cache_clear()
+    tuned.save(87, {"decode": {"plain/rows16": found}}, file)
+    monkeypatch.setattr(tuned, "FILE", file)
+    tuned.section.cache_clear()
     assert tuning.decode_config(87, 16, None) == found
     # A card between two targets takes the older one; what was not searched is what its predecessor had.
     assert tuning.decode_config(88, 16, None) == found
     assert tuning.decode_config(87, 32, "int8") == tuning.decode_config(86, 32, "int8")
     assert tuning.decode_config(86, 16, None) != found
     monkeypatch.undo()
-    tuning.table.cache_clear()
+    tuned.section.cache_clear()
 
 
 def test_every_target_knows_every_kind_of_input() -> None:
-    content = json.loads(tuning.FILE.read_text("utf-8"))["decode"]
+    content = json.loads(tuned.FILE.read_text("utf-8"))["decode"]
     for name in content:
         for stored in (None, "int8", "fp8"):
             if stored == "fp8" and int(name.removeprefix("sm_")) < 89:
@@ -69,7 +74,7 @@ def test_a_kind_that_compiles_slowly_does_not_starve_the_next() -> None:
 
 
 def test_kinds_of_each_target() -> None:
-    names = {cc: {kind.name for kind in tune.decode_kinds(cc)} for cc in (75, 80, 90)}
+    names = {cc: {kind.name for kind in decode_tune.decode_kinds(cc)} for cc in (75, 80, 90)}
     assert names[75] == {"plain/rows16", "int8/rows16"}
     assert names[80] == {"plain/rows16", "plain/rows32", "int8/rows16", "int8/rows32"}
     assert names[90] == names[80] | {"fp8/rows16", "fp8/rows32"}
@@ -79,8 +84,8 @@ def test_kinds_of_each_target() -> None:
 
 def test_found_tiles_are_saved_beside_the_decode_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "tuned.json"
-    tuning.save(87, {"attention": {"queries": Tiles(64, 32, 4, 2)}}, file)
-    monkeypatch.setattr(attention_tuning, "FILE", file)
+    tuned.save(87, {"attention": {"queries": Tiles(64, 32, 4, 2)}}, file)
+    monkeypatch.setattr(tuned, "FILE", file)
     attention_tuning._tuned.cache_clear()
     assert attention_config(87) == replace(attention_config(86), queries=Tiles(64, 32, 4, 2))
     attention_tuning._tuned.cache_clear()
@@ -89,13 +94,13 @@ def test_found_tiles_are_saved_beside_the_decode_s(tmp_path: Path, monkeypatch: 
 def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match="no NVIDIA GPU"):
-        tune.main(1.0, tuning.FILE, 1)
+        tune.main(1.0, tuned.FILE, 1)
 
 
 @pytest.mark.gpu
 def test_a_short_search_finds_something_for_this_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tune, "CASES", [(1, 4096)])
-    monkeypatch.setattr(tune, "decode_candidates", lambda: [DecodeConfig(32, 4, 2, 1)])
+    monkeypatch.setattr(decode_tune, "CASES", [(1, 4096)])
+    monkeypatch.setattr(decode_tune, "decode_candidates", lambda: [DecodeConfig(32, 4, 2, 1)])
     monkeypatch.setattr(attention_tune, "candidates", lambda name, tma: [Tiles(64, 64, 4, 2, tma)])
     assert tune.main(60.0, tmp_path / "tuned.json", 4) == 0
     content = json.loads((tmp_path / "tuned.json").read_text("utf-8"))

@@ -22,9 +22,10 @@ import test_prefill
 import torch
 from models import small
 
-from ictx.kernels import decode, dispatch, turing
-from ictx.kernels.offline import compiling
-from ictx.kernels.tuning import decode_config
+from ictx.kernels import dispatch, turing
+from ictx.kernels.build.offline import compiling
+from ictx.kernels.decode import op as decode
+from ictx.kernels.decode.tuning import decode_config
 from ictx.serve.ragged import attend_ragged
 
 PROGRAMS = 3

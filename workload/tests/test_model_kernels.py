@@ -13,8 +13,8 @@ from interpreter import passes_interpreted
 from models import small
 from torch import Tensor
 
-from ictx.kernels import attention as kernel
 from ictx.kernels import dispatch
+from ictx.kernels.attention import op as kernel
 from ictx.model import LatentCache, Transformer, attention, attention_cached
 from ictx.parallel.recompute import recompute
 

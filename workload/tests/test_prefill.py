@@ -10,7 +10,7 @@ from interpreter import passes_interpreted
 from torch import Tensor
 
 from ictx.kernels import dispatch, layout
-from ictx.kernels.prefill import cost, mla_prefill
+from ictx.kernels.prefill.op import cost, mla_prefill
 
 BOUND = {torch.float16: 2e-3, torch.bfloat16: 8e-3}
 SCALE = 0.07

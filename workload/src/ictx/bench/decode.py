@@ -18,7 +18,7 @@ from ictx.bench.floor import Floor, floor_of
 from ictx.bench.trace import Trace, trace
 from ictx.errors import UserError
 from ictx.kernels import layout
-from ictx.kernels.bench import copy_bandwidth
+from ictx.kernels.bench.timing import copy_bandwidth
 from ictx.model import LatentCache, ModelConfig, Transformer
 from ictx.model.step import DecodeStep, unfit
 

@@ -26,7 +26,7 @@ from torch.multiprocessing.spawn import spawn
 from ictx.bench.train_peer import peer
 from ictx.data.loader import Batch
 from ictx.errors import UserError
-from ictx.kernels.attention import choice
+from ictx.kernels.attention.op import choice
 from ictx.metrics import flops_per_token, model_flops_utilisation, peak_flops
 from ictx.model import ModelConfig
 from ictx.train.config import LoopConfig, OptimizerConfig

@@ -85,9 +85,9 @@ def run_explain(arguments: argparse.Namespace) -> int:
 def run_build(drive: Callable[[int], None], arguments: argparse.Namespace) -> int:
     """`ictx kernels build`: status 1 where a variant must not ship."""
     from ictx.errors import UserError
-    from ictx.kernels.build import TARGETS, build
+    from ictx.kernels.build.build import TARGETS, build
+    from ictx.kernels.build.shipped import default_cache
     from ictx.kernels.dispatch import have_triton
-    from ictx.kernels.shipped import default_cache
 
     if not have_triton():
         raise UserError("Triton is not installed: nothing can be compiled")
@@ -109,14 +109,14 @@ def run_build(drive: Callable[[int], None], arguments: argparse.Namespace) -> in
 
 def run_tune(arguments: argparse.Namespace) -> int:
     """`ictx kernels tune`."""
-    from ictx.kernels.tune import main
-    from ictx.kernels.tuning import FILE
+    from ictx.kernels.tune.run import main
+    from ictx.kernels.tuned import FILE
 
     return main(arguments.seconds, arguments.out or FILE, arguments.jobs, arguments.kind)
 
 
 def run_bench(arguments: argparse.Namespace) -> int:
     """`ictx kernels bench`."""
-    from ictx.kernels.bench import main
+    from ictx.kernels.bench.run import main
 
     return main(arguments.out, arguments.quick, arguments.only)

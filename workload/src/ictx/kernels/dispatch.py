@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
 
 from ictx.errors import UserError
+from ictx.kernels import tuned
 
 F = TypeVar("F", bound=Callable[..., Any])
 VARIABLE = "ICTX_KERNELS"
@@ -75,13 +74,6 @@ def launch_options(early: bool) -> dict[str, bool]:
     return {"DEPENDENT": early} | ({"launch_pdl": True} if early else {})
 
 
-@functools.cache
-def libraries() -> dict[str, dict[str, Any]]:
-    """Returns which library was measured to be faster than ours: by operation, then target, with the measurement."""
-    found: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_name("tuned.json").read_text("utf-8"))
-    return found["libraries"]
-
-
 def constant(function: F) -> F:
     """Makes a function's result a constant for torch.compile: for what does not change while a process trains."""
     return cast(F, torch.compiler.assume_constant_result(function))  # type: ignore[no-untyped-call]
@@ -126,7 +118,7 @@ def choose(
 
 def _cudnn(dtype: torch.dtype, cc: int, equal: bool, forced: str) -> str | None:
     """Returns why cuDNN attends in place of our kernel, or None."""
-    measured = libraries()["mla_attention"].get(f"sm_{cc}", {})
+    measured = tuned.section("libraries")["mla_attention"].get(f"sm_{cc}", {})
     fits = equal and dtype in (torch.float16, torch.bfloat16) and cc >= 90 and standing_for is None
     if not fits or forced == "triton" or interpreted() or torch.are_deterministic_algorithms_enabled():
         return None

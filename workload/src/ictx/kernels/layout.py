@@ -89,3 +89,17 @@ def dequantise(cache: Tensor, stored: str, dtype: torch.dtype) -> Tensor:
     values = latent.float() - OFFSET if stored == "int8" else latent.float()
     values = (values.reshape(*latent.shape[:-1], GROUPS, GROUP) * scales[..., None]).flatten(-2)
     return torch.cat([values, keys.float()], -1)
+
+
+def rows_of(
+    cache: Tensor, table: Tensor | None, first: int, end: int, stored: str | None, dtype: torch.dtype
+) -> Tensor:
+    """Returns cached rows [end - first, 576] of `dtype`, a view where they are so and follow one another."""
+    if table is None:
+        return dequantise(cache[:1], stored, dtype)[0, first:end].to(dtype) if stored else cache[0, first:end]
+    size = cache.shape[1]
+    begin = first // size
+    blocks = cache[table[begin : -(-end // size)].long()]
+    if stored:
+        blocks = dequantise(blocks, stored, dtype).to(dtype)
+    return blocks.flatten(0, 1)[first - begin * size : end - begin * size]

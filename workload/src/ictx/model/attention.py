@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ictx.kernels.attention import Packing, choice, mla_attention
-from ictx.kernels.prefill import SLICE, mla_prefill
-from ictx.kernels.rope_cache import mla_rope_cache
+from ictx.kernels.attention.op import Packing, choice, mla_attention
+from ictx.kernels.prefill.op import SLICE, mla_prefill
+from ictx.kernels.rope_cache.op import mla_rope_cache
 from ictx.model.attention_cached import KEYS_AT_ONCE, attend_in_parts, attend_to_latents, kernel_takes
 from ictx.model.cache import LatentCache, Slots, quantisable
 from ictx.model.config import ModelConfig

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ictx.kernels import dispatch
-from ictx.kernels.decode import MOST_HEADS, MOST_QUERIES, mla_decode
+from ictx.kernels.decode.op import MOST_HEADS, MOST_QUERIES, mla_decode
 from ictx.model.cache import LatentCache, Slots, quantisable
 
 KEYS_AT_ONCE = 2048

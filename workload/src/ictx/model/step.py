@@ -14,10 +14,10 @@ from torch import Tensor
 
 from ictx.errors import UserError
 from ictx.kernels import dispatch, layout
-from ictx.kernels.decode import MOST_HEADS, Workspace, mla_decode
-from ictx.kernels.next_token import Places, begin, choose_likeliest
-from ictx.kernels.products import OPERATION, absorb, expand, project
-from ictx.kernels.rope_cache import mla_rope_cache
+from ictx.kernels.decode.op import MOST_HEADS, Workspace, mla_decode
+from ictx.kernels.next_token.op import Places, begin, choose_likeliest
+from ictx.kernels.products.op import OPERATION, absorb, expand, project
+from ictx.kernels.rope_cache.op import mla_rope_cache
 from ictx.model.cache import LatentCache, quantisable
 from ictx.model.config import ModelConfig
 from ictx.model.moe import FeedForward

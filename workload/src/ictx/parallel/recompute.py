@@ -14,7 +14,7 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from ictx.kernels import attention
+from ictx.kernels.attention import op as attention
 from ictx.model.moe import Router
 from ictx.model.transformer import Layer
 

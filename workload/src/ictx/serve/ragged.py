@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ictx.kernels import dispatch
-from ictx.kernels.attention import choice, forward, readable, widths
-from ictx.kernels.attention_tuning import attention_config
+from ictx.kernels.attention.op import choice, forward, readable, widths
+from ictx.kernels.attention.tuning import attention_config
 
 WORKSPACE = 1 << 28
 """Bytes that scores and weights take at most in PyTorch, unless one query alone takes more."""

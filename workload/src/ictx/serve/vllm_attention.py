@@ -30,7 +30,7 @@ from vllm.v1.attention.backends.mla.prefill.base import MLAPrefillBackend
 from vllm.v1.attention.backends.mla.prefill.registry import MLAPrefillBackendEnum
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-from ictx.kernels.decode import mla_decode
+from ictx.kernels.decode.op import mla_decode
 from ictx.kernels.layout import ROW
 from ictx.serve.ragged import attend_ragged
 from ictx.serve.vllm_choice import VARIABLE, Served, prefills, refused

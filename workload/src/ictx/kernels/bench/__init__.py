@@ -1,0 +1,1 @@
+"""`ictx kernels bench`: our kernels beside what else computes the same."""

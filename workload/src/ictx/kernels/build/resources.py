@@ -1,0 +1,90 @@
+"""What a compiled kernel takes of a multiprocessor, and why a release must not ship it."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ictx.kernels.build.offline import Launch
+from ictx.kernels.decode import tuning
+
+SHARED_LIMIT = {75: 65536, 80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
+"""Most shared memory of a program, in bytes (CUDA C++ Programming Guide, compute capabilities)."""
+REGISTERS = 65536
+"""32-bit registers of a multiprocessor, on every target."""
+NO_PRODUCTS = (
+    "attention_backward.row_sums", "next_token.begin", "next_token.best_of_all", "next_token.best_of_part",
+    "products.absorb", "products.project", "rope_cache.rope_cache",
+)  # fmt: skip
+"""Kernels without products of matrices, which need no tensor cores."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the compiler made of a variant."""
+
+    name: str
+    target: int
+    registers: int
+    spilled: int
+    """Bytes of local memory of a thread: its stack, which holds what registers could not."""
+    shared: int
+    """Bytes of shared memory of a program."""
+    tensor_cores: int
+    """Matrix instructions in the PTX."""
+    cubin: int
+    """Bytes of machine code."""
+    faults: tuple[str, ...]
+    """Why a release must not ship this."""
+
+
+def inspect(launch: Launch, name: str, compiled: Any) -> Report:
+    """Returns the resources of a compiled kernel, and what is wrong with them."""
+    import triton
+
+    program = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = subprocess.run(
+            [program, "--dump-resource-usage", file.name], check=True, capture_output=True, text=True
+        )
+    found = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage.stdout)}
+    matrix = len(re.findall(r"wgmma\.mma_async|mma\.sync|tcgen05\.mma", compiled.asm["ptx"]))
+    spilled = found["STACK"] + found["LOCAL"]
+    faults = []
+    programs = 1
+    if launch.kernel == "decode.decode":
+        constants = launch.parameters
+        stored = None if constants["STORED"] == "plain" else constants["STORED"]
+        programs = tuning.decode_config(launch.target, constants["BLOCK_M"], stored).programs
+    if spilled:
+        faults.append(f"spills {spilled} bytes")
+    shared, warps = int(compiled.metadata.shared), int(compiled.metadata.num_warps)
+    if shared * programs > SHARED_LIMIT[launch.target]:
+        faults.append(f"{programs} × {shared} bytes of shared memory, the limit is {SHARED_LIMIT[launch.target]}")
+    if found["REG"] * 32 * warps * programs > REGISTERS:
+        faults.append(f"{programs} × {warps} warps × {found['REG']} registers do not fit")
+    if not matrix and launch.kernel not in NO_PRODUCTS:
+        faults.append("no tensor-core instruction")
+    if serialised(compiled.asm["ptx"], launch.target):
+        faults.append("the assembler serialises its products")
+    return Report(name, launch.target, found["REG"], spilled, shared, matrix, len(compiled.asm["cubin"]), tuple(faults))
+
+
+def serialised(ptx: str, target: int) -> bool:
+    """Whether the assembler gives up running Hopper's products beside other work, as its notes C7510 to C7519 say."""
+    if "wgmma.mma_async" not in ptx:
+        return False
+    from triton import knobs
+
+    with tempfile.TemporaryDirectory() as folder:
+        source, result = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
+        source.write_text(ptx, "utf-8")
+        command = [knobs.nvidia.ptxas.path, f"--gpu-name=sm_{target}a", "-v", source, "-o", result]
+        told = subprocess.run(command, check=True, capture_output=True, text=True)
+    return re.search(r"\(C751\d\)", told.stdout + told.stderr) is not None

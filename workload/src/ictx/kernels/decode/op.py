@@ -1,0 +1,216 @@
+"""`mla_decode`: absorbed attention of a few new tokens over the latent cache."""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ictx.kernels import dispatch, layout, turing
+from ictx.kernels.decode import reference
+from ictx.kernels.decode.tuning import DecodeConfig, decode_config
+from ictx.kernels.layout import LATENT, ROPE, ROW, ROW_BYTES
+
+INTERPRETER = DecodeConfig(block_n=64, warps=4, stages=1, programs=1, reduce_all=False)
+"""Triton's interpreter runs one program after the other: none may wait for another."""
+INTERPRETER_PROGRAMS = 3
+MOST_QUERIES, MOST_HEADS = 8, 128
+"""Of one sequence in one launch."""
+
+
+@dataclass
+class Workspace:
+    """Partial results and counters of one stream: two launches that run at once must not share one.
+
+    Between launches a counter is 0 or, where all programs join results, -2^31.
+    """
+
+    part: Tensor
+    part_lse: Tensor
+    counters: Tensor
+
+    @classmethod
+    def make(cls, device: torch.device, programs: int, block_m: int, items: int) -> Workspace:
+        """Returns a workspace for that many programs, rows per program, and row blocks of all sequences."""
+        return cls(
+            torch.empty(2 * programs * block_m * LATENT, dtype=torch.float16, device=device),
+            torch.empty(2 * programs * block_m, dtype=torch.float32, device=device),
+            torch.zeros(items, dtype=torch.int32, device=device),
+        )
+
+    @classmethod
+    def of(
+        cls, device: torch.device, batch: int, rows: int, dtype: torch.dtype, stored: str | None
+    ) -> Workspace | None:
+        """Returns one for launches with so many sequences and rows (query position × head); None for PyTorch."""
+        if dispatch.choose("mla_decode", device, dtype, stored=stored).name == "torch":
+            return None
+        block_m = block_m_of(rows, dispatch.capability(device))
+        return cls.make(device, launch_of(device, block_m, stored)[1], block_m, batch * -(-rows // block_m))
+
+    def fits(self, programs: int, block_m: int, items: int) -> bool:
+        """Whether it is large enough."""
+        return self.part_lse.numel() >= 2 * programs * block_m and self.counters.numel() >= items
+
+
+_workspaces: dict[tuple[torch.device, int], Workspace] = {}
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Returns the number of multiprocessors; 1 where kernels are compiled for a GPU that is not here."""
+    return 1 if device.type != "cuda" else int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def _workspace(device: torch.device, programs: int, block_m: int, items: int) -> Workspace:
+    """Returns the current stream's workspace, made larger where it must be."""
+    on_gpu = device.type == "cuda"
+    key = (device, torch.cuda.current_stream(device).cuda_stream if on_gpu else 0)
+    found = _workspaces.get(key)
+    if found is None or not found.fits(programs, block_m, items):
+        # Rounded up, so that a growing batch does not ask again and again.
+        found = Workspace.make(device, programs, block_m, max(256, 1 << (items - 1).bit_length()))
+        # What is allocated during a capture is zeroed by the graph's replay, not now: only the graph may use it.
+        if not (on_gpu and torch.cuda.is_current_stream_capturing()):
+            _workspaces[key] = found
+    return found
+
+
+def mla_decode(
+    q: Tensor,
+    cache: Tensor,
+    lens: Tensor,
+    scale: float,
+    table: Tensor | None = None,
+    stored: str | None = None,
+    out: Tensor | None = None,
+    workspace: Workspace | None = None,
+    config: DecodeConfig | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attends to the cached tokens of each sequence, the new ones included, causally among the new ones.
+
+    Args:
+        q: absorbed queries [batch, query, heads, 576], query 1–8, heads 1–128: latent part, then rotary part.
+        cache: [blocks, block_size, 576] in q's dtype, or uint8 [blocks, block_size, 656] (see `layout`).
+        lens: cached tokens of each sequence, new ones included, int32 [batch]. 0 gives zeros.
+        scale: factor on the scores before the softmax.
+        table: blocks of each sequence, int32 [batch, max_blocks]; none where block b belongs to sequence b.
+        stored: dtype of a quantised latent, int8 or fp8.
+        out: where the result goes, contiguous [batch, query, heads, 512].
+        workspace: where partial results go; each stream's own when none is given.
+        config: replaces the tuned configuration.
+
+    Returns:
+        Attended latents [batch, query, heads, 512] in q's dtype, and the natural log-sum-exp of the scaled scores,
+        float32 [batch, query, heads] (-inf where nothing was attended to).
+
+    Raises:
+        ValueError: a shape or dtype is not as above.
+    """
+    _check(q, cache, lens, table, stored)
+    choice = dispatch.choose("mla_decode", q.device, q.dtype, stored=stored)
+    if choice.name == "torch":
+        result, lse = reference.mla_decode(q, cache, lens, scale, table, stored)
+        return (out.copy_(result) if out is not None else result), lse
+    return _launch(q, cache, lens, scale, table, stored, out, workspace, config)
+
+
+def _check(q: Tensor, cache: Tensor, lens: Tensor, table: Tensor | None, stored: str | None) -> None:
+    """Raises ValueError for inputs that the kernel would misread."""
+    if q.dim() != 4 or q.shape[-1] != ROW or not (1 <= q.shape[1] <= MOST_QUERIES and 1 <= q.shape[2] <= MOST_HEADS):
+        raise ValueError(f"q is {list(q.shape)}: expected [batch, 1 to {MOST_QUERIES}, 1 to {MOST_HEADS} heads, {ROW}]")
+    layout.check(cache, q.dtype, stored)
+    if lens.shape != (q.shape[0],) or lens.dtype != torch.int32:
+        raise ValueError(f"lens is {list(lens.shape)} {lens.dtype}: expected [{q.shape[0]}] int32")
+    if table is not None:
+        if table.dim() != 2 or table.shape[0] != q.shape[0] or table.dtype != torch.int32 or table.stride(1) != 1:
+            raise ValueError(f"table is {list(table.shape)} {table.dtype}: expected [{q.shape[0]}, max_blocks] int32")
+        if cache.shape[1] & (cache.shape[1] - 1):
+            raise ValueError(f"block_size is {cache.shape[1]}: expected a power of 2")
+    elif cache.shape[0] < q.shape[0]:
+        raise ValueError(f"cache has {cache.shape[0]} blocks for {q.shape[0]} sequences and there is no table")
+
+
+def block_m_of(rows: int, cc: int) -> int:
+    """Returns how many rows (query position × head) a program takes: on Turing, no more than its registers hold."""
+    return 16 if rows <= 16 or 0 < cc < 80 else 32
+
+
+def launch_of(
+    device: torch.device, block_m: int, stored: str | None, config: DecodeConfig | None = None
+) -> tuple[DecodeConfig, int]:
+    """Returns how the kernel is cut up, by the tuned configuration unless one is given, and how many programs run."""
+    if dispatch.interpreted():
+        return replace(config or INTERPRETER, reduce_all=False), INTERPRETER_PROGRAMS
+    config = config or decode_config(dispatch.capability(device), block_m, stored)
+    return config, multiprocessors(device) * config.programs
+
+
+def constants(stored: str | None, page: int, block_m: int, config: DecodeConfig) -> dict[str, Any]:
+    """Returns the kernel's compile-time parameters and options."""
+    options: dict[str, Any] = {"num_warps": config.warps}
+    if config.reduce_all:
+        options["launch_cooperative_grid"] = True
+    if config.registers:
+        options["maxnreg"] = config.registers
+    return options | {
+        "LATENT": LATENT,
+        "ROPE": ROPE,
+        "PAGE": page,
+        "STORED": stored or "plain",
+        "ASM": not dispatch.interpreted(),
+        "ROW": ROW,
+        "BLOCK_WORDS": ROW_BYTES // 2,
+        "BLOCK_M": block_m,
+        "BLOCK_N": config.block_n,
+        "REDUCE_ALL": config.reduce_all,
+        "STAGES": config.stages,
+        "SCAN": config.scan,
+        "COLS": config.columns or (64 if config.programs == 1 else 32),
+    }
+
+
+def _launch(
+    q: Tensor,
+    cache: Tensor,
+    lens: Tensor,
+    scale: float,
+    table: Tensor | None,
+    stored: str | None,
+    out: Tensor | None,
+    workspace: Workspace | None,
+    config: DecodeConfig | None,
+) -> tuple[Tensor, Tensor]:
+    """Runs the Triton kernel."""
+    from ictx.kernels.decode import triton as kernels
+
+    batch, query, heads, _ = q.shape
+    rows, block_m = query * heads, block_m_of(query * heads, dispatch.capability(q.device))
+    row_blocks = -(-rows // block_m)
+    if q.stride(3) != 1 or q.stride(1) != heads * q.stride(2) or q.stride(2) % 8 or q.stride(0) % 8:
+        q = q.contiguous()
+    if out is None:
+        out = torch.empty(batch, query, heads, LATENT, dtype=q.dtype, device=q.device)
+    lse = torch.empty(batch, query, heads, dtype=torch.float32, device=q.device)
+    if batch == 0:
+        return out, lse
+    config, programs = launch_of(q.device, block_m, stored, config)
+    work = workspace or _workspace(q.device, programs, block_m, batch * row_blocks)
+    # The same bytes, seen as each of the dtypes that a row holds.
+    flat = layout.flat(cache)
+    latent = scales = rope = flat
+    if stored:
+        latent, scales, rope = flat.view(torch.int16), flat.view(torch.float32), flat.view(q.dtype)
+    with turing.tensor_cores(dispatch.capability(q.device)):
+        kernels.decode[(programs,)](
+            q, latent, scales, rope, table if table is not None else lens, lens, out, lse,
+            work.part.view(q.dtype), work.part_lse, work.counters, scale * math.log2(math.e),
+            q.stride(0) // 8, q.stride(2) // 8, cache.stride(0) // cache.stride(1), cache.shape[1],
+            table.stride(0) if table is not None else 0, batch, rows, heads, row_blocks, query,
+            **constants(stored, 0 if table is None else cache.shape[1], block_m, config),
+        )  # fmt: skip
+    return out, lse

@@ -1,0 +1,48 @@
+"""Tuned configurations of `mla_decode`: read from a versioned file, chosen without a search."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ictx.kernels import tuned
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    """How `mla_decode` is cut up."""
+
+    block_n: int
+    """Cached tokens per step."""
+    warps: int
+    """Warps per program."""
+    stages: int
+    """Depth of the software pipeline."""
+    programs: int
+    """Programs per multiprocessor."""
+    reduce_all: bool = True
+    """Whether all programs of a sequence join its partial results (needs all of them resident), or the last alone."""
+    registers: int = 0
+    """Most registers of a thread; 0 leaves it to the compiler."""
+    scan: int = 128
+    """Sequences whose lengths are read at once in the search for the first tile."""
+    columns: int = 0
+    """Columns of the result that are joined at once; 0 leaves it to the kernel."""
+
+
+def decode_key(block_m: int, stored: str | None) -> str:
+    """Returns the name under which the file holds a kind of input."""
+    return f"{stored or 'plain'}/rows{block_m}"
+
+
+override: DecodeConfig | None = None
+"""Stands for every tuned configuration in a process that tries another."""
+
+
+def decode_config(cc: int, block_m: int, stored: str | None) -> DecodeConfig:
+    """Returns the configuration of the newest target that is not newer than compute capability `cc`."""
+    if override is not None:
+        return override
+    section = tuned.section("decode")
+    targets = sorted(int(name.removeprefix("sm_")) for name in section)
+    target = max((known for known in targets if known <= cc), default=targets[0])
+    return DecodeConfig(**section[f"sm_{target}"][decode_key(block_m, stored)])

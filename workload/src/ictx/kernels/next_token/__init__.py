@@ -1,0 +1,1 @@
+"""The ends of a decode step: embedding, rotation and slot; the likeliest logit."""

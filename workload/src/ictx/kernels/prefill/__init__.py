@@ -1,0 +1,1 @@
+"""`mla_prefill`: many new tokens attend to the latent cache."""

@@ -1,0 +1,130 @@
+"""What a decode step multiplies between its attentions: fused for one token, PyTorch's own products for several."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ictx.kernels import dispatch
+from ictx.kernels.layout import LATENT, ROPE
+
+OPERATION = "decode_products"
+TILE = 8192
+"""Weights that a program multiplies, but whole rows: enough programs fit a multiprocessor to keep memory busy."""
+LONGEST = 16384
+"""Longest row that a program holds."""
+COLUMNS = 64
+"""Columns of the latent that a program of `absorb` makes."""
+WARPS = 4
+
+
+def _choice(x: Tensor, width: int) -> str:
+    """Returns which implementation multiplies vectors `x` [tokens, …]."""
+    shape = None
+    if x.shape[0] != 1:
+        shape = f"{x.shape[0]} tokens: their product is a matrix"
+    elif width > LONGEST:
+        shape = f"rows of {width}: a program holds {LONGEST}"
+    return dispatch.choose(OPERATION, x.device, x.dtype, shape=shape).name
+
+
+def _options(device: torch.device) -> dict[str, Any]:
+    """Returns options of a launch."""
+    return {"num_warps": WARPS, **dispatch.launch_options(dispatch.launches_early(device))}
+
+
+def constants(width: int, gated: bool) -> dict[str, int]:
+    """Returns how `project` is cut up for rows of that many weights."""
+    padded = 1 << (width - 1).bit_length()
+    return {"WIDTH": width, "PADDED": padded, "BLOCK": max(TILE // padded // (2 if gated else 1), 1)}
+
+
+def project(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    gain: Tensor | None = None,
+    eps: float = 0.0,
+    up: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """Returns weight · x of each token, [tokens, rows] in x's dtype.
+
+    Args:
+        x: [tokens, width].
+        weight: [rows, width] in x's dtype, its rows contiguous.
+        gain: of an RMSNorm, [width], that comes before the product; none leaves it out.
+        eps: of that norm.
+        up: a second weight like the first: silu(weight · x) · (up · x) is returned.
+        residual: [tokens, rows], added to the result.
+    """
+    if _choice(x, x.shape[1]) == "torch":
+        if gain is not None:
+            x = F.rms_norm(x, gain.shape, gain, eps)
+        out = F.linear(x, weight)
+        out = F.silu(out) * F.linear(x, up) if up is not None else out
+        return out + residual if residual is not None else out
+    from ictx.kernels.products import triton as kernels
+
+    rows, width = weight.shape
+    out = torch.empty(1, rows, dtype=x.dtype, device=x.device)
+    fixed = constants(width, up is not None)
+    grid = (-(-rows // fixed["BLOCK"]), 1)
+    kernels.project[grid](
+        x, gain if gain is not None else x, weight, up if up is not None else weight,
+        residual if residual is not None else x, out, eps, rows, 0, 0, weight.stride(0), 0,
+        NORM=gain is not None, GATED=up is not None, ADD=residual is not None, **fixed, **_options(x.device),
+    )  # fmt: skip
+    return out
+
+
+def absorb(q: Tensor, w_kv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Returns absorbed queries [tokens, 1, heads, 576] as `mla_decode` takes them.
+
+    Args:
+        q: [tokens, heads, nope + 64], before the rotation, contiguous.
+        w_kv: [heads, nope + value, 512] in q's dtype: keys' part first.
+        cos: of each pair's angle, float32 [tokens, 32], YaRN's factor included.
+        sin: likewise.
+    """
+    _, heads, width = q.shape
+    nope = width - ROPE
+    if _choice(q, width) == "torch":
+        even, odd = q[..., nope::2].float(), q[..., nope + 1 :: 2].float()
+        cos, sin = cos[:, None], sin[:, None]
+        turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2).to(q.dtype)
+        latent = torch.einsum("thn,hnc->thc", q[..., :nope], w_kv[:, :nope])
+        return torch.cat([latent, turned], -1)[:, None]
+    from ictx.kernels.products import triton as kernels
+
+    out = torch.empty(1, 1, heads, LATENT + ROPE, dtype=q.dtype, device=q.device)
+    kernels.absorb[(LATENT // COLUMNS, heads)](
+        q, w_kv, cos, sin, out, w_kv.stride(0), NOPE=nope, PADDED=1 << (nope - 1).bit_length(),
+        ROPE=ROPE, LATENT=LATENT, COLUMNS=COLUMNS, **_options(q.device),
+    )  # fmt: skip
+    return out
+
+
+def expand(out: Tensor, w_kv: Tensor, value: int) -> Tensor:
+    """Returns each head's values [tokens, heads · value] of attended latents, as `mla_decode` gives them.
+
+    Args:
+        out: [tokens, 1, heads, 512].
+        w_kv: [heads, nope + value, 512] in out's dtype: values' part last.
+    """
+    heads = out.shape[2]
+    weight = w_kv[:, -value:]
+    if _choice(out, LATENT) == "torch":
+        return torch.einsum("thc,hvc->thv", out[:, 0], weight).flatten(1)
+    from ictx.kernels.products import triton as kernels
+
+    result = torch.empty(1, heads * value, dtype=out.dtype, device=out.device)
+    fixed = constants(LATENT, False)
+    kernels.project[(-(-value // fixed["BLOCK"]), heads)](
+        out, out, weight, weight, out, result, 0.0, value, LATENT, weight.stride(0), weight.stride(1), value,
+        NORM=False, GATED=False, ADD=False, **fixed, **_options(out.device),
+    )  # fmt: skip
+    return result

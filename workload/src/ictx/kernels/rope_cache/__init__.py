@@ -1,0 +1,1 @@
+"""`mla_rope_cache`: new tokens' rows of the latent cache."""

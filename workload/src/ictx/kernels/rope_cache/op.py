@@ -1,0 +1,99 @@
+"""`mla_rope_cache`: from the projection of new tokens to their rows of the cache, in one launch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ictx.kernels import dispatch, layout
+from ictx.kernels.layout import GROUP, LATENT, ROPE, ROW, ROW_BYTES
+from ictx.kernels.rope_cache import reference
+
+WARPS = 4
+"""Warps of a program: 512 values, four a thread."""
+
+
+def mla_rope_cache(
+    x: Tensor,
+    weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    slots: Tensor,
+    cache: Tensor,
+    eps: float = 1e-6,
+    stored: str | None = None,
+) -> None:
+    """Norms the latents (RMSNorm), rotates the keys' adjacent pairs, and writes both to the cache, quantised if it is.
+
+    Computes in float32 and rounds once: to the cache's dtype, or to int8 or fp8 with a scale for 128 values.
+    (arXiv:2405.04434, section 2.1, for what is cached; arXiv:2104.09864, equation 34, for the rotation.)
+
+    Args:
+        x: the projection's output, [tokens, 576] in float16, bfloat16 (float32 and float64 in PyTorch alone): latents
+            before the norm, then keys before the rotation.
+        weight: of the norm, [512].
+        cos: cosines of each pair's angle, float32 [tokens, 32], YaRN's factor included.
+        sin: sines, likewise.
+        slots: place of each token in the cache, int64 [tokens]: block × block_size + row. Tokens with a negative
+            one are left out.
+        cache: [blocks, block_size, 576] in x's dtype, or uint8 [blocks, block_size, 656] (see `layout`); written to.
+        eps: what is added to the mean square.
+        stored: dtype of a quantised latent, int8 or fp8.
+
+    Raises:
+        ValueError: a shape or dtype is not as above.
+    """
+    _check(x, weight, cos, sin, slots, cache, stored)
+    if dispatch.choose("mla_rope_cache", x.device, x.dtype, stored=stored).name == "torch":
+        reference.mla_rope_cache(x, weight, cos, sin, slots, cache, eps, stored)
+    elif x.shape[0]:
+        _launch(x, weight, cos, sin, slots, cache, eps, stored)
+
+
+def _check(
+    x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, cache: Tensor, stored: str | None
+) -> None:
+    """Raises ValueError for inputs that the kernel would misread."""
+    if x.dim() != 2 or x.shape[1] != ROW or x.stride(1) != 1:
+        raise ValueError(f"x is {list(x.shape)}: expected [tokens, {ROW}], its rows contiguous")
+    if weight.shape != (LATENT,):
+        raise ValueError(f"weight is {list(weight.shape)}: expected [{LATENT}]")
+    for name, value in (("cos", cos), ("sin", sin)):
+        if value.shape != (x.shape[0], ROPE // 2) or value.dtype != torch.float32 or not value.is_contiguous():
+            raise ValueError(
+                f"{name} is {list(value.shape)} {value.dtype}: expected [{x.shape[0]}, {ROPE // 2}] float32"
+            )
+    if slots.shape != (x.shape[0],) or slots.dtype != torch.int64:
+        raise ValueError(f"slots is {list(slots.shape)} {slots.dtype}: expected [{x.shape[0]}] int64")
+    layout.check(cache, x.dtype, stored)
+
+
+def constants(stored: str | None, early: bool) -> dict[str, Any]:
+    """Returns the kernel's compile-time parameters and options."""
+    return {
+        "LATENT": LATENT,
+        "ROPE": ROPE,
+        "GROUP": GROUP,
+        "ROW": ROW,
+        "ROW_BYTES": ROW_BYTES,
+        "STORED": stored or "plain",
+        "num_warps": WARPS,
+        **dispatch.launch_options(early),
+    }
+
+
+def _launch(
+    x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, cache: Tensor, eps: float, stored: str | None
+) -> None:
+    """Runs the Triton kernel."""
+    from ictx.kernels.rope_cache import triton as kernels
+
+    flat = layout.flat(cache)
+    scales, keys = (flat.view(torch.float32), flat.view(x.dtype)) if stored else (flat, flat)
+    kernels.rope_cache[(x.shape[0],)](
+        x, weight, cos, sin, slots, flat, scales, keys, eps,
+        x.stride(0), cache.stride(0) // cache.stride(1), cache.shape[1],
+        **constants(stored, dispatch.launches_early(x.device)),
+    )  # fmt: skip

@@ -1,0 +1,1 @@
+"""`ictx kernels tune`: the search for the fastest configurations on a GPU."""

@@ -1,0 +1,85 @@
+"""The part of `ictx kernels tune` for `mla_decode`: each kind of cache and number of rows."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from ictx.kernels import dispatch, layout
+from ictx.kernels.bench import inputs, timing
+from ictx.kernels.build import build
+from ictx.kernels.decode import tuning
+from ictx.kernels.decode.op import block_m_of, mla_decode
+from ictx.kernels.decode.tuning import DecodeConfig
+from ictx.kernels.tune.kind import Kind
+
+CASES = [(1, 131072), (32, 32768)]
+"""Batch and context whose times are multiplied: what a candidate must be good at."""
+PAGE = 64
+
+
+def decode_candidates() -> list[DecodeConfig]:
+    """Returns the configurations of `mla_decode` that are tried; one stage is all that Turing can do."""
+    found = []
+    for block_n, warps, stages in itertools.product((16, 32, 64), (4, 8), (1, 2, 3, 4, 5)):
+        for programs, registers in ((1, 0), (1, 240), (2, 0)):
+            # More warps than a block has tokens for only repeat each other's work; 240 registers need few warps.
+            if warps * 8 <= max(block_n, 32) * 2 and not (warps == 8 and registers):
+                found.append(DecodeConfig(block_n, warps, stages, programs, registers=registers))
+    return found
+
+
+def decode_kinds(target: int) -> list[Kind]:
+    """Returns the kinds of input of `mla_decode`, those with more bytes saved first."""
+    dtype = dispatch.half(target)
+    kinds = []
+    for stored, rows in itertools.product(
+        (None, "int8", "fp8"), sorted({block_m_of(rows, target) for rows in (1, 32)})
+    ):
+        if dispatch.refused("mla_decode", target, dtype, stored) is None:
+            kinds.append(
+                Kind(
+                    "decode",
+                    tuning.decode_key(rows, stored),
+                    tuning.decode_config(target, rows, stored),
+                    decode_candidates(),
+                    functools.partial(decode_fits, target=target, stored=stored, block_m=rows),
+                    functools.partial(decode_inputs, stored, rows, dtype),
+                )
+            )
+    return kinds
+
+
+def decode_fits(cache: Path, config: DecodeConfig, *, target: int, stored: str | None, block_m: int) -> bool:
+    """Whether a candidate for `mla_decode` may ship."""
+    dtype, meta = dispatch.half(target), torch.device("meta")
+    q = torch.empty(1, 1, block_m, layout.ROW, dtype=dtype, device=meta)
+    row, held = (layout.ROW_BYTES, torch.uint8) if stored else (layout.ROW, dtype)
+    blocks = torch.empty(2, PAGE, row, dtype=held, device=meta)
+    lens, table = (torch.empty(shape, dtype=torch.int32, device=meta) for shape in ((1,), (1, 2)))
+    tuning.override = config
+    try:
+        return build.fit(cache, target, lambda: mla_decode(q, blocks, lens, inputs.SCALE, table, stored))
+    except Exception:  # what the compiler cannot make is no candidate
+        return False
+
+
+def decode_inputs(stored: str | None, rows: int, dtype: torch.dtype) -> Callable[[DecodeConfig], float]:
+    """Returns what measures a candidate: the product of the times of all cases."""
+    given = [inputs.Inputs.make(batch, context, stored, inputs.HEADS * rows // 16, dtype) for batch, context in CASES]
+
+    def seconds(config: DecodeConfig) -> float:
+        product = 1.0
+        for one in given:
+            calls: list[Callable[[], object]] = [
+                functools.partial(mla_decode, q, cache, one.lens, inputs.SCALE, one.table, stored, config=config)
+                for q, cache in zip(one.queries, one.caches, strict=True)
+            ]
+            product *= timing.median_time(calls)
+        return product
+
+    return seconds

@@ -1,0 +1,33 @@
+"""The file of tuned configurations, and of libraries that were measured to be faster: one section a subject."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+FILE = Path(__file__).with_name("tuned.json")
+
+
+@functools.cache
+def section(name: str) -> dict[str, dict[str, Any]]:
+    """Returns a section of the file."""
+    content: dict[str, dict[str, dict[str, Any]]] = json.loads(FILE.read_text("utf-8"))
+    return content[name]
+
+
+def save(cc: int, found: Mapping[str, Mapping[str, Any]], out: Path) -> None:
+    """Writes the file to `out`, with found configurations of one target in its sections."""
+    content = json.loads(FILE.read_text("utf-8"))
+    for name, configs in found.items():
+        targets = content[name]
+        if f"sm_{cc}" not in targets:
+            # A target of its own needs every kind of input: what was not found stays as it was chosen before.
+            older = [int(known.removeprefix("sm_")) for known in targets if int(known.removeprefix("sm_")) <= cc]
+            targets[f"sm_{cc}"] = dict(targets[f"sm_{max(older)}"]) if older else {}
+        targets[f"sm_{cc}"].update({key: asdict(config) for key, config in configs.items()})
+    out.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", "utf-8")
+    section.cache_clear()
