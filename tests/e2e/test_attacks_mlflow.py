@@ -9,6 +9,7 @@ import re
 import ssl
 import subprocess
 import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -36,6 +37,12 @@ MOVES = pytest.mark.attack(
     "a user moves the alias that is served, or changes the model, the version or the files that it stands for",
     before="every user could, and so could the account with which the server fetches models",
     now="403 on every route: a user changes what is his, promoters (ictx_promoters) what is promoted",
+)
+TWICE = pytest.mark.attack(
+    "H4",
+    "a request names the user's own run as `run_uuid`, and another's as `runId`, to tag, rename or delete it",
+    before="MLflow 3.17.2 checks the first and changes the second: any user deleted any run, and so a model's files",
+    now="403: a request names a thing once, as run_id, in a body that is an object of JSON",
 )
 READS_ONLY = pytest.mark.attack(
     "H4",
@@ -278,6 +285,37 @@ def test_what_is_checked_and_what_is_deleted_are_named_in_one_place(
     finally:
         for account, name in ((mallory, "of-mallory"), (researcher, "of-researcher")):
             assert account.call("DELETE", f"{api}/delete", {"name": name})[0] == 200
+
+
+@TWICE
+def test_a_request_that_names_two_runs_changes_neither(mallory: Account, admin: Account, target: Target) -> None:
+    api = "/api/2.0/mlflow"
+    _, text = mallory.call("POST", f"{api}/experiments/create", {"name": f"of-mallory-{time.time_ns()}"})
+    experiment = json.loads(text)["experiment_id"]
+    try:
+        _, text = mallory.call("POST", f"{api}/runs/create", {"experiment_id": experiment})
+        mine = json.loads(text)["run"]["info"]["run_id"]
+        for name, values in {
+            "set-tag": {"key": "ictx.git_commit", "value": "x"},
+            "log-batch": {"tags": [{"key": "ictx.git_commit", "value": "x"}]},
+            "log-parameter": {"key": "x", "value": "x"},
+            "update": {"run_name": "of mallory"},
+            "delete": {},
+        }.items():
+            body = {"run_uuid": mine, "runId": target.run, **values}
+            assert mallory.call("POST", f"{api}/runs/{name}", body)[0] == 403, name
+            assert mallory.call("POST", f"{api}/runs/{name}", {"run_id": mine, **values})[0] == 200, name
+        run = admin.get(f"/runs/get?run_id={target.run}")["run"]
+        assert run["info"]["lifecycle_stage"] == "active"
+        assert run["info"]["run_name"] != "of mallory"
+        assert {"key": "ictx.git_commit", "value": "x"} not in run["data"]["tags"]
+        # The names that are checked are those of the query where the body is no object of JSON.
+        query = f"/api/3.0/mlflow/datasets/create?experiment_ids={experiment}"
+        inner = json.dumps({"name": "of-mallory", "experiment_ids": [target.experiment]})
+        assert mallory.call("POST", query, inner.encode(), {"Content-Type": "text/plain"})[0] == 403
+        assert mallory.call("POST", query, inner)[0] == 403
+    finally:
+        assert mallory.call("POST", f"{api}/experiments/delete", {"experiment_id": experiment})[0] == 200
 
 
 @MOVES

@@ -44,9 +44,8 @@ def _decide():
         roles = {role.name for role in auth.store.list_user_roles(user.id)}
         if (READER in roles or user.username.endswith(PREVIOUS)) and not _reads():
             raise RefusalError(f"{user.username} has a read-only account")
-        # MLflow would take the names that it checks from the query, and those that it uses from the body.
-        if request.method == "DELETE" and not request.is_json and request.get_data():
-            raise RefusalError("the body of a DELETE request must have the Content-Type application/json")
+        if not user.is_admin:
+            _check_form()
         if not user.is_admin and PROMOTER not in roles:
             _check_rules()
     except RefusalError as refusal:
@@ -83,6 +82,21 @@ def _authenticate():
 def _reads():
     """Tells whether the request changes nothing: searches are POST requests."""
     return request.method in ("GET", "HEAD") or (request.endpoint or "").startswith("_search_")
+
+
+def _check_form():
+    """Refuses a request that names a thing twice.
+
+    MLflow checks the names in the query, or `run_uuid`, and its handlers use those in the body, in either of protobuf's
+    spellings (`runId`).
+    """
+    if request.method in ("GET", "HEAD") or request.endpoint in ANY_BODY or not request.get_data():
+        return
+    body = request.get_json(silent=True)
+    if not isinstance(body, dict):
+        raise RefusalError(f"the body of a {request.method} request must be an object of JSON (application/json)")
+    if odd := sorted(key for key in body if key != key.lower()):
+        raise RefusalError(f"names of fields are written like run_id, not like {odd[0][:80]!r}")
 
 
 def _check_rules():
@@ -167,6 +181,9 @@ def _get_version(message):
 def _free(_):
     """Nothing of what is promoted changes."""
 
+
+# An artifact's content, whose run is named in the query only, and a language that changes nothing.
+ANY_BODY = ("serve_upload_artifact", "_upload_artifact", "_graphql")
 
 # By the name of MLflow's handler: its route may be reached by several paths.
 RULES = {
