@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 from transformers import DeepseekV3ForCausalLM, DynamicCache
 
-from ictx.model import LatentCache, ModelConfig, Transformer
+from ictx.infer import LatentCache
+from ictx.model import ModelConfig, Transformer
 from ictx.model.hf import save_pretrained
 
 ROUNDS = 15

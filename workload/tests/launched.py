@@ -15,11 +15,12 @@ import torch
 from triton import knobs
 from triton.runtime.jit import JITFunction
 
-from ictx.generate import generate
+from ictx.infer import LatentCache
+from ictx.infer.decode_step import DecodeStep
+from ictx.infer.generate import generate
 from ictx.kernels.build.offline import standing_for
 from ictx.kernels.next_token.op import choose_likeliest
-from ictx.model import LatentCache, ModelConfig, Transformer
-from ictx.model.step import DecodeStep
+from ictx.model import ModelConfig, Transformer
 
 META = torch.device("meta")
 CONFIG = replace(ModelConfig.named("ictx-1b-128k"), num_hidden_layers=2)

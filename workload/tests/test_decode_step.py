@@ -12,11 +12,12 @@ from models import MOE, YARN, small
 from torch import Tensor
 
 from ictx.errors import UserError
+from ictx.infer import LatentCache
+from ictx.infer.decode_step import DecodeStep
 from ictx.kernels import dispatch
 from ictx.kernels.next_token.op import Places, begin, choose_likeliest
 from ictx.kernels.products.op import absorb, expand, project
-from ictx.model import LatentCache, Transformer
-from ictx.model.step import DecodeStep
+from ictx.model import Transformer
 
 TOKENS = 20
 PROMPTS = torch.randint(97, (3, 37), generator=torch.Generator().manual_seed(5))

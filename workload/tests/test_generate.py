@@ -21,12 +21,12 @@ from transformers import PreTrainedTokenizerFast
 
 from ictx.cli import main
 from ictx.errors import UserError
-from ictx.generate import Report, Sampler, Sampling, Vocabulary, generate, refuse_quantised
+from ictx.infer import LatentCache
+from ictx.infer.decode_step import DecodeStep
+from ictx.infer.generate import Report, Sampler, Sampling, Vocabulary, generate, refuse_quantised
 from ictx.kernels import dispatch
-from ictx.model import LatentCache
 from ictx.model.describe import describe
 from ictx.model.hf import load_pretrained, save_pretrained
-from ictx.model.step import DecodeStep
 
 END, TURN = "<|endoftext|>", "<|im_end|>"
 CHAT = (

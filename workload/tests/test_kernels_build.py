@@ -15,12 +15,12 @@ import pytest
 import torch
 
 from ictx.errors import UserError
+from ictx.infer.launches import drive
 from ictx.kernels import dispatch
 from ictx.kernels.build.build import TARGETS, build
 from ictx.kernels.build.offline import launches, names
 from ictx.kernels.build.shipped import MANIFEST, default_cache, fingerprint, state
 from ictx.kernels.build.triton_cache import ShippedCache, _usable
-from ictx.model.launches import drive
 
 MANAGER = f"{ShippedCache.__module__}:{ShippedCache.__name__}"
 

@@ -37,9 +37,9 @@ def wanted(given: dict[str, Tensor]) -> Tensor:
     norm = nn.RMSNorm(512, eps=EPS, dtype=torch.float64, device=given["x"].device)
     norm.weight.data.copy_(given["weight"])
     x = given["x"].double()
-    turn = Rotations(given["cos"][None, :, None].double(), given["sin"][None, :, None].double())
+    rope = Rotations(given["cos"][None, :, None].double(), given["sin"][None, :, None].double())
     # `rotate` computes in float32.
-    key = rotate(x[None, :, None, 512:].float(), turn)[0, :, 0]
+    key = rotate(x[None, :, None, 512:].float(), rope)[0, :, 0]
     return torch.cat([norm(x[:, :512]), key.double()], -1).detach()
 
 

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from ictx.errors import UserError
-from ictx.model import LatentCache, ModelConfig, Transformer, attention, attention_cached
+from ictx.infer import LatentCache, attention_cached
+from ictx.model import ModelConfig, Transformer
 from ictx.model.attention import LONGEST_DENSE_MASK, Mode
 from ictx.settings import build
 
@@ -101,8 +102,7 @@ def test_the_workspace_is_bounded_and_its_size_changes_nothing(mode: Mode, monke
     with torch.no_grad():
         whole = model(tokens)
         for keys, block_size in ((1, None), (50, None), (32, 16)):
-            for module in (attention, attention_cached):
-                monkeypatch.setattr(module, "KEYS_AT_ONCE", keys)
+            monkeypatch.setattr(attention_cached, "KEYS_AT_ONCE", keys)
             cache = LatentCache(model.config, 2, 256, block_size=block_size)
             assert difference(in_chunks(model, tokens, cache, 90, mode), whole) <= 1e-5
 

@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ictx.model import Transformer
-from ictx.model.half import tracked_amax
+from ictx.model.float16 import tracked_amax
 from ictx.model.head import Head
 
 TOKENS = torch.randint(97, (2, 24), generator=torch.Generator().manual_seed(4))

@@ -13,9 +13,10 @@ from interpreter import passes_interpreted
 from models import small
 from torch import Tensor
 
+from ictx.infer import LatentCache, attention_cached
 from ictx.kernels import dispatch
 from ictx.kernels.attention import op as kernel
-from ictx.model import LatentCache, Transformer, attention, attention_cached
+from ictx.model import Transformer, attention
 from ictx.parallel.recompute import recompute
 
 TOKENS = torch.randint(97, (2, 40), generator=torch.Generator().manual_seed(1))
@@ -90,7 +91,7 @@ def test_prefill_in_chunks(block_size: int | None, mode: Any, monkeypatch: pytes
         return torch.cat([model(part, cache=cache, mode=mode) for part in TOKENS.split([17, 12, 11], 1)], 1)
 
     # Three chunks of two sequences, in the one layer.
-    with counted(monkeypatch, "mla_prefill", 6):
+    with counted(monkeypatch, "mla_prefill", 6, attention_cached):
         agrees(run)
 
 
@@ -108,7 +109,10 @@ def test_decoding_and_what_it_leaves_in_the_cache(block_size: int | None, monkey
             out.append(model(part, cache=cache).flatten(0, 1))
         return torch.cat([x.float() for x in out])
 
-    with counted(monkeypatch, "mla_decode", 2, attention_cached), counted(monkeypatch, "mla_rope_cache", 3):
+    with (
+        counted(monkeypatch, "mla_decode", 2, attention_cached),
+        counted(monkeypatch, "mla_rope_cache", 3, attention_cached),
+    ):
         agrees(run)
 
 

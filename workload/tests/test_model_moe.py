@@ -177,9 +177,9 @@ def test_a_further_prediction_is_made_as_the_paper_says() -> None:
     head, model.lm_head = model.lm_head, nn.Identity()
     with torch.no_grad():
         hidden = model.eval()(tokens)
-        turn = rotations(model.config, torch.arange(11)[None])
+        rope = rotations(model.config, torch.arange(11)[None])
         read = torch.cat([module.enorm(states.embed_tokens(tokens[:, 1:])), module.hnorm(hidden[:, :-1])], -1)
-        expected = head(module.norm(module.layer(module.eh_proj(read), turn)))
+        expected = head(module.norm(module.layer(module.eh_proj(read), rope)))
     torch.testing.assert_close(found, expected)
 
 

@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from ictx.data.config import DataConfig
 from ictx.data.prepare import prepare
 from ictx.errors import UserError
-from ictx.model.half import by_layer, tracked_amax
+from ictx.model.float16 import by_layer, tracked_amax
 from ictx.model.hf import load_pretrained
 from ictx.train.checkpoint import load_model
 from ictx.train.config import PretrainConfig, load

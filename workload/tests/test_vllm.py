@@ -18,7 +18,7 @@ import pytest
 import torch
 from models import small
 
-from ictx.generate import generate
+from ictx.infer.generate import generate
 from ictx.model import MoeConfig, Transformer, YarnConfig
 from ictx.model.hf import save_pretrained
 

@@ -126,7 +126,7 @@ def parser() -> argparse.ArgumentParser:
 
 def drive_models(target: int) -> None:
     """Runs on the meta device what the shipped models launch on a GPU of a compute capability."""
-    from ictx.model.launches import drive
+    from ictx.infer.launches import drive
 
     drive(target)
 

@@ -158,7 +158,7 @@ def _model_of(source: Path) -> Transformer:
 
 def _make_safe(model: Transformer, tokenizer: Path | None, arguments: argparse.Namespace) -> None:
     """Raises UserError naming what is too large for float16, after rescaling where that is wanted."""
-    from ictx.model.half import measure, require_float16, rescale
+    from ictx.model.float16 import measure, require_float16, rescale
 
     # In float32: what overflows is to be seen, not to happen.
     model.float()
@@ -179,7 +179,7 @@ def _calibration(model: Transformer, tokenizer: Path | None, file: Path | None) 
     """Yields eight windows of text, spread over a file; random tokens where there is no tokenizer."""
     import torch
 
-    from ictx.generate import Vocabulary
+    from ictx.infer.generate import Vocabulary
 
     length = min(512, model.config.max_position_embeddings)
     if tokenizer is None:
@@ -206,7 +206,7 @@ def run_generate(arguments: argparse.Namespace) -> int:
     """`ictx generate`."""
     import torch
 
-    from ictx.generate import Report, Sampling, Vocabulary, generate
+    from ictx.infer.generate import Report, Sampling, Vocabulary, generate
     from ictx.model.hf import load_pretrained
 
     sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)

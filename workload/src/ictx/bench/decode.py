@@ -17,10 +17,11 @@ import torch
 from ictx.bench.floor import Floor, floor_of
 from ictx.bench.trace import Trace, trace
 from ictx.errors import UserError
+from ictx.infer.cache import LatentCache
+from ictx.infer.decode_step import DecodeStep, unfit
 from ictx.kernels import layout
 from ictx.kernels.bench.timing import copy_bandwidth
-from ictx.model import LatentCache, ModelConfig, Transformer
-from ictx.model.step import DecodeStep, unfit
+from ictx.model import ModelConfig, Transformer
 
 BLOCK = 64
 PROFILED = 4

@@ -1,7 +1,6 @@
-"""The model: DeepSeek-V3's architecture with Multi-head Latent Attention, and its latent cache."""
+"""The model: DeepSeek-V3's architecture with Multi-head Latent Attention."""
 
-from ictx.model.cache import LatentCache
 from ictx.model.config import ModelConfig, MoeConfig, YarnConfig
 from ictx.model.transformer import Transformer
 
-__all__ = ["LatentCache", "ModelConfig", "MoeConfig", "Transformer", "YarnConfig"]
+__all__ = ["ModelConfig", "MoeConfig", "Transformer", "YarnConfig"]

@@ -7,21 +7,17 @@ attends to the latents themselves: cheaper where few queries meet many keys, as 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from typing import Literal, cast
+from typing import Literal, Protocol, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ictx.kernels.attention.op import Packing, choice, mla_attention
-from ictx.kernels.prefill.op import SLICE, mla_prefill
-from ictx.kernels.rope_cache.op import mla_rope_cache
-from ictx.model.attention_cached import KEYS_AT_ONCE, attend_in_parts, attend_to_latents, kernel_takes
-from ictx.model.cache import LatentCache, Slots, quantisable
+from ictx.model.cache import Slots
 from ictx.model.config import ModelConfig
 from ictx.model.rope import Rotations, rotate
 
@@ -76,6 +72,35 @@ class Documents:
         return [[0, *row.nonzero().flatten().tolist(), len(row)] for row in self.starts_bs]
 
 
+class Cache(Protocol):
+    """Earlier tokens of a batch's sequences, and attention to them (see `infer.cache`)."""
+
+    def reserve(self, tokens: int, mask_bs: Tensor | None = None) -> Slots:
+        """Returns the slots of `tokens` more tokens of each sequence, fewer where `mask_bs` has padding (0)."""
+
+    def attend(
+        self,
+        attention: LatentAttention,
+        layer: int,
+        q_nope: Tensor,
+        q_rope: Tensor,
+        new_bse: Tensor,
+        rope: Rotations,
+        slots: Slots,
+        mode: Mode,
+    ) -> Tensor:
+        """Adds new tokens to a layer and attends to it; returns (batch, sequence, heads, v_head_dim).
+
+        Args:
+            q_nope: queries' parts without position, (batch, sequence, heads, width).
+            q_rope: their rotated parts, likewise.
+            new_bse: latents before their norm and keys before their rotation, (batch, sequence, cache_width).
+        """
+
+    def commit(self, slots: Slots) -> None:
+        """Counts the slots' tokens, once every layer has them."""
+
+
 class LatentAttention(nn.Module):
     """Multi-head Latent Attention with low-rank projections and a decoupled rotary key."""
 
@@ -98,9 +123,9 @@ class LatentAttention(nn.Module):
     def forward(
         self,
         x_bsd: Tensor,
-        turn: Rotations,
+        rope: Rotations,
         documents: Documents | None = None,
-        cache: LatentCache | None = None,
+        cache: Cache | None = None,
         layer: int = 0,
         slots: Slots | None = None,
         mode: Mode = "auto",
@@ -108,28 +133,19 @@ class LatentAttention(nn.Module):
         """Returns the attended values, of the shape and dtype of `x_bsd`.
 
         Args:
-            turn: rotations of the tokens' positions.
+            rope: rotations of the tokens' positions.
             documents: who sees whom, without a cache.
             cache: earlier tokens; these are added as those of `layer` at `slots`.
             mode: how to attend with a cache; what takes fewer operations unless given.
         """
         q_nope, q_rope = self._queries(x_bsd)
-        q_rope = rotate(q_rope, turn)
+        q_rope = rotate(q_rope, rope)
         new_bse = self.kv_a_proj_with_mqa(x_bsd)
         if cache is None:
-            out_bshv = self._within(q_nope, q_rope, *self._normed(new_bse, turn), documents)
+            out_bshv = self._within(q_nope, q_rope, *self.normed(new_bse, rope), documents)
         else:
             assert slots
-            if kernel_takes("mla_rope_cache", new_bse, cache):
-                self._write(new_bse, turn, cache, layer, slots)
-            else:
-                cache.write(layer, torch.cat(self._normed(new_bse, turn), -1), slots)
-            if self._kernel_prefills(q_nope, cache, slots):
-                out_bshv = self._prefill(torch.cat([q_nope, q_rope], -1), cache, layer, slots, mode)
-                return cast(Tensor, self.o_proj(out_bshv.flatten(-2)))
-            absorbed = mode == "absorbed" or (mode == "auto" and self._absorbing_is_cheaper(x_bsd.shape[1]))
-            attend = self._absorbed if absorbed else self._expanded
-            out_bshv = attend(q_nope, q_rope, cache, layer, slots)
+            out_bshv = cache.attend(self, layer, q_nope, q_rope, new_bse, rope, slots, mode)
         return cast(Tensor, self.o_proj(out_bshv.flatten(-2)))
 
     def _queries(self, x_bsd: Tensor) -> tuple[Tensor, Tensor]:
@@ -143,41 +159,25 @@ class LatentAttention(nn.Module):
         q_nope, q_rope = q_bshd.split([config.qk_nope_head_dim, config.qk_rope_head_dim], -1)
         return q_nope, q_rope
 
-    def _normed(self, new_bse: Tensor, turn: Rotations) -> tuple[Tensor, Tensor]:
+    def normed(self, new_bse: Tensor, rope: Rotations) -> tuple[Tensor, Tensor]:
         """Returns the normed latents and the rotated keys of new tokens, each (batch, sequence, width)."""
         latent, k_rope = torch.split(new_bse, [self.config.kv_lora_rank, self.config.qk_rope_head_dim], -1)
         # One rotary key for all heads.
-        return self.kv_a_layernorm(latent), rotate(self.rotary_key(k_rope)[:, :, None, :], turn).squeeze(2)
+        return self.kv_a_layernorm(latent), rotate(self.rotary_key(k_rope)[:, :, None, :], rope).squeeze(2)
 
-    def _write(self, new_bse: Tensor, turn: Rotations, cache: LatentCache, layer: int, slots: Slots) -> None:
-        """Puts the same into the cache by `mla_rope_cache`."""
-        places_bs = cache.places(slots.positions_bs)
-        if slots.real_bs is not None:
-            places_bs = places_bs.masked_fill(~slots.real_bs, -1)
-        cos, sin = (x.expand(*places_bs.shape, 1, -1).flatten(0, 2).contiguous() for x in turn)
-        gain, eps = self.kv_a_layernorm.weight, self.config.rms_norm_eps
-        entries = cache.layers[layer]
-        mla_rope_cache(new_bse.flatten(0, 1), gain, cos, sin, places_bs.flatten(), entries, eps, cache.stored)
-
-    def _keys_values(self, latent_btc: Tensor, k_rope_btr: Tensor) -> tuple[Tensor, Tensor]:
+    def keys_values(self, latent_btc: Tensor, k_rope_btr: Tensor) -> tuple[Tensor, Tensor]:
         """Returns keys and values of cached tokens, each (batch, tokens, heads, width)."""
         config, heads = self.config, self.config.num_attention_heads
         kv = self.kv_b_proj(latent_btc).unflatten(-1, (heads, -1))
         k_nope, v_bthv = kv.split([config.qk_nope_head_dim, config.v_head_dim], -1)
         return torch.cat([k_nope, k_rope_btr[:, :, None].expand(-1, -1, heads, -1)], -1), v_bthv
 
-    def _absorbing_is_cheaper(self, queries: int) -> bool:
-        """Whether scores and sums over latents cost less than to expand each key and value for so many queries."""
-        config = self.config
-        longer = 2 * config.kv_lora_rank - config.qk_nope_head_dim - config.v_head_dim
-        return queries * longer < config.kv_lora_rank * (config.qk_nope_head_dim + config.v_head_dim)
-
     def _within(
         self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, documents: Documents | None
     ) -> Tensor:
         """Expanded, among the tokens of this forward; returns (batch, sequence, heads, v_head_dim)."""
         q = torch.cat([q_nope, q_rope], -1)
-        k, v = self._keys_values(latent, k_rope)
+        k, v = self.keys_values(latent, k_rope)
         documents = documents or Documents.of(q, None, None)
         if choice("mla_attention", q, v.shape[-1], documents.packing.equal).name != "torch":
             batch, sequence = q.shape[:2]
@@ -203,48 +203,3 @@ class LatentAttention(nn.Module):
             v_bhsv = F.pad(v_bhsv, (0, q_bhsd.shape[-1] - width))
         out = F.scaled_dot_product_attention(q_bhsd, k_bhsd, v_bhsv, mask, is_causal=mask is None, scale=scale)
         return out[..., :width]
-
-    def _kernel_prefills(self, q_nope: Tensor, cache: LatentCache, slots: Slots) -> bool:
-        """Whether `mla_prefill` has a kernel for this forward: several tokens of each sequence, and no gradient."""
-        config = self.config
-        return (
-            q_nope.shape[1] > SLICE
-            and slots.real_bs is None
-            and not torch.is_grad_enabled()
-            and cache.dtype == q_nope.dtype
-            and quantisable(config)
-            and choice("mla_prefill", q_nope, config.v_head_dim).name == "triton"
-        )
-
-    def _prefill(self, q_bshd: Tensor, cache: LatentCache, layer: int, slots: Slots, mode: Mode) -> Tensor:
-        """Attends to the cache by `mla_prefill`; returns (batch, sequence, heads, v_head_dim)."""
-        weight, scale = self.kv_b_proj.weight, self.config.softmax_scale
-        rows = []
-        for row, q in enumerate(q_bshd):
-            entries, table = cache.sequence(layer, row)
-            rows.append(
-                mla_prefill(q, entries, slots.lengths[row], weight, scale, table, stored=cache.stored, mode=mode)
-            )
-        return torch.stack(rows)
-
-    def _expanded(self, q_nope: Tensor, q_rope: Tensor, cache: LatentCache, layer: int, slots: Slots) -> Tensor:
-        """Attends to the cache, its tokens expanded a part at a time; returns (batch, sequence, heads, v_head_dim)."""
-        q_bhsd = torch.cat([q_nope, q_rope], -1).transpose(1, 2)
-        rank = self.config.kv_lora_rank
-
-        def parts() -> Iterable[tuple[int, Tensor, Tensor]]:
-            for start, entries in cache.read(layer, slots.longest, KEYS_AT_ONCE):
-                entries = entries.to(q_bhsd.dtype)
-                k, v = self._keys_values(entries[..., :rank], entries[..., rank:])
-                yield start, k.transpose(1, 2), v.transpose(1, 2)
-
-        return attend_in_parts(q_bhsd, parts(), slots, self.config.softmax_scale).transpose(1, 2)
-
-    def _absorbed(self, q_nope: Tensor, q_rope: Tensor, cache: LatentCache, layer: int, slots: Slots) -> Tensor:
-        """Attends to the cached latents themselves; returns (batch, sequence, heads, v_head_dim)."""
-        config = self.config
-        weight = self.kv_b_proj.weight.view(config.num_attention_heads, -1, config.kv_lora_rank)
-        w_uk, w_uv = weight[:, : config.qk_nope_head_dim], weight[:, config.qk_nope_head_dim :]
-        q_latent = torch.einsum("bshn,hnc->bshc", q_nope, w_uk)
-        out_bshc = attend_to_latents(torch.cat([q_latent, q_rope], -1), cache, layer, slots, config.softmax_scale)
-        return torch.einsum("bshc,hvc->bshv", out_bshc, w_uv)

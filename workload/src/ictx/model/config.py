@@ -33,9 +33,9 @@ class YarnConfig:
     original_max_position_embeddings: int
     """Longest context before stretching."""
     beta_fast: float = 32.0
-    """Dimensions that turn more often than this over the original context stay as they are."""
+    """Dimensions that rotate more often than this over the original context stay as they are."""
     beta_slow: float = 1.0
-    """Dimensions that turn less often than this are interpolated in full."""
+    """Dimensions that rotate less often than this are interpolated in full."""
     mscale: float = 1.0
     """Weight of the length in the scale of cosine and sine."""
     mscale_all_dim: float = 1.0

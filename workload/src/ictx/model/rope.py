@@ -26,13 +26,13 @@ def inverse_frequencies(config: ModelConfig, device: torch.device | None = None)
     if yarn is None:
         return 1.0 / wavelengths
 
-    def pair_that_turns(times: float) -> float:
-        """The pair that turns this often over the original context (YaRN, section 3.2)."""
+    def pair_rotating(times: float) -> float:
+        """The pair that rotates this often over the original context (YaRN, section 3.2)."""
         length = yarn.original_max_position_embeddings
         return width * math.log(length / (times * 2 * math.pi)) / (2 * math.log(config.rope_theta))
 
-    low = max(math.floor(pair_that_turns(yarn.beta_fast)), 0)
-    high = min(math.ceil(pair_that_turns(yarn.beta_slow)), width - 1)
+    low = max(math.floor(pair_rotating(yarn.beta_fast)), 0)
+    high = min(math.ceil(pair_rotating(yarn.beta_slow)), width - 1)
     pairs = torch.arange(width // 2, dtype=torch.float32, device=device)
     ramp = ((pairs - low) / max(high - low, 0.001)).clamp(0, 1)
     return 1.0 / (yarn.factor * wavelengths) * ramp + 1.0 / wavelengths * (1 - ramp)
@@ -58,8 +58,8 @@ def rotations(config: ModelConfig, position_ids: Tensor) -> Rotations:
     return Rotations(angles.cos() * factor, angles.sin() * factor)
 
 
-def rotate(x_bshd: Tensor, turn: Rotations) -> Tensor:
-    """Turns each adjacent pair of the last dimension by its position's angle; computes in float32, keeps the dtype."""
+def rotate(x_bshd: Tensor, rope: Rotations) -> Tensor:
+    """Rotates adjacent pairs of the last dimension by their position's angle; computes in float32, keeps the dtype."""
     even, odd = x_bshd.float().view(*x_bshd.shape[:-1], -1, 2).unbind(-1)
-    turned = torch.stack([even * turn.cos - odd * turn.sin, even * turn.sin + odd * turn.cos], -1)
-    return turned.flatten(-2).to(x_bshd.dtype)
+    rotated = torch.stack([even * rope.cos - odd * rope.sin, even * rope.sin + odd * rope.cos], -1)
+    return rotated.flatten(-2).to(x_bshd.dtype)

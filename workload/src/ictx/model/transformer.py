@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from ictx.model.attention import Documents, LatentAttention, Mode
-from ictx.model.cache import LatentCache, Slots
+from ictx.model.attention import Cache, Documents, LatentAttention, Mode
+from ictx.model.cache import Slots
 from ictx.model.config import ModelConfig
 from ictx.model.head import Head
 from ictx.model.moe import Experts, FeedForward, MoeFeedForward, Router, update_router_biases
@@ -35,16 +35,16 @@ class Layer(nn.Module):
     def forward(
         self,
         x_bsd: Tensor,
-        turn: Rotations,
+        rope: Rotations,
         documents: Documents | None = None,
-        cache: LatentCache | None = None,
+        cache: Cache | None = None,
         slots: Slots | None = None,
         mode: Mode = "auto",
     ) -> Tensor:
         """Returns the residual stream after this layer."""
         # Without a cache all layers are alike to torch.compile: it would compile each for its number.
         index = 0 if cache is None else self.index
-        attended = self.self_attn(self.input_layernorm(x_bsd), turn, documents, cache, index, slots, mode)
+        attended = self.self_attn(self.input_layernorm(x_bsd), rope, documents, cache, index, slots, mode)
         x_bsd = x_bsd + attended
         return cast(Tensor, x_bsd + self.mlp(self.post_attention_layernorm(x_bsd)))
 
@@ -70,7 +70,7 @@ class NextTokenModule(nn.Module):
         self.layer = Layer(config, config.num_hidden_layers)
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-    def forward(self, next_bsd: Tensor, hidden_bsd: Tensor, turn: Rotations, documents: Documents | None) -> Tensor:
+    def forward(self, next_bsd: Tensor, hidden_bsd: Tensor, rope: Rotations, documents: Documents | None) -> Tensor:
         """Returns what the head reads.
 
         Args:
@@ -78,7 +78,7 @@ class NextTokenModule(nn.Module):
             hidden_bsd: the model's normed residual stream at each position.
         """
         x_bsd = self.eh_proj(torch.cat([self.enorm(next_bsd), self.hnorm(hidden_bsd)], -1))
-        return cast(Tensor, self.norm(self.layer(x_bsd, turn, documents)))
+        return cast(Tensor, self.norm(self.layer(x_bsd, rope, documents)))
 
 
 class Transformer(nn.Module):
@@ -98,7 +98,7 @@ class Transformer(nn.Module):
         self,
         input_ids: Tensor,
         position_ids: Tensor | None = None,
-        cache: LatentCache | None = None,
+        cache: Cache | None = None,
         *,
         attention_mask: Tensor | None = None,
         document_ids: Tensor | None = None,
@@ -128,17 +128,17 @@ class Transformer(nn.Module):
         if position_ids is None:
             position_ids = self._positions(input_ids, attention_mask, slots)
         documents = None if slots else Documents.of(input_ids, document_ids, attention_mask)
-        turn = rotations(self.config, position_ids)
+        rope = rotations(self.config, position_ids)
         x_bsd = self.model.embed_tokens(input_ids)
         for layer in self.model.layers:
-            x_bsd = layer(x_bsd, turn, documents, cache, slots, mode)
+            x_bsd = layer(x_bsd, rope, documents, cache, slots, mode)
         if cache is not None and slots is not None:
             cache.commit(slots)
         hidden_bsd = self.model.norm(x_bsd)
         if labels is None:
             return cast(Tensor, self.lm_head(hidden_bsd[:, -1:] if last_only else hidden_bsd))
         if self.training and torch.is_grad_enabled() and len(self.mtp) and input_ids.shape[1] > 1:
-            further_bsd = self._predict_further(input_ids, hidden_bsd, turn, attention_mask, document_ids)
+            further_bsd = self._predict_further(input_ids, hidden_bsd, rope, attention_mask, document_ids)
             self.mtp_loss = self.lm_head.loss(further_bsd, labels[:, 1:])
         return self.lm_head.loss(hidden_bsd, labels)
 
@@ -154,7 +154,7 @@ class Transformer(nn.Module):
         self,
         input_ids: Tensor,
         hidden_bsd: Tensor,
-        turn: Rotations,
+        rope: Rotations,
         attention_mask: Tensor | None,
         document_ids: Tensor | None,
     ) -> Tensor:
@@ -162,7 +162,7 @@ class Transformer(nn.Module):
         masks = (ids[:, :-1] if ids is not None else None for ids in (document_ids, attention_mask))
         documents = Documents.of(input_ids[:, :-1], *masks)
         next_bsd = self.model.embed_tokens(input_ids[:, 1:])
-        earlier = Rotations(turn.cos[:, :-1], turn.sin[:, :-1])
+        earlier = Rotations(rope.cos[:, :-1], rope.sin[:, :-1])
         return cast(Tensor, self.mtp[0](next_bsd, hidden_bsd[:, :-1], earlier, documents))
 
     @property

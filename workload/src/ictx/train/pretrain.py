@@ -18,7 +18,7 @@ from ictx.errors import UserError
 from ictx.folder import write_whole
 from ictx.metrics import flops_per_token, model_flops_utilisation, peak_flops, write_about
 from ictx.model import ModelConfig, Transformer
-from ictx.model.half import by_layer, tracked_amax, warning
+from ictx.model.float16 import by_layer, tracked_amax, warning
 from ictx.parallel import parallelize
 from ictx.train.checkpoint import MODEL_FILE, Checkpoints
 from ictx.train.config import LoopConfig, OptimizerConfig, PretrainConfig

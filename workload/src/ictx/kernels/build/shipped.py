@@ -30,7 +30,7 @@ def fingerprint() -> dict[str, str]:
     package = Path(__file__).parents[2]
     digest = hashlib.sha256()
     # All of what launches, and of what decides how: a list would miss the next file.
-    found = (path for name in ("kernels", "model") for path in (package / name).rglob("*.*"))
+    found = (path for name in ("kernels", "model", "infer") for path in (package / name).rglob("*.*"))
     for path in sorted(path for path in found if path.suffix in (".py", ".json")):
         digest.update(f"{path.relative_to(package)}\0".encode() + path.read_bytes())
     for path in settings.shipped("model/*.yaml"):

@@ -58,7 +58,7 @@ def project(
         weight: [rows, width] in x's dtype, its rows contiguous.
         gain: of an RMSNorm, [width], that comes before the product; none leaves it out.
         eps: of that norm.
-        up: a second weight like the first: silu(weight · x) · (up · x) is returned.
+        up: a second weight like the first: silu(weight · x) · (up · x) is rerotated.
         residual: [tokens, rows], added to the result.
     """
     if _choice(x, x.shape[1]) == "torch":
@@ -95,9 +95,9 @@ def absorb(q: Tensor, w_kv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     if _choice(q, width) == "torch":
         even, odd = q[..., nope::2].float(), q[..., nope + 1 :: 2].float()
         cos, sin = cos[:, None], sin[:, None]
-        turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2).to(q.dtype)
+        rotated = torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2).to(q.dtype)
         latent = torch.einsum("thn,hnc->thc", q[..., :nope], w_kv[:, :nope])
-        return torch.cat([latent, turned], -1)[:, None]
+        return torch.cat([latent, rotated], -1)[:, None]
     from ictx.kernels.products import triton as kernels
 
     out = torch.empty(1, 1, heads, LATENT + ROPE, dtype=q.dtype, device=q.device)

@@ -57,7 +57,7 @@ def absorb(
     NOPE: tl.constexpr, PADDED: tl.constexpr, ROPE: tl.constexpr, LATENT: tl.constexpr, COLUMNS: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """out = (q_nope · w_uk, q_rope turned by its position's angle) of a head, COLUMNS of the latent a program.
+    """out = (q_nope · w_uk, q_rope rotated by its position's angle) of a head, COLUMNS of the latent a program.
 
     A head's weight begins with w_uk, [NOPE, LATENT].
     """

@@ -35,7 +35,7 @@ def rope_cache(
     LATENT: tl.constexpr, ROPE: tl.constexpr, GROUP: tl.constexpr, ROW: tl.constexpr, ROW_BYTES: tl.constexpr,
     STORED: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """cache[slot] = norm(latent) · weight, and the key with each adjacent pair turned by its angle.
+    """cache[slot] = norm(latent) · weight, and the key with each adjacent pair rotated by its angle.
 
     Strides count elements of `x_ptr`; `block_rows` is the distance of two blocks in rows. A negative slot is skipped.
     """

@@ -13,7 +13,7 @@ from models import MOE, YARN, small
 from ictx.cli import main
 from ictx.errors import UserError
 from ictx.model import Transformer
-from ictx.model.half import measure, require_float16, rescale, too_large, tracked_amax
+from ictx.model.float16 import measure, require_float16, rescale, too_large, tracked_amax
 from ictx.model.hf import load_pretrained, save_pretrained
 
 TOKENS = torch.randint(97, (2, 40), generator=torch.Generator().manual_seed(4))

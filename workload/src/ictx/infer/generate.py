@@ -16,9 +16,10 @@ from torch import Tensor
 
 from ictx.data.tokenizer import TOKENIZER_FILE, read_tokenizer
 from ictx.errors import UserError
+from ictx.infer.cache import LatentCache
+from ictx.infer.decode_step import DecodeStep, captures
 from ictx.kernels import dispatch, layout
-from ictx.model import LatentCache, Transformer
-from ictx.model.step import DecodeStep, captures
+from ictx.model import Transformer
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from ictx.errors import UserError
+from ictx.infer.cache import LatentCache
 from ictx.kernels import dispatch, layout
 from ictx.kernels.decode.op import MOST_HEADS, Workspace, mla_decode
 from ictx.kernels.next_token.op import Places, begin, choose_likeliest
 from ictx.kernels.products.op import OPERATION, absorb, expand, project
 from ictx.kernels.rope_cache.op import mla_rope_cache
-from ictx.model.cache import LatentCache, quantisable
+from ictx.model.cache import quantisable
 from ictx.model.config import ModelConfig
 from ictx.model.moe import FeedForward
 from ictx.model.rope import rotations
@@ -88,12 +89,12 @@ class DecodeStep:
     def _places(self) -> Places:
         """Returns the reserved tokens' places."""
         positions_bs = self._slots.positions_bs
-        turn = rotations(self.config, positions_bs)
+        rope = rotations(self.config, positions_bs)
         shape = *positions_bs.shape, -1
         return Places(
             positions_bs[:, 0].to(torch.int32).contiguous(),
-            turn.cos.reshape(shape).contiguous(),
-            turn.sin.reshape(shape).contiguous(),
+            rope.cos.reshape(shape).contiguous(),
+            rope.sin.reshape(shape).contiguous(),
             self.cache.places(positions_bs).contiguous(),
         )
 

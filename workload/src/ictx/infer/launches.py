@@ -11,10 +11,10 @@ from dataclasses import replace
 
 import torch
 
+from ictx.infer.cache import LatentCache
+from ictx.infer.decode_step import DecodeStep, unfit
 from ictx.kernels import dispatch
-from ictx.model.cache import LatentCache
 from ictx.model.config import ModelConfig
-from ictx.model.step import DecodeStep, unfit
 from ictx.model.transformer import Transformer
 from ictx.settings import shipped
 
