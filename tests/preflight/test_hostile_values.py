@@ -107,7 +107,7 @@ NAMES = ["root", "Root", "daemon", "slurm", "serving", "systemd-x", "../../etc/x
 UIDS = [0, -1, 1, 999, 2000, 65534, 2**32, True, 2001.5, float("inf"), [2001], "0", None]
 PARTITIONS = ["a\nSlurmUser=root", "DEFAULT", "ALL", "a Nodes=n1", "a,b", "", "a#", 5.5]
 VALUES: dict[str, list[Any]] = {
-    "ansible_host": ["n1\nn2", "-oProxyCommand=id"],
+    "ansible_host": ["n1\nn2", "-oProxyCommand=id", ":0", ":", "fd00:1"],
     "ansible_port": ["ssh", 0],
     "ansible_user": ["a b"],
     "backup_environment": [{"A B": "c"}],
@@ -154,6 +154,11 @@ REFUSED = [
 @pytest.mark.parametrize(("name", "value"), REFUSED)
 def test_a_hostile_value_is_refused_by_name(name: str, value: Any) -> None:
     assert refused(name, value)
+
+
+@pytest.mark.parametrize("address", ["n1", "n1.example.org", "10.0.0.1", "::1", "fd00:10::15", "::ffff:10.0.0.1"])
+def test_an_address_is_accepted(address: str) -> None:
+    assert not refused("ansible_host", address)
 
 
 @M2
