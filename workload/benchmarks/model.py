@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from transformers import DeepseekV3ForCausalLM, DynamicCache
 
-from ictx.infer import LatentCache
+from ictx.infer.cache import LatentCache
 from ictx.model import ModelConfig, Transformer
 from ictx.model.hf import save_pretrained
 

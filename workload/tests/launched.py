@@ -15,7 +15,7 @@ import torch
 from triton import knobs
 from triton.runtime.jit import JITFunction
 
-from ictx.infer import LatentCache
+from ictx.infer.cache import LatentCache
 from ictx.infer.decode_step import DecodeStep
 from ictx.infer.generate import generate
 from ictx.kernels.build.offline import standing_for

@@ -16,7 +16,7 @@ from ictx.bench.floor import floor_of
 from ictx.bench.report import lines, projected_least, save, values
 from ictx.bench.trace import Trace, union
 from ictx.cli import main
-from ictx.infer import LatentCache
+from ictx.infer.cache import LatentCache
 from ictx.model import ModelConfig
 from ictx.settings import config_path
 

@@ -12,7 +12,7 @@ from models import MOE, YARN, small
 from torch import Tensor
 
 from ictx.errors import UserError
-from ictx.infer import LatentCache
+from ictx.infer.cache import LatentCache
 from ictx.infer.decode_step import DecodeStep
 from ictx.kernels import dispatch
 from ictx.kernels.next_token.op import Places, begin, choose_likeliest

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerFast
 
 from ictx.cli import main
 from ictx.errors import UserError
-from ictx.infer import LatentCache
+from ictx.infer.cache import LatentCache
 from ictx.infer.decode_step import DecodeStep
 from ictx.infer.generate import Report, Sampler, Sampling, Vocabulary, generate, refuse_quantised
 from ictx.kernels import dispatch

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from ictx.errors import UserError
-from ictx.infer import LatentCache, attention_cached
+from ictx.infer import attention_cached
+from ictx.infer.cache import LatentCache
 from ictx.model import ModelConfig, Transformer
 from ictx.model.attention import LONGEST_DENSE_MASK, Mode
 from ictx.settings import build

@@ -13,7 +13,8 @@ from interpreter import passes_interpreted
 from models import small
 from torch import Tensor
 
-from ictx.infer import LatentCache, attention_cached
+from ictx.infer import attention_cached
+from ictx.infer.cache import LatentCache
 from ictx.kernels import dispatch
 from ictx.kernels.attention import op as kernel
 from ictx.model import Transformer, attention

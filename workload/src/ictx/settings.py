@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import difflib
 import reprlib
@@ -150,3 +151,11 @@ def _convert(kind: Any, value: Any, name: str) -> Any:
 def _too_large(value: object) -> bool:
     """Whether a number is one that no setting means, and that most libraries cannot take."""
     return isinstance(value, int) and not -(1 << 63) <= value < 1 << 63
+
+
+def command_line() -> argparse.ArgumentParser:
+    """Returns the options of a command that reads a configuration, as a parent of its parser."""
+    parent = argparse.ArgumentParser(add_help=False)
+    parent.add_argument("--config", required=True, help="YAML file, here or below the shipped configs")
+    parent.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="replace a setting")
+    return parent

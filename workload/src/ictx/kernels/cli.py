@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import functools
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +16,8 @@ examples:
 """
 
 
-def register(areas: Any, drive: Callable[[int], None]) -> None:
-    """Adds `kernels` to the areas of the command line.
-
-    Args:
-        drive: runs what a GPU of a compute capability will be asked to run, on tensors of the meta device.
-    """
+def register(areas: Any) -> None:
+    """Adds `kernels` to the areas of the command line."""
     raw = argparse.RawDescriptionHelpFormatter
     area = areas.add_parser(
         "kernels", help="GPU kernels: choice, build, measurement", epilog=EXAMPLES, formatter_class=raw
@@ -50,7 +44,7 @@ def register(areas: Any, drive: Callable[[int], None]) -> None:
         "--target", type=int, nargs="+", metavar="CC", help="compute capabilities (default: all that are known)"
     )
     build.add_argument("--jobs", type=int, default=2, help="processes that compile at once (default: 2)")
-    build.set_defaults(run=functools.partial(run_build, drive))
+    build.set_defaults(run=run_build)
     tune = commands.add_parser(
         "tune",
         help="find the fastest configurations on this GPU, and write them to the file",
@@ -82,9 +76,10 @@ def run_explain(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def run_build(drive: Callable[[int], None], arguments: argparse.Namespace) -> int:
+def run_build(arguments: argparse.Namespace) -> int:
     """`ictx kernels build`: status 1 where a variant must not ship."""
     from ictx.errors import UserError
+    from ictx.infer.launches import drive
     from ictx.kernels.build.build import TARGETS, build
     from ictx.kernels.build.shipped import default_cache
     from ictx.kernels.dispatch import have_triton

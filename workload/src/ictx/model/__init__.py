@@ -1,6 +1,19 @@
 """The model: DeepSeek-V3's architecture with Multi-head Latent Attention."""
 
+from typing import TYPE_CHECKING, Any
+
 from ictx.model.config import ModelConfig, MoeConfig, YarnConfig
-from ictx.model.transformer import Transformer
+
+if TYPE_CHECKING:
+    from ictx.model.transformer import Transformer
 
 __all__ = ["ModelConfig", "MoeConfig", "Transformer", "YarnConfig"]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports the model when it is used: `ictx --help` reads this package's commands, and torch takes seconds."""
+    if name != "Transformer":
+        raise AttributeError(f"module {__name__} has no attribute {name}")
+    from ictx.model.transformer import Transformer
+
+    return Transformer

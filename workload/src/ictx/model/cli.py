@@ -1,4 +1,4 @@
-"""`ictx model describe`, `ictx export`, `ictx import`, `ictx generate`."""
+"""The command line of the model: `ictx model describe`, `ictx export`, `ictx import`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from ictx.model import Transformer
 
 DTYPES = ("float32", "bfloat16", "float16")
-QUANTISED = ("int8", "fp8")
 RAW = argparse.RawDescriptionHelpFormatter
 DESCRIBE_EXAMPLES = """
 examples:
@@ -39,11 +38,6 @@ with checksums, with the tokenizer.
 
 examples:
   ictx import --checkpoint from-transformers --out model
-"""
-GENERATE_EXAMPLES = """
-examples:
-  ictx generate --checkpoint runs/1/export --prompt 'def main():'
-  ictx generate --checkpoint model --prompt-file book.txt --chunk-size 2048 --temperature 0.7 --top-p 0.9 --seed 1
 """
 
 
@@ -74,30 +68,6 @@ def register(areas: Any) -> None:
     )
     _add_conversion(imported)
     imported.set_defaults(run=run_export, rescale=False, calibration=None, tokenizer=None)
-
-    generate = areas.add_parser(
-        "generate", help="let a model go on with a text", epilog=GENERATE_EXAMPLES, formatter_class=RAW
-    )
-    generate.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help="a model's folder")
-    prompt = generate.add_mutually_exclusive_group(required=True)
-    prompt.add_argument("--prompt", help="text")
-    prompt.add_argument("--prompt-file", type=Path, metavar="FILE", help="file with the text")
-    generate.add_argument("--chat", action="store_true", help="the text is a user's turn in a chat")
-    generate.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="longest answer (128)")
-    generate.add_argument("--chunk-size", type=int, default=512, metavar="N", help="tokens of a prefill step (512)")
-    generate.add_argument("--block-size", type=int, default=64, metavar="N", help="tokens of a cache block (64)")
-    generate.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (0)")
-    generate.add_argument("--top-k", type=int, default=0, metavar="N", help="draw among so many; 0 for all (0)")
-    generate.add_argument("--top-p", type=float, default=1.0, help="draw among the likeliest with this sum (1)")
-    generate.add_argument("--seed", type=int, help="makes draws repeatable")
-    generate.add_argument("--dtype", choices=DTYPES, help="dtype of the weights (the checkpoint's)")
-    generate.add_argument(
-        "--cache-dtype",
-        choices=DTYPES + QUANTISED,
-        help="dtype of the cache (that of the weights); int8 and fp8 take 656 bytes a token and layer, fp8 from 8.9 on",
-    )
-    generate.add_argument("--device", help="where to compute (a GPU where there is one)")
-    generate.set_defaults(run=run_generate)
 
 
 def _add_conversion(parser: argparse.ArgumentParser) -> None:
@@ -200,36 +170,3 @@ def _calibration(model: Transformer, tokenizer: Path | None, file: Path | None) 
         raise UserError(f"{file} is empty: expected text")
     for start in range(0, max(len(tokens) - length, 0) + 1, max((len(tokens) - length) // 7, 1)):
         yield tokens[None, start : start + length]
-
-
-def run_generate(arguments: argparse.Namespace) -> int:
-    """`ictx generate`."""
-    import torch
-
-    from ictx.infer.generate import Report, Sampling, Vocabulary, generate
-    from ictx.model.hf import load_pretrained
-
-    sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)
-    if arguments.block_size < 1:
-        raise UserError(f"block-size is {arguments.block_size}: expected 1 or more")
-    text = arguments.prompt if arguments.prompt is not None else arguments.prompt_file.read_text()
-    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    dtypes = {name: getattr(torch, name) for name in DTYPES}
-    vocabulary = Vocabulary.load(arguments.checkpoint)
-    model = load_pretrained(arguments.checkpoint, dtype=dtypes.get(arguments.dtype), device=device)
-    report = Report()
-    tokens = generate(
-        model,
-        vocabulary.encode(text, arguments.chat),
-        max_new_tokens=arguments.max_new_tokens,
-        sampling=sampling,
-        stop=vocabulary.stop,
-        chunk_size=arguments.chunk_size,
-        block_size=arguments.block_size,
-        cache_dtype=dtypes.get(arguments.cache_dtype, arguments.cache_dtype),
-        report=report,
-    )
-    vocabulary.stream(tokens, lambda piece: print(piece, end="", flush=True))
-    print(flush=True)
-    print(report, file=sys.stderr)
-    return 0

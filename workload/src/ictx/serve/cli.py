@@ -1,0 +1,74 @@
+"""The command line of the registry: `ictx pull`, `ictx promote`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+PULL_EXAMPLES = """
+The server, name and password are MLflow's: MLFLOW_TRACKING_URI, MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD. The
+folder appears complete and verified, or not at all; a pull that was interrupted goes on where it was.
+
+examples:
+  ictx pull models:/ictx-tiny@champion --to /models/ictx-tiny/champion
+  ictx pull models:/ictx-tiny/3 --to /models/ictx-tiny/3
+  ictx pull models:/ictx-tiny@champion --to /models/ictx-tiny/champion --promoted    # as the server does
+"""
+PROMOTE_EXAMPLES = """
+The version's files are compared with the checksums that the job logged, and the checksums are recorded where only
+promoters (ictx_promoters in the inventory) may write: a file that changes afterwards is not served.
+
+examples:
+  ictx promote 3 --alias champion
+  ictx promote candidate --alias champion --model ictx-tiny    # the version that another alias stands for
+"""
+
+
+def register(areas: Any) -> None:
+    """Adds the commands to `ictx`."""
+    raw = argparse.RawDescriptionHelpFormatter
+    pull = areas.add_parser(
+        "pull", help="fetch a registered model and verify it", epilog=PULL_EXAMPLES, formatter_class=raw
+    )
+    pull.add_argument("uri", help="models:/<name>@<alias> or models:/<name>/<version>")
+    pull.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="where its files go")
+    pull.add_argument(
+        "--promoted",
+        action="store_true",
+        default=os.environ.get("ICTX_PROMOTED_ONLY") == "true",
+        help="refuse a version that no promoter verified (also: ICTX_PROMOTED_ONLY=true)",
+    )
+    pull.set_defaults(run=run_pull)
+
+    promote = areas.add_parser(
+        "promote",
+        help="verify a registered version and point an alias to it",
+        epilog=PROMOTE_EXAMPLES,
+        formatter_class=raw,
+    )
+    promote.add_argument("version", help="number, or an alias that stands for it")
+    promote.add_argument("--alias", required=True, help="alias that is to stand for it, such as champion")
+    promote.add_argument("--model", default="", help="registered model; needed where there are several")
+    promote.set_defaults(run=run_promote)
+
+
+def run_pull(arguments: argparse.Namespace) -> int:
+    """`ictx pull`."""
+    from ictx.registry import ModelRef, explained, new_client
+    from ictx.serve.pull import pull
+
+    with explained():
+        pull(new_client(), ModelRef.parse(arguments.uri), arguments.to, arguments.promoted)
+    return 0
+
+
+def run_promote(arguments: argparse.Namespace) -> int:
+    """`ictx promote`."""
+    from ictx.registry import explained, new_client
+    from ictx.serve.promote import promote
+
+    with explained():
+        print(promote(new_client(), arguments.version, arguments.alias, arguments.model))
+    return 0
