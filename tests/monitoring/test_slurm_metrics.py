@@ -130,11 +130,19 @@ def test_of_a_user_with_very_many_jobs_some_have_series_of_their_own(tmp_path: P
     assert skipped(metrics, tmp_path) == {"limits": 20}
 
 
-def test_the_mark_is_another_one_in_each_run(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.attack(
+    "H5",
+    "reads the separator in squeue's command line and renames a job before the controller answers",
+    before="the name was taken for another user's job",
+    now="the separator of jobs is in squeue's environment, which only its own user can read",
+)
+def test_the_mark_is_another_one_in_each_run_and_in_no_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = set()
 
-    def query(*command: str, check: bool = True) -> str:
-        seen.update(re.findall(r"--format=([0-9a-f]{32}):%i", " ".join(command)))
+    def query(*command: str, check: bool = True, **environment: str) -> str:
+        if command[0] == "squeue":
+            seen.add(environment["SQUEUE_FORMAT"].partition(":")[0])
+            assert not any(mark in word for word in command for mark in seen)
         return ""
 
     monkeypatch.setattr(slurm, "query", query)

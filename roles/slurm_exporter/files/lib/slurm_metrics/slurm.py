@@ -25,6 +25,7 @@ JOB_FIELDS = ["%i", "%A", "%u", "%U", "%P", "%T", "%D", "%V", "%S", "%r", "%N", 
 ACCOUNT_FIELDS = ["User", "UID", "Account", "State", "ElapsedRaw", "CPUTimeRAW", "AllocTRES", "JobIDRaw", "End"]
 # Jobs of each user that have series of their own; all are in the sums.
 JOBS_PER_USER = 500
+JOB_COMMAND = ("squeue", "--noheader", "--array")
 ACTIVE = ("RUNNING", "COMPLETING")
 # Lines of sdiag: beginning of the line (of the main scheduler, then of backfill) → metric.
 SDIAG = {
@@ -67,7 +68,7 @@ def declare(metrics: Metrics) -> None:
     metrics.declare("slurm_accounting_gpu_seconds", "GPU time within 24 hours.", "user", "account")
 
 
-def query(*command: str, check: bool = True) -> str:
+def query(*command: str, check: bool = True, **environment: str) -> str:
     """Returns the output of a program of SLURM. Raises OSError or subprocess.SubprocessError without an answer."""
     done = subprocess.run(
         command,
@@ -77,7 +78,7 @@ def query(*command: str, check: bool = True) -> str:
         timeout=8,
         encoding="utf-8",
         errors="replace",
-        env={**os.environ, "SLURM_TIME_FORMAT": "%s", "LC_ALL": "C"},
+        env={**os.environ, "SLURM_TIME_FORMAT": "%s", "LC_ALL": "C", **environment},
     )
     return done.stdout
 
@@ -88,13 +89,16 @@ def node_command() -> list[str]:
     return ["sinfo", "--noheader", "--Node", f"--Format={columns}"]
 
 
-def job_command(mark: str) -> list[str]:
-    """Returns the command that lists jobs, with a mark before each job and between its fields."""
-    return ["squeue", "--noheader", "--array", f"--format={mark}:" + f"{mark},".join(JOB_FIELDS)]
+def job_format(mark: str) -> dict[str, str]:
+    """Returns the variable that puts a mark before each job and between its fields.
+
+    Not an option: users see command lines, and could rename a job before the controller answers.
+    """
+    return {"SQUEUE_FORMAT": f"{mark}:" + f"{mark},".join(JOB_FIELDS)}
 
 
 def account_command(mark: str) -> list[str]:
-    """Returns the command that lists the jobs of the last 24 hours."""
+    """Returns the command that lists the jobs of the last 24 hours; users choose none of its fields."""
     table = ["--noheader", "--parsable2", f"--delimiter={mark}", "--allusers", "--allocations", "--starttime=now-1day"]
     return ["sacct", *table, f"--format={','.join(ACCOUNT_FIELDS)}"]
 
