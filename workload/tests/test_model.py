@@ -254,7 +254,7 @@ def test_every_config_keeps_the_widths_that_servers_need(path: Path) -> None:
         ),
         ({"yarn": {"factor": 2}}, r"missing setting yarn.original_max_position_embeddings"),
         ({"yarn": dataclasses.asdict(YARN) | {"factor": 0.5}}, r"yarn.factor is 0.5: expected 1 or more"),
-        ({"yarn": dataclasses.asdict(YARN) | {"beta_slow": 32}}, r"yarn.beta_fast is 32.0: expected more than beta_sl"),
+        ({"yarn": dataclasses.asdict(YARN) | {"beta_slow": 33}}, r"yarn.beta_fast is 32.0: expected at least beta_sl"),
         ({"yarn": dataclasses.asdict(YARN) | {"mscale": 0}}, r"yarn.mscale is 0.0: expected more than 0"),
         (
             {"moe": dataclasses.asdict(MOE) | {"n_group": 3}},

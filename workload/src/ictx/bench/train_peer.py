@@ -17,7 +17,7 @@ def peer(config: ModelConfig, mesh: DeviceMesh, device: torch.device, *, compile
     """Returns DeepseekV3ForCausalLM with random weights: SDPA, and every layer computed again in the backward."""
     from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
-    content = to_hf(config, torch.float32, end_of_text=0, padding=None) | {"attn_implementation": "sdpa"}
+    content = to_hf(config, torch.float32) | {"attn_implementation": "sdpa"}
     with torch.device("meta"):
         model: Any = DeepseekV3ForCausalLM(DeepseekV3Config(**content))
     model.train()

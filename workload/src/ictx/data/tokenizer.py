@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from ictx.errors import UserError
+from ictx.settings import shown
 
 END_OF_TEXT, PAD = "<|endoftext|>", "<|pad|>"
 TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
@@ -81,14 +83,42 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def read_tokenizer(directory: Path) -> Tokenizer:
-    """Returns the tokenizer that lies in a folder, whoever made it. Raises UserError."""
+    """Returns the tokenizer that lies in a folder, whoever made it. Raises UserError.
+
+    Truncation and padding that a file has are what somebody's last call asked for, and not the tokenizer's.
+    """
     path = directory / TOKENIZER_FILE
     try:
-        return Tokenizer.from_str(path.read_text())
+        tokenizer = Tokenizer.from_str(path.read_text())
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from error
     except Exception as error:  # the library raises nothing more exact
-        raise UserError(f"{path} is no tokenizer: {error}") from error
+        raise UserError(f"{path} is no tokenizer: {shown(str(error))}") from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def require_fit(tokenizer: Tokenizer, vocab_size: int, name: object) -> None:
+    """Raises UserError where a tokenizer has numbers that a model of that vocabulary has no embedding for."""
+    largest = max(tokenizer.get_vocab().values(), default=0)
+    if largest >= vocab_size:
+        raise UserError(f"{name} has tokens up to number {largest}, but the model's vocab_size is {vocab_size}")
+
+
+def special_text(token: Any) -> str | None:
+    """Returns the text of a special token in tokenizer_config.json: it stands there bare or with its properties."""
+    text = token.get("content") if isinstance(token, dict) else token
+    return text if isinstance(text, str) else None
+
+
+def added_around(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """Returns the tokens that a tokenizer puts before and behind every text, such as one for its beginning."""
+    encoding = tokenizer.encode("a")
+    added = encoding.special_tokens_mask
+    first = next((place for place, special in enumerate(added) if not special), len(added))
+    last = next((place for place in range(len(added), first, -1) if not added[place - 1]), first)
+    return encoding.ids[:first], encoding.ids[last:]
 
 
 def load_tokenizer(directory: Path, vocab_size: int) -> Tokenizer:

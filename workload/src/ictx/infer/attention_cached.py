@@ -15,6 +15,7 @@ from ictx.kernels.prefill.op import SLICE, mla_prefill
 from ictx.kernels.rope_cache.op import mla_rope_cache
 from ictx.model.attention import LatentAttention, Mode
 from ictx.model.cache import Slots, quantisable
+from ictx.model.config import LATENT_NORM_EPS
 from ictx.model.rope import Rotations
 
 KEYS_AT_ONCE = 2048
@@ -61,7 +62,7 @@ def _write(
     if slots.real_bs is not None:
         places_bs = places_bs.masked_fill(~slots.real_bs, -1)
     cos, sin = (x.expand(*places_bs.shape, 1, -1).flatten(0, 2).contiguous() for x in rope)
-    gain, eps = attention.kv_a_layernorm.weight, attention.config.rms_norm_eps
+    gain, eps = attention.kv_a_layernorm.weight, LATENT_NORM_EPS
     entries = cache.layers[layer]
     mla_rope_cache(new_bse.flatten(0, 1), gain, cos, sin, places_bs.flatten(), entries, eps, cache.stored)
 

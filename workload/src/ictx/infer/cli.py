@@ -52,6 +52,7 @@ def run_generate(arguments: argparse.Namespace) -> int:
     """`ictx generate`."""
     import torch
 
+    from ictx.data.tokenizer import TOKENIZER_FILE, require_fit
     from ictx.infer.generate import Report, Sampling, Vocabulary, generate
     from ictx.model.hf import load_pretrained
 
@@ -63,6 +64,7 @@ def run_generate(arguments: argparse.Namespace) -> int:
     dtypes = {name: getattr(torch, name) for name in DTYPES}
     vocabulary = Vocabulary.load(arguments.checkpoint)
     model = load_pretrained(arguments.checkpoint, dtype=dtypes.get(arguments.dtype), device=device)
+    require_fit(vocabulary.tokenizer, model.config.vocab_size, arguments.checkpoint / TOKENIZER_FILE)
     report = Report()
     tokens = generate(
         model,

@@ -20,7 +20,7 @@ from ictx.kernels.next_token.op import Places, begin, choose_likeliest
 from ictx.kernels.products.op import OPERATION, absorb, expand, project
 from ictx.kernels.rope_cache.op import mla_rope_cache
 from ictx.model.cache import quantisable
-from ictx.model.config import ModelConfig
+from ictx.model.config import LATENT_NORM_EPS, ModelConfig
 from ictx.model.moe import FeedForward
 from ictx.model.rope import rotations
 from ictx.model.transformer import Layer, Transformer
@@ -127,8 +127,9 @@ class DecodeStep:
         first = project(x_bd, self.first[number], gain=layer.input_layernorm.weight, eps=eps)
         q, latent = first[:, : -config.cache_width], first[:, -config.cache_width :]
         if config.q_lora_rank is not None:
-            q = project(q, attention.q_b_proj.weight, gain=attention.q_a_layernorm.weight, eps=eps)
-        mla_rope_cache(latent, attention.kv_a_layernorm.weight, cos, sin, slots_b, entries, eps, self.cache.stored)
+            q = project(q, attention.q_b_proj.weight, gain=attention.q_a_layernorm.weight, eps=LATENT_NORM_EPS)
+        gain = attention.kv_a_layernorm.weight
+        mla_rope_cache(latent, gain, cos, sin, slots_b, entries, LATENT_NORM_EPS, self.cache.stored)
         w_kv = attention.kv_b_proj.weight.view(heads, -1, config.kv_lora_rank)
         q_c = absorb(q.reshape(len(q), heads, -1), w_kv, cos, sin)
         out, _ = mla_decode(

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,14 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 from torch import Tensor
 
-from ictx.data.tokenizer import TOKENIZER_FILE, read_tokenizer
+from ictx.data.tokenizer import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, read_tokenizer, special_text
 from ictx.errors import UserError
 from ictx.infer.cache import LatentCache
 from ictx.infer.decode_step import DecodeStep, captures
 from ictx.kernels import dispatch, layout
 from ictx.model import Transformer
+from ictx.model.hf_config import read_object
+from ictx.model.hf_generation import Generation
 
 
 @dataclass(frozen=True)
@@ -205,27 +206,32 @@ class Vocabulary:
     tokenizer: Tokenizer
     stop: frozenset[int]
     chat_template: str | None
+    special: Mapping[str, str]
+    """Special tokens that a template may name, such as `bos_token`."""
 
     @classmethod
     def load(cls, directory: Path) -> Vocabulary:
-        """Reads them. Raises UserError when the folder has no tokenizer."""
+        """Reads them. Raises UserError when the folder has no tokenizer, or a file of it is damaged."""
         if directory.is_dir() and not (directory / TOKENIZER_FILE).exists():
             raise UserError(f"{directory} has no {TOKENIZER_FILE}: the checkpoint was exported without a tokenizer")
         tokenizer = read_tokenizer(directory)
-        settings, generation = (
-            json.loads(file.read_text()) if file.exists() else {}
-            for file in (directory / "tokenizer_config.json", directory / "generation_config.json")
-        )
+        settings: dict[str, Any] = {}
+        for file in (directory / "special_tokens_map.json", directory / TOKENIZER_CONFIG_FILE):
+            settings |= read_object(file) if file.exists() else {}
+        texts = {name: special_text(token) for name, token in settings.items() if name.endswith("_token")}
+        special = {name: text for name, text in texts.items() if text is not None}
         template_file = directory / "chat_template.jinja"
         template = template_file.read_text() if template_file.exists() else settings.get("chat_template")
-        ends = generation.get("eos_token_id")
-        return cls(tokenizer, frozenset([ends] if isinstance(ends, int) else ends or []), template)
+        return cls(tokenizer, Generation.read(directory).stop, template, special)
 
     def encode(self, text: str, chat: bool) -> list[int]:
-        """Returns the tokens of a text, or of a chat in which a user has said it. Raises UserError."""
+        """Returns the tokens of a text, or of a chat in which a user has said it. Raises UserError.
+
+        As in transformers, the tokenizer itself begins a text, and a template a chat.
+        """
         if chat:
             text = self._turn(text)
-        return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
+        return list(self.tokenizer.encode(text, add_special_tokens=not chat).ids)
 
     def _turn(self, text: str) -> str:
         if self.chat_template is None:
@@ -235,7 +241,7 @@ class Vocabulary:
         from jinja2.parser import Parser
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-        class Generation(Extension):
+        class Answer(Extension):
             """The block that marks what a model writes: it says nothing here."""
 
             tags = {"generation"}  # noqa: RUF012
@@ -245,9 +251,11 @@ class Vocabulary:
                 next(parser.stream)
                 return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation])
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Answer])
         messages: list[dict[str, Any]] = [{"role": "user", "content": text}]
-        return environment.from_string(self.chat_template).render(messages=messages, add_generation_prompt=True)
+        return environment.from_string(self.chat_template).render(
+            self.special, messages=messages, add_generation_prompt=True
+        )
 
     def stream(self, tokens: Iterator[int], write: Callable[[str], object]) -> None:
         """Writes text as its tokens come: a character of several tokens when it is whole."""

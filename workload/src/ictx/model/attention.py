@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ictx.kernels.attention.op import Packing, choice, mla_attention
 from ictx.model.cache import Slots
-from ictx.model.config import ModelConfig
+from ictx.model.config import LATENT_NORM_EPS, ModelConfig
 from ictx.model.rope import Rotations, rotate
 
 LONGEST_DENSE_MASK = 2048
@@ -111,11 +111,11 @@ class LatentAttention(nn.Module):
             self.q_proj = nn.Linear(config.hidden_size, heads * config.qk_head_dim, bias=False)
         else:
             self.q_a_proj = nn.Linear(config.hidden_size, config.q_lora_rank, bias=False)
-            self.q_a_layernorm = nn.RMSNorm(config.q_lora_rank, eps=config.rms_norm_eps)
+            self.q_a_layernorm = nn.RMSNorm(config.q_lora_rank, eps=LATENT_NORM_EPS)
             self.q_b_proj = nn.Linear(config.q_lora_rank, heads * config.qk_head_dim, bias=False)
         self.kv_a_proj_with_mqa = nn.Linear(config.hidden_size, config.cache_width, bias=False)
         self.rotary_key = nn.Identity()  # a module so that its magnitude can be watched
-        self.kv_a_layernorm = nn.RMSNorm(config.kv_lora_rank, eps=config.rms_norm_eps)
+        self.kv_a_layernorm = nn.RMSNorm(config.kv_lora_rank, eps=LATENT_NORM_EPS)
         expanded = heads * (config.qk_nope_head_dim + config.v_head_dim)
         self.kv_b_proj = nn.Linear(config.kv_lora_rank, expanded, bias=False)
         self.o_proj = nn.Linear(heads * config.v_head_dim, config.hidden_size, bias=False)

@@ -95,7 +95,10 @@ def run_export(arguments: argparse.Namespace) -> int:
     """`ictx export` and `ictx import`."""
     import torch
 
-    from ictx.model.hf import TOKENIZER_FILE, save_pretrained
+    from ictx.data.tokenizer import TOKENIZER_FILE
+    from ictx.model.hf import save_pretrained
+    from ictx.model.hf_generation import Generation
+    from ictx.train.checkpoint import is_checkpoint
 
     source, out = arguments.checkpoint, arguments.out
     if out.resolve() == source.resolve():
@@ -110,7 +113,10 @@ def run_export(arguments: argparse.Namespace) -> int:
         raise UserError("--rescale is for --dtype float16")
     if dtype == torch.float16 != stored:
         _make_safe(model, tokenizer, arguments)
-    save_pretrained(model, out, tokenizer, dtype=dtype, max_shard_bytes=arguments.max_shard_size << 20)
+    # The numbers of tokens are another tokenizer's where one is given.
+    kept = None if arguments.tokenizer or is_checkpoint(source) else Generation.read(source)
+    shard = arguments.max_shard_size << 20
+    save_pretrained(model, out, tokenizer, dtype=dtype, max_shard_bytes=shard, generation=kept)
     size = sum(path.stat().st_size for path in out.glob("*.safetensors"))
     print(f"{out}: {str(dtype).removeprefix('torch.')}, {size:,} bytes of weights")
     if tokenizer is None:

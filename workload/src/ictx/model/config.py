@@ -9,6 +9,9 @@ from pathlib import Path
 from ictx.errors import UserError
 from ictx.settings import build, config_path, load_yaml
 
+LATENT_NORM_EPS = 1e-6
+"""DeepSeek's code and transformers have this epsilon in the norms of the latents, whatever rms_norm_eps is."""
+
 
 def require_positive(config: object, *names: str) -> None:
     """Raises ValueError naming the first of these fields that is not a finite number above 0."""
@@ -39,14 +42,17 @@ class YarnConfig:
     mscale: float = 1.0
     """Weight of the length in the scale of cosine and sine."""
     mscale_all_dim: float = 1.0
-    """Weight of the length in the scale of the softmax."""
+    """Weight of the length in the scale of the softmax; 0 leaves that alone."""
 
     def __post_init__(self) -> None:
         require_at_least(self, 1, "factor", "original_max_position_embeddings")
-        # Where mscale or mscale_all_dim is 0, transformers and vLLM read different things into it.
-        require_positive(self, "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
-        if self.beta_fast <= self.beta_slow:
-            raise ValueError(f"beta_fast is {self.beta_fast}: expected more than beta_slow, {self.beta_slow}")
+        require_positive(self, "beta_fast", "beta_slow", "mscale")
+        require_at_least(self, 0, "mscale_all_dim")
+        if self.mscale_all_dim == 0 and self.mscale != 1:
+            # transformers takes 1 for mscale then, vLLM what it is.
+            raise ValueError(f"mscale is {self.mscale}: expected 1 where mscale_all_dim is 0")
+        if self.beta_fast < self.beta_slow:
+            raise ValueError(f"beta_fast is {self.beta_fast}: expected at least beta_slow, {self.beta_slow}")
 
 
 @dataclass(frozen=True)
@@ -133,7 +139,7 @@ class ModelConfig:
     rope_theta: float = 10000.0
     """Base of the rotary frequencies."""
     rms_norm_eps: float = 1e-6
-    """Added to the mean square before its root."""
+    """Added to the mean square before its root; in the norms of the latents that is LATENT_NORM_EPS, always."""
     initializer_range: float = 0.02
     """Standard deviation of the weights at the start."""
     num_nextn_predict_layers: int = 0

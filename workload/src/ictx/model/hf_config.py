@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import reprlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +12,11 @@ import torch
 
 from ictx.errors import UserError
 from ictx.model.config import ModelConfig, MoeConfig
-from ictx.settings import build
+from ictx.settings import build, shown
 
 ARCHITECTURE = "DeepseekV3ForCausalLM"
 CONFIG_FILE = "config.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-NORM_EPS = 1e-6
-"""transformers' norms of the latents have this epsilon whatever the configuration says, vLLM's what it says."""
 SAME_NAMES = [
     "vocab_size",
     "hidden_size",
@@ -46,21 +46,50 @@ MOE_NAMES = [
 YARN_NAMES = ["factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"]
 FIXED: dict[str, Any] = {
     "attention_bias": False,
+    "attention_dropout": 0.0,
     "hidden_act": "silu",
     "moe_layer_freq": 1,
-    "rms_norm_eps": NORM_EPS,
     "rope_interleave": True,
     "scoring_func": "sigmoid",
     "tie_word_embeddings": False,
     "topk_method": "noaux_tc",
 }
 """What readers ask for and this model has no choice in."""
+DEFAULT_TOKENS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None}
+DEFAULTS: dict[str, Any] = {
+    "vocab_size": 129280,
+    "hidden_size": 7168,
+    "intermediate_size": 18432,
+    "num_hidden_layers": 61,
+    "num_attention_heads": 128,
+    "num_key_value_heads": 128,
+    "q_lora_rank": 1536,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-6,
+    "initializer_range": 0.02,
+    "n_routed_experts": 256,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 2048,
+    "n_shared_experts": 1,
+    "n_group": 8,
+    "topk_group": 4,
+    "first_k_dense_replace": 3,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 2.5,
+}
+"""What transformers' `DeepseekV3Config` takes for a key that is absent; `DEFAULT_TOKENS` are part of it."""
 
 
-def to_hf(config: ModelConfig, dtype: torch.dtype, end_of_text: int | None, padding: int | None) -> dict[str, Any]:
-    """Returns the content of config.json. Raises UserError when other readers would compute something else from it."""
-    if config.rms_norm_eps != NORM_EPS:
-        raise UserError(f"rms_norm_eps is {config.rms_norm_eps}: expected {NORM_EPS}, which transformers always takes")
+def to_hf(config: ModelConfig, dtype: torch.dtype, tokens: Mapping[str, Any] = {}) -> dict[str, Any]:
+    """Returns the content of config.json.
+
+    Args:
+        tokens: `bos_token_id`, `eos_token_id` and `pad_token_id`; none unless given.
+    """
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
     if config.yarn:
         rope |= {"rope_type": "yarn"} | {name: float(getattr(config.yarn, name)) for name in YARN_NAMES}
@@ -83,11 +112,8 @@ def to_hf(config: ModelConfig, dtype: torch.dtype, end_of_text: int | None, padd
         "head_dim": config.qk_rope_head_dim,
         "rope_theta": config.rope_theta,
         "rope_parameters": rope,
-        "attention_dropout": 0.0,
         "use_cache": True,
-        "bos_token_id": None,
-        "eos_token_id": end_of_text,
-        "pad_token_id": padding,
+        **{name: tokens.get(name) for name in DEFAULT_TOKENS},
         **{name: getattr(moe, name) for name in MOE_NAMES},
         **FIXED,
         # Modules that predict further are for training: they are not exported.
@@ -95,17 +121,25 @@ def to_hf(config: ModelConfig, dtype: torch.dtype, end_of_text: int | None, padd
     }
 
 
-def read_hf_config(directory: Path) -> tuple[ModelConfig, torch.dtype]:
-    """Returns a folder's configuration and the dtype of its weights. Raises UserError naming what is wrong in it."""
-    path = directory / CONFIG_FILE
+def read_object(path: Path) -> dict[str, Any]:
+    """Returns the keys and values of a JSON file. Raises UserError naming a file that is missing or damaged."""
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_bytes())
     except FileNotFoundError as error:
-        raise UserError(f"{path} is missing: {directory} holds no model") from error
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}") from error
+        raise UserError(f"{path} is missing") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not JSON: {shown(str(error))}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected keys and values")
+    return content
+
+
+def read_hf_config(directory: Path) -> tuple[ModelConfig, torch.dtype | None]:
+    """Returns a folder's configuration, and the dtype that it names. Raises UserError naming what is wrong in it."""
+    path = directory / CONFIG_FILE
+    if not path.exists():
+        raise UserError(f"{path} is missing: {directory} holds no model")
+    content = read_object(path)
     try:
         return _from_hf(content), _dtype(content)
     except UserError as error:
@@ -114,43 +148,72 @@ def read_hf_config(directory: Path) -> tuple[ModelConfig, torch.dtype]:
 
 def _from_hf(content: dict[str, Any]) -> ModelConfig:
     if content.get("architectures") != [ARCHITECTURE]:
-        raise UserError(f"architectures is {content.get('architectures')}: expected ['{ARCHITECTURE}']")
+        raise UserError(f"architectures is {reprlib.repr(content.get('architectures'))}: expected ['{ARCHITECTURE}']")
     if content.get("quantization_config"):
         raise UserError("quantization_config is given: expected weights that are not quantized")
+    if content.get("per_layer_config"):
+        raise UserError("per_layer_config is given: expected layers that are all alike")
     for name, value in FIXED.items():
-        if content.get(name, value) != value:
-            raise UserError(f"{name} is {content[name]!r}: expected {value!r}")
-    heads = content.get("num_attention_heads")
-    if content.get("num_key_value_heads", heads) not in (heads, None):
-        raise UserError(
-            f"num_key_value_heads is {content['num_key_value_heads']}: expected num_attention_heads, {heads}"
-        )
-    values = {name: content[name] for name in SAME_NAMES if name in content}
-    values |= _rope(content)
-    layers = content.get("num_hidden_layers")
-    dense = content.get("first_k_dense_replace", 0)
-    if content.get("n_routed_experts") and isinstance(layers, int) and isinstance(dense, int) and dense < layers:
-        values["moe"] = {name: content[name] for name in MOE_NAMES if name in content}
-    return build(ModelConfig, values)
+        _require(content, name, value)
+    given = DEFAULTS | content
+    values = {name: given[name] for name in SAME_NAMES} | _rope(given)
+    # Sizes must be numbers before they are compared.
+    config = build(ModelConfig, values)
+    if given["num_key_value_heads"] is not None:
+        _require(given, "num_key_value_heads", config.num_attention_heads, "num_attention_heads, ")
+    # transformers takes each of these, where it is given, in place of what it is worked out from.
+    _require(content, "head_dim", config.qk_rope_head_dim, "qk_rope_head_dim, ")
+    _require(content, "qk_head_dim", config.qk_head_dim, "qk_nope_head_dim + qk_rope_head_dim, ")
+    _require(content, "num_local_experts", given["n_routed_experts"], "n_routed_experts, ")
+    dense = given["first_k_dense_replace"]
+    if type(dense) is int and dense >= config.num_hidden_layers:
+        return config
+    return build(ModelConfig, values | {"moe": {name: given[name] for name in MOE_NAMES}})
 
 
-def _rope(content: dict[str, Any]) -> dict[str, Any]:
-    """Returns rope_theta and yarn from `rope_parameters`, or from where configurations of older readers have them."""
-    rope = content.get("rope_parameters") or content.get("rope_scaling") or {}
+def _require(content: dict[str, Any], name: str, value: Any, what: str = "") -> None:
+    """Raises UserError where a key is there and has another value."""
+    if content.get(name, value) != value:
+        raise UserError(f"{name} is {reprlib.repr(content[name])}: expected {what}{value!r}")
+
+
+def _rope(given: dict[str, Any]) -> dict[str, Any]:
+    """Returns rope_theta and yarn as transformers reads them: of `rope_scaling`, the older name, where both are given.
+
+    Raises UserError naming what only some readers heed, or read in another way than the others.
+    """
+    where = "rope_scaling" if given.get("rope_scaling") else "rope_parameters"
+    rope = given.get(where) or {}
+    if not isinstance(rope, dict):
+        raise UserError(f"{where} is {reprlib.repr(rope)}: expected keys and values")
     kind = rope.get("rope_type", rope.get("type", "default"))
-    values: dict[str, Any] = {"rope_theta": rope.get("rope_theta", content.get("rope_theta", 10000.0))}
-    if kind == "yarn":
-        for name, value in {"attention_factor": None, "truncate": True}.items():
-            if rope.get(name, value) != value:
-                raise UserError(f"rope_parameters.{name} is {rope[name]!r}: expected {value!r}")
-        values["yarn"] = {name: rope[name] for name in YARN_NAMES if name in rope}
-    elif kind != "default":
-        raise UserError(f"rope_parameters.rope_type is {kind!r}: expected default or yarn")
+    values: dict[str, Any] = {"rope_theta": rope.get("rope_theta", given.get("rope_theta", 10000.0))}
+    for place in (given, rope):
+        if place.get("partial_rotary_factor") is not None:
+            _require(place, "partial_rotary_factor", 1.0)
+    if kind == "default":
+        return values
+    if kind != "yarn":
+        raise UserError(f"{where}.rope_type is {reprlib.repr(kind)}: expected default or yarn")
+    for name, value in {"attention_factor": None, "truncate": True}.items():
+        if rope.get(name, value) != value:
+            raise UserError(f"{where}.{name} is {reprlib.repr(rope[name])}: expected {value!r}")
+    yarn = {name: rope[name] for name in YARN_NAMES if rope.get(name) is not None}
+    yarn.setdefault("original_max_position_embeddings", given["max_position_embeddings"])
+    _require(given, "original_max_position_embeddings", yarn["original_max_position_embeddings"], f"that of {where}, ")
+    # Both, or YaRN's own factor on cosine and sine and none on the scores.
+    if "mscale" not in yarn and yarn.get("mscale_all_dim"):
+        raise UserError(
+            f"{where}.mscale is missing beside mscale_all_dim: transformers and vLLM read different things into that"
+        )
+    values["yarn"] = {"mscale": 1.0, "mscale_all_dim": 0.0} | yarn
     return values
 
 
-def _dtype(content: dict[str, Any]) -> torch.dtype:
-    name = content.get("dtype") or content.get("torch_dtype") or "float32"
-    if name not in DTYPES:
-        raise UserError(f"dtype is {name!r}: expected one of {', '.join(DTYPES)}")
+def _dtype(content: dict[str, Any]) -> torch.dtype | None:
+    name = content.get("dtype") or content.get("torch_dtype")
+    if name is None:
+        return None
+    if not isinstance(name, str) or name not in DTYPES:
+        raise UserError(f"dtype is {reprlib.repr(name)}: expected one of {', '.join(DTYPES)}")
     return DTYPES[name]

@@ -34,7 +34,7 @@ def inverse_frequencies(config: ModelConfig, device: torch.device | None = None)
     low = max(math.floor(pair_rotating(yarn.beta_fast)), 0)
     high = min(math.ceil(pair_rotating(yarn.beta_slow)), width - 1)
     pairs = torch.arange(width // 2, dtype=torch.float32, device=device)
-    ramp = ((pairs - low) / max(high - low, 0.001)).clamp(0, 1)
+    ramp = ((pairs - low) / ((high - low) or 0.001)).clamp(0, 1)
     return 1.0 / (yarn.factor * wavelengths) * ramp + 1.0 / wavelengths * (1 - ramp)
 
 

@@ -18,6 +18,8 @@ from ictx.errors import UserError
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 CHECKSUM = "crc32 "
 """Before a tensor's name in a file's metadata: the key of its checksum."""
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+"""Dtypes of weights that are read; others are quantised, or no weights."""
 
 
 def checksum(tensor: Tensor) -> str:
@@ -105,7 +107,7 @@ class TensorFiles:
             # A file name that leads elsewhere is no file of this folder.
             if not weight_map or any(Path(name).name != name for name in weight_map.values()):
                 raise ValueError("file names expected in weight_map")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"{index} is no index of tensors: {error}") from error
         return dict(weight_map)
 
@@ -122,9 +124,11 @@ class TensorFiles:
                 header = json.loads(content.read(length))
         except FileNotFoundError as error:
             raise UserError(f"{file} is missing") from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{file} is corrupt: its header is not JSON") from error
         try:
+            # Without any, some writers put null there.
+            header = {"__metadata__": dict(header.pop("__metadata__", None) or {})} | header
             spans = {name: entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"}
             beyond = [name for name, (_, end) in spans.items() if 8 + length + end > size]
         except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -134,11 +138,20 @@ class TensorFiles:
             raise UserError(f"{file} is truncated: tensor {first} ends behind the end of the file, {size} bytes")
         return dict(header)
 
+    def dtype(self, name: str) -> torch.dtype:
+        """Returns a tensor's dtype. Raises UserError naming one that is missing, or of another kind than weights."""
+        if name not in self.files:
+            raise UserError(f"{self.directory}: tensor {name} is missing")
+        file = self.files[name]
+        stored = self.headers[file][name].get("dtype")
+        if stored not in DTYPES:
+            raise UserError(f"{file}: tensor {name} has dtype {stored}: expected one of {', '.join(DTYPES)}")
+        return DTYPES[stored]
+
     def read(self, shapes: Mapping[str, tuple[int, ...]]) -> Iterable[tuple[str, Tensor]]:
         """Yields these tensors, file by file. Raises UserError naming file and tensor where one is wrong."""
         for name in shapes:
-            if name not in self.files:
-                raise UserError(f"{self.directory}: tensor {name} is missing")
+            self.dtype(name)
         for file, header in self.headers.items():
             try:
                 with safe_open(file, framework="pt") as tensors:
@@ -151,7 +164,7 @@ class TensorFiles:
     def _checked(self, file: Path, name: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
         if tuple(tensor.shape) != shape:
             raise UserError(f"{file}: tensor {name} has shape {tuple(tensor.shape)}: expected {shape}")
-        known = self.headers[file].get("__metadata__", {}).get(CHECKSUM + name)
+        known = self.headers[file]["__metadata__"].get(CHECKSUM + name)
         if known is not None and known != checksum(tensor):
             raise UserError(f"{file} is corrupt: tensor {name} has checksum {checksum(tensor)}: expected {known}")
         return tensor
