@@ -24,6 +24,7 @@ def prolog(state: Path, uid: int = NOBODY) -> subprocess.CompletedProcess[str]:
     """Runs the prolog of a job."""
     text = (ROOT / "roles/slurm/templates/prolog.j2").read_text()
     script = state.parents[1] / "prolog"
+    text = text.replace("{{ _slurm_marks_dir | quote }}", str(state.parents[1] / "marks"))
     script.write_text(text.replace("{{ _slurm_oci_state_dir | quote }}", str(state.parent)))
     environment = {"SLURM_JOB_UID": str(uid), "SLURM_JOB_ID": "17", "SLURM_JOB_USER": "../../etc"}
     return subprocess.run(["sh", script], env=environment, capture_output=True, text=True, check=False)
@@ -39,8 +40,8 @@ def test_a_user_gets_a_folder_that_only_he_can_write_to(state: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert owner_and_mode(state) == (NOBODY, 0o700)
     assert owner_and_mode(state.parent) == (0, 0o711)
-    assert (state.parent / f".jobs/{NOBODY}/17").exists()
-    assert owner_and_mode(state.parent / ".jobs") == (0, 0o700)
+    assert (state.parents[1] / f"marks/{NOBODY}/17").exists()
+    assert owner_and_mode(state.parents[1] / "marks") == (0, 0o700)
 
 
 def test_a_folder_that_its_user_has_opened_is_closed_again(state: Path) -> None:
@@ -74,3 +75,27 @@ def test_a_number_without_a_name_gets_no_folder_and_does_not_stop_the_node(state
     done = prolog(state, uid=3_999_999)
     assert done.returncode == 0, done.stderr
     assert not state.parent.exists()
+
+
+@pytest.mark.attack(
+    "M7",
+    "a job makes files in the folder of containers' state until no other fits",
+    before="the next user's prolog failed, and SLURM took the node out of service",
+    now="that job starts, without containers, and the log of the node says why; the room comes back with the epilog",
+)
+def test_a_full_folder_does_not_take_the_node_out_of_service(state: Path) -> None:
+    state.parent.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "nr_inodes=4", "tmpfs", str(state.parent)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("nothing can be mounted here")
+    try:
+        for name in (".steps", "mallory", "mallory/1"):
+            (state.parent / name).mkdir()
+        done = prolog(state)
+        assert done.returncode == 0, done.stderr
+        assert not state.exists()
+        (state.parent / "mallory/1").rmdir()
+        assert prolog(state).returncode == 0
+        assert owner_and_mode(state) == (NOBODY, 0o700)
+    finally:
+        subprocess.run(["umount", state.parent], check=True)
