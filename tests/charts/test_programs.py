@@ -431,6 +431,43 @@ def test_a_damaged_artifact_is_restored_by_nobody_and_the_rest_if_asked(site: Si
     assert [path.name for path in (site.artifacts / "0").iterdir()] == ["other"]
 
 
+@pytest.mark.attack(
+    "M4",
+    "a user gives an artifact the longest path that the server takes, or later uploads a folder in a file's place",
+    before="no backup was made any more, or a restore broke off after the databases",
+    now="the file is named and the rest saved; what stands in the way of a restore is moved aside and named",
+)
+def test_the_names_of_artifacts_stop_no_backup_and_no_restore(site: Site) -> None:
+    long, deep = site.artifacts / ("l" * 255), site.artifacts / "1"
+    long.write_text("long")
+    (site.artifacts / "file").write_text("a file")
+    (site.artifacts / "folder").mkdir()
+    (site.artifacts / "folder/file").write_text("in a folder")
+    longest = os.pathconf(site.artifacts, "PC_PATH_MAX") - 2
+    while len(str(deep)) < longest - 255:
+        deep /= "d" * 200
+    deep.mkdir(parents=True)
+    deep /= "d" * (longest - len(str(deep)) - 1)
+    deep.write_text("deep")
+    done = site.run("backup")
+    assert done.returncode == 1
+    assert f"{deep} is not in the backup: its path is too long" in done.stderr
+    for name in ("file", "folder/file"):
+        (site.artifacts / name).unlink()
+    (site.artifacts / "folder").rmdir()
+    (site.artifacts / "folder").write_text("a file now")
+    (site.artifacts / "file").mkdir()
+    (site.artifacts / "file/more").write_text("came later")
+    long.unlink()
+    done = site.run("restore")
+    assert done.returncode == 0, done.stderr
+    assert long.read_text() == "long"
+    assert (site.artifacts / "file").read_text() == "a file"
+    assert (site.artifacts / "folder/file").read_text() == "in a folder"
+    assert {path.name for path in site.artifacts.glob(".before-restore-*/*")} == {"more"}
+    assert deep.read_text() == "deep"
+
+
 def test_a_backup_of_an_older_version_is_restored_and_built_upon(site: Site) -> None:
     snapshot = make_older(site.backup(), 1)
     manifest = json.loads((snapshot / "manifest.json").read_text())

@@ -8,6 +8,7 @@ share one copy of a file) to back up; SNAPSHOT, PARTIAL (`true`), SERVER (host:p
 may take to end) to restore.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -122,8 +123,14 @@ def copy_artifacts(source, target, previous, shared):
             (target / where).parent.mkdir(parents=True, exist_ok=True)
             old = previous / "artifacts" / where if previous else None
             found, wrong = copy_artifact(path, target / where, old, before.get(where), shared)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             say(f"gone meanwhile: {path}")
+            continue
+        except OSError as error:
+            # Users choose the names of artifacts, and a backup's folder has a longer name than theirs.
+            if error.errno != errno.ENAMETOOLONG:
+                raise
+            damaged.append(f"{path} is not in the backup: its path is too long")
             continue
         damaged += wrong
         if found:
@@ -229,12 +236,20 @@ def find_copies(folder, known):
     }
 
 
-def put_back(source, known, target):
+def put_back(source, known, root, where):
     """Copies an artifact that is not there, or not what it was; what came after the backup stays."""
+    target = root / where
     if target.is_file() and target.stat().st_size == known["size"] and checksum(target) == known["sha256"]:
         return
+    # A file may have come where a folder was, or a folder where a file was.
+    wrong = [folder for folder in target.parents if folder.is_file()] + [target] * target.is_dir()
+    for path in wrong:
+        aside = root / f".before-restore-{time.time_ns()}"
+        path.rename(aside)
+        say(f"moved {path} to {aside}")
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(target.name + ".restoring")
+    # Not beside it: users choose the length of names.
+    partial = root / ".restoring"
     shutil.copy2(source, partial)
     partial.replace(target)
 
@@ -259,7 +274,7 @@ def restore():
             say(f"restored {file}")
     for where, copy in copies.items():
         if copy:
-            put_back(copy, known[where], Path(artifacts) / where)
+            put_back(copy, known[where], Path(artifacts), where)
     if copies:
         say(f"restored {folder / 'artifacts'}")
     if damaged:
