@@ -378,7 +378,7 @@ def test_the_command_line_promotes_for_promoters_only(lab: Lab, target: Target) 
 
 TRACKER = """
 import pathlib, sys
-from ictx.train.tracking import Tracker
+from ictx.track.mlflow import Tracker
 folder = pathlib.Path(sys.argv[1])
 (folder / "export").mkdir()
 (folder / "export" / "config.json").write_text("{}")

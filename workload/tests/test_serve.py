@@ -30,7 +30,7 @@ from ictx.model.hf import write_pretrained
 from ictx.registry import PROMOTED_TAG, SUMS_FILE, SUMS_TAG, ModelRef, format_sums, read_sums, sha256, write_sums
 from ictx.serve.promote import promote
 from ictx.serve.pull import pull
-from ictx.train.tracking import Tracker
+from ictx.track.mlflow import Tracker
 
 NAME = "ictx-served"
 SIZES = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "q_lora_rank": 16}

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 
 from ictx.data.shards import files_of, read_meta
 from ictx.errors import UserError
+from ictx.track.mlflow import _run_id
+from ictx.track.outbox import Outbox
+from ictx.track.records import MetricsFile
 from ictx.train.config import load
-from ictx.train.journal import MetricsFile, Outbox
-from ictx.train.tracking import _run_id
 
 TEXT = st.text(st.characters(codec=None), max_size=20)
 JSON = st.recursive(

@@ -122,7 +122,7 @@ def as_user_error(error: MlflowException) -> UserError:
     return UserError(f"MLFLOW_TRACKING_URI is {os.environ.get('MLFLOW_TRACKING_URI', '')!r}: {reason(error)}")
 
 
-def reason(error: MlflowException) -> str:
+def reason(error: Exception) -> str:
     """Returns what went wrong, in words where MLflow shows the guts of its HTTP client."""
     text = _first_line(error)
     for sign, words in {

@@ -30,8 +30,10 @@ from ictx.kernels.attention.op import choice
 from ictx.metrics import flops_per_token, model_flops_utilisation, peak_flops
 from ictx.model import ModelConfig
 from ictx.train.config import LoopConfig, OptimizerConfig
-from ictx.train.pretrain import new_optimizer, next_token_loss, sharded_model
+from ictx.train.loss import next_token_loss
+from ictx.train.optimizer import new_optimizer
 from ictx.train.ranks import Ranks, joined
+from ictx.train.sharded import sharded_model
 from ictx.train.stopwatch import Stopwatch
 
 PARTS = ("forward", "backward", "optimizer")
@@ -137,7 +139,12 @@ def prepare(case: Case, ranks: Ranks) -> tuple[nn.Module, Callable[[Batch], Tens
         model = peer(case.config, ranks.mesh, ranks.device, compiled=case.compile)
         return model, lambda batch: model(input_ids=batch.input_ids, labels=batch.input_ids, use_cache=False).loss
     ours = sharded_model(case.config, case.loop, ranks)
-    return ours, lambda batch: next_token_loss(ours, batch, False) + ours.auxiliary_loss()
+
+    def mean(batch: Batch) -> Tensor:
+        total, count, _ = next_token_loss(ours, batch, False)
+        return total / count
+
+    return ours, mean
 
 
 def local_bytes(tensors: Iterator[Any]) -> int:
@@ -163,7 +170,7 @@ def measure(case: Case, ranks: Ranks) -> Row:
         query = torch.empty(0, case.config.qk_head_dim, dtype=torch.bfloat16 if on_gpu else None, device=device)
         row.attention = choice("mla_attention", query, case.config.v_head_dim, case.batch).name
     optimizer, batch, watch = (
-        new_optimizer(model, OptimizerConfig(), ranks),
+        new_optimizer(model, OptimizerConfig(), device),
         random_batch(case, ranks),
         Stopwatch(device),
     )

@@ -121,29 +121,38 @@ class RunConfig:
 
 
 @dataclass(frozen=True)
-class PretrainConfig:
-    """A pretraining run."""
+class StageConfig:
+    """A run of any stage."""
 
     model: ModelConfig
     """Sizes of the model."""
     train: LoopConfig
     """The loop."""
-    data: DataConfig = field(default_factory=DataConfig)
-    """The corpus."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """The optimizer."""
     run: RunConfig = field(default_factory=RunConfig)
     """The results."""
 
     def __post_init__(self) -> None:
-        if self.data.vocab_size != self.model.vocab_size:
-            raise ValueError(
-                f"data.vocab_size is {self.data.vocab_size}: expected model.vocab_size, {self.model.vocab_size}"
-            )
         if self.train.sequence_length > self.model.max_position_embeddings:
             raise ValueError(
                 f"train.sequence_length is {self.train.sequence_length}: expected at most "
                 f"model.max_position_embeddings, {self.model.max_position_embeddings}"
+            )
+
+
+@dataclass(frozen=True)
+class PretrainConfig(StageConfig):
+    """A pretraining run."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    """The corpus."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.data.vocab_size != self.model.vocab_size:
+            raise ValueError(
+                f"data.vocab_size is {self.data.vocab_size}: expected model.vocab_size, {self.model.vocab_size}"
             )
 
 

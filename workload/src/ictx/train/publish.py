@@ -11,18 +11,18 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-from ictx.data.shards import read_meta
 from ictx.errors import UserError
 from ictx.folder import write_whole
 from ictx.model import Transformer
 from ictx.model.hf import write_pretrained
-from ictx.train.config import PretrainConfig
-from ictx.train.journal import Journal
+from ictx.track.journal import Journal
+from ictx.train.config import StageConfig
+from ictx.train.stage import Stage
 
 
-def publish(config: PretrainConfig, model: Transformer, journal: Journal, result: dict[str, Any]) -> None:
+def publish(stage: Stage, config: StageConfig, model: Transformer, journal: Journal, result: dict[str, Any]) -> None:
     """Exports and registers the model and writes result.json; every rank calls it, the first one writes."""
-    assert config.run.dir and config.data.dir
+    assert config.run.dir
     for measure in ("final_loss", "val_loss"):
         if not math.isfinite(result[measure]):
             raise UserError(f"{measure} of {config.run.dir} is {result[measure]}: the model is not exported")
@@ -32,13 +32,13 @@ def publish(config: PretrainConfig, model: Transformer, journal: Journal, result
     if tracker is None:
         return
     directory = config.run.dir / "export"
-    _, end_of_text = read_meta(config.data.dir)["end_of_text"]
     dtype = getattr(torch, config.train.dtype)
-    write_pretrained(directory, config.model, weights, config.data.dir, dtype, end_of_text=end_of_text)
+    write_pretrained(directory, config.model, weights, stage.vocabulary, dtype, end_of_text=stage.end_of_text)
     name = config.run.model_name
     version = tracker.register(directory, name, config.run.alias) if name else None
     name = tracker.model
-    result |= {
+    further, line = stage.conclude(result)
+    result |= further | {
         "export_dir": str(directory),
         "mlflow_run_id": tracker.run_id,
         "mlflow_experiment": tracker.experiment,
@@ -49,10 +49,6 @@ def publish(config: PretrainConfig, model: Transformer, journal: Journal, result
         "slurm_job_id": os.environ.get("SLURM_JOB_ID", ""),
     }
     write_whole(config.run.dir / "result.json", json.dumps(result, indent=1, allow_nan=False) + "\n")
-    below = 1 - result["val_loss"] / result["unigram_entropy"]
-    journal.say(
-        f"validation loss {result['val_loss']:.3f} nats per token, {below:.0%} below the corpus's unigram entropy "
-        f"{result['unigram_entropy']:.3f}"
-    )
+    journal.say(line)
     if version:
         journal.say(f"registered models:/{name}@{config.run.alias} (version {version}) from {directory}")

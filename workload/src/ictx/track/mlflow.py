@@ -108,7 +108,9 @@ def _run_id(note: Path) -> str:
 
 
 class Tracker:
-    """Logs to the server or store that MLFLOW_TRACKING_URI names."""
+    """Logs to the server or store that MLFLOW_TRACKING_URI names: the sink of an outbox, and the model registry."""
+
+    name, failure = "MLflow", MlflowException
 
     def __init__(self, directory: Path, experiment: str, settings: Mapping[str, Any], patience: float) -> None:
         """Goes on with the run whose id `directory` keeps, or begins one there; waits `patience` seconds to do so.
@@ -129,6 +131,14 @@ class Tracker:
             self.run_id = self._begin(directory, settings)
             write_whole(note, self.run_id + "\n")
             patiently(self._announce, patience)
+
+    def patiently(self, call: Callable[[], T]) -> T:
+        """Returns the call's result; one that fails for a passing reason is tried again for `patience` seconds."""
+        return patiently(call, self.patience)
+
+    def reason(self, error: Exception) -> str:
+        """Returns what went wrong, in one line."""
+        return reason(error)
 
     def _begin(self, directory: Path, settings: Mapping[str, Any]) -> str:
         """Returns the id of a new run with the settings as parameters."""

@@ -1,0 +1,98 @@
+"""What tracking servers have not got yet: a server that is away loses nothing, also over restarts of the job."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from ictx.folder import write_whole
+from ictx.track.records import MetricsFile
+
+
+class Sink(Protocol):
+    """A tracking server's side of a run."""
+
+    name: str
+    """Of the server, for messages."""
+
+    @property
+    def failure(self) -> type[Exception]:
+        """What its methods raise when the server does not answer."""
+
+    def log(self, records: list[Mapping[str, float]]) -> None:
+        """Sends records, each with its `step` and `time` (seconds since 1970)."""
+
+    def finish(self, status: str) -> None:
+        """Ends the run as FINISHED, FAILED or KILLED."""
+
+    def patiently(self, call: Callable[[], Any]) -> Any:
+        """Returns the call's result; it is repeated for some time while the server is away."""
+
+    def reason(self, error: Exception) -> str:
+        """Returns what went wrong, in one line."""
+
+
+class Outbox:
+    """The records of metrics.jsonl behind the step in `note`, on their way to a sink."""
+
+    def __init__(self, sink: Sink, metrics: MetricsFile, note: Path, resumed_from: int) -> None:
+        """Takes up what an earlier start of the run could not send."""
+        self.sink, self.note = sink, note
+        self.sent = min(_step(note), resumed_from)
+        self.waiting: list[Mapping[str, float]] = [*metrics.after(self.sent)]
+        self._away = False
+
+    def rewind(self, step: int) -> None:
+        """Forgets the records of later steps."""
+        self.waiting = [record for record in self.waiting if record["step"] <= step]
+
+    def send(self, until: float = float("inf")) -> None:
+        """Sends what waits of the steps up to `until`. Raises the sink's `failure`; nothing is lost then."""
+        due = [record for record in self.waiting if record["step"] <= until]
+        if not due:
+            return
+        self.sink.log(due)
+        self.sent = int(due[-1]["step"])
+        self.waiting = self.waiting[len(due) :]
+        try:
+            write_whole(self.note, f"{self.sent}\n")
+        except OSError as error:
+            # The next start sends them again, which changes nothing.
+            print(f"cannot write {self.note}: {error.strerror}", flush=True)
+        if self._away:
+            print(f"{self.sink.name} answers again: {len(due)} records sent", flush=True)
+        self._away = False
+
+    def try_to_send(self, until: float = float("inf")) -> None:
+        """Sends what waits, or prints why it goes on waiting."""
+        try:
+            self.send(until)
+        except self.sink.failure as error:
+            count = len(self.waiting)
+            print(f"{self.sink.name} does not answer ({self.sink.reason(error)}): {count} records wait", flush=True)
+            self._away = True
+
+    def close(self, status: str) -> None:
+        """Sends what waits and ends the run as FINISHED, FAILED or KILLED.
+
+        Only a run that succeeded waits for a server that is away: one that was killed goes on later and then sends what
+        waits, and the reason of a failure must not be hidden by another.
+        """
+        if status == "FINISHED":
+            self.sink.patiently(self.send)
+            self.sink.patiently(lambda: self.sink.finish(status))
+            return
+        self.try_to_send()
+        try:
+            self.sink.finish(status)
+        except self.sink.failure as error:
+            print(f"{self.sink.name} did not learn that the run is {status} ({self.sink.reason(error)})", flush=True)
+
+
+def _step(note: Path) -> int:
+    """Returns the step in a note; 0, from which everything is sent again, when there is none that can be read."""
+    try:
+        return max(int(note.read_text()), 0)
+    except (OSError, ValueError):
+        return 0

@@ -1,0 +1,64 @@
+"""metrics.jsonl: the records of a run, one a line."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from ictx.folder import write_whole
+from ictx.manifest import open_regular
+
+
+class MetricsFile:
+    """metrics.jsonl: one record a line, each step once however often the run restarts."""
+
+    def __init__(self, path: Path, resumed_from: int) -> None:
+        """Keeps the records up to step `resumed_from`: what lies behind it is going to be computed again."""
+        self.path = path
+        self.rewind(resumed_from)
+
+    def rewind(self, step: int) -> None:
+        """Removes the records of later steps."""
+        write_whole(self.path, "".join(_line(record) for record in self._records() if record["step"] <= step))
+
+    def _records(self) -> list[dict[str, float]]:
+        """Returns the records; a crash, or a full disk, may have left lines that are none."""
+        if not os.path.lexists(self.path):
+            return []
+        with open_regular(self.path) as file:
+            return [record for line in file if (record := _record(line))]
+
+    def append(self, record: Mapping[str, float]) -> None:
+        """Adds a record of finite numbers."""
+        with self.path.open("a") as file:
+            file.write(_line(record))
+
+    def after(self, step: int) -> list[dict[str, float]]:
+        """Returns the records of later steps."""
+        return [record for record in self._records() if record["step"] > step]
+
+
+def _line(record: Mapping[str, float]) -> str:
+    return json.dumps(record, allow_nan=False) + "\n"
+
+
+def _record(line: bytes) -> dict[str, float] | None:
+    """Returns the record in a line, or None."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(record, dict) or not line.endswith(b"\n"):
+        return None
+    if type(step := record.get("step")) is not int or not 0 <= step < 1 << 63:
+        return None
+    numbers = {name: value for name, value in record.items() if type(value) in (int, float)}
+    return finite({"time": 0.0} | numbers)
+
+
+def finite(record: Mapping[str, float]) -> dict[str, float]:
+    """Returns a record without the numbers that are not finite: JSON has none."""
+    return {name: value for name, value in record.items() if abs(value) <= sys.float_info.max}

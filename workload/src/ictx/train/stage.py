@@ -1,0 +1,68 @@
+"""What a stage of training is to the loop in `ictx.train.run`: batches, a loss, an examination."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ictx.model import Transformer
+from ictx.train.config import StageConfig
+from ictx.train.ranks import Ranks
+
+
+class Movable(Protocol):
+    """What a forward and backward are done with."""
+
+    def to(self, device: torch.device) -> Any:
+        """Returns it on a device."""
+
+
+class Source(Protocol):
+    """This rank's batches, without an end."""
+
+    windows: int
+    """Sequences of an epoch."""
+
+    def next(self) -> Movable:
+        """Returns this rank's part of the next batch of all ranks."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns where the source stands: the same on every rank, and at any number of ranks."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on there. Raises UserError when the settings do not allow that."""
+
+
+class Stage(Protocol):
+    """A kind of training. Every rank makes one and calls its methods together with the others."""
+
+    name: str
+    """What the command line and monitoring call it."""
+    fingerprint: str
+    """Of its data: a run goes on with the data that it began with. Known when there are batches."""
+    vocabulary: Path
+    """Folder with the tokenizer that is exported with the model."""
+    end_of_text: str
+    """The tokenizer's entry that ends a text."""
+
+    @property
+    def settings(self) -> type[StageConfig]:
+        """The settings that it is made of."""
+
+    def batches(self, ranks: Ranks) -> Source:
+        """Returns the training data. Raises UserError for data that does not fit the settings."""
+
+    def loss(self, model: Transformer, batch: Any) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Returns a sum to differentiate, how many tokens it is of, and further sums over these tokens.
+
+        Steps divide sums by the tokens of all their batches on all ranks. `loss` must be among the further ones.
+        """
+
+    def examine(self, model: Transformer) -> dict[str, float]:
+        """Returns measures of the model, the same on every rank and at any number of ranks: `validation_loss`, ...."""
+
+    def conclude(self, result: dict[str, Any]) -> tuple[dict[str, Any], str]:
+        """Returns what result.json holds besides what all stages do, and a line about the result."""

@@ -1,0 +1,49 @@
+"""What a model is examined with between steps: its loss on validation data, and how large activations get there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from ictx.data.loader import Batch
+from ictx.data.shards import TokenArray
+from ictx.model import Transformer
+from ictx.model.float16 import by_layer, tracked_amax, warning
+from ictx.train.config import LoopConfig
+from ictx.train.loss import Loss
+from ictx.train.ranks import Ranks
+
+
+class Validation:
+    """Windows spread evenly over the validation data: the same ones each time."""
+
+    def __init__(self, data: TokenArray, loop: LoopConfig, ranks: Ranks) -> None:
+        self.data, self.loop, self.ranks = data, loop, ranks
+
+    def examine(self, model: Transformer, loss: Callable[[Transformer, Batch], Loss]) -> dict[str, float]:
+        """Returns `validation_loss`, the mean over all tokens, and `activation_amax/LAYER`."""
+        # Compiled code has no hooks: what watches magnitudes needs the modules.
+        with tracked_amax(model) as amax, torch.compiler.set_stance("force_eager"), torch.no_grad():
+            mean = self._mean(lambda batch: loss(model, batch))
+        layers = by_layer(amax)
+        peaks = dict(zip(layers, self.ranks.largest(*layers.values()), strict=True))
+        if unsafe := warning(peaks):
+            self.ranks.say(unsafe)
+        return {"validation_loss": mean} | {f"activation_amax/{layer}": peak for layer, peak in peaks.items()}
+
+    def _mean(self, loss: Callable[[Batch], Loss]) -> float:
+        loop, ranks = self.loop, self.ranks
+        # Every rank does the same number of batches: a sharded forward needs all of them.
+        available = self.data.windows(loop.sequence_length) // ranks.count
+        each = min(available, loop.validation_batches * loop.batch_size)
+        stride = available // each
+        total = count = 0.0
+        for first in range(0, each, loop.batch_size):
+            numbers = range(first, min(first + loop.batch_size, each))
+            places = [(number * stride) * ranks.count + ranks.rank for number in numbers]
+            batch = Batch.of([self.data.window(place, loop.sequence_length) for place in places])
+            _, tokens, sums = loss(batch.to(ranks.device))
+            total, count = total + float(sums["loss"]), count + float(tokens)
+        total, count = ranks.total(total, count)
+        return total / count
