@@ -320,3 +320,27 @@ def test_the_epilog_of_one_job_leaves_another_of_the_user_alone(lab: Lab, bobs: 
     ended(lab, submitted(lab, "bob", "--wrap=true"))
     assert lab.run("n1", f"ls /run/ictx-oci/bob/*.{bobs}.0.0/state.json").returncode == 0
     assert lab.run("n1", "pgrep --uid bob --full 'sleep 120'").returncode == 0
+
+
+@pytest.fixture
+def mail(lab: Lab) -> Iterator[str]:
+    """A program for mail on the controller, which notes what it was called with."""
+    log = "/tmp/mails"
+    text = f"printf '#!/bin/sh\\necho \"$@\" >>{log}\\n' >/usr/bin/mail; chmod 755 /usr/bin/mail"
+    assert lab.run("ctl", f"test ! -e /usr/bin/mail && {text} && install -m 0666 /dev/null {log}").returncode == 0
+    yield log
+    lab.run("ctl", f"rm -f /usr/bin/mail {log}")
+
+
+@pytest.mark.attack(
+    "C1",
+    "mail about a job is sent to `--exec=!COMMAND` or `|COMMAND`",
+    before="handed to the program for mail by slurmctld, as SlurmUser",
+    now="not sent; an address gets its mail",
+)
+def test_the_recipient_of_mail_is_an_address(lab: Lab, mail: str) -> None:
+    for recipient in ("--exec=!id", "|id"):
+        ended(lab, submitted(lab, "mallory", f"--mail-type=ALL '--mail-user={recipient}' --wrap=true"))
+    job = submitted(lab, "bob", "--mail-type=ALL --mail-user=bob@example.org --wrap=true")
+    wait_for("bob's mail", lambda: f"Job_id={job} " in lab.run("ctl", f"cat {mail}").stdout, 60)
+    assert set(re.findall(r"\S+$", lab.run("ctl", f"cat {mail}").stdout, re.MULTILINE)) == {"bob@example.org"}
