@@ -111,6 +111,7 @@ VALUES: dict[str, list[Any]] = {
     "ansible_port": ["ssh", 0],
     "ansible_user": ["a b"],
     "backup_environment": [{"A B": "c"}],
+    "backup_on_calendar": ["", " 0", "daily ", "daily\nPersistent=no", "$(id)"],
     "ictx_backup_repository": ["rest:https://u:p@h/"],
     "ictx_cluster_name": [None, "", "a b; touch /tmp/x", "a\nSlurmUser=root", "$(id)", "DEFAULT", "a=b", "a\x1b[2J",
                           5.5, b"a"],
@@ -128,6 +129,8 @@ VALUES: dict[str, list[Any]] = {
     ],
     "image_bake_python": [3.10],
     "k3s_config": [{"a": CYCLE}],
+    "kubernetes_reader_account": ["", "a.b", "A", "-a", "x" * 64],
+    "kubernetes_reader_namespaces": [[""], ["a b"], ["kube-system", "A"]],
     "nvidia_driver_version": [False],
     "prometheus_labels": [{"a": "b\nc"}, {5: "b"}],
     "registry_port": [0, 65536],
@@ -302,7 +305,9 @@ def structure(template: Path, text: str) -> Any:
     """Returns what a file says without its values: keys of YAML or JSON, else words and settings of each line."""
     if re.search(r"\.(ya?ml|json)\.j2$", template.name):
         return shape(list(yaml.safe_load_all(text)))
-    return [(len(line.split()), len(re.findall(r"(?:^|\s)[A-Za-z][\w.-]*\s*=", line))) for line in text.splitlines()]
+    # A time of the calendar is the rest of its line, blanks among it.
+    lines = [re.sub("^(OnCalendar=).*", r"\1x", line) for line in text.splitlines()]
+    return [(len(line.split()), len(re.findall(r"(?:^|\s)[A-Za-z][\w.-]*\s*=", line))) for line in lines]
 
 
 def shape(value: Any) -> Any:
