@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 import subprocess
 import sys
@@ -13,6 +14,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 from models import MOE, YARN, reference_of, small
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
@@ -22,8 +25,10 @@ from transformers import PreTrainedTokenizerFast
 from ictx.cli import main
 from ictx.errors import UserError
 from ictx.infer.cache import LatentCache
-from ictx.infer.decode_step import DecodeStep
-from ictx.infer.generate import Report, Sampler, Sampling, Vocabulary, generate, refuse_quantised
+from ictx.infer.decode_step import DecodeStep, uncaptured
+from ictx.infer.generate import Report, _make_ready, generate, refuse_quantised
+from ictx.infer.sampling import Sampler, Sampling
+from ictx.infer.vocabulary import Vocabulary
 from ictx.kernels import dispatch
 from ictx.model.describe import describe
 from ictx.model.hf import load_pretrained, save_pretrained
@@ -100,8 +105,38 @@ def test_draws_follow_temperature_top_k_and_top_p() -> None:
     # 0.5 is less than 0.6, so the token that reaches it is in as well.
     assert (draws(Sampling(1.0, top_p=0.6, seed=1), logits) - expected).abs().max() < 0.04
     assert draws(Sampling(1.0, top_p=0.5, seed=1), logits)[0] == 1
+    for cold in (1e-40, 1e-300, 5e-324):
+        assert draws(Sampling(cold), logits)[0] == 1
+    assert draws(Sampling(1e300, seed=1), logits).min() > 0.2
     shuffled = logits[[3, 0, 2, 1]]
     assert set(draws(Sampling(1.0, top_p=0.6, seed=1), shuffled).nonzero().flatten().tolist()) == {1, 3}
+
+
+@given(temperature=st.floats(0, exclude_min=True, allow_infinity=False), width=st.floats(0, 1e38), seed=st.integers(0))
+def test_any_temperature_draws_a_token(temperature: float, width: float, seed: int) -> None:
+    logits = torch.tensor([[0.0, 1.0, -1.0, 1.0]]) * width
+    token = int(Sampler(Sampling(temperature, seed=seed % 2**64), torch.device("cpu"))(logits))
+    assert 0 <= token < 4 and (width < 1e-3 or width / temperature < 100 or token in (1, 3))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_not_finite_are_refused(value: float, temperature: float) -> None:
+    with pytest.raises(UserError, match=r"logits are not finite: .* \(float32\)"):
+        Sampler(Sampling(temperature), torch.device("cpu"))(torch.tensor([[0.0, value]]))
+
+
+def test_making_ready_changes_nothing() -> None:
+    """On a GPU the first and last chunks run before the clock does; the cache is as new afterwards."""
+    model, prompt = small(yarn=YARN), torch.tensor([list(range(50))])
+    with torch.no_grad():
+        for block_size in (None, 16):
+            caches = [LatentCache(model.config, 1, 64, block_size=block_size) for _ in range(2)]
+            assert _make_ready(model, caches[0], prompt, 7, decode=True) > 0
+            assert caches[0].lengths.tolist() == [0]
+            logits = [[model(part, cache=cache) for part in prompt.split(7, 1)] for cache in caches]
+            assert all(torch.equal(*pair) for pair in zip(*logits, strict=True))
+            assert torch.equal(caches[0].block_tables, caches[1].block_tables)
 
 
 def test_a_seed_repeats_the_draws() -> None:
@@ -124,7 +159,19 @@ def test_a_seed_repeats_the_draws() -> None:
         (["--prompt", "x", "--temperature", "-1"], "temperature is -1.0: expected 0 or more"),
         (["--prompt", "x", "--top-p", "0"], "top-p is 0.0: expected more than 0"),
         (["--prompt", "x", "--top-k", "-1"], "top-k is -1: expected 0 or more"),
+        (["--prompt", "x", "--temperature", "nan"], "temperature is nan: expected 0 or more"),
+        (["--prompt", "x", "--seed", str(10**20)], f"seed is {10**20}: expected -9223372036854775808 to 1844674407370"),
+        (["--prompt", "x", "--seed", str(-(10**19))], f"seed is -{10**19}: expected"),
+        (["--prompt", "x", "--max-new-tokens", str(10**30)], "1 tokens of the prompt and 1000000000000000000000000000"),
+        (["--prompt", "x", "--device", "cuda:99"], "--device is cuda:99: this machine has "),
+        (["--prompt", "x", "--device", "tpu"], "--device is tpu: expected cpu, cuda or cuda:NUMBER"),
+        (["--prompt", "x", "--device", "meta"], "--device is meta: expected cpu, cuda or cuda:NUMBER"),
+        (["--prompt", "x", "--device", "cuda:"], "--device is cuda:: expected cpu, cuda or cuda:NUMBER"),
+        (["--prompt", "x\udcff"], "the prompt is not UTF-8"),
+        (["--prompt", "x\udcff", "--chat"], "the prompt is not UTF-8"),
         (["--prompt-file", "/nowhere"], "/nowhere: No such file"),
+        (["--prompt-file", "/"], "/: Is a directory"),
+        (["--prompt-file", "/bin/true"], "/bin/true is not UTF-8: byte "),
     ],
 )
 def test_wrong_requests_are_one_line(
@@ -135,7 +182,48 @@ def test_wrong_requests_are_one_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert ictx(monkeypatch, "generate", "--checkpoint", checkpoint, *arguments) == 2
-    assert message in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert message in told and told.count("\n") == 1
+
+
+def test_sizes_beyond_all_bounds_are_those_of_the_text(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["generate", "--checkpoint", checkpoint, "--prompt", "x", "--max-new-tokens", 5]
+    assert ictx(monkeypatch, *arguments) == 0
+    text = capsys.readouterr().out
+    assert ictx(monkeypatch, *arguments, "--chunk-size", 10**30, "--block-size", 10**30, "--top-k", 10**30) == 0
+    assert capsys.readouterr().out == text
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+@pytest.mark.parametrize("command", [["generate", "--prompt", "x"], ["import", "--out", "out"]])
+def test_weights_that_are_not_finite_are_refused_by_name(
+    checkpoint: Path, tmp_path: Path, command: list[str], value: float,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    model = load_pretrained(checkpoint)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[5, 3] = value
+    save_pretrained(model, tmp_path / "model", checkpoint)
+    assert ictx(monkeypatch, *command, "--checkpoint", tmp_path / "model") == 2
+    told = capsys.readouterr().err
+    assert "tensor model.embed_tokens.weight holds NaN or infinity" in told and told.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_report_names_the_step_and_what_compiling_took() -> None:
+    report = Report(prompt_tokens=5, new_tokens=11, prefill_seconds=0.5, decode_seconds=0.1)
+    assert str(report).startswith("5 prompt tokens at 10 tokens/s, 11 new tokens at 100.0 tokens/s, cache")
+    report.ready_seconds = 6.25
+    assert str(report).endswith("; before that 6.2 s to compile and load kernels, decode step captured")
+    report.uncaptured = uncaptured(small(moe=MOE), LatentCache(small(moe=MOE).config, 1, 8))
+    assert str(report).endswith(
+        "decode step not captured (experts: the host must know how many tokens each of them gets)"
+    )
+    dense = small()
+    assert uncaptured(dense, LatentCache(dense.config, 1, 8)) == "device cpu has no CUDA graphs"
 
 
 def test_the_command_streams_text_and_tells_speed_and_cache(
@@ -252,6 +340,26 @@ def test_a_gpu_generates_by_the_captured_step(cache_dtype: str | None, monkeypat
         for seed in (1, 1, 2)
     ]
     assert drawn[0] == drawn[1] != drawn[2]
+
+
+@pytest.mark.gpu
+def test_what_is_compiled_is_in_no_rate(checkpoint: Path, tmp_path: Path) -> None:
+    """A first use, which compiles everything, is as fast as the next. Float32 weights become 16-bit ones."""
+    save_pretrained(small(vocab_size=258), tmp_path / "model", checkpoint)
+    told = []
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, "-m", "ictx", "generate", "--checkpoint", tmp_path / "model", "--prompt", "x" * 40],
+            env=os.environ | {"TRITON_CACHE_DIR": str(tmp_path / "cache")}, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        assert "the weights are float32: computing in " in done.stderr
+        found = re.search(
+            r"at ([\d,]+) tokens/s, .* at ([\d,.]+) tokens/s, .* ([\d.]+) s to .* step captured", done.stderr
+        )
+        assert found, done.stderr
+        told.append([float(number.replace(",", "")) for number in found.groups()])
+    (prefill, decode, ready), (warm_prefill, warm_decode, warm_ready) = told
+    assert prefill > warm_prefill / 3 and decode > warm_decode / 3 and ready > warm_ready
 
 
 def test_import_and_export_take_a_model_over(

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFas
 
 from ictx.cli import main
 from ictx.errors import UserError
-from ictx.infer.generate import Vocabulary
+from ictx.infer.vocabulary import Vocabulary
 from ictx.model.hf import save_pretrained
 
 BEGIN, END = "<|begin|>", "<|endoftext|>"

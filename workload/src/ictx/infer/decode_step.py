@@ -37,19 +37,22 @@ def unfit(config: ModelConfig) -> str | None:
     return None
 
 
-def captures(model: Transformer, cache: LatentCache) -> bool:
-    """Whether a graph can hold the step: on a GPU that each of its kernels is built for, in one 16-bit dtype."""
+def uncaptured(model: Transformer, cache: LatentCache) -> str | None:
+    """Returns why no graph can hold the step: it takes a GPU that each kernel is built for, and one 16-bit dtype."""
     weight = model.lm_head.weight
-    return (
-        unfit(model.config) is None
-        and weight.device.type == "cuda"
-        and cache.dtype == weight.dtype
-        and cache.direct is not None
-        and all(
-            dispatch.choose(operation, weight.device, weight.dtype, stored=cache.stored).name == "triton"
-            for operation in ("mla_decode", "mla_rope_cache", OPERATION)
-        )
-    )
+    if reason := unfit(model.config):
+        return reason
+    if weight.device.type != "cuda":
+        return f"device {weight.device.type} has no CUDA graphs"
+    if cache.dtype != weight.dtype:
+        return f"the cache holds {cache.dtype}, the weights are {weight.dtype}"
+    if cache.direct is None:
+        return f"blocks of {cache.block_size} tokens: expected a power of 2"
+    for operation in ("mla_decode", "mla_rope_cache", OPERATION):
+        choice = dispatch.choose(operation, weight.device, weight.dtype, stored=cache.stored)
+        if choice.name != "triton":
+            return f"{operation}: {choice.reason}"
+    return None
 
 
 class DecodeStep:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ictx.errors import UserError
+from ictx.folder import read_text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -155,7 +156,7 @@ def _calibration(model: Transformer, tokenizer: Path | None, file: Path | None) 
     """Yields eight windows of text, spread over a file; random tokens where there is no tokenizer."""
     import torch
 
-    from ictx.infer.generate import Vocabulary
+    from ictx.infer.vocabulary import Vocabulary
 
     length = min(512, model.config.max_position_embeddings)
     if tokenizer is None:
@@ -170,7 +171,7 @@ def _calibration(model: Transformer, tokenizer: Path | None, file: Path | None) 
 
         text = "\n".join(topics.topics.values())
     else:
-        text = file.read_text()
+        text = read_text(file)
     tokens = torch.tensor(Vocabulary.load(tokenizer).encode(text, chat=False))
     if not len(tokens):
         raise UserError(f"{file} is empty: expected text")

@@ -99,13 +99,18 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
+def stored_dtype(directory: Path) -> torch.dtype:
+    """Returns the dtype of a folder's weights: that which config.json names, or else of the embedding there."""
+    return read_hf_config(directory)[1] or TensorFiles(directory).dtype(EMBEDDING)
+
+
 def load_pretrained(
     path: Path | str, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
 ) -> Transformer:
     """Returns the model in a folder that this project, transformers or DeepSeek wrote, in evaluation mode.
 
     Args:
-        dtype: of the weights; that of the folder's config.json unless given, or else of the embedding there.
+        dtype: of the weights; `stored_dtype` unless given.
 
     Raises UserError naming the file and the tensor, or the setting, that is wrong.
     """

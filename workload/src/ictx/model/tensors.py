@@ -167,4 +167,6 @@ class TensorFiles:
         known = self.headers[file]["__metadata__"].get(CHECKSUM + name)
         if known is not None and known != checksum(tensor):
             raise UserError(f"{file} is corrupt: tensor {name} has checksum {checksum(tensor)}: expected {known}")
+        if tensor.numel() and not all(value.isfinite() for value in tensor.aminmax()):
+            raise UserError(f"{file}: tensor {name} holds NaN or infinity")
         return tensor

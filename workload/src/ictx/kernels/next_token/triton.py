@@ -1,6 +1,6 @@
 """What a decode step does before its first layer and after its last product: little, so one launch for each.
 
-As in `products_triton`, a launch may begin while the one before it still runs (DEPENDENT).
+As in `products.triton`, a launch may begin while the one before it still runs (DEPENDENT).
 """
 
 from __future__ import annotations

@@ -1,0 +1,70 @@
+"""A checkpoint's tokenizer, between text and tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
+
+from ictx.data.tokenizer import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, read_tokenizer, special_text
+from ictx.errors import UserError
+from ictx.folder import read_text
+from ictx.model.hf_config import read_object
+from ictx.model.hf_generation import Generation
+from ictx.settings import shown
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """A checkpoint's tokenizer, and the tokens that end generation."""
+
+    tokenizer: Tokenizer
+    stop: frozenset[int]
+    chat_template: Any
+    """As tokenizer_config.json has it: a text, or several with names."""
+    special: Mapping[str, str]
+    """Special tokens that a template may name, such as `bos_token`."""
+
+    @classmethod
+    def load(cls, directory: Path) -> Vocabulary:
+        """Reads them. Raises UserError when the folder has no tokenizer, or a file of it is damaged."""
+        if directory.is_dir() and not (directory / TOKENIZER_FILE).exists():
+            raise UserError(f"{directory} has no {TOKENIZER_FILE}: the checkpoint was exported without a tokenizer")
+        tokenizer = read_tokenizer(directory)
+        settings: dict[str, Any] = {}
+        for file in (directory / "special_tokens_map.json", directory / TOKENIZER_CONFIG_FILE):
+            settings |= read_object(file) if file.exists() else {}
+        texts = {name: special_text(token) for name, token in settings.items() if name.endswith("_token")}
+        special = {name: text for name, text in texts.items() if text is not None}
+        template_file = directory / "chat_template.jinja"
+        template = read_text(template_file) if template_file.exists() else settings.get("chat_template")
+        return cls(tokenizer, Generation.read(directory).stop, template, special)
+
+    def encode(self, text: str, chat: bool) -> list[int]:
+        """Returns the tokens of a text, or of a chat in which a user has said it. Raises UserError.
+
+        As in transformers, the tokenizer itself begins a text, and a template a chat.
+        """
+        if chat and self.chat_template is None:
+            raise UserError("the checkpoint has no chat template: leave --chat out")
+        if chat:
+            from ictx.infer.chat import render
+
+            text = render(self.chat_template, text, self.special)
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"the prompt is not UTF-8: {shown(str(error))}") from error
+        return list(self.tokenizer.encode(text, add_special_tokens=not chat).ids)
+
+    def stream(self, tokens: Iterator[int], write: Callable[[str], object]) -> None:
+        """Writes text as its tokens come: a character of several tokens when it is whole."""
+        decoder = DecodeStream(skip_special_tokens=True)
+        for token in tokens:
+            text = decoder.step(self.tokenizer, token)
+            if text:
+                write(text)
