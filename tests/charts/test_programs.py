@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import configparser
 import json
 import os
@@ -75,8 +76,10 @@ def test_pods_run_the_programs_unchanged() -> None:
     assert texts["CronJob/ictx-mlflow-backup"].strip() == program("mlflow", "snapshots").strip()
     assert texts["CronJob/ictx-mlflow-gc"].strip() == program("mlflow", "gc").strip()
     assert texts["Deployment/ictx-mlflow"].strip() == program("mlflow", "prepare").strip()
-    guard = only(documents, "ConfigMap")["data"]["ictx_guard.py"]
-    assert guard.strip() == program("mlflow", "ictx_guard").strip()
+    guard = only(documents, "ConfigMap")["data"]
+    for name in ("ictx_guard", "ictx_bounded"):
+        assert guard[f"{name}.py"].strip() == program("mlflow", name).strip()
+    assert guard["entry_points.txt"].splitlines() == ["[mlflow.app]", "basic-auth = ictx_bounded:create_app"]
     pod = only(render(CHARTS["mlflow"], None, {"metrics.annotations": True}), "Deployment")["spec"]["template"]
     (metrics,) = (each for each in pod["spec"]["containers"] if each["name"] == "metrics")
     assert metrics["command"][-1].strip() == program("mlflow", "metrics").strip()
@@ -223,6 +226,48 @@ def test_auth_settings_are_private_and_survive_odd_passwords(tmp_path: Path) -> 
     fresh = tmp_path / "fresh.ini"
     run(program("mlflow", "prepare"), "auth-config", **{**environment, "MLFLOW_AUTH_CONFIG_PATH": str(fresh)})
     assert fresh.stat().st_mode & 0o777 == 0o600
+
+
+def answer_of(sent: list[int], path: str = "/api/2.0/mlflow/runs/create", method: str = "POST") -> tuple[int, int]:
+    """Returns the status for a body in pieces of these sizes, and how much of it the app behind was given."""
+    module: dict[str, Any] = {"__name__": "ictx_bounded"}
+    exec(program("mlflow", "ictx_bounded"), module)
+    taken, answered = 0, []
+    pieces = [{"type": "http.request", "body": b"x" * size, "more_body": True} for size in sent]
+    pieces += [{"type": "http.request", "body": b""}]
+
+    async def app(_: Any, receive: Any, send: Any) -> None:
+        nonlocal taken
+        try:
+            while True:
+                message = await receive()
+                taken += len(message["body"])
+                if not message.get("more_body"):
+                    break
+        finally:  # as Starlette answers 500
+            await send({"type": "http.response.start", "status": 200})
+
+    async def receive() -> Any:
+        return pieces.pop(0)
+
+    async def send(message: Any) -> None:
+        answered.extend([message["status"]] if "status" in message else [])
+
+    bounded = module["Bounded"](app, 100)
+    asyncio.run(bounded({"type": "http", "method": method, "path": path}, receive, send))
+    (status,) = answered
+    return status, taken
+
+
+def test_only_artifacts_are_larger_than_a_body_may_be() -> None:
+    assert answer_of([60, 40]) == (200, 100)
+    assert answer_of([60, 41, 60]) == (413, 60)
+    assert answer_of([101]) == (413, 0)
+    artifact = "/api/2.0/mlflow-artifacts/artifacts/1/x"
+    assert answer_of([1000], artifact, "PUT") == (200, 1000)
+    assert answer_of([1000], f"/ajax{artifact}".replace("/ajax/", "/ajax-"), "PUT") == (200, 1000)
+    assert answer_of([1000], artifact) == (413, 0)
+    assert answer_of([1000], f"/x{artifact}", "PUT") == (413, 0)
 
 
 class Site:

@@ -236,6 +236,25 @@ def test_mlflow_speaks_tls_of_the_platforms_authority_only(admin: Account) -> No
     assert admin.call("GET", "/health")[0] == 200
 
 
+@pytest.mark.attack(
+    "L",
+    "without a password, sends MLflow a request without an end",
+    before="the server kept all of it in memory, before it looked who sent it, until it was killed",
+    now="413 after 16 MiB (`server.maxBodyMiB`); artifacts are streamed, once their sender is known",
+)
+def test_a_request_of_a_stranger_takes_no_more_than_its_share_of_memory(admin: Account) -> None:
+    stranger = Account(admin.uri, "stranger", "wrong")
+    for path in ("/api/2.0/mlflow/runs/create", "/graphql", "/nothing"):
+        # What was sent when the answer came may be lost with the connection.
+        try:
+            status = stranger.call("POST", path, b"x" * (17 << 20))[0]
+        except (ConnectionError, urllib.error.URLError):
+            continue
+        assert status == 413
+    assert stranger.call("POST", "/api/2.0/mlflow/runs/create", b"x" * (1 << 20))[0] == 401
+    assert admin.call("GET", "/health")[0] == 200
+
+
 def test_users_read_what_others_made(mallory: Account, target: Target) -> None:
     assert mallory.get(f"/registered-models/alias?name={MODEL}&alias={ALIAS}")["model_version"]["run_id"] == target.run
     assert json.loads(mallory.bytes(f"{target.folder}/config.json"))["model_type"] == "deepseek_v3"

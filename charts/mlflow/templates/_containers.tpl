@@ -82,6 +82,8 @@ env:
     value: "true"
   - name: PYTHONPATH
     value: /etc/mlflow-guard
+  - name: MOST_BODY_BYTES
+    value: {{ mul 1048576 (int .Values.server.maxBodyMiB) | quote }}
   - name: FREE_ALIASES
     value: {{ join "," .Values.auth.freeAliases | quote }}
   - name: MLFLOW_FLASK_SERVER_SECRET_KEY
