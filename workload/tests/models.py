@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import DeepseekV3ForCausalLM
 
 from ictx.model import ModelConfig, MoeConfig, Transformer, YarnConfig
 from ictx.model.hf import save_pretrained
@@ -47,6 +46,8 @@ def small(**changes: Any) -> Transformer:
 
 def reference_of(model: Transformer) -> Any:
     """Returns transformers' model with these weights, by way of an export."""
+    from transformers import DeepseekV3ForCausalLM  # here: processes that need no reference start faster
+
     with tempfile.TemporaryDirectory() as folder:
         save_pretrained(model, Path(folder) / "hf")
         return DeepseekV3ForCausalLM.from_pretrained(Path(folder) / "hf", dtype=torch.float32)

@@ -43,7 +43,14 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """Returns the batch on a device."""
-        return Batch(*(getattr(self, field.name).to(device) for field in fields(self)))
+        return self._each(lambda x_bs: x_bs.to(device))
+
+    def part(self, place: int, parts: int) -> Batch:
+        """Returns one of equal parts of each sequence's tokens; positions and documents stay those of the whole."""
+        return self._each(lambda x_bs: x_bs.view(len(x_bs), parts, -1)[:, place])
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        return Batch(*(change(getattr(self, field.name)) for field in fields(self)))
 
 
 def shuffled(count: int, *seeds: int) -> Integers:
@@ -155,9 +162,24 @@ class Batches:
     windows were taken is all that a checkpoint needs.
     """
 
-    def __init__(self, data: TokenArray, length: int, batch: int, rank: int, ranks: int, seed: int) -> None:
-        """Args: `batch` is a rank's; raises UserError when the data has too few windows for one global batch."""
-        self.batch, self.rank, self.ranks = batch, rank, ranks
+    def __init__(
+        self,
+        data: TokenArray,
+        length: int,
+        batch: int,
+        rank: int,
+        ranks: int,
+        seed: int,
+        part: tuple[int, int] = (0, 1),
+    ) -> None:
+        """Raises UserError when the data has too few windows for one global batch.
+
+        Args:
+            batch: windows of a rank.
+            part: which part of its windows' tokens a rank gets, and of how many: ranks that share out windows are one
+                rank here, with several parts.
+        """
+        self.batch, self.rank, self.ranks, self.part = batch, rank, ranks, part
         self.stream = Stream(data, length, seed)
         self.taken = 0
         self.windows = data.windows(length)
@@ -176,7 +198,7 @@ class Batches:
         """Returns this rank's part of the next global batch."""
         first = self.taken + self.rank * self.batch
         self.taken += self.ranks * self.batch
-        return Batch.of([self.stream.window(first + number) for number in range(self.batch)])
+        return Batch.of([self.stream.window(first + number) for number in range(self.batch)]).part(*self.part)
 
     def state_dict(self) -> dict[str, int]:
         """Returns where the stream stands, and what its order depends on."""

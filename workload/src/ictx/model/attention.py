@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ictx.kernels.attention.op import Packing, choice, mla_attention
 from ictx.model.cache import Slots
 from ictx.model.config import LATENT_NORM_EPS, ModelConfig
+from ictx.model.context import Context
 from ictx.model.rope import Rotations, rotate
 
 LONGEST_DENSE_MASK = 2048
@@ -104,6 +105,9 @@ class Cache(Protocol):
 class LatentAttention(nn.Module):
     """Multi-head Latent Attention with low-rank projections and a decoupled rotary key."""
 
+    context: Context | None = None
+    """Ranks that share out the windows of forwards without a cache."""
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         heads, self.config = config.num_attention_heads, config
@@ -141,11 +145,16 @@ class LatentAttention(nn.Module):
         q_nope, q_rope = self._queries(x_bsd)
         q_rope = rotate(q_rope, rope)
         new_bse = self.kv_a_proj_with_mqa(x_bsd)
-        if cache is None:
-            out_bshv = self._within(q_nope, q_rope, *self.normed(new_bse, rope), documents)
-        else:
+        if cache is not None:
             assert slots
             out_bshv = cache.attend(self, layer, q_nope, q_rope, new_bse, rope, slots, mode)
+        elif self.context:
+            assert documents is not None
+            latent_bse, weight = torch.cat(self.normed(new_bse, rope), -1), self.kv_b_proj.weight
+            q_bshd, scale = torch.cat([q_nope, q_rope], -1), self.config.softmax_scale
+            out_bshv = self.context.attend(q_bshd, latent_bse, weight, scale, documents.packing)
+        else:
+            out_bshv = self._within(q_nope, q_rope, *self.normed(new_bse, rope), documents)
         return cast(Tensor, self.o_proj(out_bshv.flatten(-2)))
 
     def _queries(self, x_bsd: Tensor) -> tuple[Tensor, Tensor]:

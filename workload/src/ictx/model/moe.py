@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ictx.model.config import MoeConfig
+from ictx.model.context import Context
 
 
 class GatedProduct(nn.Module):
@@ -128,6 +129,8 @@ class MoeFeedForward(nn.Module):
 
     balance_loss: Tensor | None = None
     """Sequence-wise balance loss of the last forward in training."""
+    context: Context | None = None
+    """Ranks that share out the sequences."""
 
     def __init__(self, config: MoeConfig, hidden_size: int) -> None:
         super().__init__()
@@ -144,15 +147,20 @@ class MoeFeedForward(nn.Module):
             count = self.config.n_routed_experts
             if self.gate.counts:
                 self.gate.tokens_per_expert += torch.bincount(routing.experts_nk.flatten(), minlength=count)
-            self.balance_loss = balance_loss(routing.scores_ne.unflatten(0, x_bsd.shape[:2]), self.config)
+            scores_bse = routing.scores_ne.unflatten(0, x_bsd.shape[:2])
+            self.balance_loss = balance_loss(scores_bse, self.config, self.context)
         return cast(Tensor, self.experts(x_nd, routing).view_as(x_bsd) + self.shared_experts(x_bsd))
 
 
-def balance_loss(scores_bse: Tensor, config: MoeConfig) -> Tensor:
-    """Returns DeepSeek-V3's loss for balance within each sequence (equations 17 to 20), the mean over sequences."""
+def balance_loss(scores_bse: Tensor, config: MoeConfig, context: Context | None = None) -> Tensor:
+    """Returns DeepSeek-V3's loss for balance within each sequence (equations 17 to 20), the mean over sequences.
+
+    Where ranks share out the sequences it is the mean of what they return.
+    """
     best = scores_bse.topk(config.num_experts_per_tok, -1).indices
     chosen = torch.zeros_like(scores_bse).scatter_(-1, best, 1.0)
-    share = chosen.mean(1) * (config.n_routed_experts / config.num_experts_per_tok)
+    used = context.mean(chosen.mean(1)) if context else chosen.mean(1)
+    share = used * (config.n_routed_experts / config.num_experts_per_tok)
     probability = (scores_bse / scores_bse.sum(-1, keepdim=True)).mean(1)
     return config.balance_loss_weight * (share * probability).sum(-1).mean()
 

@@ -6,12 +6,14 @@ import zlib
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ictx.model.attention import Cache, Documents, LatentAttention, Mode
 from ictx.model.cache import Slots
 from ictx.model.config import ModelConfig
+from ictx.model.context import Context
 from ictx.model.head import Head
 from ictx.model.moe import Experts, FeedForward, MoeFeedForward, Router, update_router_biases
 from ictx.model.rope import Rotations, rotations
@@ -86,6 +88,8 @@ class Transformer(nn.Module):
 
     mtp_loss: Tensor | None = None
     """Cross-entropy of each token after the next, of the last forward in training."""
+    context: Context | None = None
+    """Ranks that share out the windows: each calls `forward` with its own part of them."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -119,15 +123,19 @@ class Transformer(nn.Module):
                 cross-entropy, in nats; the logits of all tokens never exist at once.
             last_only: whether only the logits of the last position are wanted, of shape (batch, 1, vocab_size).
             mode: how to attend to a cache: "expanded", "absorbed", or whichever is cheaper.
+
+        With a `context` all of this is a rank's part of the windows, and the loss is the mean over its own labels.
         """
         slots = None
+        if self.context and (cache is not None or attention_mask is not None):
+            raise ValueError("ranks share out whole windows: no cache, no padding")
         if cache is not None:
             if document_ids is not None:
                 raise ValueError("document_ids are for whole sequences: a cache holds one document per row")
             slots = cache.reserve(input_ids.shape[1], attention_mask)
         if position_ids is None:
             position_ids = self._positions(input_ids, attention_mask, slots)
-        documents = None if slots else Documents.of(input_ids, document_ids, attention_mask)
+        documents = None if slots else self._documents(input_ids, document_ids, attention_mask)
         rope = rotations(self.config, position_ids)
         x_bsd = self.model.embed_tokens(input_ids)
         for layer in self.model.layers:
@@ -137,9 +145,8 @@ class Transformer(nn.Module):
         hidden_bsd = self.model.norm(x_bsd)
         if labels is None:
             return cast(Tensor, self.lm_head(hidden_bsd[:, -1:] if last_only else hidden_bsd))
-        if self.training and torch.is_grad_enabled() and len(self.mtp) and input_ids.shape[1] > 1:
-            further_bsd = self._predict_further(input_ids, hidden_bsd, rope, attention_mask, document_ids)
-            self.mtp_loss = self.lm_head.loss(further_bsd, labels[:, 1:])
+        if self.training and torch.is_grad_enabled() and len(self.mtp):
+            self.mtp_loss = self._further_loss(input_ids, labels, hidden_bsd, rope, documents)
         return self.lm_head.loss(hidden_bsd, labels)
 
     def _positions(self, input_ids: Tensor, attention_mask: Tensor | None, slots: Slots | None) -> Tensor:
@@ -148,22 +155,33 @@ class Transformer(nn.Module):
             return slots.positions_bs
         if attention_mask is not None:
             return (attention_mask.cumsum(1) - 1).clamp(min=0)
-        return torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+        places = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+        return places + self.context.rank * input_ids.shape[1] if self.context else places
 
-    def _predict_further(
-        self,
-        input_ids: Tensor,
-        hidden_bsd: Tensor,
-        rope: Rotations,
-        attention_mask: Tensor | None,
-        document_ids: Tensor | None,
+    def _documents(self, input_ids: Tensor, document_ids: Tensor | None, attention_mask: Tensor | None) -> Documents:
+        """Returns who sees whom, in the whole windows."""
+        if self.context is None:
+            return Documents.of(input_ids, document_ids, attention_mask)
+        window = input_ids[:, :1].expand(-1, input_ids.shape[1] * self.context.count)
+        return Documents.of(window, None if document_ids is None else self.context.gather(document_ids), None)
+
+    def _further_loss(
+        self, input_ids: Tensor, labels: Tensor, hidden_bsd: Tensor, rope: Rotations, documents: Documents | None
     ) -> Tensor:
-        """Returns what the head reads to predict each token after the next, (batch, sequence - 1, hidden_size)."""
-        masks = (ids[:, :-1] if ids is not None else None for ids in (document_ids, attention_mask))
-        documents = Documents.of(input_ids[:, :-1], *masks)
-        next_bsd = self.model.embed_tokens(input_ids[:, 1:])
-        earlier = Rotations(rope.cos[:, :-1], rope.sin[:, :-1])
-        return cast(Tensor, self.mtp[0](next_bsd, hidden_bsd[:, :-1], earlier, documents))
+        """Returns the cross-entropy of each token after the next; its mean over the ranks of `context`, if any."""
+        context = self.context
+        ids, wanted = (context.gather(x) if context else x for x in (input_ids, labels))
+        next_ids = torch.cat([ids[:, 1:], wanted[:, -1:].clamp(min=0)], 1)
+        further = F.pad(wanted[:, 1:], (0, 1), value=-1)
+        if context:
+            next_ids, further = context.own(next_ids), context.own(further)
+        read_bsd = self.mtp[0](self.model.embed_tokens(next_ids), hidden_bsd, rope, documents)
+        loss = self.lm_head.loss(read_bsd, further)
+        if context:
+            # The last rank has a label less.
+            count = (further >= 0).sum().to(loss.dtype)
+            loss = loss * count / context.mean(count).clamp(min=1 / context.count)
+        return loss
 
     @property
     def routers(self) -> list[Router]:

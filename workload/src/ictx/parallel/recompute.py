@@ -17,12 +17,14 @@ from torch.utils.checkpoint import (
 from ictx.kernels.attention import op as attention
 from ictx.model.moe import Router
 from ictx.model.transformer import Layer
+from ictx.parallel import context, offload
 
 MODES = ("none", "selective", "full")
 """Nothing is computed again; all but attention's result is; all is."""
 ATEN = torch.ops.aten
 KEPT = {
     attention.OPERATION,
+    context.OPERATION,
     ATEN._scaled_dot_product_cudnn_attention.default,
     ATEN._scaled_dot_product_efficient_attention.default,
     ATEN._scaled_dot_product_flash_attention.default,
@@ -50,10 +52,13 @@ def _uncounted(routers: list[Router], inner: AbstractContextManager[Any]) -> Ite
             router.counts = True
 
 
-def recompute(layer: Layer, mode: str) -> None:
+def recompute(layer: Layer, mode: str, offloaded: bool = False) -> None:
     """Makes a layer's backward compute again what a mode of `MODES` says.
 
     Replaces the layer's `forward`, not the layer: names of weights stay, and hooks of sharding stay around it.
+
+    Args:
+        offloaded: whether what is kept, the layer's input among it, waits in the host's memory; not for torch.compile.
     """
     if mode == "none":
         return
@@ -61,6 +66,9 @@ def recompute(layer: Layer, mode: str) -> None:
     # A layer draws no random numbers whose state would have to be kept.
     run = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
     routers = [module for module in layer.modules() if isinstance(module, Router)]
+    keeping = functools.partial(create_selective_checkpoint_contexts, _policy)
+    if offloaded:
+        keeping = functools.partial(offload.contexts, KEPT.__contains__)
 
     def selective(*args: Any) -> Any:
         # Made here: torch.compile takes no context_fn from outside.
@@ -69,13 +77,14 @@ def recompute(layer: Layer, mode: str) -> None:
     def full(*args: Any) -> Any:
         return run(forward, *args)
 
-    def with_routers(*args: Any) -> Any:
+    def any_way(*args: Any) -> Any:
         def contexts() -> Contexts:
-            keeping = functools.partial(create_selective_checkpoint_contexts, _policy)
             first, again = keeping() if mode == "selective" else (nullcontext(), nullcontext())
             return first, _uncounted(routers, again)
 
-        return run(forward, *args, context_fn=contexts)
+        # Of what the checkpoint saves itself, its inputs, these hooks see all; what it runs has its own.
+        with offload.hooks() if offloaded else nullcontext():
+            return run(forward, *args, context_fn=contexts)
 
-    replaced: Any = with_routers if routers else {"selective": selective, "full": full}[mode]
+    replaced: Any = any_way if routers or offloaded else {"selective": selective, "full": full}[mode]
     layer.forward = replaced  # type: ignore[method-assign]

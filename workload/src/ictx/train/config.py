@@ -9,7 +9,7 @@ from typing import Any
 
 from ictx.data.config import DataConfig
 from ictx.model import ModelConfig
-from ictx.parallel import MODES
+from ictx.parallel import MODES, Layout
 from ictx.settings import build, config_path, load_yaml, override
 
 DTYPES = ("float32", "bfloat16")
@@ -64,6 +64,8 @@ class LoopConfig:
     """What backward computes again instead of keeping it: `none`, `selective` (all but attention's result), `full`."""
     recompute_layers: int | None = None
     """Layers that do so, the first ones; all of them unless given."""
+    offload: bool = False
+    """Keep what `selective` and `full` keep, layers' inputs among it, in the host's memory: for very long windows."""
     compile: bool = False
     """Compile each layer with torch.compile; layers with experts stay as they are."""
     deterministic: bool = False
@@ -99,6 +101,8 @@ class LoopConfig:
         for name, allowed in {"dtype": DTYPES, "recompute": MODES}.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: expected one of {', '.join(allowed)}")
+        if self.offload and (self.compile or self.recompute == "none" or self.recompute_layers is not None):
+            raise ValueError("offload is true: expected compile: false, and all layers to compute again")
         for name in ("bad_steps", "recompute_layers"):
             if getattr(self, name) is not None and getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}: expected 0 or more")
@@ -128,6 +132,8 @@ class StageConfig:
     """Sizes of the model."""
     train: LoopConfig
     """The loop."""
+    parallel: Layout = field(default_factory=Layout)
+    """Ranks along the axes of the mesh."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """The optimizer."""
     run: RunConfig = field(default_factory=RunConfig)
@@ -139,6 +145,7 @@ class StageConfig:
                 f"train.sequence_length is {self.train.sequence_length}: expected at most "
                 f"model.max_position_embeddings, {self.model.max_position_embeddings}"
             )
+        self.parallel.check_model(self.model.num_attention_heads, self.train.sequence_length)
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,9 @@ def next_token_loss(model: Transformer, batch: Batch, mask_documents: bool) -> L
     documents = {"position_ids": batch.position_ids, "document_ids": batch.document_ids} if mask_documents else {}
     mean = cast(Tensor, model(batch.input_ids, labels=batch.labels, **documents))
     count = (batch.labels >= 0).sum()
-    total, auxiliary = mean * count, model.auxiliary_loss() * count
+    # Of ranks that share out windows each has an equal part of what is added, whichever labels are its own.
+    weight = model.context.mean(count.float()) if model.context else count
+    total, auxiliary = mean * count, model.auxiliary_loss() * weight
     sums = {"loss": total.detach()}
     if auxiliary.requires_grad:
         sums["auxiliary_loss"] = auxiliary.detach()

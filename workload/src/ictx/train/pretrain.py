@@ -36,15 +36,16 @@ class Pretraining:
                 f"{self.vocabulary} was prepared with vocab_size {data.meta['vocab_size']}, but model.vocab_size is "
                 f"{self.config.model.vocab_size}: prepare the corpus with this configuration"
             )
-        if validation.windows(loop.sequence_length) < ranks.count:
+        if validation.windows(loop.sequence_length) < ranks.data_count:
             raise UserError(
                 f"{self.vocabulary} has fewer validation windows of {loop.sequence_length} tokens than there are "
-                f"ranks, {ranks.count}: raise data.validation_share or prepare a larger corpus"
+                f"ranks, {ranks.data_count}: raise data.validation_share or prepare a larger corpus"
             )
         self.validation = Validation(validation, loop, ranks)
         self.fingerprint: str = data.meta["fingerprint"]
         self.end_of_text: str = data.meta["end_of_text"][1]
-        return Batches(data, loop.sequence_length, loop.batch_size, ranks.rank, ranks.count, loop.seed)
+        shares = ranks.data_rank, ranks.data_count
+        return Batches(data, loop.sequence_length, loop.batch_size, *shares, loop.seed, ranks.part)
 
     def loss(self, model: Transformer, batch: Batch) -> Loss:
         """Returns the cross-entropy of each next token."""

@@ -12,11 +12,14 @@ from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
 from ictx.errors import UserError
+from ictx.parallel.context import Context
+from ictx.parallel.mesh import Layout
 
 T = TypeVar("T")
+ALL_SHARD = Layout()
 
 
 @dataclass
@@ -27,8 +30,26 @@ class Ranks:
     count: int
     device: torch.device
     mesh: DeviceMesh
+    """What weights are sharded over, and replicated where that is wanted."""
+    context: Context | None = None
+    """The ranks that share this one's windows."""
     told_to_stop: bool = field(default=False)
     """Whether this process got SIGTERM: save a checkpoint at the next step and end."""
+
+    @property
+    def part(self) -> tuple[int, int]:
+        """Which part of its windows' tokens this rank has, and of how many."""
+        return (self.context.rank, self.context.count) if self.context else (0, 1)
+
+    @property
+    def data_rank(self) -> int:
+        """Which of `data_count` shares of the windows this rank has; ranks of one `context` have the same."""
+        return self.rank // self.part[1]
+
+    @property
+    def data_count(self) -> int:
+        """Groups of ranks that have windows of their own."""
+        return self.count // self.part[1]
 
     @property
     def first(self) -> bool:
@@ -84,8 +105,8 @@ def on_first(call: Callable[[], T]) -> T:
 
 
 @contextmanager
-def joined() -> Iterator[Ranks]:
-    """Joins the process group: NCCL on GPUs, Gloo without."""
+def joined(layout: Layout = ALL_SHARD) -> Iterator[Ranks]:
+    """Joins the process group: NCCL on GPUs, Gloo without. Raises UserError for a layout of another number of ranks."""
     for name, alone in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
         os.environ.setdefault(name, alone)
     os.environ.setdefault("MASTER_PORT", "0")
@@ -98,9 +119,9 @@ def joined() -> Iterator[Ranks]:
         device = torch.device("cpu")
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
-        ranks = Ranks(
-            dist.get_rank(), dist.get_world_size(), device, init_device_mesh(device.type, (dist.get_world_size(),))
-        )
+        layout = layout.of(dist.get_world_size())
+        mesh, context = layout.sharding(device.type), layout.context(device.type)
+        ranks = Ranks(dist.get_rank(), dist.get_world_size(), device, mesh, context)
         signal.signal(signal.SIGTERM, ranks._stop)
         yield ranks
     finally:

@@ -90,7 +90,7 @@ class Run:
     def train(self, journal: Journal) -> dict[str, Any] | None:
         """Trains to the last step and returns the result, or None when told to stop (a checkpoint is saved then)."""
         loop, ranks = self.config.train, self.ranks
-        tokens_per_step = loop.batch_size * ranks.count * loop.sequence_length
+        tokens_per_step = loop.batch_size * ranks.data_count * loop.sequence_length
         flops, each = flops_per_token(self.config.model, loop.sequence_length), peak_flops(ranks.device)
         peak = each * ranks.count if each else None
         if ranks.first:
@@ -168,7 +168,7 @@ def main(stage: Stage, config: StageConfig) -> int:
 
     Raises UserError naming a setting, a path or the step at which the loss stopped being a number.
     """
-    with explained(config.run.dir), joined() as ranks:
+    with explained(config.run.dir), joined(config.parallel) as ranks:
         run = Run(stage, config, ranks)
         run.directory.mkdir(mode=0o755, parents=True, exist_ok=True)
         start, patience = run.resumed_from, config.run.tracking_patience

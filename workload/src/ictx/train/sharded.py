@@ -22,6 +22,8 @@ def sharded_model(config: ModelConfig, loop: LoopConfig, ranks: Ranks) -> Transf
         mode=loop.recompute,
         layers=loop.recompute_layers,
         compiled=loop.compile,
+        context=ranks.context,
+        offload=loop.offload,
     )
     # Only now is memory taken, on each rank for its own shards.
     model.to_empty(device=ranks.device)

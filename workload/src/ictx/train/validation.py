@@ -35,15 +35,15 @@ class Validation:
     def _mean(self, loss: Callable[[Batch], Loss]) -> float:
         loop, ranks = self.loop, self.ranks
         # Every rank does the same number of batches: a sharded forward needs all of them.
-        available = self.data.windows(loop.sequence_length) // ranks.count
+        available = self.data.windows(loop.sequence_length) // ranks.data_count
         each = min(available, loop.validation_batches * loop.batch_size)
         stride = available // each
         total = count = 0.0
         for first in range(0, each, loop.batch_size):
             numbers = range(first, min(first + loop.batch_size, each))
-            places = [(number * stride) * ranks.count + ranks.rank for number in numbers]
+            places = [(number * stride) * ranks.data_count + ranks.data_rank for number in numbers]
             batch = Batch.of([self.data.window(place, loop.sequence_length) for place in places])
-            _, tokens, sums = loss(batch.to(ranks.device))
+            _, tokens, sums = loss(batch.part(*ranks.part).to(ranks.device))
             total, count = total + float(sums["loss"]), count + float(tokens)
         total, count = ranks.total(total, count)
         return total / count

@@ -129,19 +129,23 @@ def mla_attention(
         return reference.mla_attention(q, k, v, scale, packing.bounds() if packing else [])
     if name == "cudnn" and config is None:
         return cudnn(q, k, v, scale, equal)
-    width, value_width = sum(widths(q.shape[-1])), max(16, 1 << (v.shape[-1] - 1).bit_length())
-    if width != q.shape[-1]:
-        # Columns of 0 change no score.
-        q, k = (F.pad(x, (0, width - x.shape[-1])) for x in (q, k))
-    wide = F.pad(v, (0, value_width - v.shape[-1])) if value_width != v.shape[-1] else v
-    tiles = config.numbers() if config else _tiles(q.device)
+    numbers = config.numbers() if config else tiles(q.device)
     first, end = (packing.first, packing.end) if packing else (None, None)
-    out, _ = torch.ops.ictx.mla_attention(q, k, wide, scale, first, end, tiles)
+    out, _ = torch.ops.ictx.mla_attention(*padded(q, k, v), scale, first, end, numbers)
     return cast(Tensor, out)[..., : v.shape[-1]]
 
 
+def padded(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns them with columns of 0, which change no score, up to the widths that the kernels take."""
+    columns = sum(widths(q.shape[-1])) - q.shape[-1]
+    value = max(16, 1 << (v.shape[-1] - 1).bit_length()) - v.shape[-1]
+    if columns:
+        q, k = F.pad(q, (0, columns)), F.pad(k, (0, columns))
+    return q, k, F.pad(v, (0, value)) if value else v
+
+
 @dispatch.constant
-def _tiles(device: torch.device) -> list[int]:
+def tiles(device: torch.device) -> list[int]:
     """Returns the tuned configuration; a constant for torch.compile, which cannot read files."""
     return attention_config(dispatch.capability(device)).numbers()
 

@@ -1,0 +1,154 @@
+"""Context parallel, HSDP, and both: loss, gradients and experts' counts are those of one process with all tokens."""
+
+from __future__ import annotations
+
+import json
+import socket
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from models import MOE, SMALL
+from torch import Tensor
+from torch.multiprocessing.spawn import spawn
+
+from ictx.data.loader import Batch
+from ictx.errors import UserError
+from ictx.model import ModelConfig, Transformer
+from ictx.parallel import Layout, context, parallelize
+from ictx.train.config import load
+from ictx.train.ranks import Ranks
+
+RANKS, ROWS, LENGTH = 4, 4, 32
+TOKENS = torch.randint(97, (ROWS, LENGTH + 1), generator=torch.Generator().manual_seed(6))
+# Documents that end on the border of two ranks, within a rank, and that are longer than a rank's part.
+IDS = torch.tensor([[0] * 8 + [1] * 24, [0] * 3 + [1] * 18 + [2] * 11, [0] * 32, [0] * 31 + [1]])
+PLACES = torch.cat([torch.arange(n) for n in (8, 24, 3, 18, 11, 32, 31, 1)]).view(ROWS, LENGTH)
+DENSE: dict[str, Any] = {"num_attention_heads": 4, "num_hidden_layers": 2, "max_position_embeddings": 64}
+EXPERTS = DENSE | {"moe": MOE, "num_nextn_predict_layers": 1}
+
+Found = tuple[Tensor, list[Tensor], list[Tensor]]
+
+
+def trained(model: Transformer, batch: Batch, documents: bool) -> Found:
+    """Returns the mean loss over ranks, whole gradients, and the tokens that experts got on all ranks."""
+    model.init_weights(3)
+    model.train()
+    given = {"position_ids": batch.position_ids, "document_ids": batch.document_ids} if documents else {}
+    loss = model(batch.input_ids, labels=batch.labels, **given) + model.auxiliary_loss()
+    loss.backward()
+    gradients = [weight.grad for weight in model.parameters()]
+    whole = [x.full_tensor() if hasattr(x, "full_tensor") else x for x in gradients]
+    return loss.detach(), whole, [router.tokens_per_expert.clone() for router in model.routers]
+
+
+def spread(settings: dict[str, Any], layout: Layout, documents: bool, **how: Any) -> Found:
+    """The same on all ranks."""
+    layout = layout.of(RANKS)
+    ranks = Ranks(dist.get_rank(), RANKS, torch.device("cpu"), layout.sharding("cpu"), layout.context("cpu"))
+    with torch.device("meta"):
+        model = Transformer(ModelConfig(**(SMALL | settings)))
+    parallelize(model, ranks.mesh, dtype=None, context=ranks.context, **how).to_empty(device="cpu")
+    share = ROWS // ranks.data_count
+    rows = slice(ranks.data_rank * share, (ranks.data_rank + 1) * share)
+    batch = Batch(TOKENS[rows, :-1], TOKENS[rows, 1:], PLACES[rows], IDS[rows]).part(*ranks.part)
+    loss, gradients, counts = trained(model, batch, documents)
+    for value in (loss, *counts):
+        dist.all_reduce(value)
+    return loss / RANKS, gradients, counts
+
+
+def same(settings: dict[str, Any], documents: bool, layout: Layout, **how: Any) -> None:
+    """Compares both."""
+    batch = Batch(TOKENS[:, :-1], TOKENS[:, 1:], PLACES, IDS)
+    wanted = trained(Transformer(ModelConfig(**(SMALL | settings))), batch, documents)
+    found = spread(settings, layout, documents, **how)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
+
+
+def compiled() -> None:
+    """Every layer is one graph, the collectives an operation in it; only the compiler behind it is left out."""
+    compile, torch.compile = torch.compile, lambda f, **k: compile(f, backend="aot_eager", fullgraph=True, **k)
+    try:
+        same(DENSE, True, Layout(cp=2), compiled=True, mode="selective")
+    finally:
+        torch.compile = compile
+
+
+def in_parts() -> None:
+    """Keys and values of a few heads at a time."""
+    whole, context.AT_ONCE = context.AT_ONCE, 1
+    try:
+        same(DENSE, True, Layout(cp=2))
+    finally:
+        context.AT_ONCE = whole
+
+
+CASES: dict[str, Callable[[], None]] = {
+    "cp 4": lambda: same(DENSE, False, Layout(cp=4)),
+    "cp 4, documents, recomputed": lambda: same(DENSE, True, Layout(cp=4), mode="full"),
+    "cp 2 × fsdp 2, documents, kept attention": lambda: same(DENSE, True, Layout(cp=2), mode="selective"),
+    "cp 2 × hsdp 2, in the host's memory": lambda: same(
+        DENSE, True, Layout(dp_replicate=2, cp=2), mode="selective", offload=True
+    ),
+    "cp 2, experts, further token, documents": lambda: same(EXPERTS, True, Layout(cp=2), mode="selective"),
+    "cp 4, experts, further token, in the host's memory": lambda: same(
+        EXPERTS, False, Layout(cp=4), mode="full", offload=True
+    ),
+    "cp 2, in parts": in_parts,
+    "cp 2, compiled": compiled,
+    "fsdp 4": lambda: same(EXPERTS, True, Layout()),
+    "hsdp 2 × 2": lambda: same(EXPERTS, True, Layout(dp_replicate=2)),
+    "replicated": lambda: same(DENSE, False, Layout(dp_replicate=4, dp_shard=1)),
+}
+
+
+def rank(number: int, port: int, out: str) -> None:
+    """A rank's process: all cases, and what went wrong in each."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=number, world_size=RANKS)
+    found = {}
+    for name, case in CASES.items():
+        try:
+            case()
+            found[name] = ""
+        except Exception:
+            found[name] = traceback.format_exc()
+    Path(f"{out}.{number}").write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
+    """By rank."""
+    out = str(tmp_path_factory.mktemp("context") / "found")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    spawn(rank, (port, out), nprocs=RANKS)  # type: ignore[no-untyped-call]
+    return [json.loads(Path(f"{out}.{number}").read_text()) for number in range(RANKS)]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_equals_one_process(case: str, outcomes: list[dict[str, str]]) -> None:
+    assert "".join(found[case] for found in outcomes) == ""
+
+
+def test_a_layout_that_does_not_fit_is_refused() -> None:
+    assert Layout(dp_replicate=2, cp=2).of(8) == Layout(2, 2, 2)
+    for wrong in (Layout(dp_replicate=3), Layout(dp_shard=2), Layout(cp=8), Layout(2, 2, 2)):
+        with pytest.raises(UserError, match="does not make 4 ranks"):
+            wrong.of(4)
+    for setting, text in {
+        "parallel.cp=0": "cp is 0",
+        "parallel.dp_shard=-2": "dp_shard is -2",
+        "parallel.cp=3": "parallel.cp is 3: expected to divide model.num_attention_heads, 16",
+    }.items():
+        with pytest.raises(UserError, match=text):
+            load("pretrain/ictx-1b.yaml", [setting])
+    with pytest.raises(UserError, match=r"divide train\.sequence_length, 32766"):
+        load("pretrain/ictx-1b.yaml", ["parallel.cp=4", "train.sequence_length=32766"])
