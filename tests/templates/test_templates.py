@@ -103,6 +103,19 @@ def test_slurm_conf_names_both_controllers_the_primary_first(written: Any) -> No
     assert "AccountingStorageHost=db1" in conf
 
 
+@pytest.mark.attack(
+    "M2",
+    "root of a compute node reports a number of its hardware with a line end and `SlurmUser=root` behind it",
+    before="the next run wrote the line into the controllers' slurm.conf",
+    now="what a node reports is a number there",
+)
+def test_slurm_conf_takes_numbers_from_facts() -> None:
+    text = (ROOT / "roles/slurm/templates/slurm.conf.j2").read_text()
+    uses = re.findall(r"\bfacts\.\w+(?: \| \w+)?", text)
+    assert len(uses) >= 4
+    assert [use for use in uses if not use.endswith(" | int")] == []
+
+
 def test_slurm_conf_describes_the_compute_nodes_by_their_facts(written: Any) -> None:
     conf = written("example", "slurm", "slurm.conf.j2", "ctl1")
     nodes = [line for line in conf if line.startswith("NodeName=")]

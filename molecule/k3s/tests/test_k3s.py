@@ -123,7 +123,8 @@ def test_a_node_with_the_runtime_serves_gpus() -> None:
 def test_the_kubeconfig_reaches_the_servers_from_elsewhere() -> None:
     kubeconfig = STATE / "kubeconfig"
     assert kubeconfig.stat().st_mode & 0o777 == 0o600
-    assert kubeconfig.read_text() == "server: https://10.203.86.11:6443\n"
+    (cluster,) = yaml.safe_load(kubeconfig.read_text())["clusters"]
+    assert cluster["cluster"] == {"server": "https://10.203.86.11:6443", "certificate-authority-data": "Y2E="}
 
 
 def test_no_secret_was_shown_when_it_was_written() -> None:
