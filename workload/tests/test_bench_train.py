@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from models import SMALL
 
-from ictx.bench.train import Case, Row
+from ictx.bench.train_case import Case, Row
+from ictx.bench.train_check import Check
 from ictx.bench.train_report import lines, projection
 from ictx.cli import main
 from ictx.metrics import flops_per_token
@@ -46,10 +47,40 @@ def test_two_ranks_train_beside_transformers(
     assert "ictx, torch, recompute full" in printed and "transformers, recompute, eager" in printed
 
 
+def test_two_ranks_share_out_windows_beside_ddp(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "small.yaml").write_text(json.dumps(SMALL))
+    out = tmp_path / "rows.json"
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    arguments = ["bench", "train", "--config", tmp_path / "small.yaml", "--seq", 32, "--ranks", 2, "--out", out]
+    shared = [*arguments, "--cp", 2, "--steps", 1, "--warm-up", 1]
+    assert ictx(monkeypatch, *shared, "--offload", "--profile") == 0
+    (split,) = (Row(**content) for content in json.loads(out.read_text()))
+    assert split.step and split.tokens_per_second == pytest.approx(32 / split.step)
+    assert (split.cp, split.offload) == (2, True) and "cp 2, offload" in capsys.readouterr().out
+    assert ictx(monkeypatch, *arguments, "--steps", 1, "--warm-up", 0, "--recompute", "--ddp") == 0
+    (ddp,) = (Row(**content) for content in json.loads(out.read_text()))
+    assert (ddp.implementation, ddp.dp_replicate) == ("ddp", 2)
+    assert ddp.memory["weights"] == pytest.approx(2 * split.memory["weights"], rel=0.05)
+    assert ictx(monkeypatch, *shared, "--check", 1, "--dtype", "float32") == 0
+    checks = [Check(**content) for content in json.loads(out.read_text())]
+    assert [(one.cp, one.reference_cp) for one in checks] == [(2, 1), (2, 1)]
+    assert all(one.error < 1e-5 and one.loss == pytest.approx(one.reference_loss) for one in checks)
+    for wrong, message in {
+        ("--replicate", 3): "does not make 2 ranks",
+        ("--replicate", 0): "dp_replicate is 0",
+        ("--cp", 2, "--peer"): "leave --cp out",
+    }.items():
+        assert ictx(monkeypatch, *arguments, *wrong) != 0
+        assert message in capsys.readouterr().err
+
+
 CONFIG = ModelConfig(**(SMALL | {"max_position_embeddings": 32768}))
 ROW = Row(
-    "ictx", "selective", 8, True, 32768, 1, 2, "some GPU", "2.13", "cudnn", 1.0, 65536.0, 0.44, 0.6, 0.99,
-    {"forward": 0.3, "backward": 0.6, "optimizer": 0.1}, {"weights": 2 * 10**9, "peak": 17 * 10**9}, 10.5,
+    "ictx", "selective", 8, True, 32768, 1, 2, "some GPU", "2.13", attention="cudnn", step=1.0,
+    tokens_per_second=65536.0, mfu_causal=0.44, mfu=0.6, utilisation=0.99, loss=10.5,
+    parts={"forward": 0.3, "backward": 0.6, "optimizer": 0.1}, memory={"weights": 2 * 10**9, "peak": 17 * 10**9},
 )  # fmt: skip
 
 

@@ -19,7 +19,9 @@ from ictx.errors import UserError
 from ictx.infer import attention_cached
 from ictx.infer.cache import LatentCache
 from ictx.model import ModelConfig, Transformer
+from ictx.model import moe as moe_module
 from ictx.model.attention import LONGEST_DENSE_MASK, Mode
+from ictx.model.moe import FeedForward
 from ictx.settings import build
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "model"
@@ -140,6 +142,22 @@ def test_any_shape_any_chunks_any_padding(data: st.DataObject) -> None:
                 alone = model(torch.tensor([rows[row]]))[0]
                 assert (torch.stack(logits[row]) - alone).abs().max() <= 1e-5
     assert cache.lengths.tolist() == [len(row) for row in rows]
+
+
+def test_tokens_that_go_through_the_feed_forward_in_parts_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    layer = FeedForward(16, 24).double()
+    x_bsd = torch.randn(2, 35, 16, dtype=torch.double, requires_grad=True)
+
+    def results() -> list[Tensor]:
+        y_bsd = layer(x_bsd)
+        return [y_bsd.detach(), *torch.autograd.grad(y_bsd.square().sum(), [x_bsd, *layer.parameters()])]
+
+    whole = results()
+    monkeypatch.setattr(moe_module, "AT_ONCE", 9 * 24)
+    torch.testing.assert_close(results(), whole)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x_bsd), whole[0])
 
 
 @pytest.mark.parametrize("length", [96, LONGEST_DENSE_MASK + 30], ids=["mask", "one by one"])

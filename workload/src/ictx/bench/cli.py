@@ -17,6 +17,8 @@ examples:
   ictx bench train --config ictx-1b --seq 32768 --ranks 2
   ictx bench train --config ictx-1b --seq 32768 --ranks 2 --recompute none selective full --compile --peer
   ictx bench train --config ictx-1b --seq 32768 --ranks 4 --recompute selective --layers 8 --out train.json
+  ictx bench train --config ictx-1b --seq 524288 --ranks 2 --cp 2 --offload --warm-up 0 --steps 1 --profile
+  ictx bench train --config tiny --seq 4096 --ranks 2 --cp 2 --check 1 --dtype float32
 """
 
 
@@ -56,12 +58,27 @@ def register(areas: Any) -> None:
     train.add_argument("--batch", type=int, default=1, metavar="N", help="windows of a rank and step (1)")
     train.add_argument("--steps", type=int, default=10, metavar="N", help="steps that are timed (10)")
     train.add_argument(
-        "--recompute", nargs="+", choices=("none", "selective", "full"), default=["selective"],
-        help="what the backward computes again; several are measured one after the other (selective)",
+        "--recompute", nargs="*", choices=("none", "selective", "full"), default=["selective"],
+        help="what the backward computes again; several are measured in turn, ours is left out without any (selective)",
     )  # fmt: skip
     train.add_argument("--layers", type=int, metavar="N", help="layers that compute again (all)")
     train.add_argument("--compile", action="store_true", help="compile each layer, ours and the peer's")
+    train.add_argument("--cp", type=int, default=1, metavar="N", help="ranks that share out each window (1)")
+    train.add_argument("--replicate", type=int, default=1, metavar="N", help="copies of the sharded weights: HSDP (1)")
+    train.add_argument("--offload", action="store_true", help="keep layers' inputs and results in the host's memory")
+    train.add_argument("--cap", type=float, metavar="GB", help="most memory of a rank, 10^9 bytes")
+    train.add_argument("--warm-up", type=int, default=3, metavar="N", help="steps before those that are timed (3)")
+    train.add_argument("--profile", action="store_true", help="share of communication in a step, by the profiler")
     train.add_argument("--peer", action="store_true", help="measure transformers with the same sizes beside")
+    train.add_argument(
+        "--ddp", action="store_true", help="measure DistributedDataParallel with the same recompute beside"
+    )
+    train.add_argument(
+        "--check", type=int, metavar="N", help="compare gradients under --cp with those under N instead of measuring"
+    )
+    train.add_argument(
+        "--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the computation (bfloat16)"
+    )
     train.add_argument("--out", type=Path, metavar="FILE", help="save the rows as JSON")
     train.set_defaults(run=run_train)
 
@@ -96,21 +113,49 @@ def run_decode(arguments: argparse.Namespace) -> int:
 def run_train(arguments: argparse.Namespace) -> int:
     """`ictx bench train`."""
     import json
-    from dataclasses import asdict
+    from dataclasses import asdict, replace
 
-    from ictx.bench.train import Case, run
-    from ictx.bench.train_report import lines, projection
+    from ictx.bench.train_case import Case
+    from ictx.bench.train_ranks import Job, check, run
+    from ictx.bench.train_report import checked, lines, projection
+    from ictx.errors import UserError
     from ictx.model import ModelConfig
+    from ictx.parallel import Layout
 
-    config = ModelConfig.named(arguments.config)
-    case = (config, arguments.seq, arguments.batch)
-    rest = (arguments.layers, arguments.compile, arguments.steps)
-    cases = [Case(*case, mode, *rest) for mode in arguments.recompute]
+    try:
+        layout = Layout(arguments.replicate, cp=arguments.cp)
+        reference = Layout(cp=arguments.check) if arguments.check is not None else None
+        config = ModelConfig.named(arguments.config)
+        for one in (layout, reference or layout):
+            one.check_model(config.num_attention_heads, arguments.seq)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    if reference and arguments.replicate != 1:
+        raise UserError("--check compares sharded gradients: leave --replicate out")
+    first = Case(
+        config, arguments.seq, arguments.batch, layers=arguments.layers, compile=arguments.compile,
+        steps=arguments.steps, warm_up=arguments.warm_up, offload=arguments.offload, profile=arguments.profile,
+        dtype=arguments.dtype,
+    )  # fmt: skip
+    cases = [replace(first, recompute=mode) for mode in arguments.recompute]
+    if arguments.ddp:
+        cases.append(replace((cases or [first])[0], implementation="ddp"))
     if arguments.peer:
-        cases.append(Case(*case, "full", None, arguments.compile, arguments.steps, "transformers"))
-    rows = run(cases, arguments.ranks)
-    print("\n".join([*lines(rows), *projection(cases[0], rows[0])]))
+        cases.append(replace(first, recompute="full", layers=None, implementation="transformers"))
+    if arguments.cp > 1 and (arguments.ddp or arguments.peer):
+        raise UserError("--ddp and --peer have whole windows on each rank: leave --cp out")
+    if not cases:
+        raise UserError("--recompute has no mode: give one, --ddp or --peer")
+    cap = None if arguments.cap is None else arguments.cap * 1e9
+    if reference:
+        checks = check(Job(cases[:1], layout, cap, reference), arguments.ranks)
+        print("\n".join(checked(checks)))
+        found = [asdict(one) for one in checks]
+    else:
+        rows = run(Job(cases, layout, cap), arguments.ranks)
+        print("\n".join([*lines(rows), *projection(cases[0], rows[0])]))
+        found = [asdict(row) for row in rows]
     if arguments.out:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n", "utf-8")
+        arguments.out.write_text(json.dumps(found, indent=2) + "\n", "utf-8")
     return 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -18,6 +18,14 @@ class Trace:
     """Seconds of a run in which at least one kernel was at work."""
     kernels: list[tuple[str, int, float]]
     """Name, launches and seconds of a run for each kernel, the longest first; these overlap where launches do."""
+    spans: list[tuple[str, float, float]] = field(default_factory=list)
+    """Name, begin and end of each kernel of all runs, in seconds."""
+
+    def covered(self, part: str) -> tuple[float, float]:
+        """Returns the seconds of all runs in which kernels with this in their name ran, and in which no others did."""
+        named = [(begin, end) for name, begin, end in self.spans if part in name]
+        others = [(begin, end) for name, begin, end in self.spans if part not in name]
+        return union(named), union(named + others) - union(others)
 
 
 def union(spans: Iterable[tuple[float, float]]) -> float:
@@ -46,4 +54,5 @@ def trace(run: Callable[[], object], times: int) -> Trace | None:
         sums[event.name][0] += 1
         sums[event.name][1] += end - begin
     kernels = [(name, round(count / times), seconds / times) for name, (count, seconds) in sums.items()]
-    return Trace(union(spans) / times, sorted(kernels, key=lambda kernel: -kernel[2]))
+    named = [(event.name, *span) for event, span in zip(events, spans, strict=True)]
+    return Trace(union(spans) / times, sorted(kernels, key=lambda kernel: -kernel[2]), named)

@@ -1,4 +1,4 @@
-"""The same sizes in transformers, spread by the same FSDP2: what `ictx bench train` measures beside ours."""
+"""What `ictx bench train` measures beside ours: the same sizes in transformers under FSDP2, and our model under DDP."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
 
-from ictx.model import ModelConfig
+from ictx.model import ModelConfig, Transformer
 from ictx.model.hf_config import to_hf
+from ictx.parallel.parallelize import prepare
+from ictx.train.config import LoopConfig
 
 
 def peer(config: ModelConfig, mesh: DeviceMesh, device: torch.device, *, compiled: bool) -> nn.Module:
@@ -38,3 +41,21 @@ def peer(config: ModelConfig, mesh: DeviceMesh, device: torch.device, *, compile
         for name, buffer in type(rotary)(model.config).named_buffers():
             getattr(rotary, name).copy_(buffer)
     return cast(nn.Module, model)
+
+
+def replicated(config: ModelConfig, loop: LoopConfig, device: torch.device) -> nn.Module:
+    """Returns our model under DistributedDataParallel: float32 weights on each rank, computed with in bfloat16.
+
+    That is autocast's part here, with a residual stream of bfloat16 as under FSDP2.
+    """
+    with torch.device("meta"):
+        model = Transformer(config)
+    mode, layers, compiled = loop.recompute, loop.recompute_layers, loop.compile
+    prepare(model, mode=mode, layers=layers, compiled=compiled, context=None, offload=loop.offload)
+    model.to_empty(device=device)
+    model.init_weights(loop.seed)
+    if device.type == "cuda":
+        model.model.embed_tokens.register_forward_hook(lambda module, inputs, output: output.bfloat16())
+        model.forward = torch.autocast("cuda", torch.bfloat16)(model.forward)  # type: ignore[method-assign]
+    # Gradients are views of the buckets, not copies beside them.
+    return DistributedDataParallel(model, gradient_as_bucket_view=True)

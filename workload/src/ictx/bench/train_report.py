@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ictx.bench.train import Case, Row
+from ictx.bench.train_case import Case, Row
+from ictx.bench.train_check import Check
 from ictx.metrics import flops_per_token
 from ictx.metrics.efficiency import PEAKS
 
@@ -38,14 +39,33 @@ def lines(rows: list[Row]) -> Iterator[str]:
         yield f"{title(row)}:"
         yield "  time    " + ", ".join(f"{part} {seconds:.3f} s" for part, seconds in row.parts.items())
         yield "  memory  " + ", ".join(f"{part} {size / 1e9:.2f} GB" for part, size in row.memory.items())
+        if row.communication is not None and row.waiting is not None:
+            both = f"{100 * row.communication:.1f} % of a step, {100 * row.waiting:.1f} % with nothing else at work"
+            yield f"  NCCL    {both}"
+    if first.links:
+        yield "links     " + ", ".join(f"{name} {rate / 1e9:.0f} GB/s" for name, rate in first.links.items())
+
+
+def checked(checks: list[Check]) -> Iterator[str]:
+    """Yields what was compared."""
+    for one in checks:
+        yield (
+            f"gradients of {one.config}, {one.sequence:,} tokens in {one.documents} documents, {one.dtype}, "
+            f"cp {one.cp} against {one.reference_cp} on {one.ranks} ranks: differ by {one.error:.1e} of their norm, "
+            f"at most {one.worst:.1e} ({one.worst_weight}); loss {one.loss:.6f} and {one.reference_loss:.6f}"
+        )
 
 
 def title(row: Row) -> str:
     """Returns a row's name."""
-    if row.implementation != "ictx":
+    if row.implementation == "transformers":
         return f"{row.implementation}, recompute, {'compiled' if row.compile else 'eager'}"
     layers = f" of {row.layers} layers" if row.layers is not None else ""
-    parts = [row.implementation, row.attention, f"recompute {row.recompute}{layers}", "compiled" if row.compile else ""]
+    mesh = {"replicate": row.dp_replicate if row.implementation == "ictx" else 1, "cp": row.cp}
+    parts = [
+        row.implementation, row.attention, f"recompute {row.recompute}{layers}", "compiled" if row.compile else "",
+        *(f"{axis} {count}" for axis, count in mesh.items() if count > 1), "offload" if row.offload else "",
+    ]  # fmt: skip
     return ", ".join(part for part in parts if part)
 
 

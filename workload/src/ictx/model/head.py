@@ -67,6 +67,8 @@ class _Loss(torch.autograd.Function):
     """Forward makes the gradients too, chunk by chunk: the logits are there, so that none is computed a second time."""
 
     @staticmethod
+    # Where autocast is on it does not reach into products with `out`.
+    @torch.amp.custom_fwd(device_type="cuda", cast_inputs=torch.bfloat16)  # type: ignore[untyped-decorator]
     def forward(ctx: Any, hidden_nd: Tensor, weight_vd: Tensor, labels_n: Tensor, chunk: int) -> Tensor:
         """Returns the loss."""
         # Sums over chunks are float32: bfloat16 would round each.
@@ -87,6 +89,7 @@ class _Loss(torch.autograd.Function):
         return total
 
     @staticmethod
+    @torch.amp.custom_bwd(device_type="cuda")  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Returns the gradients of hidden states and weights."""
         grad_hidden, grad_weight = ctx.saved_tensors

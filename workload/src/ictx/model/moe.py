@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -23,8 +23,12 @@ class GatedProduct(nn.Module):
         return F.silu(gate) * up
 
 
+AT_ONCE = 1 << 28
+"""Values of one intermediate tensor that exist at once: those of 47,662 tokens where they are 5,632, 512 MiB."""
+
+
 class FeedForward(nn.Module):
-    """SwiGLU (arXiv:2002.05202)."""
+    """SwiGLU (arXiv:2002.05202); many tokens go through it a part at a time."""
 
     def __init__(self, hidden_size: int, intermediate_size: int) -> None:
         super().__init__()
@@ -35,7 +39,45 @@ class FeedForward(nn.Module):
 
     def forward(self, x_bsd: Tensor) -> Tensor:
         """Returns down(silu(gate(x)) · up(x)), of the shape and dtype of `x_bsd`."""
-        return cast(Tensor, self.down_proj(self.product(self.gate_proj(x_bsd), self.up_proj(x_bsd))))
+        tokens = AT_ONCE // self.gate_proj.out_features
+        if x_bsd.shape[:-1].numel() <= tokens:
+            return cast(Tensor, self.down_proj(self.product(self.gate_proj(x_bsd), self.up_proj(x_bsd))))
+        x_nd = x_bsd.flatten(0, -2)
+        if torch.is_grad_enabled():
+            weights = self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight
+            return cast(Tensor, _InParts.apply(x_nd, *weights, tokens)).view_as(x_bsd)  # type: ignore[no-untyped-call]
+        # Through the modules: their magnitudes can be watched.
+        return torch.cat([self(part[None])[0] for part in torch.split(x_nd, tokens)]).view_as(x_bsd)
+
+
+class _InParts(torch.autograd.Function):
+    """The same for parts of the tokens; the backward computes each part's intermediates again."""
+
+    @staticmethod
+    def forward(ctx: Any, x_nd: Tensor, gate: Tensor, up: Tensor, down: Tensor, tokens: int) -> Tensor:
+        """Returns the result."""
+        ctx.save_for_backward(x_nd, gate, up, down)
+        ctx.tokens = tokens
+        out = x_nd.new_empty(len(x_nd), len(down))
+        for x, part in zip(torch.split(x_nd, tokens), torch.split(out, tokens), strict=True):
+            torch.mm(F.silu(F.linear(x, gate)) * F.linear(x, up), down.T, out=part)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad_nd: Tensor) -> tuple[Tensor | None, ...]:
+        """Returns the gradients; those of weights are summed over the parts in float32: bfloat16 would round each."""
+        x_nd, *weights = ctx.saved_tensors
+        gate, up, down = weights
+        d_x = torch.empty_like(x_nd)
+        sums = [torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32)) for weight in weights]
+        for x, grad, d_part in zip(*(torch.split(y, ctx.tokens) for y in (x_nd, grad_nd, d_x)), strict=True):
+            g, u = F.linear(x, gate), F.linear(x, up)
+            d_product, activated = grad @ down, F.silu(g)
+            d_g, d_u = torch.ops.aten.silu_backward(d_product * u, g), d_product * activated
+            for total, left, right in zip(sums, (d_g, d_u, grad), (x, x, activated * u), strict=True):
+                total += left.T @ right
+            torch.addmm(d_g @ gate, d_u, up, out=d_part)
+        return d_x, *(total.to(weight.dtype) for total, weight in zip(sums, weights, strict=True)), None
 
 
 @dataclass(frozen=True)

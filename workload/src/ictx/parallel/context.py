@@ -20,6 +20,10 @@ from ictx.kernels.attention.op import Packing
 
 AT_ONCE = 1 << 20
 """Tokens × heads whose keys and values exist at once: all heads up to 65,536 tokens, one at a million (3 GB)."""
+# Names of PyTorch 2.13, which warns of the older ones.
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+_reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+
 GROUPS: dict[str, dist.ProcessGroup] = {}
 """By name: operations of torch.library take no groups."""
 
@@ -72,7 +76,7 @@ class Context:
 def _gather(x_bs: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Returns the parts of all ranks side by side along the second axis."""
     parts = x_bs.new_empty(group.size(), *x_bs.shape)
-    dist.all_gather_into_tensor(parts.flatten(0, 1), x_bs.contiguous(), group)
+    _all_gather(parts.flatten(0, 1), x_bs.contiguous(), group)
     return parts.transpose(0, 1).flatten(1, 2)
 
 
@@ -80,7 +84,7 @@ def _scatter_sum(x_bt: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Returns this rank's part along the second axis of the sum over ranks."""
     parts = x_bt.view(len(x_bt), group.size(), -1, x_bt.shape[-1]).transpose(0, 1).contiguous()
     total = torch.empty_like(parts[0])
-    dist.reduce_scatter_tensor(total, parts.flatten(0, 1), group=group)
+    _reduce_scatter(total, parts.flatten(0, 1), group=group)
     return total
 
 

@@ -1,0 +1,38 @@
+"""What the links between ranks carry: bus bandwidth of collectives, as NVIDIA's nccl-tests define it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+
+from ictx.train.ranks import Ranks
+
+SIZE, TIMES = 1 << 30, 5
+"""Bytes of a collective's larger side on each rank, and how often it is timed after a first time."""
+
+
+def bandwidths(ranks: Ranks) -> dict[str, float]:
+    """Returns bytes a second of each collective over all ranks (doc/PERFORMANCE.md of nccl-tests); for GPUs."""
+    count = ranks.count
+    whole = torch.zeros(SIZE // 2, dtype=torch.bfloat16, device=ranks.device)
+    part, other = whole.new_empty(len(whole) // count), torch.empty_like(whole)
+    collectives: dict[str, tuple[Callable[[], object], float]] = {
+        "all_reduce": (lambda: dist.all_reduce(whole), 2 * (count - 1) / count),
+        "all_gather": (lambda: dist.all_gather_into_tensor(whole, part), (count - 1) / count),
+        "reduce_scatter": (lambda: dist.reduce_scatter_tensor(part, whole), (count - 1) / count),
+        "all_to_all": (lambda: dist.all_to_all_single(other, whole), (count - 1) / count),
+    }
+    return {name: share * SIZE / _seconds(run) for name, (run, share) in collectives.items()}
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    run()
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    begin.record()
+    for _ in range(TIMES):
+        run()
+    end.record()
+    end.synchronize()
+    return float(begin.elapsed_time(end)) / 1000 / TIMES

@@ -1,0 +1,115 @@
+"""What `ictx bench train` measures, and the row that comes of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from ictx.data.loader import Batch
+from ictx.errors import UserError
+from ictx.model import ModelConfig
+from ictx.train.config import LoopConfig
+from ictx.train.ranks import Ranks
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is measured."""
+
+    config: ModelConfig
+    sequence: int
+    batch: int = 1
+    recompute: str = "selective"
+    layers: int | None = None
+    """Layers that compute again; all unless given."""
+    compile: bool = False
+    steps: int = 10
+    implementation: str = "ictx"
+    """`ictx`; `ddp`: the same model and recompute under DistributedDataParallel; or `transformers`: its
+    DeepseekV3ForCausalLM under the same FSDP2, SDPA, everything computed again."""
+    warm_up: int = 3
+    """Steps before those that are timed."""
+    offload: bool = False
+    """Whether what the backward keeps waits in the host's memory."""
+    profile: bool = False
+    """Whether one more step shows the share of communication; where one step alone is timed, that one does."""
+    dtype: str = "bfloat16"
+    """What is computed in, on GPUs."""
+
+    def __post_init__(self) -> None:
+        for name in ("sequence", "batch", "steps"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}: expected 1 or more")
+        if self.warm_up < 0:
+            raise UserError(f"warm_up is {self.warm_up}: expected 0 or more")
+
+    @property
+    def loop(self) -> LoopConfig:
+        """The trainer's settings."""
+        return LoopConfig(
+            self.steps, self.sequence, self.batch, self.dtype, recompute=self.recompute, recompute_layers=self.layers,
+            compile=self.compile, offload=self.offload,
+        )  # fmt: skip
+
+
+@dataclass
+class Row:
+    """What was measured; seconds, and bytes of one rank."""
+
+    implementation: str
+    recompute: str
+    layers: int | None
+    compile: bool
+    sequence: int
+    batch: int
+    ranks: int
+    device: str
+    torch: str
+    dp_replicate: int = 1
+    cp: int = 1
+    offload: bool = False
+    cap: float | None = None
+    """Bytes that a rank may take."""
+    attention: str = ""
+    step: float | None = None
+    tokens_per_second: float | None = None
+    mfu_causal: float | None = None
+    mfu: float | None = None
+    utilisation: float | None = None
+    """Mean over the timed steps of NVML's share of time in which a kernel ran."""
+    parts: dict[str, float] = field(default_factory=dict)
+    """Median seconds of forward, backward and optimizer (clipping among it)."""
+    communication: float | None = None
+    """Share of a step's time in which NCCL's kernels ran."""
+    waiting: float | None = None
+    """Share in which they ran and no other kernel did."""
+    links: dict[str, float] = field(default_factory=dict)
+    """Bytes a second that each rank's links carry, by collective (NCCL tests' bus bandwidth)."""
+    peaks: list[int] = field(default_factory=list)
+    """The peak allocated, by rank."""
+    memory: dict[str, int] = field(default_factory=dict)
+    """Weights, optimizer, gradients, the peak allocated, what of it is activations and workspace, and the peak that the
+    allocator held."""
+    loss: float | None = None
+    note: str = ""
+
+
+def random_batch(case: Case, ranks: Ranks) -> Batch:
+    """Returns a rank's part of the windows 0, 1, … of a step, one document each, whatever the number of ranks."""
+    rows = []
+    for window in range(ranks.data_rank * case.batch, (ranks.data_rank + 1) * case.batch):
+        generator = torch.Generator().manual_seed(window)
+        rows.append(torch.randint(case.config.vocab_size, (case.sequence + 1,), generator=generator))
+    tokens, places = torch.stack(rows), torch.arange(case.sequence).expand(case.batch, -1)
+    return Batch(tokens[:, :-1], tokens[:, 1:], places, torch.zeros_like(places)).part(*ranks.part).to(ranks.device)
+
+
+def row_of(case: Case, ranks: Ranks, note: str = "") -> Row:
+    """Returns a row that says what is measured."""
+    name = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "cpu"
+    replicate = ranks.count if case.implementation == "ddp" else ranks.mesh.size(0) if ranks.mesh.ndim == 2 else 1
+    return Row(
+        case.implementation, case.recompute, case.layers, case.compile, case.sequence, case.batch, ranks.count, name,
+        torch.__version__, replicate, ranks.part[1], case.offload, note=note,
+    )  # fmt: skip

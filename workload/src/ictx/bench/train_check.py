@@ -1,0 +1,89 @@
+"""`ictx bench train --check`: the gradient under one layout of the ranks against that under another."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ictx.bench.train_case import Case, random_batch
+from ictx.data.loader import Batch
+from ictx.parallel import Layout
+from ictx.train.loss import next_token_loss
+from ictx.train.ranks import Ranks
+from ictx.train.sharded import sharded_model
+
+DOCUMENTS = 7
+"""Documents of a packed window, whose lengths are drawn."""
+
+
+@dataclass
+class Check:
+    """What was compared."""
+
+    config: str
+    sequence: int
+    ranks: int
+    cp: int
+    reference_cp: int
+    dtype: str
+    documents: int
+    """Documents of a window."""
+    loss: float
+    reference_loss: float
+    error: float
+    """Norm of the difference of the whole gradients, relative to that of the reference."""
+    worst: float
+    """The same of the weight that differs most."""
+    worst_weight: str
+
+
+def compare(case: Case, ranks: Ranks, reference: Layout) -> Iterator[Check]:
+    """Yields a check of windows of one document, and of packed ones; every rank calls it.
+
+    Both layouts replicate nothing, so that a rank has the same shards of the gradients in both.
+    """
+    kind = ranks.device.type
+    other = replace(ranks, context=reference.of(ranks.count).context(kind))
+    windows = math.lcm(ranks.data_count, other.data_count)
+    for documents in (1, DOCUMENTS):
+        wanted, reference_loss = gradients(case, other, windows, documents)
+        found, loss = gradients(case, ranks, windows, documents)
+        errors = [(found[name].float() - wanted[name].float()).square().sum() for name in wanted]
+        norms = [wanted[name].float().square().sum() for name in wanted]
+        sums = ranks.total(*map(float, errors + norms))
+        errors_of, norms_of = sums[: len(errors)], sums[len(errors) :]
+        relative = [math.sqrt(a / b) if b else math.sqrt(a) for a, b in zip(errors_of, norms_of, strict=True)]
+        worst = max(range(len(relative)), key=relative.__getitem__)
+        yield Check(
+            f"{case.config.num_hidden_layers} layers of {case.config.hidden_size}", case.sequence, ranks.count,
+            ranks.part[1], other.part[1], case.dtype, documents, loss, reference_loss,
+            math.sqrt(sum(errors_of) / sum(norms_of)), relative[worst], list(wanted)[worst],
+        )  # fmt: skip
+
+
+def gradients(case: Case, ranks: Ranks, windows: int, documents: int) -> tuple[dict[str, Tensor], float]:
+    """Returns this rank's shards of the gradient of so many windows, on the CPU, and the loss of all ranks."""
+    share = replace(case, batch=windows // ranks.data_count)
+    model = sharded_model(case.config, case.loop, ranks)
+    batch = packed(random_batch(share, ranks), share, ranks, documents)
+    total, count, sums = next_token_loss(model, batch, documents > 1)
+    (total / count).backward()  # type: ignore[no-untyped-call]
+    tokens, loss = ranks.total(float(count), float(sums["loss"]))
+    shards = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+    return {name: shard.to_local().cpu() for name, shard in shards.items()}, loss / tokens  # type: ignore[attr-defined]
+
+
+def packed(batch: Batch, case: Case, ranks: Ranks, documents: int) -> Batch:
+    """Returns a rank's part with so many documents a window, the same cuts in all."""
+    cuts = torch.randperm(case.sequence - 1, generator=torch.Generator().manual_seed(1))[: documents - 1] + 1
+    starts = torch.zeros(case.sequence, dtype=torch.int64)
+    starts[cuts] = 1
+    ids, places = starts.cumsum(0), torch.arange(case.sequence)
+    firsts = torch.where(starts.bool(), places, 0).cummax(0).values
+    whole = [x.expand(case.batch, -1) for x in (places - firsts, ids)]
+    own = [x.view(case.batch, ranks.part[1], -1)[:, ranks.part[0]].to(ranks.device) for x in whole]
+    return Batch(batch.input_ids, batch.labels, *own)

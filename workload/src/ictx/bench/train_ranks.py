@@ -1,0 +1,83 @@
+"""The ranks of `ictx bench train`: processes of this machine, a GPU each."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch.multiprocessing.spawn import spawn
+
+from ictx.bench.links import bandwidths
+from ictx.bench.train import guarded
+from ictx.bench.train_case import Case, Row
+from ictx.bench.train_check import Check, compare
+from ictx.errors import UserError
+from ictx.parallel import Layout
+from ictx.train.ranks import joined
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one set of ranks does."""
+
+    cases: list[Case]
+    layout: Layout = field(default_factory=Layout)
+    cap: float | None = None
+    """Bytes that each rank may take of its GPU."""
+    reference: Layout | None = None
+    """Compare gradients with this layout's instead of measuring."""
+
+
+def _rank(rank: int, count: int, port: int, job: Job, out: str) -> None:
+    """One rank's process."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    with joined(job.layout) as ranks:
+        if job.cap is not None and ranks.device.type == "cuda":
+            whole = torch.cuda.get_device_properties(ranks.device).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(job.cap / whole, 1.0), ranks.device)
+        links = bandwidths(ranks) if ranks.device.type == "cuda" and count > 1 and not job.reference else {}
+        for case in job.cases:
+            if job.reference:
+                found: list[Any] = [*compare(case, ranks, job.reference)]
+            else:
+                row = guarded(case, ranks)
+                row.links, row.cap = links, job.cap
+                found = [row]
+            torch._dynamo.reset()
+            if ranks.first:
+                with Path(out).open("a") as file:
+                    file.writelines(json.dumps(asdict(one)) + "\n" for one in found)
+
+
+def start(job: Job, count: int, collect: Callable[[dict[str, Any]], T]) -> list[T]:
+    """Starts so many ranks on this machine and returns what the first one found. Raises UserError for too few GPUs."""
+    if torch.cuda.is_available() and torch.cuda.device_count() < count:
+        raise UserError(f"--ranks is {count}: this machine has {torch.cuda.device_count()} GPUs")
+    job.layout.of(count)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "rows"
+        spawn(_rank, (count, port, job, str(out)), nprocs=count)  # type: ignore[no-untyped-call]
+        return [collect(json.loads(line)) for line in out.read_text().splitlines()]
+
+
+def check(job: Job, count: int) -> list[Check]:
+    """Compares the gradients of a job's layout with its reference's. Raises UserError as `start` does."""
+    return start(job, count, lambda content: Check(**content))
+
+
+def run(job: Job, count: int) -> list[Row]:
+    """Measures the cases of a job on so many ranks. Raises UserError as `start` does."""
+    return start(job, count, lambda content: Row(**content))
