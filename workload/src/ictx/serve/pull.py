@@ -16,7 +16,7 @@ from mlflow import MlflowClient
 from mlflow.artifacts import download_artifacts, list_artifacts
 from safetensors import SafetensorError, safe_open
 
-from ictx.errors import UserError
+from ictx.errors import UserError, printable
 from ictx.registry import PROMOTED_TAG, SUMS_FILE, SUMS_TAG, ModelRef, read_sums, sha256
 
 STATE_FILE = ".ictx-model.json"
@@ -249,4 +249,4 @@ def _explained(target: Path) -> Iterator[None]:
 
 def _say(text: str) -> None:
     """Prints at once: the log is read while the container runs."""
-    print(f"pull: {text}", flush=True)
+    print(f"pull: {printable(text)}", flush=True)
