@@ -25,7 +25,7 @@ model: {{vocab_size: {VOCABULARY}, hidden_size: 64, intermediate_size: 96, num_h
          q_lora_rank: 32, max_position_embeddings: 256, initializer_range: 0.1}}
 data: {{min_bytes: 100000, validation_share: 0.1}}
 train: {{steps: 120, sequence_length: 32, batch_size: 8, dtype: float32, log_every: 1, validate_every: 60,
-         validation_batches: 4, checkpoint_every: 45}}
+         validation_windows: 64, checkpoint_every: 45}}
 optimizer: {{learning_rate: 1.0e-2, warmup_steps: 4}}
 run: {{model_name: ictx-test}}
 """

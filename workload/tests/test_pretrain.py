@@ -135,9 +135,9 @@ def test_only_the_newest_checkpoints_stay(resumed: Path) -> None:
 def test_the_export_has_the_loss_that_was_measured(whole: Path, prepared: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(whole / "export")
     tokens = np.fromfile(prepared / "validation-00000.bin", "<u2").astype(np.int64)
-    # What two ranks validated: four batches of eight windows each, spread evenly.
-    available = (len(tokens) - 1) // 32 // 2
-    places = [place * (available // 32) * 2 + rank for place in range(32) for rank in range(2)]
+    # What was validated: 64 windows, spread evenly.
+    available = (len(tokens) - 1) // 32
+    places = [place * (available // 64) for place in range(64)]
     windows = torch.from_numpy(np.stack([tokens[place * 32 : place * 32 + 33] for place in places]))
     with torch.no_grad():
         logits = model(windows[:, :-1]).logits
@@ -169,7 +169,7 @@ def test_attention_ends_where_documents_end(
     losses = {}
     for mask in (True, False):
         run = tmp_path / str(mask)
-        chosen = ["train.steps=20", "run.model_name=", f"train.mask_documents={mask}", "train.validation_batches=100"]
+        chosen = ["train.steps=20", "run.model_name=", f"train.mask_documents={mask}", "train.validation_windows=10000"]
         wanted = [f"run.dir={run}", f"data.dir={folder}", *chosen]
         assert train(load(str(commands.folder / "test.yaml"), wanted)) == 0
         losses[mask] = result_of(run)["val_loss"]
@@ -194,7 +194,7 @@ model: {vocab_size: 512, hidden_size: 64, intermediate_size: 96, num_hidden_laye
         q_lora_rank: 32, max_position_embeddings: 256, initializer_range: 0.1, num_nextn_predict_layers: 1,
         moe: {n_routed_experts: 8, num_experts_per_tok: 2, moe_intermediate_size: 32, n_group: 4, topk_group: 2}}
 train: {steps: 5, sequence_length: 32, batch_size: 4, dtype: float32, log_every: 1, validate_every: 5,
-        validation_batches: 2, checkpoint_every: 3}
+        validation_windows: 16, checkpoint_every: 3}
 optimizer: {learning_rate: 3.0e-3, warmup_steps: 1}
 run: {model_name: ""}
 """
@@ -206,7 +206,7 @@ def test_experts_and_the_further_prediction_train_on_several_ranks(
     """Two ranks compute what one does with a batch of twice the size, also after a restart in the middle."""
     settings = tmp_path / "experts.yaml"
     settings.write_text(EXPERTS)
-    runs = {name: tmp_path / name for name in ("one", "two", "restarted")}
+    runs = {name: tmp_path / name for name in ("one", "two", "restarted", "accumulated")}
 
     def ended(name: str, count: int, *further: str) -> None:
         wanted = [f"run.dir={runs[name]}", f"data.dir={prepared}", *further]
@@ -215,12 +215,13 @@ def test_experts_and_the_further_prediction_train_on_several_ranks(
             assert rank.status == 0, rank.err
 
     ended("one", 1, "train.batch_size=8")
+    ended("accumulated", 1, "train.batch_size=2", "train.accumulate=4")
     ended("two", 2)
     shutil.copytree(runs["two"], runs["restarted"])
     shutil.rmtree(runs["restarted"] / "checkpoints" / "step-00000005")
     ended("restarted", 2)
     models = {name: load_pretrained(run / "export") for name, run in runs.items()}
-    for name in ("one", "restarted"):
+    for name in ("one", "restarted", "accumulated"):
         for step, (loss, _) in curve(runs["two"]).items():
             assert curve(runs[name])[step][0] == pytest.approx(loss, rel=1e-5), f"{name}, step {step}"
         biases, others = ([router.e_score_correction_bias for router in models[key].routers] for key in ("two", name))
@@ -231,6 +232,8 @@ def test_experts_and_the_further_prediction_train_on_several_ranks(
     last = records(runs["two"])[-1]
     assert last["expert_max_violation"] > 0
     assert last["auxiliary_loss"] > 0.3, "of the further prediction above all"
+    for name in ("one", "accumulated"):
+        assert records(runs[name])[-1]["auxiliary_loss"] == pytest.approx(last["auxiliary_loss"], rel=1e-5)
     assert last["activation_amax/layers.1"] > 0
     assert "mtp" not in (runs["two"] / "export" / "model.safetensors").read_bytes()[:20000].decode(errors="replace")
 
@@ -270,7 +273,7 @@ def test_a_job_that_starts_again_after_its_end_changes_nothing(
 
 
 def test_a_store_that_is_away_for_a_while_loses_no_metric(commands: Commands, prepared: Path, tmp_path: Path) -> None:
-    settings = ["train.checkpoint_every=5", "train.validation_batches=1", "run.model_name="]
+    settings = ["train.checkpoint_every=5", "train.validation_windows=8", "run.model_name="]
     process = commands.start(*commands.pretrain(tmp_path, prepared, *settings))
     sent = tmp_path / "mlflow_sent_step"
     while not sent.exists() and process.poll() is None:
@@ -419,7 +422,7 @@ def test_a_series_of_bad_steps_ends_the_run_and_leaves_the_last_good_checkpoint(
     commands: Commands, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", commands.tracking_uri)
-    wanted = ["train.steps=20", "train.bad_steps=4"]
+    wanted = ["train.steps=20", "train.bad_steps=4", "train.roll_backs=0"]
     with monkeypatch.context() as patch:
         make_nan(patch, range(5, 100))
         with pytest.raises(UserError, match=r"at step 9 .*after 4 steps like it .* checkpoint is of step 3: lower"):

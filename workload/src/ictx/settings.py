@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import re
 import reprlib
 import sys
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -76,21 +77,37 @@ def _quoted(value: object) -> str:
     return repr(value) if isinstance(value, str) and len(value) < 200 else shown(value)
 
 
-def override(content: dict[str, Any], assignments: Iterable[str]) -> dict[str, Any]:
-    """Returns `content` with `section.key=value` assignments (values in YAML) applied. Raises UserError."""
-    result: dict[str, Any] = {key: dict(value) if isinstance(value, dict) else value for key, value in content.items()}
+def override(content: Mapping[str, Any], assignments: Iterable[str]) -> dict[str, Any]:
+    """Returns `content` with assignments applied: `section.key=value`, `section.list[0].key=value`; values in YAML.
+
+    Raises UserError.
+    """
+    result = dict(content)
     for assignment in assignments:
         name, equals, text = assignment.partition("=")
-        *sections, key = name.split(".")
+        *sections, key = name.replace("[", ".[").split(".")
         if not equals or not key:
             raise UserError(f"--set {shown(assignment)}: expected section.key=value")
-        target = result
+        target: Any = result
         for section in sections:
-            target = target.setdefault(section, {})
-            if not isinstance(target, dict):
+            place, found = _at(target, section, assignment)
+            if not isinstance(found, dict | list):
                 raise UserError(f"--set {shown(assignment)}: {shown(section)} is not a section")
-        target[key] = _parsed(text, f"--set {shown(assignment)}")
+            # What was given stays as it is.
+            target[place] = target = found.copy()
+        place, _ = _at(target, key, assignment)
+        target[place] = _parsed(text, f"--set {shown(assignment)}")
     return result
+
+
+def _at(target: dict[str, Any] | list[Any], step: str, assignment: str) -> tuple[Any, Any]:
+    """Returns a section's key or a list's index, and what is there; a section that there is not is empty."""
+    if isinstance(target, dict):
+        return step, target.get(step, {})
+    number = re.fullmatch(r"\[(\d{1,9})\]", step)
+    if not number or int(number[1]) >= len(target):
+        raise UserError(f"--set {shown(assignment)}: {shown(step)} is no element of a list of {len(target)}")
+    return int(number[1]), target[int(number[1])]
 
 
 def build(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
@@ -118,21 +135,36 @@ def build(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
 
 
 def _convert(kind: Any, value: Any, name: str) -> Any:
-    """Returns the value as `kind`: a dataclass, a plain type or an optional one."""
-    if get_origin(kind) in (Union, types.UnionType):
-        options = get_args(kind)
-        if value is None and type(None) in options:
-            return None
-        kind = next(option for option in options if option is not type(None))
+    """Returns the value as `kind`: a dataclass, a plain type, one of several, a list or a mapping.
+
+    Raises UserError naming the setting, or the element (`data.mix[1].weight`).
+    """
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin in (Union, types.UnionType):
+        return _convert_to_one(arguments, value, name)
     if dataclasses.is_dataclass(kind):
         if not isinstance(value, dict):
             raise UserError(f"setting {name} is {_quoted(value)}: expected keys and values")
         return build(kind, value, f"{name}.")  # type: ignore[arg-type]
-    if get_origin(kind) is tuple:
+    if origin in (list, tuple, Sequence):
         if not isinstance(value, list):
             raise UserError(f"setting {name} is {_quoted(value)}: expected a list")
-        element, _ = get_args(kind)
-        return tuple(_convert(element, each, f"{name}[{number}]") for number, each in enumerate(value))
+        if origin is tuple and arguments[-1] is not ...:
+            kinds = arguments
+            if len(value) != len(kinds):
+                raise UserError(f"setting {name} has {len(value)} elements: expected {len(kinds)}")
+        else:
+            kinds = (arguments[0],) * len(value)
+        found = [_convert(each, value[number], f"{name}[{number}]") for number, each in enumerate(kinds)]
+        return tuple(found) if origin is tuple else found
+    if origin in (dict, Mapping):
+        if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+            raise UserError(f"setting {name} is {_quoted(value)}: expected keys and values")
+        return {key: _convert(arguments[1], each, f"{name}.{shown(key)}") for key, each in value.items()}
+    if origin is Literal:
+        if value not in arguments:
+            raise UserError(f"setting {name} is {_quoted(value)}: expected one of {', '.join(map(str, arguments))}")
+        return value
     if kind is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) <= sys.float_info.max:
         return float(value)
     if kind is float and isinstance(value, str):
@@ -148,9 +180,28 @@ def _convert(kind: Any, value: Any, name: str) -> Any:
     return value
 
 
+def _convert_to_one(kinds: tuple[Any, ...], value: Any, name: str) -> Any:
+    """Returns the value as the first of several kinds that it fits."""
+    if value is None and type(None) in kinds:
+        return None
+    *others, last = (kind for kind in kinds if kind is not type(None))
+    for kind in others:
+        with suppress(UserError):
+            return _convert(kind, value, name)
+    return _convert(last, value, name)
+
+
 def _too_large(value: object) -> bool:
     """Whether a number is one that no setting means, and that most libraries cannot take."""
     return isinstance(value, int) and not -(1 << 63) <= value < 1 << 63
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Returns nested settings as `section.key`: text."""
+    flat: dict[str, str] = {}
+    for key, value in values.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": str(value)}
+    return flat
 
 
 def command_line() -> argparse.ArgumentParser:

@@ -17,6 +17,7 @@ from mlflow.exceptions import MlflowException
 
 from ictx.folder import write_whole
 from ictx.registry import IMAGE_TAG, SUMS_TAG, VERSION_TAG, reason, write_sums
+from ictx.settings import flatten
 
 T = TypeVar("T")
 
@@ -30,14 +31,6 @@ TAGS = {
     "slurm.nodelist": "SLURM_JOB_NODELIST",
     "slurm.restart_count": "SLURM_RESTART_COUNT",
 }
-
-
-def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Returns nested settings as `section.key`: text."""
-    flat: dict[str, str] = {}
-    for key, value in values.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": str(value)}
-    return flat
 
 
 # Errors that waiting may mend: a server that is down, restarts or is busy. Others (a wrong password) stay.

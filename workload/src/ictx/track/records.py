@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -18,10 +19,12 @@ class MetricsFile:
     def __init__(self, path: Path, resumed_from: int) -> None:
         """Keeps the records up to step `resumed_from`: what lies behind it is going to be computed again."""
         self.path = path
+        self._late: list[Mapping[str, float]] = []
         self.rewind(resumed_from)
 
     def rewind(self, step: int) -> None:
         """Removes the records of later steps."""
+        self._late = [record for record in self._late if record["step"] <= step]
         write_whole(self.path, "".join(_line(record) for record in self._records() if record["step"] <= step))
 
     def _records(self) -> list[dict[str, float]]:
@@ -32,13 +35,34 @@ class MetricsFile:
             return [record for line in file if (record := _record(line))]
 
     def append(self, record: Mapping[str, float]) -> None:
-        """Adds a record of finite numbers."""
-        with self.path.open("a") as file:
-            file.write(_line(record))
+        """Adds a record of finite numbers. On a full disk it waits for the next one: training goes on."""
+        waited = bool(self._late)
+        self._late.append(record)
+        try:
+            _append(self.path, "".join(map(_line, self._late)).encode())
+        except OSError as error:
+            if not waited:
+                print(f"cannot write {self.path}: {error.strerror}: records wait", flush=True)
+        else:
+            self._late = []
 
     def after(self, step: int) -> list[dict[str, float]]:
         """Returns the records of later steps."""
         return [record for record in self._records() if record["step"] > step]
+
+
+def _append(path: Path, content: bytes) -> None:
+    """Adds all of the content to a file, or nothing. Raises OSError."""
+    with path.open("ab", buffering=0) as file:
+        end = file.seek(0, os.SEEK_END)
+        try:
+            written = file.write(content)
+        except OSError:
+            file.truncate(end)
+            raise
+        if written != len(content):
+            file.truncate(end)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def _line(record: Mapping[str, float]) -> str:

@@ -8,6 +8,7 @@ import re
 import shutil
 import stat
 from collections.abc import Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor
@@ -49,8 +51,15 @@ class Checkpoints:
     """The checkpoints of a run: folders `step-00000100`, renamed to that when all ranks have written theirs."""
 
     def __init__(self, directory: Path, keep: int) -> None:
-        """Args: `directory` is on storage that all ranks share; only the newest `keep` stay."""
+        """Args: `directory` is on storage that all ranks share; only the newest `keep` stay. Every rank makes one."""
         self.directory, self.keep = directory, keep
+        # What is written beside the training loop must not meet its collectives.
+        self._group = dist.new_group(backend="gloo")
+        pinned = torch.cuda.is_available()
+        # A thread begins with the first GPU.
+        device = torch.cuda.current_device() if pinned else None
+        self._thread = ThreadPoolExecutor(1, initializer=lambda: torch.cuda.set_device(device) if pinned else None)
+        self._copies = DefaultStager(StagingOptions(pinned, False, False, pinned))
 
     def complete(self) -> list[Path]:
         """Returns the checkpoints that have all their files as far as names show, oldest first."""
@@ -66,24 +75,48 @@ class Checkpoints:
 
         Raises UserError naming the folder when it cannot be written, or when a number in the state is not finite.
         """
+        final = self._folder(step, state)
+        return self._thread.submit(self._write, final, state).result()
+
+    def begin(self, step: int, state: dict[str, Any]) -> Future[Path]:
+        """Copies a state, which may change then, and writes it while the caller goes on; every rank calls it.
+
+        One checkpoint is written after the other. The result raises what `save` does; this raises UserError when a
+        number in the state is not finite.
+        """
+        final = self._folder(step, state)
+        copy = self._copies.stage(state)
+        assert isinstance(copy, dict)
+        return self._thread.submit(self._write, final, copy)
+
+    def close(self, wait: bool) -> None:
+        """Ends the thread; `wait` for what is being written, unless a rank is lost that has a part in it."""
+        self._thread.shutdown(wait)
+
+    def _folder(self, step: int, state: dict[str, Any]) -> Path:
+        """Returns where a state goes. Raises UserError when it must not be written."""
         final = self.directory / f"step-{step:08}"
-        draft = final.with_suffix(".part")
         if not all(on_all(lambda: finite(state))):
             raise UserError(
                 f"checkpoint {final} is not written, since weights or the optimizer's state are not finite: lower "
                 "optimizer.learning_rate; the next start resumes from the checkpoint before"
             )
+        return final
+
+    def _write(self, final: Path, state: dict[str, Any]) -> Path:
+        """Writes a checkpoint and removes those that are too many then."""
+        draft, group = final.with_suffix(".part"), self._group
         try:
-            on_first(lambda: _begin(draft))
+            on_first(lambda: _begin(draft), group)
             writer = HashingWriter(draft)
-            save({**state, HAS_MANIFEST: True}, storage_writer=writer)
-            entries = {name: entry for rank in on_all(lambda: writer.entries) for name, entry in rank.items()}
-            on_first(lambda: _publish(draft, final, entries))
+            save({**state, HAS_MANIFEST: True}, storage_writer=writer, process_group=group)
+            entries = {name: entry for rank in on_all(lambda: writer.entries, group) for name, entry in rank.items()}
+            on_first(lambda: _publish(draft, final, entries), group)
         except (CheckpointException, OSError, Unusable) as error:
             if dist.get_rank() == 0:
                 shutil.rmtree(draft, ignore_errors=True)
             raise UserError(f"cannot write checkpoint {final}: {_cause(error)}") from error
-        on_first(self._remove_old)
+        on_first(self._remove_old, group)
         return final
 
     def _remove_old(self) -> None:
@@ -98,6 +131,7 @@ class Checkpoints:
         """
         # The first rank chooses: on network storage another node may not see the newest folder yet.
         on_first(self._close_to_others)
+        on_first(self._remove_drafts)
         found = on_first(self._found)
         unusable: list[Path] = []
         for path in reversed(found):
@@ -118,6 +152,22 @@ class Checkpoints:
                 "the lines above give the reasons): restore one, or remove them to train from the start"
             )
         return 0
+
+    def load(self, path: Path, state: dict[str, Any]) -> int:
+        """Fills `state` in place from any run's checkpoint, and returns its step; as `load_newest`."""
+        path = path.resolve()
+        match = NAME.fullmatch(path.name)
+        if not match:
+            raise UserError(f"{path} is no checkpoint: expected RUN/checkpoints/step-00001000")
+        for folder in (path.parent.parent, path.parent):
+            on_first(lambda folder=folder: check_owner(folder))  # type: ignore[misc]
+        _load(path, state)
+        return int(match[1])
+
+    def _remove_drafts(self) -> None:
+        """Removes what a process that was killed in the middle of a checkpoint left."""
+        for draft in self.directory.glob("step-????????.part"):
+            shutil.rmtree(draft, ignore_errors=True)
 
     def _close_to_others(self) -> None:
         """Makes the run's folders writable by their owner only: between two looks nobody else replaces what is there.

@@ -8,7 +8,7 @@ import sys
 from typing import Any
 
 from ictx.errors import exit_status
-from ictx.settings import command_line
+from ictx.settings import build, command_line
 
 PRETRAIN_EXAMPLES = """
 A run goes on from the newest checkpoint in run.dir. SIGTERM saves a checkpoint and ends with status 75.
@@ -30,16 +30,25 @@ def register(areas: Any) -> None:
         epilog=PRETRAIN_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    pretrain.add_argument(
+        "--profile", type=int, default=0, metavar="STEPS", help="trace so many steps to run.dir/profile (train.profile)"
+    )
     pretrain.set_defaults(run=run_pretrain)
 
 
 def run_pretrain(arguments: argparse.Namespace) -> int:
     """`ictx train pretrain`."""
     # torch takes seconds to import: only what trains waits for it.
-    from ictx.train.config import load
-    from ictx.train.pretrain import main as pretrain
+    from ictx.train.config import read
+    from ictx.train.pretrain import Pretraining
+    from ictx.train.run import main
 
-    status = exit_status(lambda: pretrain(load(arguments.config, arguments.set)))
+    def train() -> int:
+        profile = [f"train.profile={arguments.profile}"] if arguments.profile else []
+        config = build(Pretraining.settings, read(arguments.config, arguments.set + profile))
+        return main(Pretraining(config), config)
+
+    status = exit_status(train)
     # Threads of torch outlive the process group; one that then asks for the interpreter while it shuts down aborts the
     # process, and torchrun takes that for a failure of the whole job. Everything is written: leave at once.
     sys.stdout.flush()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,17 +11,27 @@ from typing import Any
 from ictx.data.config import DataConfig
 from ictx.model import ModelConfig
 from ictx.parallel import MODES, Layout
-from ictx.settings import build, config_path, load_yaml, override
+from ictx.settings import build, config_path, load_yaml, override, shown
 
 DTYPES = ("float32", "bfloat16")
+SCHEDULES = ("cosine", "wsd")
+LONGEST_TIMEOUT = 7 * 86400.0
+MODEL_NAME = re.compile(r"\w([\w .+-]{0,198}[\w.+-])?")
+"""What `models:/NAME@ALIAS` can name, and a search in the registry can quote."""
+ALIAS = re.compile(r"(?!v\d+$|latest$)[A-Za-z0-9_-]{1,200}", re.IGNORECASE)
+"""What MLflow takes: `latest` and `v1` would be read as versions."""
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with a linear warm-up and a cosine decay."""
+    """AdamW, and its learning rate: a linear warm-up, then a decay."""
 
     learning_rate: float = 3e-4
     """Highest learning rate."""
+    schedule: str = "cosine"
+    """`cosine`: down from the warm-up on; `wsd`: stays until the last `decay_steps`."""
+    decay_steps: int | None = None
+    """Steps of the decay of `wsd`; a tenth of all unless given."""
     final_share: float = 0.1
     """Learning rate at the last step, as a share of the highest."""
     warmup_steps: int = 100
@@ -38,6 +49,10 @@ class OptimizerConfig:
         for name in ("learning_rate", "clip_norm"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}: expected more than 0")
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"schedule is {self.schedule!r}: expected one of {', '.join(SCHEDULES)}")
+        if self.decay_steps is not None and (self.decay_steps < 1 or self.schedule != "wsd"):
+            raise ValueError(f"decay_steps is {self.decay_steps}: expected 1 or more, and schedule: wsd")
         for name in ("warmup_steps", "weight_decay"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}: expected 0 or more")
@@ -55,7 +70,7 @@ class LoopConfig:
     sequence_length: int
     """Tokens of a window."""
     batch_size: int
-    """Windows of a rank and step."""
+    """Windows of a rank in a forward and backward."""
     dtype: str = "bfloat16"
     """Dtype of the computation on GPUs, and of the exported weights; weights are kept in float32 while training."""
     mask_documents: bool = False
@@ -70,29 +85,42 @@ class LoopConfig:
     """Compile each layer with torch.compile; layers with experts stay as they are."""
     deterministic: bool = False
     """The same bits in each run on a GPU: libraries that are faster, and do not promise that, are not used."""
+    accumulate: int = 1
+    """Forwards and backwards of a step: `accumulate` times the batch in the same memory."""
+    reduce_once: bool = False
+    """Sum gradients over ranks once a step, not in each backward: less traffic, but memory for all of them."""
     seed: int = 0
     """Weights and order of the data."""
     log_every: int = 10
     """Steps between two records of the loss."""
     validate_every: int = 100
     """Steps between two looks at the validation data."""
-    validation_batches: int = 8
-    """Batches of a rank at each look."""
+    validation_windows: int = 64
+    """Windows at each look: the same ones whatever the number of ranks and their batches."""
     checkpoint_every: int = 500
     """Steps between two checkpoints."""
     keep_checkpoints: int = 2
     """Checkpoints that stay."""
     bad_steps: int = 10
-    """Steps in a row whose loss or gradient is not finite: they change no weights; one more ends the run."""
+    """Steps in a row that are skipped, their loss or gradient not being finite (or a spike); one more is too many."""
+    roll_backs: int = 3
+    """Times in a row that the run then goes back to its last checkpoint, without the data between; then it ends."""
+    skip_spikes: float = 0.0
+    """Skip steps whose loss or gradient is so many standard deviations above those of the last ones; 0: none."""
+    timeout: float = 600.0
+    """Seconds after which a rank that does not take part ends the job; a little before, it is named."""
+    profile: int = 0
+    """Steps to trace, after the first ones, to run.dir/profile."""
 
     def __post_init__(self) -> None:
         for name in [
             "steps",
             "sequence_length",
             "batch_size",
+            "accumulate",
             "log_every",
             "validate_every",
-            "validation_batches",
+            "validation_windows",
             "checkpoint_every",
             "keep_checkpoints",
         ]:
@@ -103,9 +131,11 @@ class LoopConfig:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: expected one of {', '.join(allowed)}")
         if self.offload and (self.compile or self.recompute == "none" or self.recompute_layers is not None):
             raise ValueError("offload is true: expected compile: false, and all layers to compute again")
-        for name in ("bad_steps", "recompute_layers"):
-            if getattr(self, name) is not None and getattr(self, name) < 0:
+        for name in ("bad_steps", "recompute_layers", "roll_backs", "skip_spikes", "profile"):
+            if getattr(self, name) is not None and not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}: expected 0 or more")
+        if not 1 <= self.timeout <= LONGEST_TIMEOUT:
+            raise ValueError(f"timeout is {self.timeout}: expected 1 to {LONGEST_TIMEOUT:.0f} seconds")
 
 
 @dataclass(frozen=True)
@@ -114,6 +144,8 @@ class RunConfig:
 
     dir: Path | None = None
     """Checkpoints, metrics and the exported model."""
+    start_from: Path | None = None
+    """Checkpoint of another run to begin from, such as for a decay of its own: RUN/checkpoints/step-00001000."""
     experiment: str = "pretrain"
     """MLflow experiment."""
     model_name: str | None = None
@@ -122,6 +154,18 @@ class RunConfig:
     """Alias that the registered version gets."""
     tracking_patience: float = 300.0
     """Seconds for which the beginning and the end of a run wait for a tracking server that does not answer."""
+
+    def __post_init__(self) -> None:
+        if self.model_name and not MODEL_NAME.fullmatch(self.model_name):
+            raise ValueError(f"model_name is {shown(self.model_name)}: expected letters, digits, spaces and . _ + -")
+        if not ALIAS.fullmatch(self.alias):
+            raise ValueError(
+                f"alias is {shown(self.alias)}: expected letters, digits, - and _, but not latest or a version, v1"
+            )
+        if not self.experiment.strip() or not self.experiment.isprintable():
+            raise ValueError(f"experiment is {shown(self.experiment)}: expected a name")
+        if not 0 <= self.tracking_patience < math.inf:
+            raise ValueError(f"tracking_patience is {self.tracking_patience}: expected 0 or more")
 
 
 @dataclass(frozen=True)
@@ -166,16 +210,17 @@ class PretrainConfig(StageConfig):
 def read(name: str, assignments: list[str]) -> dict[str, Any]:
     """Returns a run's settings as plain values.
 
-    `model: NAME` is replaced by the content of configs/model/NAME.yaml; the corpus gets the model's vocabulary unless
-    it says otherwise.
+    `model: NAME`, also from an assignment, is replaced by the content of configs/model/NAME.yaml; other assignments
+    come after that. The corpus gets the model's vocabulary unless it says otherwise.
     """
-    content = load_yaml(config_path(name))
+    chosen = [each for each in assignments if each.partition("=")[0] == "model"]
+    content = override(load_yaml(config_path(name)), chosen)
     model = content.get("model")
     if isinstance(model, str):
         content["model"] = load_yaml(config_path(f"model/{model}.yaml"))
         if isinstance(run := content.get("run", {}), dict):
-            content["run"] = {"model_name": f"ictx-{model}", **run}
-    content = override(content, assignments)
+            content["run"] = {"model_name": f"ictx-{Path(model).name}", **run}
+    content = override(content, [each for each in assignments if each not in chosen])
     if isinstance(content.get("model"), dict) and isinstance(content.setdefault("data", {}), dict):
         content["data"].setdefault("vocab_size", content["model"].get("vocab_size"))
     return content

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch.distributed as dist
 from mlflow.exceptions import MlflowException
 from safetensors import SafetensorError
 
@@ -22,6 +23,10 @@ def explained(directory: Path | None) -> Iterator[None]:
         raise as_user_error(error) from error
     except SafetensorError as error:
         raise UserError(f"cannot write the exported model below {directory}: {error}") from error
+    except RuntimeError as error:
+        if isinstance(error, dist.DistError) or "gloo" in str(error):
+            raise UserError(f"a rank has ended or does not answer: {str(error).splitlines()[0]}") from error
+        raise
     except OSError as error:
         # A write to an open file that fails (full disk) does not name it.
         if error.filename:

@@ -36,10 +36,10 @@ class Pretraining:
                 f"{self.vocabulary} was prepared with vocab_size {data.meta['vocab_size']}, but model.vocab_size is "
                 f"{self.config.model.vocab_size}: prepare the corpus with this configuration"
             )
-        if validation.windows(loop.sequence_length) < ranks.data_count:
+        if not validation.windows(loop.sequence_length):
             raise UserError(
-                f"{self.vocabulary} has fewer validation windows of {loop.sequence_length} tokens than there are "
-                f"ranks, {ranks.data_count}: raise data.validation_share or prepare a larger corpus"
+                f"{self.vocabulary} has no validation window of {loop.sequence_length} tokens: raise "
+                "data.validation_share or prepare a larger corpus"
             )
         self.validation = Validation(validation, loop, ranks)
         self.fingerprint: str = data.meta["fingerprint"]

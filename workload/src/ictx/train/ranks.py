@@ -7,6 +7,7 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from types import FrameType
 from typing import TypeVar, cast
 
@@ -78,8 +79,8 @@ class Ranks:
         self.told_to_stop = True
 
 
-def on_all(call: Callable[[], T]) -> list[T]:
-    """Returns what each rank's call returns, on every rank.
+def on_all(call: Callable[[], T], group: dist.ProcessGroup | None = None) -> list[T]:
+    """Returns what each rank's call returns, on every rank; `group` is the one of all ranks, unless given another.
 
     No rank waits for one that failed: what a call raises, the lowest rank's first, every rank raises.
     """
@@ -92,21 +93,24 @@ def on_all(call: Callable[[], T]) -> list[T]:
         # Other classes need not survive the way to the other ranks.
         outcome = None, RuntimeError(f"{type(error).__name__}: {error}")
     outcomes = [outcome] * dist.get_world_size()
-    dist.all_gather_object(outcomes, outcome)
+    dist.all_gather_object(outcomes, outcome, group)
     for _, failed in outcomes:
         if failed:
             raise failed
     return [cast("T", value) for value, _ in outcomes]
 
 
-def on_first(call: Callable[[], T]) -> T:
+def on_first(call: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
     """Returns what the first rank's call returns, on every rank; what it raises, every rank raises."""
-    return cast("T", on_all(lambda: call() if dist.get_rank() == 0 else None)[0])
+    return cast("T", on_all(lambda: call() if dist.get_rank() == 0 else None, group)[0])
 
 
 @contextmanager
-def joined(layout: Layout = ALL_SHARD) -> Iterator[Ranks]:
-    """Joins the process group: NCCL on GPUs, Gloo without. Raises UserError for a layout of another number of ranks."""
+def joined(layout: Layout = ALL_SHARD, timeout: float = 600.0) -> Iterator[Ranks]:
+    """Joins the process group: NCCL on GPUs, Gloo without. Raises UserError for a layout of another number of ranks.
+
+    Args: a rank that does not take part for `timeout` seconds ends the job.
+    """
     for name, alone in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
         os.environ.setdefault(name, alone)
     os.environ.setdefault("MASTER_PORT", "0")
@@ -117,7 +121,12 @@ def joined(layout: Layout = ALL_SHARD) -> Iterator[Ranks]:
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    # The last collectives, which a rank that hangs leaves behind.
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
+    on_gpu = device.type == "cuda"
+    dist.init_process_group(
+        "nccl" if on_gpu else "gloo", timeout=timedelta(seconds=timeout), device_id=device if on_gpu else None
+    )
     try:
         layout = layout.of(dist.get_world_size())
         mesh, context = layout.sharding(device.type), layout.context(device.type)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+import resource
 import time
+from concurrent.futures import Future
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from ictx.errors import UserError
 from ictx.folder import write_whole
@@ -18,13 +20,16 @@ from ictx.track.journal import Journal
 from ictx.train.checkpoint import MODEL_FILE, Checkpoints
 from ictx.train.config import StageConfig
 from ictx.train.failures import explained
-from ictx.train.optimizer import learning_rate, new_optimizer
+from ictx.train.lock import locked
+from ictx.train.optimizer import learning_rate
+from ictx.train.profiler import traced
 from ictx.train.publish import publish
 from ictx.train.ranks import Ranks, joined
-from ictx.train.sharded import sharded_model
 from ictx.train.stage import Stage
+from ictx.train.state import TrainingState
 from ictx.train.stopwatch import Stopwatch
 from ictx.train.update import Updater
+from ictx.train.watchdog import Watchdog
 
 # sysexits.h EX_TEMPFAIL: saved, run me again.
 STOPPED = 75
@@ -36,131 +41,180 @@ PAUSES = ("evaluation", "checkpoint")
 class Run:
     """One start of a run; it takes up what an earlier start saved."""
 
-    def __init__(self, stage: Stage, config: StageConfig, ranks: Ranks) -> None:
+    def __init__(self, stage: Stage, config: StageConfig, ranks: Ranks, directory: Path) -> None:
         """Makes the sharded model and loads the newest checkpoint. Raises UserError for data that does not fit."""
-        if config.run.dir is None:
-            raise UserError("run.dir is needed: --set run.dir=FOLDER")
-        self.stage, self.config, self.ranks, self.directory = stage, config, ranks, config.run.dir
+        self.stage, self.config, self.ranks, self.directory = stage, config, ranks, directory
         loop = config.train
-        self.batches = stage.batches(ranks)
         if loop.deterministic:
             torch.use_deterministic_algorithms(True, warn_only=True)
-        self.model = sharded_model(config.model, loop, ranks)
-        self.parameters = sum(weight.numel() for weight in self.model.parameters())
-        self.optimizer = new_optimizer(self.model, config.optimizer, ranks.device)
+        self.state = TrainingState(stage, config, ranks, directory)
+        self.checkpoints = Checkpoints(directory / "checkpoints", loop.keep_checkpoints)
+        self.resumed_from = self.state.resume(self.checkpoints)
+        self.journal = Journal(
+            ranks.first,
+            directory,
+            config.run.experiment,
+            asdict(config),
+            self.resumed_from,
+            config.run.tracking_patience,
+        )
         self.stopwatch = Stopwatch(ranks.device)
-        self.updater = Updater(stage, config, self.model, self.optimizer, self.batches, ranks, self.stopwatch)
-        self.losses = {"loss": math.nan, "validation_loss": math.nan}
-        self.checkpoints = Checkpoints(self.directory / "checkpoints", loop.keep_checkpoints)
-        self.resumed_from = self._resume()
+        self.watchdog = Watchdog(ranks, loop.timeout, directory / "hang")
+        self.updater = Updater(self.state, self.stopwatch, self.watchdog)
+        self.step_number = self.saved = self.recorded = self.resumed_from
+        self.busy, self.skipped, self.bad_in_a_row, self.roll_backs_in_a_row = 0.0, 0, 0, 0
+        self.saving: tuple[int, Future[Path]] | None = None
 
-    def _state(self) -> dict[str, Any]:
-        """Returns what a checkpoint holds, in this rank's shards."""
-        model, optimizer = get_state_dict(self.model, self.optimizer)
-        return {
-            "model": model,
-            "optimizer": optimizer,
-            "batches": self.batches.state_dict(),
-            "losses": self.losses,
-            "data": self.stage.fingerprint,
-        }
+    def close(self, wait: bool) -> None:
+        """Ends threads; `wait` for a checkpoint that is being written, unless a rank is lost that has a part in it."""
+        self.checkpoints.close(wait)
+        self.watchdog.close()
 
-    def _resume(self) -> int:
-        """Loads the newest checkpoint and returns its step, or 0."""
-        state = self._state()
-        step = self.checkpoints.load_newest(state)
-        if step:
-            set_state_dict(
-                self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
-            )
-            self.batches.load_state_dict(state["batches"])
-            self.losses = state["losses"]
-        if state["data"] != self.stage.fingerprint:
-            raise UserError(
-                f"{self.directory} was trained on other data than {self.stage.vocabulary} holds: give the data.dir "
-                "that it began with, or another run.dir"
-            )
-        if step > self.config.train.steps:
-            raise UserError(
-                f"train.steps is {self.config.train.steps}, but {self.directory} has a checkpoint of step {step}: "
-                "raise train.steps or give another run.dir"
-            )
-        return step
-
-    def train(self, journal: Journal) -> dict[str, Any] | None:
+    def train(self) -> dict[str, Any] | None:
         """Trains to the last step and returns the result, or None when told to stop (a checkpoint is saved then)."""
-        loop, ranks = self.config.train, self.ranks
-        tokens_per_step = loop.batch_size * ranks.data_count * loop.sequence_length
-        flops, each = flops_per_token(self.config.model, loop.sequence_length), peak_flops(ranks.device)
-        peak = each * ranks.count if each else None
-        if ranks.first:
-            name = self.config.run.model_name or self.config.run.experiment
-            write_about(self.directory, self.stage.name, name, loop.steps, self.parameters)
-        began = time.monotonic()
-        saved = logged = self.resumed_from
-        busy, skipped, in_a_row, due = 0.0, 0, 0, False
-        for step in range(self.resumed_from + 1, loop.steps + 1):
-            start = time.monotonic()
-            record = self.updater.step(step)
-            busy += time.monotonic() - start
-            loss, bad = record["loss"], bool(record.pop("skipped"))
-            skipped, in_a_row = skipped + bad, in_a_row + 1 if bad else 0
-            if bad:
-                found = f"the loss is {loss} at step {step} (gradient norm {record['gradient_norm']})"
-                if in_a_row > loop.bad_steps:
-                    raise UserError(
-                        f"{found}, after {loop.bad_steps} steps like it (train.bad_steps); the last good checkpoint is "
-                        f"of step {saved}: lower optimizer.learning_rate"
-                    )
-                journal.say(f"{found}: weights stay as they are")
-            else:
-                self.losses["loss"] = loss
-            last = step == loop.steps
-            if step % loop.log_every == 0 or last:
-                record = {"step": step} | record | {"skipped_steps": skipped}
-                record["learning_rate"] = learning_rate(step, loop.steps, self.config.optimizer)
-                record["tokens_per_second"] = (step - logged) * tokens_per_step / busy
-                record["step_seconds"] = busy / (step - logged)
-                record |= model_flops_utilisation(record["tokens_per_second"], flops, peak)
-                line = f"step {step}/{loop.steps}: loss {loss:.3f}, {record['tokens_per_second']:,.0f} tokens/s"
-                if step % loop.validate_every == 0 or last:
-                    self.stopwatch.start()
-                    record |= self.stage.examine(self.model)
-                    self.stopwatch.lap("evaluation")
-                    if not math.isfinite(record["validation_loss"]):
-                        raise UserError(
-                            f"the validation loss is {record['validation_loss']} at step {step}, the last good "
-                            f"checkpoint is of step {saved}: lower optimizer.learning_rate"
-                        )
-                    self.losses["validation_loss"] = record["validation_loss"]
-                    line += f", validation loss {record['validation_loss']:.3f}"
-                spent = self.stopwatch.read()
-                record |= {f"{part}_seconds": spent.get(part, 0.0) / (step - logged) for part in STEP_PARTS + PAUSES}
-                busy, skipped, logged = 0.0, 0, step
-                journal.record(record)
-                journal.say(line)
-            # A series of bad steps is waited for: the weights that led to it must not take the place of better ones.
-            due |= step % loop.checkpoint_every == 0 or self.updater.stops > 0
-            if (due and not bad) or last:
-                # Its seconds are in the next record: a record is written before the checkpoint that has its step.
-                self.stopwatch.start()
-                saved_as = self.checkpoints.save(step, self._state())
-                self.stopwatch.lap("checkpoint")
-                journal.say(f"saved {saved_as}")
-                journal.flush(step)
-                saved, due = step, False
-            if self.updater.stops and not bad and not last:
-                journal.say(f"told to stop: ended after step {step}")
-                return None
+        loop, began, due = self.config.train, time.monotonic(), False
+        with traced(loop.profile, self.directory / "profile", self.ranks.rank) as tick:
+            while self.step_number < loop.steps:
+                self.step_number += 1
+                step, last = self.step_number, self.step_number == loop.steps
+                record = self._step(step)
+                bad = self.bad_in_a_row > 0
+                if self.bad_in_a_row > loop.bad_steps:
+                    self._roll_back(record)
+                    continue
+                if step % loop.log_every == 0 or last:
+                    self._record(step, record)
+                tick()
+                self._collect(wait=False)
+                # A series of bad steps is waited for: what led to it must not take the place of better weights.
+                due |= step % loop.checkpoint_every == 0 or self.updater.stops > 0
+                if (due and not bad) or last:
+                    self._save(step, wait=last or self.updater.stops > 0)
+                    due = False
+                if self.updater.stops and not bad and not last:
+                    self.journal.say(f"told to stop: ended after step {step}")
+                    return None
+        progress, losses = self.state.progress, self.state.losses
         return {
-            "final_loss": self.losses["loss"],
-            "val_loss": self.losses["validation_loss"],
+            "final_loss": losses["loss"],
+            "val_loss": losses["validation_loss"],
             "steps": loop.steps,
-            "tokens": loop.steps * tokens_per_step,
+            "tokens": progress.tokens,
+            "skipped_steps": progress.skipped_steps,
+            "roll_backs": progress.roll_backs,
             "resumed_from_step": self.resumed_from,
             "seconds": round(time.monotonic() - began, 1),
             "checkpoint": str(self.checkpoints.complete()[-1]),
         }
+
+    def _step(self, step: int) -> dict[str, float]:
+        """Does a step and counts it."""
+        start = time.monotonic()
+        record = self.updater.step(step)
+        self.busy += time.monotonic() - start
+        self.state.progress.tokens += self.state.tokens_per_step
+        if not record.pop("skipped"):
+            self.bad_in_a_row = 0
+            self.state.losses["loss"] = record["loss"]
+            return record
+        self.bad_in_a_row += 1
+        self.skipped += 1
+        self.state.progress.skipped_steps += 1
+        self.journal.say(f"{_found(step, record)}: weights stay as they are")
+        return record
+
+    def _roll_back(self, record: dict[str, float]) -> None:
+        """Goes back to the last checkpoint, with the data that comes after the bad steps. Raises UserError."""
+        loop, step = self.config.train, self.step_number
+        self._collect(wait=True)
+        found = f"{_found(step, record)}, after {loop.bad_steps} steps like it (train.bad_steps)"
+        if not self.saved or self.roll_backs_in_a_row == loop.roll_backs:
+            raise UserError(f"{found}; the last good checkpoint is of step {self.saved}: lower optimizer.learning_rate")
+        self.roll_backs_in_a_row += 1
+        self.step_number = self.saved = self.recorded = self.state.roll_back(self.checkpoints)
+        self.busy, self.skipped, self.bad_in_a_row = 0.0, 0, 0
+        self.stopwatch.read()
+        self.journal.rewind(self.saved)
+        self.journal.say(
+            f"{found}: back to the checkpoint of step {self.saved}, without the data since then "
+            f"({self.roll_backs_in_a_row} of {loop.roll_backs} times, train.roll_backs)"
+        )
+
+    def _record(self, step: int, record: dict[str, float]) -> None:
+        """Writes a record of the steps since the last one, and examines the model where that is due."""
+        loop, ranks, steps = self.config.train, self.ranks, step - self.recorded
+        record = {"step": step} | record | {"skipped_steps": self.skipped, "roll_backs": self.state.progress.roll_backs}
+        record["learning_rate"] = learning_rate(step, loop.steps, self.config.optimizer)
+        record["tokens_per_second"] = steps * self.state.tokens_per_step / self.busy
+        record["step_seconds"] = self.busy / steps
+        flops, peak = flops_per_token(self.config.model, loop.sequence_length), peak_flops(ranks.device)
+        record |= model_flops_utilisation(record["tokens_per_second"], flops, peak and peak * ranks.count)
+        line = f"step {step}/{loop.steps}: loss {record['loss']:.3f}, {record['tokens_per_second']:,.0f} tokens/s"
+        if step % loop.validate_every == 0 or step == loop.steps:
+            record |= self._examine(step)
+            line += f", validation loss {record['validation_loss']:.3f}"
+        (record["peak_memory_bytes"],) = ranks.largest(peak_memory(ranks.device))
+        spent = self.stopwatch.read()
+        record |= {f"{part}_seconds": spent.get(part, 0.0) / steps for part in STEP_PARTS + PAUSES}
+        self.busy, self.skipped, self.recorded = 0.0, 0, step
+        self.journal.record(record)
+        self.journal.say(line)
+
+    def _examine(self, step: int) -> dict[str, float]:
+        self.watchdog.at(step, "evaluation")
+        self.stopwatch.start()
+        found = self.stage.examine(self.state.model)
+        self.stopwatch.lap("evaluation")
+        loss = found["validation_loss"]
+        if not math.isfinite(loss):
+            raise UserError(
+                f"the validation loss is {loss} at step {step}, the last good checkpoint is of step {self.saved}: "
+                "lower optimizer.learning_rate"
+            )
+        self.state.losses["validation_loss"] = loss
+        return found
+
+    def _save(self, step: int, wait: bool) -> None:
+        """Saves a checkpoint, in the background unless it must be there now.
+
+        Its seconds are in the next record: a record is written before the checkpoint that has its step.
+        """
+        self.watchdog.at(step, "checkpoint")
+        self.stopwatch.start()
+        self._collect(wait=True)
+        if wait:
+            self._saved(step, self.checkpoints.save(step, self.state.snapshot()))
+        else:
+            self.saving = step, self.checkpoints.begin(step, self.state.snapshot())
+        self.stopwatch.lap("checkpoint")
+
+    def _collect(self, wait: bool) -> None:
+        """Takes note of a checkpoint that was written in the background; one that could not be is reported."""
+        if not self.saving or not (wait or self.saving[1].done()):
+            return
+        (step, written), self.saving = self.saving, None
+        try:
+            self._saved(step, written.result())
+        except UserError as error:
+            self.journal.say(f"{error}: training goes on, the last checkpoint is of step {self.saved}")
+
+    def _saved(self, step: int, path: Path) -> None:
+        self.journal.say(f"saved {path}")
+        self.journal.flush(step)
+        self.saved, self.roll_backs_in_a_row = step, 0
+
+
+def _found(step: int, record: dict[str, float]) -> str:
+    return f"the loss is {record['loss']} at step {step} (gradient norm {record['gradient_norm']})"
+
+
+def peak_memory(device: torch.device) -> float:
+    """Returns the most bytes that were allocated since the last call: of the GPU, elsewhere of the process ever."""
+    if device.type != "cuda":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
+    peak = torch.cuda.max_memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    return float(peak)
 
 
 def main(stage: Stage, config: StageConfig) -> int:
@@ -168,26 +222,35 @@ def main(stage: Stage, config: StageConfig) -> int:
 
     Raises UserError naming a setting, a path or the step at which the loss stopped being a number.
     """
-    with explained(config.run.dir), joined(config.parallel) as ranks:
-        run = Run(stage, config, ranks)
-        run.directory.mkdir(mode=0o755, parents=True, exist_ok=True)
-        start, patience = run.resumed_from, config.run.tracking_patience
-        journal = Journal(ranks.first, run.directory, config.run.experiment, asdict(config), start, patience)
+    directory = config.run.dir
+    if directory is None:
+        raise UserError("run.dir is needed: --set run.dir=FOLDER")
+    with explained(directory), joined(config.parallel, config.train.timeout) as ranks, locked(directory, ranks.first):
+        run = Run(stage, config, ranks, directory)
+        journal = run.journal
         if ranks.first:
-            write_whole(run.directory / MODEL_FILE, yaml.safe_dump(asdict(config.model), sort_keys=False))
+            write_whole(directory / MODEL_FILE, yaml.safe_dump(asdict(config.model), sort_keys=False))
+            name = config.run.model_name or config.run.experiment
+            write_about(directory, stage.name, name, config.train.steps, run.state.parameters)
         origin = f"resuming after step {run.resumed_from}" if run.resumed_from else "from the start"
         journal.say(
-            f"{run.parameters:,} parameters, {run.batches.windows:,} windows of {config.train.sequence_length} tokens, "
-            f"{ranks.count} ranks on {ranks.device.type}, {origin}"
+            f"{run.state.parameters:,} parameters, {run.state.batches.windows:,} windows of "
+            f"{config.train.sequence_length} tokens, {ranks.count} ranks on {ranks.device.type}, {origin}"
         )
+        lost = False
         try:
-            result = run.train(journal)
+            result = run.train()
             if result is None:
                 journal.finish("KILLED")
                 return STOPPED
-            publish(stage, config, run.model, journal, result)
-        except BaseException:
+            publish(stage, config, run.state.model, journal, result)
+        except BaseException as error:
+            lost = isinstance(error, RuntimeError)
             journal.finish("FAILED")
+            if lost and run.watchdog.verdict:
+                raise UserError(run.watchdog.verdict) from error
             raise
+        finally:
+            run.close(wait=not lost)
         journal.finish("FINISHED")
     return 0

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.distributed.checkpoint._traverse import set_element
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemReader, FileSystemWriter
@@ -160,7 +161,13 @@ class SafePlanner(DefaultLoadPlanner):
     """Fills a state."""
 
     def create_local_plan(self) -> LoadPlan:
-        """Returns what to read. Raises Misfit."""
+        """Returns what to read. Raises Misfit.
+
+        A value that is no tensor, and that an earlier version did not write, stays as it is.
+        """
+        known = self.metadata.state_dict_metadata if self.metadata else {}
+        wanted = self.state_dict.items()
+        self.state_dict = {name: value for name, value in wanted if name in known or isinstance(value, Tensor)}
         try:
             return super().create_local_plan()
         except (ValueError, RuntimeError) as error:

@@ -16,7 +16,7 @@ from ictx.train.ranks import Ranks
 
 
 class Validation:
-    """Windows spread evenly over the validation data: the same ones each time."""
+    """Windows spread evenly over the validation data: the same ones each time, and at any number of ranks."""
 
     def __init__(self, data: TokenArray, loop: LoopConfig, ranks: Ranks) -> None:
         self.data, self.loop, self.ranks = data, loop, ranks
@@ -34,16 +34,19 @@ class Validation:
 
     def _mean(self, loss: Callable[[Batch], Loss]) -> float:
         loop, ranks = self.loop, self.ranks
-        # Every rank does the same number of batches: a sharded forward needs all of them.
-        available = self.data.windows(loop.sequence_length) // ranks.data_count
-        each = min(available, loop.validation_batches * loop.batch_size)
-        stride = available // each
-        total = count = 0.0
+        available = self.data.windows(loop.sequence_length)
+        count = min(available, loop.validation_windows)
+        each = -(-count // ranks.data_count)
+        total = tokens = 0.0
         for first in range(0, each, loop.batch_size):
-            numbers = range(first, min(first + loop.batch_size, each))
-            places = [(number * stride) * ranks.data_count + ranks.data_rank for number in numbers]
-            batch = Batch.of([self.data.window(place, loop.sequence_length) for place in places])
-            _, tokens, sums = loss(batch.part(*ranks.part).to(ranks.device))
-            total, count = total + float(sums["loss"]), count + float(tokens)
-        total, count = ranks.total(total, count)
-        return total / count
+            places = range(first, min(first + loop.batch_size, each))
+            numbers = [place * ranks.data_count + ranks.data_rank for place in places]
+            starts = [number % count * (available // count) for number in numbers]
+            batch = Batch.of([self.data.window(start, loop.sequence_length) for start in starts])
+            # Every rank does the same number of batches: a sharded forward needs all of them. What is left over is done
+            # again, and does not count.
+            batch.labels[torch.tensor(numbers) >= count] = -1
+            _, valid, sums = loss(batch.part(*ranks.part).to(ranks.device))
+            total, tokens = total + float(sums["loss"]), tokens + float(valid)
+        total, tokens = ranks.total(total, tokens)
+        return total / tokens

@@ -55,7 +55,14 @@ FIELDS = {
     ),
     "evaluation_seconds": ("evaluation_seconds", "Validation since the record before, shared out among its steps."),
     "checkpoint_seconds": ("checkpoint_seconds", "Checkpoints since the record before, shared out among its steps."),
-    "mfu": ("mfu_ratio", "Model FLOPS utilisation, 0 to 1."),
+    "mfu": ("mfu_ratio", "Model FLOPS utilisation, 0 to 1; attention counts as the whole square."),
+    "mfu_causal": (
+        "mfu_causal_ratio",
+        "Model FLOPS utilisation, 0 to 1; attention counts as what is computed, half the square.",
+    ),
+    "peak_memory_bytes": ("peak_memory_bytes", "Most that was allocated on a GPU since the record before."),
+    "skipped_steps": ("skipped_steps", "Steps since the record before that changed no weights."),
+    "roll_backs": ("roll_backs", "Times that the run went back to a checkpoint."),
 }
 
 

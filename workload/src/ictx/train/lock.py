@@ -1,0 +1,49 @@
+"""One process, or job, at a time in a run's folder."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ictx.errors import UserError
+from ictx.train.ranks import on_first
+
+
+@contextmanager
+def locked(directory: Path, first: bool) -> Iterator[None]:
+    """Keeps a run's folder, which is made if need be, for this job; every rank calls it, the first one has the lock.
+
+    The system lets go of it when the process ends, however it does. Raises UserError when somebody else has it.
+    """
+    descriptor = on_first(lambda: _lock(directory))
+    try:
+        yield
+    finally:
+        if first:
+            os.close(descriptor)
+
+
+def _lock(directory: Path) -> int:
+    directory.mkdir(mode=0o755, parents=True, exist_ok=True)
+    descriptor = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
+        os.close(descriptor)
+        raise UserError(
+            f"run.dir {directory} is in use by {holder or 'another process'}: wait for its end, or give another run.dir"
+        ) from error
+    except OSError as error:
+        print(f"{directory} cannot be locked ({error.strerror}): make sure that no other job uses it", flush=True)
+        return descriptor
+    try:
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+    except OSError:  # a full disk: the lock holds all the same
+        pass
+    return descriptor

@@ -1,0 +1,113 @@
+"""Which rank hangs: each reports what it does to the job's store, and one that waits for long looks who is behind."""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import socket
+import threading
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.distributed_c10d import _get_default_store
+
+from ictx.train.ranks import Ranks
+
+REPORTS = 20
+"""Reports of a rank in the time after which it counts as hanging."""
+LAST = 2 / REPORTS
+"""Share of the time that is kept for looking at the others: the process group ends the job at the end of it."""
+
+
+class Watchdog:
+    """A thread beside the training loop, which reports each of its moves with `at`."""
+
+    def __init__(self, ranks: Ranks, seconds: float, directory: Path) -> None:
+        """Args: `seconds` without a move are a hang; traces go to `directory`."""
+        self.ranks, self.seconds, self.directory = ranks, seconds, directory
+        self.verdict = ""
+        """Who hangs, once that is known."""
+        self._moves, self._step, self._doing, self._since = 0, 0, "start", float("inf")
+        self._reports = 0
+        self._over = threading.Event()
+        # The loop's own connection waits where a collective makes its own group.
+        self._store = _get_default_store().clone()  # type: ignore[attr-defined]
+        self._store.set_timeout(timedelta(seconds=seconds / REPORTS))
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+
+    def at(self, step: int, doing: str) -> None:
+        """Notes that the loop begins a part of a step; all ranks make the same moves."""
+        self._step, self._doing, self._since = step, doing, time.monotonic()
+        self._moves += 1
+
+    def close(self) -> None:
+        """Ends the thread."""
+        self._over.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._over.wait(self.seconds / REPORTS):
+            try:
+                self._report()
+                if not self.verdict and time.monotonic() - self._since > self.seconds * (1 - 2 * LAST):
+                    self._look()
+            except RuntimeError:  # the store's errors: its process has ended, or hangs
+                if time.monotonic() - self._since > self.seconds * (1 - 2 * LAST) and not self.verdict:
+                    self._conclude(
+                        f"the job's store, on the first rank or its torchrun, does not answer: {self._here()}"
+                    )
+
+    def _report(self) -> None:
+        self._reports += 1
+        report = [socket.gethostname(), self._step, self._doing, self._moves, self._reports]
+        self._store.set(f"ictx/watchdog/{self.ranks.rank}", json.dumps(report))
+
+    def _here(self) -> str:
+        return f"rank {self.ranks.rank} on {socket.gethostname()} is in {self._doing} of step {self._step}"
+
+    def _reported(self) -> list[Any]:
+        keys = [f"ictx/watchdog/{rank}" for rank in range(self.ranks.count)]
+        return [
+            json.loads(self._store.get(key)) if self._store.check([key]) else ["?", 0, "start", 0, 0] for key in keys
+        ]
+
+    def _look(self) -> None:
+        """Compares all ranks' reports with what they are a little later."""
+        moves, before = self._moves, self._reported()
+        if self._over.wait(self.seconds * LAST):
+            return
+        self._report()
+        after = self._reported()
+        if moves != self._moves:
+            return
+        silent = [rank for rank in range(self.ranks.count) if after[rank] == before[rank]]
+        front = max(report[3] for report in after)
+        behind = silent or [rank for rank, report in enumerate(after) if report[3] < front]
+        if not behind:
+            self._conclude(f"all ranks wait in {self._doing} of step {self._step}")
+            return
+        places = [f"rank {rank} on {after[rank][0]} ({after[rank][2]} of step {after[rank][1]})" for rank in behind]
+        verb = "does not answer" if silent else "is behind"
+        self._conclude(f"{', '.join(places)} {verb}, and the others wait in {self._doing} of step {self._step}")
+
+    def _conclude(self, who: str) -> None:
+        """Prints who hangs, and leaves this rank's stacks and flight recorder."""
+        self.verdict = (
+            f"no step has ended for {self.seconds * (1 - LAST):.0f} s: {who} (train.timeout; {self.directory})"
+        )
+        print(self.verdict, flush=True)
+        self.directory.mkdir(parents=True, exist_ok=True)
+        with (self.directory / f"rank-{self.ranks.rank:05}.stacks").open("w") as file:
+            faulthandler.dump_traceback(file)
+        (self.directory / f"rank-{self.ranks.rank:05}.flight").write_bytes(flight_record(self.ranks.device))
+
+
+def flight_record(device: torch.device) -> bytes:
+    """Returns the last collectives as PyTorch's flight recorder pickles them (`torchfrtrace` reads that)."""
+    bindings: Any = torch._C._distributed_c10d
+    dump = bindings._dump_nccl_trace if device.type == "cuda" else bindings._dump_fr_trace
+    return bytes(dump())

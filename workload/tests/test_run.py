@@ -1,0 +1,375 @@
+"""The training loop: what a step is normalised by, what becomes of bad steps, and what does not stop a run."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Commands
+from test_pretrain import curve, make_nan, records, result_of
+
+from ictx.data.loader import Batch, Batches
+from ictx.data.shards import TokenArray
+from ictx.errors import UserError
+from ictx.model import Transformer
+from ictx.model.hf import load_pretrained
+from ictx.train import checkpoint, run
+from ictx.train.config import OptimizerConfig, PretrainConfig, load
+from ictx.train.optimizer import learning_rate
+from ictx.train.pretrain import Pretraining
+from ictx.train.pretrain import main as train
+from ictx.train.progress import LEAST, RECENT, Progress
+from ictx.train.ranks import Ranks
+from ictx.train.validation import Validation
+
+
+@pytest.fixture(autouse=True)
+def tracked(commands: Commands, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs of this process log where the commands do."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", commands.tracking_uri)
+
+
+def short(commands: Commands, prepared: Path, folder: Path, *further: str) -> PretrainConfig:
+    """Returns the settings of a run of six steps, with a checkpoint after three."""
+    wanted = ["train.steps=6", "train.checkpoint_every=3", "train.validation_windows=4", "run.model_name="]
+    return load(str(commands.folder / "test.yaml"), [*wanted, f"run.dir={folder}", f"data.dir={prepared}", *further])
+
+
+class Masked(Pretraining):
+    """Pretraining on some tokens only: windows differ in how many."""
+
+    def batches(self, ranks: Ranks) -> Any:
+        source = super().batches(ranks)
+        following = source.next
+
+        def next() -> Batch:
+            batch = following()
+            number = batch.input_ids[:, :1]
+            kept = torch.arange(batch.labels.shape[1]) % (2 + number % 7) == 0
+            batch.labels[~kept] = -1
+            return batch
+
+        source.next = next  # type: ignore[method-assign]
+        return source
+
+
+def test_accumulated_batches_are_one_larger_batch(commands: Commands, prepared: Path, tmp_path: Path) -> None:
+    """Also where they differ in how many tokens count: a mean of means would not do."""
+    shapes = {"whole": (8, 1, False), "accumulated": (2, 4, False), "reduced once": (2, 4, True)}
+    for name, (batch, times, once) in shapes.items():
+        wanted = [f"train.batch_size={batch}", f"train.accumulate={times}", f"train.reduce_once={once}"]
+        wanted.append("optimizer.learning_rate=1e-3")
+        config = short(commands, prepared, tmp_path / name, *wanted)
+        assert run.main(Masked(config), config) == 0
+    whole = curve(tmp_path / "whole")
+    assert len({round(loss, 3) for loss, _ in whole.values()}) > 3, "the loss moves"
+    for name in ("accumulated", "reduced once"):
+        for step, (loss, _) in curve(tmp_path / name).items():
+            assert loss == pytest.approx(whole[step][0], rel=1e-5), f"{name}, step {step}"
+        for record, wanted in zip(records(tmp_path / name), records(tmp_path / "whole"), strict=True):
+            assert record["gradient_norm"] == pytest.approx(wanted["gradient_norm"], rel=1e-3)
+        assert result_of(tmp_path / name)["tokens"] == result_of(tmp_path / "whole")["tokens"] == 6 * 8 * 32
+
+
+def test_the_run_goes_back_after_a_series_of_bad_steps_and_leaves_their_data_out(
+    commands: Commands,
+    prepared: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    taken: list[int] = []
+    following = Batches.next
+
+    def next(self: Batches) -> Batch:
+        taken.append(self.taken)
+        return following(self)
+
+    monkeypatch.setattr(Batches, "next", next)
+    make_nan(monkeypatch, range(5, 8))
+    assert train(short(commands, prepared, tmp_path, "train.bad_steps=2", "train.steps=8")) == 0
+    assert "back to the checkpoint of step 3, without the data since then (1 of 3 times" in capsys.readouterr().out
+    # Steps 1 to 4, three bad ones, and 4 to 8 with other data.
+    assert taken == [8 * number for number in range(12)]
+    assert [record["step"] for record in records(tmp_path)] == list(range(1, 9))
+    assert [record["roll_backs"] for record in records(tmp_path)] == [0, 0, 0, 1, 1, 1, 1, 1]
+    result = result_of(tmp_path)
+    assert (result["roll_backs"], result["skipped_steps"], result["tokens"]) == (1, 3, 8 * 8 * 32)
+
+
+def test_a_run_that_goes_bad_again_and_again_ends(
+    commands: Commands, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_nan(monkeypatch, range(5, 1000))
+    config = short(commands, prepared, tmp_path, "train.bad_steps=1", "train.roll_backs=2", "train.checkpoint_every=2")
+    with pytest.raises(UserError, match=r"at step 6 .*, after 1 steps like it .* checkpoint is of step 4: lower"):
+        train(config)
+    assert max(curve(tmp_path)) <= 6
+
+
+def test_a_spike_is_far_above_the_last_steps() -> None:
+    progress = Progress()
+    for number in range(RECENT + 9):
+        assert not progress.is_spike(1e9, 1e9, 6.0) or number >= LEAST
+        progress.note(3 + 0.1 * (number % 2), 1.0 + 0.1 * (number % 3))
+    assert len(progress.recent) == RECENT
+    for loss, norm, spike in ((3.1, 1.1, False), (2.0, 0.1, False), (9.0, 1.0, True), (3.0, 5.0, True)):
+        assert progress.is_spike(loss, norm, 6.0) is spike
+        assert not progress.is_spike(loss, norm, 0.0), "0 is none"
+    again = Progress()
+    again.load(progress.dump())
+    again.load('{"of_a_later_version": 1}')
+    assert again.is_spike(9.0, 1.0, 6.0)
+    assert again.dump() == progress.dump()
+
+
+def test_a_spike_changes_no_weight(
+    commands: Commands, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ictx.train.progress.LEAST", 3)
+    clip, count = torch.nn.utils.clip_grad_norm_, iter(range(1, 100))
+
+    def spiked(parameters: Any, longest: float) -> Any:
+        return clip(parameters, longest) * (100 if next(count) == 5 else 1)
+
+    monkeypatch.setattr("torch.nn.utils.clip_grad_norm_", spiked)
+    assert train(short(commands, prepared, tmp_path, "train.skip_spikes=20")) == 0
+    assert [record["skipped_steps"] for record in records(tmp_path)] == [0, 0, 0, 0, 1, 0]
+
+
+class OneOf:
+    """A rank without a process group: sums are its own."""
+
+    def __init__(self, rank: int, count: int) -> None:
+        self.data_rank, self.data_count, self.part = rank, count, (0, 1)
+        self.device, self.summed = torch.device("cpu"), [0.0, 0.0]
+
+    def total(self, *values: float) -> list[float]:
+        self.summed = list(values)
+        return [1.0, 1.0]
+
+    def largest(self, *values: float) -> list[float]:
+        return list(values)
+
+    def say(self, text: str) -> None: ...
+
+
+@pytest.mark.parametrize("windows", [1, 5, 64, 10**9])
+def test_validation_has_the_same_windows_at_any_number_of_ranks(
+    commands: Commands, prepared: Path, tmp_path: Path, windows: int
+) -> None:
+    config = short(commands, prepared, tmp_path, f"train.validation_windows={windows}")
+    data, seen = TokenArray.open(prepared, "validation"), set[tuple[int, frozenset[bytes]]]()
+    for count in (1, 2, 3, 8):
+        batches: list[Batch] = []
+
+        def loss(model: Transformer, batch: Batch, kept: list[Batch] = batches) -> Any:
+            kept.append(batch)
+            counts = (batch.labels >= 0).sum()
+            return counts, counts, {"loss": batch.input_ids[(batch.labels >= 0)].sum()}
+
+        totals = [0.0, 0.0]
+        for rank in range(count):
+            ranks: Any = OneOf(rank, count)
+            Validation(data, config.train, ranks).examine(Transformer(config.model), loss)
+            totals = [total + own for total, own in zip(totals, ranks.summed, strict=True)]
+        rows = [row.numpy().tobytes() for batch in batches for row in batch.input_ids[batch.labels[:, 0] >= 0]]
+        assert len(rows) == min(windows, data.windows(32)) == totals[1] / 32
+        seen.add((int(totals[0]), frozenset(rows)))
+    assert len(seen) == 1
+
+
+def test_settings_of_the_optimizer_apply_to_a_run_that_goes_on(
+    commands: Commands, prepared: Path, tmp_path: Path
+) -> None:
+    assert train(short(commands, prepared, tmp_path, "train.steps=3")) == 0
+    before = load_pretrained(tmp_path / "export").state_dict()
+    wanted = ["train.steps=4", "optimizer.weight_decay=50", "optimizer.beta1=0.1", "optimizer.beta2=0.2"]
+    assert train(short(commands, prepared, tmp_path, *wanted)) == 0
+    after = load_pretrained(tmp_path / "export").state_dict()
+    name = "model.layers.0.self_attn.o_proj.weight"
+    # The rate of step 4 is the highest, 1e-2: half of each weight decays, and moves by a hundredth at most.
+    assert (after[name].norm() / before[name].norm()).item() < 0.6
+
+
+@pytest.mark.parametrize(
+    ("setting", "begun"),
+    [("rope_theta=100", "10000.0"), ("rms_norm_eps=1e-3", "1e-06"), ("max_position_embeddings=512", "256")],
+)
+def test_a_model_that_would_become_another_function_is_refused_by_name(
+    commands: Commands, prepared: Path, tmp_path: Path, setting: str, begun: str
+) -> None:
+    assert train(short(commands, prepared, tmp_path, "train.steps=1")) == 0
+    kept = (tmp_path / "model.yaml").read_text()
+    with pytest.raises(UserError, match=rf"model.{setting.split('=')[0]} is .*began with {begun}: give that"):
+        train(short(commands, prepared, tmp_path, f"model.{setting}"))
+    assert (tmp_path / "model.yaml").read_text() == kept
+    assert train(short(commands, prepared, tmp_path, "train.steps=2", "model.initializer_range=0.3")) == 0
+
+
+def test_rates_of_both_schedules() -> None:
+    cosine, stable = OptimizerConfig(warmup_steps=10), OptimizerConfig(warmup_steps=10, schedule="wsd", decay_steps=20)
+    for config in (cosine, stable):
+        rates = [learning_rate(step, 100, config) / config.learning_rate for step in range(1, 101)]
+        assert rates[:10] == pytest.approx([step / 10 for step in range(1, 11)])
+        assert rates[-1] == pytest.approx(config.final_share)
+        assert rates[9:] == sorted(rates[9:], reverse=True)
+    assert rates[9:80] == [1.0] * 71, "whatever the number of steps, until the decay"
+    assert rates[84] == pytest.approx(0.1 + 0.9 * 0.5), "1 - √(5/20)"
+    for wrong in ({"schedule": "linear"}, {"decay_steps": 5}, {"schedule": "wsd", "decay_steps": 0}):
+        with pytest.raises(ValueError, match=f"^{[*wrong][-1]} is"):
+            OptimizerConfig(**wrong)  # type: ignore[arg-type]
+
+
+def test_a_run_begins_from_a_checkpoint_of_another(commands: Commands, prepared: Path, tmp_path: Path) -> None:
+    """A decay of its own, after the stable part of another run: the same as if that had been shorter."""
+    stable = [
+        "optimizer.schedule=wsd",
+        "optimizer.decay_steps=2",
+        "optimizer.warmup_steps=1",
+        "train.keep_checkpoints=9",
+    ]
+    assert train(short(commands, prepared, tmp_path / "long", *stable, "train.steps=9")) == 0
+    assert train(short(commands, prepared, tmp_path / "whole", *stable, "train.steps=5")) == 0
+    start = f"run.start_from={tmp_path}/long/checkpoints/step-00000003"
+    assert train(short(commands, prepared, tmp_path / "branch", *stable, "train.steps=5", start)) == 0
+    whole = curve(tmp_path / "whole")
+    assert curve(tmp_path / "branch") == {step: whole[step] for step in (4, 5)}
+    assert curve(tmp_path / "long")[5] != whole[5]
+    for wrong, why in (("x", "is no checkpoint"), ("checkpoints/step-00000007", "step-00000007: No such file")):
+        with pytest.raises(UserError, match=why):
+            train(short(commands, prepared, tmp_path / wrong, f"run.start_from={tmp_path}/long/{wrong}"))
+
+
+def test_tokens_are_counted_as_they_were(commands: Commands, prepared: Path, tmp_path: Path) -> None:
+    assert train(short(commands, prepared, tmp_path, "train.steps=3", "train.batch_size=4")) == 0
+    assert train(short(commands, prepared, tmp_path, "train.batch_size=16")) == 0
+    assert result_of(tmp_path)["tokens"] == 32 * (3 * 4 + 3 * 16)
+
+
+def test_one_run_at_a_time_in_a_folder(commands: Commands, prepared: Path, tmp_path: Path) -> None:
+    with (tmp_path / "lock").open("w") as other:
+        other.write("process 7 on n9")
+        other.flush()
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match=f"run.dir {tmp_path} is in use by process 7 on n9: wait"):
+            train(short(commands, prepared, tmp_path))
+        assert [path.name for path in tmp_path.iterdir()] == ["lock"]
+    assert train(short(commands, prepared, tmp_path, "train.steps=1")) == 0
+
+
+@pytest.mark.parametrize("name", ["a/b", "a:b", "a@b", "a?b", "o'brien", 'a"b', " a", "a ", "a\nb", "x" * 300])
+def test_names_that_no_registry_takes_are_refused_before_the_training(commands: Commands, name: str) -> None:
+    with pytest.raises(UserError, match=r"^run.model_name is .*: expected letters"):
+        load(str(commands.folder / "test.yaml"), [f"run.model_name={json.dumps(name)}"])
+
+
+@pytest.mark.parametrize("alias", ["v1", "V12", "latest", "Latest", "a b", "a/b", ""])
+def test_aliases_that_no_registry_takes_are_refused_before_the_training(commands: Commands, alias: str) -> None:
+    with pytest.raises(UserError, match=r"^run.alias is .*: expected letters"):
+        load(str(commands.folder / "test.yaml"), [f"run.alias={json.dumps(alias)}"])
+    for good in ("champion", "v1b", "latest-1", "x_2"):
+        assert load(str(commands.folder / "test.yaml"), [f"run.alias={good}"]).run.alias == good
+
+
+def test_a_model_is_chosen_by_name_on_the_command_line_as_in_the_file(commands: Commands) -> None:
+    for name in ("tiny-moe", "ictx-1b-128k"):
+        chosen = load("pretrain/tiny.yaml", ["model.rope_theta=77", f"model={name}"])
+        assert (chosen.run.model_name, chosen.model.rope_theta) == (f"ictx-{name}", 77)
+        assert (chosen.model.moe is not None, chosen.data.vocab_size) == ("moe" in name, chosen.model.vocab_size)
+    with pytest.raises(UserError, match=r"model/nothing.yaml is neither here"):
+        load("pretrain/tiny.yaml", ["model=nothing"])
+
+
+FULL = """
+import resource, sys
+from pathlib import Path
+from ictx.track.records import MetricsFile
+
+path = Path(sys.argv[1])
+metrics = MetricsFile(path, 0)
+metrics.append({"step": 1})
+limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 5, limits[1]))
+for step in (2, 3):
+    metrics.append({"step": step})
+assert path.read_text() == '{"step": 1}\\n', "no part of a line"
+resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+metrics.append({"step": 4})
+assert [record["step"] for record in metrics.after(0)] == [1, 2, 3, 4]
+"""
+
+
+def test_a_full_disk_costs_no_record(tmp_path: Path) -> None:
+    ended = subprocess.run([sys.executable, "-c", FULL, tmp_path / "metrics.jsonl"], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    assert re.fullmatch(f"cannot write {tmp_path}/metrics.jsonl: .*: records wait\n", ended.stdout), "once"
+
+
+def test_a_checkpoint_that_cannot_be_written_does_not_stop_the_run(
+    commands: Commands,
+    prepared: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    publish, count = checkpoint._publish, iter(range(1, 100))
+
+    def full(draft: Path, *rest: Any) -> None:
+        if next(count) == 2:
+            raise OSError(28, "No space left on device")
+        publish(draft, *rest)
+
+    monkeypatch.setattr(checkpoint, "_publish", full)
+    assert train(short(commands, prepared, tmp_path, "train.checkpoint_every=2", "train.keep_checkpoints=1")) == 0
+    out = capsys.readouterr().out
+    assert (
+        "step-00000004: [Errno 28] No space left on device: training goes on, the last checkpoint is of step 2" in out
+    )
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000006"]
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(
+    commands: Commands, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is saved is the state of its step, and the checkpoint before stays until it is complete."""
+    publish, steps, again = checkpoint._publish, threading.Event(), tmp_path / "again"
+
+    def slow(draft: Path, final: Path, *rest: Any) -> None:
+        if final.name == "step-00000004":
+            assert [path.name for path in final.parent.glob("step-????????")] == ["step-00000002"]
+            assert steps.wait(60)
+        publish(draft, final, *rest)
+        if final.name == "step-00000004":
+            shutil.copytree(final, again / "checkpoints" / final.name)
+
+    class Journal(run.Journal):
+        def record(self, record: Any) -> None:
+            super().record(record)
+            if record["step"] == 5:
+                steps.set()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "_publish", slow)
+        patch.setattr(run, "Journal", Journal)
+        wanted = ["train.checkpoint_every=2", "train.keep_checkpoints=1"]
+        assert train(short(commands, prepared, tmp_path / "whole", *wanted)) == 0
+    assert steps.is_set()
+    assert train(short(commands, prepared, again)) == 0
+    whole, resumed = curve(tmp_path / "whole"), curve(again)
+    assert result_of(again)["resumed_from_step"] == 4
+    assert {step: resumed[step] for step in (5, 6)} == {step: whole[step] for step in (5, 6)}
+
+
+def test_steps_are_traced(commands: Commands, prepared: Path, tmp_path: Path) -> None:
+    assert train(short(commands, prepared, tmp_path, "train.profile=1")) == 0
+    assert [path.name for path in (tmp_path / "profile").iterdir()] == ["rank-00000.json.gz"]
