@@ -66,6 +66,7 @@ def exposed(lab: Lab) -> Iterator[tuple[str, str, str]]:
     names = [
         submit(lab, "mallory", "", "--hold", f'--job-name="$(printf "{name}")"') for name in (forged, r"\\377\\033[31m")
     ]
+    names.append(submit(lab, "mallory", "", "--hold", "--array=0-899", "--job-name=$(printf %0100000d 0)"))
     jobs = f"{honest},{evil}"
     try:
         wait_for("the jobs' end", lambda: not lab.run("ctl", f"squeue --noheader --jobs={jobs}").stdout, 300)
@@ -82,7 +83,7 @@ def exposed(lab: Lab) -> Iterator[tuple[str, str, str]]:
 
 @pytest.mark.attack(
     "H5",
-    "her jobs write links, FIFOs, 10,000 brackets, half characters; their names have newlines and no UTF-8",
+    "her jobs write links, FIFOs, 10,000 brackets, half characters; their names are long, with newlines, no UTF-8",
     before="all metrics of SLURM gone, or slurm_up 0; memory until the exporter was killed",
     now="slurm_up stays 1, researcher's metrics are there, what cannot be used is counted",
 )

@@ -151,6 +151,14 @@ def test_the_mark_is_another_one_in_each_run_and_in_no_command_line(monkeypatch:
     assert len(seen) == 2
 
 
+def test_names_that_users_choose_are_cut_by_squeue() -> None:
+    assert {field for field in slurm.JOB_FIELDS if field[-1] in "Pj"} == {"%128P", "%128j"}
+    (job,) = slurm.jobs_of(
+        PROGRAM.declared(), squeue(f"7|7|ann|2001|{'a,b'.ljust(128)}|RUNNING|1|0|0|None|n1|a b   "), MARK
+    )
+    assert (job.partition, job.name) == ("a,b", "a b")
+
+
 def accounts(*lines: str) -> Any:
     """Returns the metrics of lines of sacct."""
     metrics = PROGRAM.declared()

@@ -21,7 +21,8 @@ from .metrics import Metrics, Sample
 FIT = ("idle", "mixed", "allocated", "completing", "planned", "reserved")
 NODE_COLUMNS = {"NodeList": 64, "StateLong": 32, "CPUsState": 32, "Memory": 24, "AllocMem": 24}
 NODE_COLUMNS |= {"Gres": 128, "GresUsed": 128, "Timestamp": 32, "Reason": 128}
-JOB_FIELDS = ["%i", "%A", "%u", "%U", "%P", "%T", "%D", "%V", "%S", "%r", "%N", "%j"]
+# Users choose the length of names: what squeue prints of them for an array of 1,000 jobs would take all of our memory.
+JOB_FIELDS = ["%i", "%A", "%u", "%U", "%128P", "%T", "%D", "%V", "%S", "%r", "%N", "%128j"]
 ACCOUNT_FIELDS = ["User", "UID", "Account", "State", "ElapsedRaw", "CPUTimeRAW", "AllocTRES", "JobIDRaw", "End"]
 # Jobs of each user that have series of their own; all are in the sums.
 JOBS_PER_USER = 500
@@ -182,7 +183,9 @@ class Job:
             f"{mark},"
         )
         times = number(nodes), number(submitted), number(start)
-        return cls(label, number_, user, int(uid), partition, state, *times, reason, where, name)
+        return cls(
+            label, number_, user, int(uid), partition.rstrip(" "), state, *times, reason, where, name.rstrip(" ")
+        )
 
 
 def jobs_of(metrics: Metrics, text: str, mark: str) -> list[Job]:
