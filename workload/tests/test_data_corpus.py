@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from ictx.data.config import DataConfig
 from ictx.data.corpus import Corpus, Document, Seen
+from ictx.data.skipped import Skipped
 from ictx.errors import UserError
 
 CONFIG = DataConfig(min_bytes=0)
@@ -55,7 +56,6 @@ def mixed(tmp_path: Path) -> Path:
         folder / "lines.jsonl", {"text": "line 1"}, {"text": "line 2", "more": 1}, {"text": "plain"}, {"text": ""}
     )
     write_lines(folder / "more.jsonl.gz", {"text": "gzipped line"})
-    write_lines(folder / "other.jsonl", {"event": "no document"})
     write_table(folder / "rows.parquet", ["row 1", None, "row 2", "line 1", "row 3"])
     write_table(folder / "numbers.parquet", ["x"], column="name")
     return folder
@@ -68,7 +68,6 @@ def test_everything_that_is_text_is_read_once_in_the_order_of_names(mixed: Path)
         "line 1",
         "line 2",
         "gzipped line",
-        '{"event": "no document"}\n',
         "packed ünïcode 🎉\n",
         "row 1",
         "row 2",
@@ -79,8 +78,31 @@ def test_everything_that_is_text_is_read_once_in_the_order_of_names(mixed: Path)
 
 def test_a_pass_counts_what_it_found(mixed: Path) -> None:
     found = Corpus([str(mixed)], CONFIG).scan()
-    assert (found.documents, found.repeated) == (11, 3)
+    assert (found.documents, found.repeated) == (10, 3)
     assert found.bytes == sum(len(text.encode()) for text in texts(mixed))
+
+
+def test_what_is_skipped_is_counted_and_named(mixed: Path) -> None:
+    (mixed / "zz").symlink_to("nowhere")
+    write_table(mixed / "more.parquet", [None, "x", None])
+    for number in range(7):
+        (mixed / f"y{number}").write_bytes(b"\xe9")
+    assert sorted(Corpus([str(mixed)], CONFIG).scan().skipped.lines()) == [
+        f"skipped 1 file (binary): {mixed}/table.bin",
+        f"skipped 1 file (cannot be opened: No such file or directory): {mixed}/zz",
+        f"skipped 1 file (damaged: Unknown compression method): {mixed}/broken.gz",
+        f"skipped 1 file (no column 'text' of text (data.text_field)): {mixed}/numbers.parquet",
+        f"skipped 1 folder (of a program's own): {mixed}/below/__pycache__",
+        f"skipped 3 rows (without text): {mixed}/more.parquet, {mixed}/rows.parquet",
+        f"skipped 8 files (not UTF-8): {mixed}/image.png, "
+        + ", ".join(f"{mixed}/y{number}" for number in range(4))
+        + " and 3 more",
+    ]
+    only = mixed / "only"
+    only.mkdir()
+    (only / "image.png").write_bytes(b"\x89PNG\xff\xfe")
+    with pytest.raises(UserError, match=r"is empty: it holds no text \(skipped 1 file \(not UTF-8\): .*/image.png\)"):
+        texts(only)
 
 
 def test_sources_that_overlap_are_read_once(mixed: Path) -> None:
@@ -108,9 +130,10 @@ def test_long_documents_are_cut_and_nothing_is_lost(
 ) -> None:
     folder = tmp_path_factory.mktemp("long")
     config = DataConfig(min_bytes=0, longest_document=longest)
-    (folder / "a.txt").write_text(text.replace("\0", "0"), newline="")
-    found = [document.text for document, _ in Corpus([str(folder)], config)._all(Everything())]
-    assert "".join(found) == text.replace("\0", "0")
+    text = text.replace("\0", "0").replace("\ufeff", "0")
+    (folder / "a.txt").write_text(text, newline="")
+    found = [document.text for document, _ in Corpus([str(folder)], config)._all(Everything(), Skipped())]
+    assert "".join(found) == text
     assert all(len(part) == longest for part in found[:-1])
 
 
@@ -167,7 +190,7 @@ def test_files_that_were_asked_for_are_refused_by_name(tmp_path: Path) -> None:
     image.write_bytes(b"\x89PNG\xff\xfe")
     for path, message in {
         lines: "line 2 is no JSON object with text in 'text'",
-        table: "has no column 'text'",
+        table: "cannot be read as text: no column 'text' of text",
         broken: "is damaged: ",
         cut: "is damaged: ",
         image: "cannot be read as text: ",

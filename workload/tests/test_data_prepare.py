@@ -22,14 +22,15 @@ from ictx.cli import main
 from ictx.data import encode
 from ictx.data.config import DataConfig
 from ictx.data.corpus import Corpus, Document
+from ictx.data.loader import Stream
 from ictx.data.prepare import prepare
 from ictx.data.progress import Progress
-from ictx.data.shards import TokenArray, verify
+from ictx.data.shards import SplitName, TokenArray, verify
 from ictx.data.tokenizer import END_OF_TEXT
 from ictx.errors import UserError
 
 CONFIG = DataConfig(vocab_size=VOCABULARY, min_bytes=100_000, validation_share=0.1)
-SPLITS = ("train", "validation")
+SPLITS: tuple[SplitName, ...] = ("train", "validation")
 
 
 def meta_of(directory: Path) -> dict[str, Any]:
@@ -291,6 +292,19 @@ def test_files_that_are_missing_or_have_another_length_are_refused_at_once(prepa
         TokenArray.open(broken, "train")
 
 
+def test_a_token_beyond_the_vocabulary_is_named(prepared: Path, tmp_path: Path) -> None:
+    broken = shutil.copytree(prepared.resolve(), tmp_path / "broken")
+    for split in SPLITS:
+        path = broken / f"{split}-00000.bin"
+        path.write_bytes(b"\xff\xff" + path.read_bytes()[2:])
+        data = TokenArray.open(broken, split)
+        message = f"{broken} holds token 65535, but its vocabulary has {VOCABULARY} entries: prepare it again"
+        with pytest.raises(UserError, match=message):
+            data.window(0, 10)
+        with pytest.raises(UserError, match=message):
+            Stream(data, 10, 0).read(0, len(data))
+
+
 @pytest.mark.parametrize("name", ["train-00000.bin", "validation-00000.idx", "tokenizer.json", "tokenizer_config.json"])
 def test_a_single_bit_that_is_wrong_is_found(
     prepared: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -346,6 +360,7 @@ import resource, sys
 from pathlib import Path
 from ictx.data import encode
 from ictx.data.config import DataConfig
+from ictx.data.loader import Stream
 from ictx.data.prepare import prepare
 encode.BATCH = 1 << 17  # as on two cores: with many, a small corpus is not enough to fill the batches
 prepare([sys.argv[1]], Path(sys.argv[2]), DataConfig(min_bytes=1, tokenizer=Path(sys.argv[3]), vocab_size=512))

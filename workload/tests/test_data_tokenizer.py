@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jinja2.exceptions import TemplateError
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ictx.data import encode
@@ -92,6 +92,28 @@ def test_documents_keep_their_order_whatever_their_lengths(tokenizer: Tokenizer)
     assert [document.text for document, _ in result] == texts
     for text, (_, tokens) in zip(texts, result, strict=True):
         assert tokens.tolist() == [*tokenizer.encode(text).ids, 0]
+
+
+def test_what_begins_a_text_begins_documents_and_not_their_pieces(
+    prepared: Path, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    given = Tokenizer.from_str(tokenizer.to_str())
+    special = [("<|reserved_0|>", 4), (END_OF_TEXT, 0), ("<|reserved_1|>", 5)]
+    given.post_processor = processors.TemplateProcessing("<|reserved_0|> $A <|reserved_1|>", special_tokens=special)
+    # What a call of transformers with `truncation=True, max_length=8, padding="max_length"` leaves in the file.
+    given.enable_truncation(8)
+    given.enable_padding(length=8)
+    given.save(str(tmp_path / "tokenizer.json"))
+    read, long = load_tokenizer(tmp_path, 512), "word ünd " * 10_000
+    assert len(long) > 5 * encode.PIECE
+    [(_, tokens), (_, short)] = encoded(read, [Document.of(long), Document.of("x")], U2)
+    body = tokenizer.encode(long).ids
+    assert tokens.tolist() == [4, *body, 5, 0]
+    assert short.tolist() == [4, *tokenizer.encode("x").ids, 5, 0]
+    # An end of the tokenizer's own is not put before ours.
+    read.post_processor = processors.TemplateProcessing(f"{END_OF_TEXT} $A {END_OF_TEXT}", special_tokens=special)
+    [(_, tokens)] = encoded(read, [Document.of("x")], U2)
+    assert tokens.tolist() == [0, *tokenizer.encode("x").ids, 0]
 
 
 def test_numbers_and_indentation_are_cut_the_same_way_everywhere(tokenizer: Tokenizer) -> None:

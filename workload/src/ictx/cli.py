@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import signal
 import sys
@@ -34,6 +35,9 @@ def parser() -> argparse.ArgumentParser:
 def main() -> int:
     """Runs the command line."""
     arguments = parser().parse_args()
+    # Paths need not be UTF-8: whoever reads them gets the bytes that they have.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")
     try:
         status = exit_status(lambda: int(arguments.run(arguments)))
         sys.stdout.flush()

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from ictx.data.config import DataConfig
 from ictx.data.progress import Progress
+from ictx.data.skipped import Skipped
 from ictx.data.sources import source
 from ictx.errors import UserError
 
@@ -73,6 +74,8 @@ class Summary:
     """UTF-8 bytes of all distinct documents."""
     fingerprint: str
     """SHA-256 over the documents: the same text has the same fingerprint wherever it lies."""
+    skipped: Skipped
+    """What was not read."""
 
 
 class Corpus:
@@ -86,14 +89,14 @@ class Corpus:
     def documents(self) -> Iterator[Document]:
         """Yields each document once."""
         seen = Seen()
-        yield from (document for document, new in self._all(seen) if new)
+        yield from (document for document, new in self._all(seen, Skipped()) if new)
 
     def scan(self) -> Summary:
         """Reads everything once. Raises UserError naming a source that is empty, or a corpus that is too small."""
         documents = repeated = size = 0
-        fingerprint = hashlib.sha256()
+        fingerprint, skipped = hashlib.sha256(), Skipped()
         with Progress("reading the corpus") as progress:
-            for document, new in self._all(Seen()):
+            for document, new in self._all(Seen(), skipped):
                 progress.add(document.bytes)
                 if not new:
                     repeated += 1
@@ -104,18 +107,20 @@ class Corpus:
             names = ", ".join(str(source) for source in self.sources)
             raise UserError(
                 f"{names} has {size:,} bytes of text: at least {self.config.min_bytes:,} are asked for (data.min_bytes)"
+                + "".join(f"; {line}" for line in skipped.lines())
             )
-        return Summary(documents, repeated, size, fingerprint.hexdigest())
+        return Summary(documents, repeated, size, fingerprint.hexdigest(), skipped)
 
-    def _all(self, seen: Seen) -> Iterator[tuple[Document, bool]]:
-        """Yields every document, and whether it is new."""
+    def _all(self, seen: Seen, skipped: Skipped) -> Iterator[tuple[Document, bool]]:
+        """Yields every document, and whether it is new; counts what is skipped."""
         for each in self.sources:
             empty = True
-            for text in each.texts(self.config):
+            for text in each.texts(self.config, skipped):
                 for start in range(0, len(text), self.config.longest_document):
                     piece = text[start : start + self.config.longest_document]
                     document = Document.of(piece)
                     empty = False
                     yield document, seen.add(document.digest)
             if empty:
-                raise UserError(f"{each} is empty: it holds no text (UTF-8, plain or gzipped; JSON lines, Parquet)")
+                why = "; ".join(skipped.lines()) or "UTF-8 is expected, plain or compressed, JSON lines, or Parquet"
+                raise UserError(f"{each} is empty: it holds no text ({why})")

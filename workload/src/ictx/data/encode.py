@@ -13,6 +13,7 @@ import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from ictx.data.corpus import Document
+from ictx.data.tokenizer import added_around
 
 # Characters that one core encodes at a time.
 PIECE = 1 << 14
@@ -29,15 +30,20 @@ def encoded(
 ) -> Iterator[tuple[Document, Tokens]]:
     """Yields each document with its tokens, an array of shape (tokens,); token 0 is their last.
 
-    What looks like a special token in a text is text.
+    What looks like a special token in a text is text. What the tokenizer puts around a text, such as a token for its
+    beginning, is around the document, as transformers has it, and not around each piece.
     """
+    before, behind = added_around(tokenizer)
+    if behind[-1:] == [0]:
+        behind = behind[:-1]
     tokenizer.encode_special_tokens = True
-    parts: list[Tokens] = []
+    first, last = np.array(before, dtype), np.array([*behind, 0], dtype)
+    parts = [first]
     for tokens, document in _tokens(tokenizer, _pieces(documents), dtype):
         parts.append(tokens)
         if document is not None:
-            yield document, np.concatenate([*parts, np.zeros(1, dtype)])
-            parts.clear()
+            yield document, np.concatenate([*parts, last])
+            parts = [first]
 
 
 def cut(text: str) -> list[str]:
@@ -90,7 +96,9 @@ def _tokens(
     """Yields the tokens of each piece. The library's own threads do the work; ours wait for them."""
 
     def encode(texts: list[str]) -> list[Tokens]:
-        return [np.array(encoding.ids, dtype) for encoding in tokenizer.encode_batch_fast(texts)]
+        return [
+            np.array(encoding.ids, dtype) for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        ]
 
     waiting: deque[tuple[list[tuple[str, Document | None]], Future[list[Tokens]]]] = deque()
 

@@ -118,6 +118,7 @@ class Stream:
                 filled, place = filled + taken, place + taken
                 if filled == count:
                     break
+        self.data.require_known(tokens)
         return tokens, np.array(lengths, np.int64)
 
     def _shards(self, epoch: int) -> tuple[Integers, Integers]:

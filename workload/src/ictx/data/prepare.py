@@ -23,10 +23,12 @@ from ictx.data.corpus import Corpus, Summary
 from ictx.data.encode import encoded
 from ictx.data.progress import Progress
 from ictx.data.shards import FORMAT, META_FILE, SPLITS, SplitWriter, verify
+from ictx.data.skipped import printable
 from ictx.data.tokenizer import (
     END_OF_TEXT,
     SPECIAL_TOKENS,
     TOKENIZER_FILES,
+    added_around,
     load_tokenizer,
     save_tokenizer,
     train_tokenizer,
@@ -52,10 +54,10 @@ def prepare(sources: Sequence[str | Path], out: Path, config: DataConfig) -> Pat
     start = time.monotonic()
     given = load_tokenizer(config.tokenizer, config.vocab_size) if config.tokenizer else None
     names = [str(source) for source in sources]
-    print(f"reading {', '.join(names)}", flush=True)
+    print(f"reading {', '.join(map(printable, names))}", flush=True)
     corpus = Corpus(names, config)
     found = corpus.scan()
-    chosen = hashlib.sha256(given.to_str().encode()).hexdigest() if given else None
+    chosen = hashlib.sha256(described(given).encode()).hexdigest() if given else None
     identity = [found.fingerprint, config.identity(), chosen, FORMAT]
     fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
     name = fingerprint[:16]
@@ -64,6 +66,8 @@ def prepare(sources: Sequence[str | Path], out: Path, config: DataConfig) -> Pat
         f"({found.repeated:,} were there twice)",
         flush=True,
     )
+    for line in found.skipped.lines():
+        print(line, flush=True)
     _remove_stale(out)
     if held := _held(out, name, fingerprint, config):
         print(f"{held} holds this corpus already: nothing to do", flush=True)
@@ -97,6 +101,12 @@ def prepare(sources: Sequence[str | Path], out: Path, config: DataConfig) -> Pat
         flush=True,
     )
     return directory
+
+
+def described(tokenizer: Tokenizer) -> str:
+    """Returns what tells a tokenizer from others; one that puts tokens around texts once put them around pieces."""
+    around = added_around(tokenizer)
+    return str(tokenizer.to_str()) + (repr(around) if any(around) else "")
 
 
 def _held(out: Path, name: str, fingerprint: str, config: DataConfig) -> Path | None:

@@ -98,6 +98,8 @@ class TokenArray:
 
     shards: Sequence[Shard]
     meta: dict[str, Any]
+    directory: Path = Path()
+    """Where it lies."""
 
     @classmethod
     def open(cls, directory: Path, split: SplitName) -> TokenArray:
@@ -109,7 +111,7 @@ class TokenArray:
             tokens = _mapped(directory / f"{entry['name']}.bin", dtype, entry["tokens"], "tokens")
             ends = _mapped(directory / f"{entry['name']}.idx", INDEX_TYPE, entry["documents"], "documents")
             shards.append(Shard(tokens, ends))
-        return cls(shards, meta)
+        return cls(shards, meta, directory)
 
     def __len__(self) -> int:
         return sum(len(shard.tokens) for shard in self.shards)
@@ -134,7 +136,17 @@ class TokenArray:
                 lengths.append(np.diff(shard.ends[first:last], prepend=start, append=stop))
                 missing -= stop - start
             start = max(start - len(shard.tokens), 0)
-        return np.concatenate(parts).astype(np.int64), np.concatenate(lengths)
+        tokens = np.concatenate(parts).astype(np.int64)
+        self.require_known(tokens)
+        return tokens, np.concatenate(lengths)
+
+    def require_known(self, tokens: npt.NDArray[np.int64]) -> None:
+        """Raises UserError where a token is none of the vocabulary; no checksum shows what was written like that."""
+        size = self.meta.get("vocab_size")
+        if size is not None and tokens.max() >= size:
+            raise UserError(
+                f"{self.directory} holds token {tokens.max()}, but its vocabulary has {size} entries: prepare it again"
+            )
 
 
 def read_meta(directory: Path) -> dict[str, Any]:

@@ -126,6 +126,7 @@ def load_tokenizer(directory: Path, vocab_size: int) -> Tokenizer:
     path, tokenizer = directory / TOKENIZER_FILE, read_tokenizer(directory)
     if tokenizer.get_vocab_size() != vocab_size:
         raise UserError(f"vocab_size is {vocab_size}, but {path} has {tokenizer.get_vocab_size()} entries")
+    require_fit(tokenizer, vocab_size, path)
     for number, text in enumerate(SPECIAL_TOKENS):
         if tokenizer.token_to_id(text) != number:
             raise UserError(f"{path} has token {text} as {tokenizer.token_to_id(text)}: expected {number}")

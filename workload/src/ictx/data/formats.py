@@ -1,0 +1,184 @@
+"""Documents in a file: plain text, JSON lines, Parquet; text may be compressed.
+
+The beginning of a file says how it is compressed, its name what is in it. A name without a suffix (a pipe, a blob in
+the Hugging Face cache) says nothing: there the beginning decides as well.
+"""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import io
+import json
+import lzma
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, TextIO
+
+from ictx.data.config import DataConfig
+from ictx.data.skipped import Skipped, Unreadable, printable
+from ictx.errors import UserError
+
+JSON_LINES = (".jsonl", ".ndjson")
+PARQUET, PARQUET_BEGINS = ".parquet", b"PAR1"
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+# Characters of a first line that may be a record.
+LONGEST_GUESS = 1 << 24
+
+
+def _zstd(file: IO[bytes]) -> Any:
+    # Takes a while to import; few corpora need it.
+    import pyarrow as arrow
+
+    return arrow.CompressedInputStream(file, "zstd")
+
+
+DECOMPRESS: dict[bytes, Callable[[IO[bytes]], Any]] = {
+    b"\x1f\x8b": gzip.open,
+    b"BZh": bz2.open,
+    b"\xfd7zXZ\0": lzma.open,
+    b"\x28\xb5\x2f\xfd": _zstd,
+}
+
+
+def read(file: Path, config: DataConfig, skipped: Skipped, named: bool) -> Iterator[str]:
+    """Yields the documents of a file.
+
+    Args:
+        named: whether the file was asked for by its name, and not found below a folder.
+
+    Raises Unreadable where it holds no text, and UserError where it holds text that is damaged, or records without any.
+    """
+    try:
+        kind = _kind(file, config.text_field, named)
+        if kind == "parquet":
+            yield from _parquet(file, config.text_field, skipped)
+        elif kind == "lines":
+            yield from _json_lines(file, config.text_field)
+        else:
+            yield from _plain(file, config.longest_document)
+    except (PermissionError, FileNotFoundError) as error:
+        raise Unreadable(f"cannot be opened: {error.strerror}") from error
+    except OSError as error:
+        raise UserError(f"cannot read {printable(file)}: {error.strerror or error}") from error
+
+
+def _kind(file: Path, field: str, named: bool) -> str:
+    name = file.name.lower()
+    for suffix in COMPRESSED:
+        name = name.removesuffix(suffix)
+    if name.endswith((PARQUET, *JSON_LINES)):
+        return "parquet" if name.endswith(PARQUET) else "lines"
+    if "." in name:
+        return "plain"
+    with file.open("rb") as raw:
+        if raw.read(len(PARQUET_BEGINS)) == PARQUET_BEGINS:
+            return "parquet"
+    try:
+        with _opened(file) as stream:
+            record = _record(next(_lines(stream), ""))
+    except (Unreadable, UnicodeDecodeError):
+        return "plain"
+    # What was asked for by name is meant: a wrong field is an error then, and no reason to read it as something else.
+    return "lines" if isinstance(record, dict) and (named or isinstance(record.get(field), str)) else "plain"
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[TextIO]:
+    """Opens a text, compressed or not; ends of lines stay as they are. What is damaged raises Unreadable."""
+    with file.open("rb") as raw:
+        begins = raw.peek(8)
+        opener = next((opener for magic, opener in DECOMPRESS.items() if begins.startswith(magic)), None)
+        try:
+            with opener(raw) if opener else raw as content:
+                yield io.TextIOWrapper(content, encoding="utf-8-sig", newline="")
+        except (EOFError, zlib.error, lzma.LZMAError) as error:
+            raise Unreadable(f"damaged: {error}") from error
+        except OSError as error:
+            # Of a disk it has a number, of a decompressor none.
+            if error.errno is not None:
+                raise
+            raise Unreadable(f"damaged: {error}") from error
+
+
+def _plain(file: Path, longest: int) -> Iterator[str]:
+    """Yields a text in pieces of at most `longest` characters."""
+    length = 0
+    try:
+        with _opened(file) as stream:
+            while text := stream.read(longest):
+                if "\0" in text:
+                    raise Unreadable("binary")
+                length += len(text)
+                yield text
+    except (Unreadable, UnicodeDecodeError) as error:
+        reason = "not UTF-8" if isinstance(error, UnicodeDecodeError) else str(error)
+        raise Unreadable(f"{reason}, from character {length:,} on" if length else reason) from error
+
+
+def _lines(stream: TextIO) -> Iterator[str]:
+    """Yields the first lines that are not blank, without the marks that files which were put together keep."""
+    while line := stream.readline(LONGEST_GUESS):
+        if line := line.strip("\ufeff \t\r\n"):
+            yield line
+
+
+def _record(line: str) -> Any:
+    """Returns what a line of JSON holds, or None."""
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _json_lines(file: Path, field: str) -> Iterator[str]:
+    number = 0
+    try:
+        with _opened(file) as stream:
+            for number, line in enumerate(stream, 1):
+                if not (line := line.strip("\ufeff \t\r\n")):
+                    continue
+                record = _record(line)
+                text = record.get(field) if isinstance(record, dict) else None
+                if not isinstance(text, str):
+                    raise UserError(
+                        f"{printable(file)} line {number} is no JSON object with text in {field!r} (data.text_field)"
+                    )
+                yield text
+    except (Unreadable, UnicodeDecodeError) as error:
+        raise UserError(f"{printable(file)} is damaged: after line {number}: {error}") from error
+
+
+def _parquet(file: Path, field: str, skipped: Skipped) -> Iterator[str]:
+    # Takes a while to import; few corpora need it.
+    import pyarrow as arrow
+    import pyarrow.parquet as parquet
+
+    empty = broken = 0
+    try:
+        with parquet.ParquetFile(file, pre_buffer=False) as table:
+            schema = table.schema_arrow
+            kind = schema.field(field).type if field in schema.names else arrow.null()
+            kind = kind.value_type if arrow.types.is_dictionary(kind) else kind
+            if kind not in (arrow.string(), arrow.large_string(), arrow.string_view()):
+                raise Unreadable(f"no column {field!r} of text (data.text_field)")
+            for rows in table.iter_batches(batch_size=64, columns=[field]):
+                # As bytes: one string that is not UTF-8 must not cost the others.
+                for content in rows.column(0).cast(arrow.large_binary()).to_pylist():
+                    if not content:
+                        empty += 1
+                        continue
+                    try:
+                        text = content.decode()
+                    except UnicodeDecodeError:
+                        broken += 1
+                        continue
+                    yield text
+    except (arrow.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise UserError(f"{printable(file)} is damaged: {str(error).splitlines()[0]}") from error
+    skipped.add(file, "row", "without text", empty)
+    skipped.add(file, "row", "not UTF-8", broken)

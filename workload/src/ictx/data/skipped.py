@@ -1,0 +1,46 @@
+"""What of a corpus is not read, and why: counted and named, so that nothing is left out in silence."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+# Names that a line gives; of the others it gives the number.
+NAMED = 5
+
+
+def printable(name: str | Path) -> str:
+    """Returns a path for a message: names on disk may hold line ends, and bytes that are no UTF-8."""
+    text = str(name)
+    return text if text.isprintable() else ascii(text)
+
+
+class Unreadable(Exception):
+    """A file that holds no text that can be read; the message is the reason."""
+
+
+class Skipped:
+    """Counts what is left out, in memory that does not grow."""
+
+    def __init__(self) -> None:
+        self.counts = Counter[tuple[str, str]]()
+        self._names = defaultdict[tuple[str, str], list[str]](list)
+        self._others = Counter[tuple[str, str]]()
+
+    def add(self, name: str | Path, unit: str, why: str, count: int = 1) -> None:
+        """Counts `count` of a unit (`file`, `row`), found under a name, that are left out for a reason."""
+        if not count:
+            return
+        key = unit, why
+        self.counts[key] += count
+        if len(self._names[key]) < NAMED:
+            self._names[key].append(printable(name))
+        else:
+            self._others[key] += 1
+
+    def lines(self) -> Iterator[str]:
+        """Yields a line for each reason."""
+        for key, count in self.counts.items():
+            (unit, why), others = key, f" and {self._others[key]:,} more" if self._others[key] else ""
+            yield f"skipped {count:,} {unit}{'s'[: count > 1]} ({why}): {', '.join(self._names[key])}{others}"
