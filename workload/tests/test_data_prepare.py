@@ -22,10 +22,10 @@ from ictx.cli import main
 from ictx.data import encode
 from ictx.data.config import DataConfig
 from ictx.data.corpus import Corpus, Document
-from ictx.data.loader import Stream
 from ictx.data.prepare import prepare
 from ictx.data.progress import Progress
 from ictx.data.shards import SplitName, TokenArray, verify
+from ictx.data.stream import Stream
 from ictx.data.tokenizer import END_OF_TEXT
 from ictx.errors import UserError
 
@@ -360,7 +360,6 @@ import resource, sys
 from pathlib import Path
 from ictx.data import encode
 from ictx.data.config import DataConfig
-from ictx.data.loader import Stream
 from ictx.data.prepare import prepare
 encode.BATCH = 1 << 17  # as on two cores: with many, a small corpus is not enough to fill the batches
 prepare([sys.argv[1]], Path(sys.argv[2]), DataConfig(min_bytes=1, tokenizer=Path(sys.argv[3]), vocab_size=512))

@@ -153,6 +153,8 @@ NAMES = st.sampled_from(
         "data.tokenizer",
         "data.trusted_owners",
         "data.trusted_dirs",
+        "data.mix",
+        "data.long_documents",
         "data.vocab_size",
         "run",
         "run.dir",

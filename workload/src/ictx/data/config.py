@@ -2,17 +2,49 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ictx.data.tokenizer import SMALLEST_VOCABULARY
+from ictx.errors import UserError
 
 
 def _trusted_dirs() -> tuple[Path, ...]:
     """Returns the folders that whoever started the container, and sees their owners, found to be root's."""
     return tuple(map(Path, filter(None, os.environ.get("ICTX_TRUSTED_DATA", "").split(":"))))
+
+
+@dataclass(frozen=True)
+class MixedCorpus:
+    """Prepared data among others."""
+
+    dir: Path | None = None
+    """Its folder; data.dir unless given."""
+    weight: float = 1.0
+    """Tokens of it that are trained on, in proportion to the other corpora's weights, whatever their sizes are."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.weight < math.inf:
+            raise ValueError(f"weight is {self.weight}: expected more than 0")
+
+
+@dataclass(frozen=True)
+class LongDocuments:
+    """How much more often long documents are read than others (arXiv:2402.10171, section 3: within each corpus)."""
+
+    tokens: int
+    """A document of at least so many tokens is long."""
+    weight: float
+    """Tokens of long documents in proportion to what they are of the corpus: 5 reads them five times as often."""
+
+    def __post_init__(self) -> None:
+        if not 1 < self.tokens < 1 << 62:
+            raise ValueError(f"tokens is {self.tokens}: expected more than 1")
+        if not 0 < self.weight < math.inf:
+            raise ValueError(f"weight is {self.weight}: expected more than 0")
 
 
 @dataclass(frozen=True)
@@ -41,6 +73,10 @@ class DataConfig:
     """Read data sets of the Hub over the network at each of the three passes, instead of downloading them first."""
     dir: Path | None = None
     """Prepared data (training only)."""
+    mix: tuple[MixedCorpus, ...] = ()
+    """Prepared data of several folders with one tokenizer, each with a weight (training only)."""
+    long_documents: LongDocuments | None = None
+    """Long documents are read more often than others, or less (training only)."""
     trusted_owners: tuple[int, ...] = ()
     """Numbers of users whose prepared data is used, besides one's own and root's."""
     trusted_dirs: tuple[Path, ...] = field(default_factory=_trusted_dirs)
@@ -60,6 +96,22 @@ class DataConfig:
         for name in ("longest_document", "tokenizer_bytes", "shard_bytes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: expected 1 or more")
+
+    @property
+    def dirs(self) -> list[Path]:
+        """Folders of prepared data, in the order of `weights`. Raises UserError where one is not known."""
+        found = [corpus.dir or self.dir for corpus in self.mix] if self.mix else [self.dir]
+        known = [path for path in found if path]
+        if len(known) < len(found):
+            raise UserError("data.dir is needed: --set data.dir=FOLDER")
+        if self.dir and self.dir not in known:
+            raise UserError("data.dir is given, but each corpus of data.mix has a dir: leave one of them out")
+        return known
+
+    @property
+    def weights(self) -> list[float]:
+        """Weights of the corpora; together they need not be 1."""
+        return [corpus.weight for corpus in self.mix] or [1.0]
 
     def identity(self) -> dict[str, Any]:
         """Returns the settings that the tokens depend on, once the documents are known."""

@@ -12,7 +12,8 @@ import os
 import re
 import sys
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -90,6 +91,22 @@ class Shard:
     """All tokens, shape (tokens,)."""
     ends: npt.NDArray[np.int64]
     """Where each document ends, shape (documents,)."""
+    lengths: range | None = None
+    """Tokens of the documents that are read; all are unless given."""
+
+    @cached_property
+    def size(self) -> int:
+        """Tokens of the documents that are read."""
+        return len(self.tokens) if self.lengths is None else int(self.documents()[1].sum())
+
+    def documents(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Returns numbers and lengths of the documents that are read, each of shape (documents,)."""
+        sizes = np.diff(self.ends, prepend=0)
+        numbers = np.arange(len(sizes))
+        if self.lengths is None:
+            return numbers, sizes
+        read = (sizes >= self.lengths.start) & (sizes < self.lengths.stop)
+        return numbers[read], sizes[read]
 
 
 @dataclass(frozen=True)
@@ -114,7 +131,15 @@ class TokenArray:
         return cls(shards, meta, directory)
 
     def __len__(self) -> int:
-        return sum(len(shard.tokens) for shard in self.shards)
+        return sum(shard.size for shard in self.shards)
+
+    def __str__(self) -> str:
+        lengths = self.shards[0].lengths if self.shards else None
+        return f"{self.directory}{f' (documents of {lengths} tokens)' if lengths else ''}"
+
+    def only(self, lengths: range) -> TokenArray:
+        """Returns the documents of so many tokens, for streams; windows on the disk are of all documents."""
+        return replace(self, shards=[replace(shard, lengths=lengths) for shard in self.shards])
 
     def windows(self, length: int) -> int:
         """Returns how many windows of `length` inputs and their next tokens there are."""

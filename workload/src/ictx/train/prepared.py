@@ -13,13 +13,15 @@ from ictx.manifest import Entry, Unusable, check_files
 from ictx.train.ranks import on_all, on_first
 
 
-def checked(config: DataConfig) -> Path:
-    """Returns the folder with prepared data; every rank calls it and reads a part of the files.
+def checked(config: DataConfig) -> list[Path]:
+    """Returns the folders with prepared data; every rank calls it and reads a part of the files.
 
     Raises UserError unless they are of somebody who is trusted, and what was written.
     """
-    assert config.dir
-    directory = config.dir.resolve()
+    return [_checked(directory.resolve(), config) for directory in config.dirs]
+
+
+def _checked(directory: Path, config: DataConfig) -> Path:
 
     def files() -> dict[str, Entry]:
         try:

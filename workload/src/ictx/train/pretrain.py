@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ictx.data.loader import Batch, Batches
-from ictx.data.shards import TokenArray
+from ictx.data.mix import opened
 from ictx.errors import UserError
 from ictx.model import Transformer
 from ictx.train import run
@@ -22,15 +22,13 @@ class Pretraining:
     name, settings = "pretrain", PretrainConfig
 
     def __init__(self, config: PretrainConfig) -> None:
-        if config.data.dir is None:
-            raise UserError("data.dir is needed: --set data.dir=FOLDER")
-        self.config, self.vocabulary = config, config.data.dir
+        self.config, self.vocabulary = config, config.data.dirs[0]
 
     def batches(self, ranks: Ranks) -> Batches:
         """Returns the corpus in its order, packed. Raises UserError for one that does not fit the settings."""
         loop = self.config.train
-        folder = checked(self.config.data)
-        data, validation = TokenArray.open(folder, "train"), TokenArray.open(folder, "validation")
+        folders, corpora = checked(self.config.data), self.config.data
+        data, validation = opened(folders, corpora, "train"), opened(folders, corpora, "validation")
         if data.meta["vocab_size"] != self.config.model.vocab_size:
             raise UserError(
                 f"{self.vocabulary} was prepared with vocab_size {data.meta['vocab_size']}, but model.vocab_size is "

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 
 from ictx.data.loader import Batch
+from ictx.data.mix import Mix
 from ictx.data.shards import TokenArray
 from ictx.model import Transformer
 from ictx.model.float16 import by_layer, tracked_amax, warning
@@ -18,7 +19,7 @@ from ictx.train.ranks import Ranks
 class Validation:
     """Windows spread evenly over the validation data: the same ones each time, and at any number of ranks."""
 
-    def __init__(self, data: TokenArray, loop: LoopConfig, ranks: Ranks) -> None:
+    def __init__(self, data: TokenArray | Mix, loop: LoopConfig, ranks: Ranks) -> None:
         self.data, self.loop, self.ranks = data, loop, ranks
 
     def examine(self, model: Transformer, loss: Callable[[Transformer, Batch], Loss]) -> dict[str, float]:
