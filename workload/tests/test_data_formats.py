@@ -165,8 +165,8 @@ def test_names_that_are_not_utf_8_are_read_and_printed(commands: Commands, corpu
     arguments = ["--config", commands.folder / "test.yaml", "--corpus", folder, "--out", tmp_path / "out"]
     ended = commands.run("data", "prepare", *arguments, "--set=data.validation_share=0.5", "--set=data.seed=3")
     assert "Traceback" not in ended.err
-    assert f"reading '{tmp_path}/caf\\udce9'" in ended.out
-    with pytest.raises(UserError, match=r"corpus path .*/caf\\udce9/no.* does not exist"):
+    assert f"reading {tmp_path}/caf\\udce9" in ended.out
+    with pytest.raises(UserError, match=r"corpus path .*/caf.*/no does not exist"):
         texts(folder / "no")
 
 

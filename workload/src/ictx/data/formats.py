@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, Any, TextIO
 
 from ictx.data.config import DataConfig
-from ictx.data.skipped import Skipped, Unreadable, printable
+from ictx.data.skipped import Skipped, Unreadable
 from ictx.errors import UserError
 
 JSON_LINES = (".jsonl", ".ndjson")
@@ -62,7 +62,7 @@ def read(file: Path, config: DataConfig, skipped: Skipped, named: bool) -> Itera
     except (PermissionError, FileNotFoundError) as error:
         raise Unreadable(f"cannot be opened: {error.strerror}") from error
     except OSError as error:
-        raise UserError(f"cannot read {printable(file)}: {error.strerror or error}") from error
+        raise UserError(f"cannot read {file}: {error.strerror or error}") from error
 
 
 def _kind(file: Path, field: str, named: bool) -> str:
@@ -143,12 +143,10 @@ def _json_lines(file: Path, field: str) -> Iterator[str]:
                 record = _record(line)
                 text = record.get(field) if isinstance(record, dict) else None
                 if not isinstance(text, str):
-                    raise UserError(
-                        f"{printable(file)} line {number} is no JSON object with text in {field!r} (data.text_field)"
-                    )
+                    raise UserError(f"{file} line {number} is no JSON object with text in {field!r} (data.text_field)")
                 yield text
     except (Unreadable, UnicodeDecodeError) as error:
-        raise UserError(f"{printable(file)} is damaged: after line {number}: {error}") from error
+        raise UserError(f"{file} is damaged: after line {number}: {error}") from error
 
 
 def _parquet(file: Path, field: str, skipped: Skipped) -> Iterator[str]:
@@ -179,6 +177,6 @@ def _parquet(file: Path, field: str, skipped: Skipped) -> Iterator[str]:
     except (arrow.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
-        raise UserError(f"{printable(file)} is damaged: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{file} is damaged: {str(error).splitlines()[0]}") from error
     skipped.add(file, "row", "without text", empty)
     skipped.add(file, "row", "not UTF-8", broken)

@@ -23,7 +23,6 @@ from ictx.data.corpus import Corpus, Summary
 from ictx.data.encode import encoded
 from ictx.data.progress import Progress
 from ictx.data.shards import FORMAT, META_FILE, SPLITS, SplitWriter, verify
-from ictx.data.skipped import printable
 from ictx.data.tokenizer import (
     END_OF_TEXT,
     SPECIAL_TOKENS,
@@ -34,7 +33,7 @@ from ictx.data.tokenizer import (
     train_tokenizer,
 )
 from ictx.data.trust import trusted_files
-from ictx.errors import UserError
+from ictx.errors import UserError, printable
 from ictx.folder import sync
 from ictx.manifest import Unusable, digest
 

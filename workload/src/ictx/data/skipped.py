@@ -6,14 +6,10 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
+from ictx.errors import printable
+
 # Names that a line gives; of the others it gives the number.
 NAMED = 5
-
-
-def printable(name: str | Path) -> str:
-    """Returns a path for a message: names on disk may hold line ends, and bytes that are no UTF-8."""
-    text = str(name)
-    return text if text.isprintable() else ascii(text)
 
 
 class Unreadable(Exception):
@@ -35,7 +31,7 @@ class Skipped:
         key = unit, why
         self.counts[key] += count
         if len(self._names[key]) < NAMED:
-            self._names[key].append(printable(name))
+            self._names[key].append(printable(str(name)))
         else:
             self._others[key] += 1
 

@@ -16,7 +16,7 @@ from typing import IO
 
 from ictx.data.config import DataConfig
 from ictx.data.formats import read
-from ictx.data.skipped import Skipped, Unreadable, printable
+from ictx.data.skipped import Skipped, Unreadable
 from ictx.errors import UserError
 
 SKIPPED_FOLDERS = {"__pycache__", ".git"}
@@ -32,15 +32,15 @@ def source(name: str) -> Files | Pipe | Hub:
             kind = path.stat().st_mode
         except (OSError, ValueError) as error:
             why = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read: {error}"
-            raise UserError(f"corpus path {printable(path)} {why}") from error
+            raise UserError(f"corpus path {path} {why}") from error
         if stat.S_ISFIFO(kind):
             return Pipe(path)
         if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):
-            raise UserError(f"corpus path {printable(path)} is no file, folder or pipe")
+            raise UserError(f"corpus path {path} is no file, folder or pipe")
         return Files(path)
     parts = name[len(HUB) :].split(",")
     if not parts[0] or len(parts) > 3:
-        raise UserError(f"corpus {printable(name)}: expected {HUB}NAME, {HUB}NAME,CONFIG or {HUB}NAME,CONFIG,SPLIT")
+        raise UserError(f"corpus {name}: expected {HUB}NAME, {HUB}NAME,CONFIG or {HUB}NAME,CONFIG,SPLIT")
     dataset, config, split = [*parts, "", ""][:3]
     return Hub(dataset, config or None, split or "train")
 
@@ -52,7 +52,7 @@ class Files:
     path: Path
 
     def __str__(self) -> str:
-        return f"corpus path {printable(self.path)}"
+        return f"corpus path {self.path}"
 
     def texts(self, config: DataConfig, skipped: Skipped) -> Iterator[str]:
         """Yields the documents. Raises UserError naming a file that is damaged."""
@@ -83,7 +83,7 @@ class Pipe:
             raise UserError(f"cannot keep {self} in a temporary file (TMPDIR): {error.strerror}") from error
 
     def __str__(self) -> str:
-        return f"corpus pipe {printable(self.path)}"
+        return f"corpus pipe {self.path}"
 
     def texts(self, config: DataConfig, skipped: Skipped) -> Iterator[str]:
         """Yields the documents. Raises UserError where they are damaged."""
@@ -143,7 +143,7 @@ class Hub:
     split: str
 
     def __str__(self) -> str:
-        return f"data set {printable(self.name)}"
+        return f"data set {self.name}"
 
     def texts(self, config: DataConfig, skipped: Skipped) -> Iterator[str]:
         """Yields the documents. Raises UserError naming the data set that cannot be had."""
