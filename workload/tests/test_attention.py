@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ictx.errors import UserError
 from ictx.kernels import dispatch
+from ictx.kernels.attention import pair
 from ictx.kernels.attention.op import Packing, choice, mla_attention, operation, widths
 from ictx.kernels.attention.tuning import AttentionConfig, Tiles, attention_config
 
@@ -47,11 +48,29 @@ def agrees(given: list[Tensor], lens: list[int], config: AttentionConfig | None 
     """Runs both directions and compares."""
     q, k, v, grad = given
     out = mla_attention(q, k, v, SCALE, None if len(lens) == 1 else bounds_of(lens, q.device.type), config=config)
-    found = [out.detach(), *torch.autograd.grad(out, (q, k, v), grad)]
+    close([out.detach(), *torch.autograd.grad(out, (q, k, v), grad)], given, lens)
+    if config is None:
+        bounds = bounds_of(lens, q.device.type)
+        packing = Packing.of_rows(1, lens[0], q.device) if len(lens) == 1 else Packing.of(bounds, len(q))
+        close(in_two_calls(given, packing), given, lens)
+
+
+def close(found: list[Tensor], given: list[Tensor], lens: list[int]) -> None:
+    """Compares with float64."""
+    dtype = given[0].dtype
     for ours, wanted in zip(found, expected(*given, lens), strict=True):
-        assert ours.shape == wanted.shape and ours.dtype == q.dtype
+        assert ours.shape == wanted.shape and ours.dtype == dtype
         assert torch.isfinite(ours).all()
-        assert float((ours.double() - wanted).norm() / (wanted.norm() or 1.0)) <= BOUND[q.dtype]
+        assert float((ours.double() - wanted).norm() / (wanted.norm() or 1.0)) <= BOUND[dtype]
+
+
+def in_two_calls(given: list[Tensor], packing: Packing) -> list[Tensor]:
+    """Output and gradients by `pair`; keys and values as context parallelism has them, views of one projection."""
+    q, k, v, grad = (x.detach() for x in given)
+    v = torch.cat([k, v], -1)[..., k.shape[-1] :]
+    out, lse = pair.forward(q, k, v, SCALE, packing)
+    assert lse.shape == (q.shape[1], len(q))
+    return [out, *pair.backward(grad, q, k, v, out, lse, SCALE, packing)]
 
 
 @pytest.fixture
@@ -258,9 +277,8 @@ def test_cudnn_agrees_on_a_gpu(rows: int, length: int, dtype: torch.dtype, monke
     if choice("mla_attention", given[0], 128, packing.equal).name != "cudnn":
         pytest.skip("cuDNN has no such attention for this GPU")
     out = mla_attention(*given[:3], SCALE, packing)
-    found = [out.detach(), *torch.autograd.grad(out, given[:3], given[3])]
-    for ours, wanted in zip(found, expected(*given, [length] * rows), strict=True):
-        assert float((ours.double() - wanted).norm() / wanted.norm()) <= BOUND[dtype]
+    for found in ([out.detach(), *torch.autograd.grad(out, given[:3], given[3])], in_two_calls(given, packing)):
+        close(found, given, [length] * rows)
 
 
 @pytest.mark.gpu
