@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import Commands
 from models import MOE, SMALL
 from torch import Tensor
 from torch.multiprocessing.spawn import spawn
@@ -136,6 +137,46 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
 @pytest.mark.parametrize("case", CASES)
 def test_equals_one_process(case: str, outcomes: list[dict[str, str]]) -> None:
     assert "".join(found[case] for found in outcomes) == ""
+
+
+def records(commands: Commands, data: Path, ranks: int, steps: int, *settings: str) -> list[dict[str, Any]]:
+    """What a run of so many steps over the same windows recorded."""
+    run = commands.folder / "-".join(["context", str(steps), str(ranks), *settings])
+    limits = [f"train.{name}={steps}" for name in ("steps", "validate_every", "checkpoint_every")]
+    # Steps as small as in real runs: large ones make rounding grow tenfold every few steps.
+    fixed = [
+        "model.num_attention_heads=2",
+        "run.model_name=",
+        "train.mask_documents=true",
+        "optimizer.learning_rate=3.0e-4",
+    ]
+    given = commands.pretrain(run, data, *limits, *fixed, *settings)
+    ended = [commands.end(rank) for rank in commands.ranks(ranks, *given)]
+    assert [rank.status for rank in ended] == [0] * ranks, ended
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def close(found: list[dict[str, Any]], wanted: list[dict[str, Any]]) -> None:
+    """Compares losses, gradients and validation."""
+    for name in ("loss", "gradient_norm"):
+        limit = 1e-5 if name == "loss" else 1e-3
+        assert [one[name] for one in found] == pytest.approx([one[name] for one in wanted], rel=limit)
+    assert found[-1]["validation_loss"] == pytest.approx(wanted[-1]["validation_loss"], rel=1e-5)
+
+
+def test_a_run_that_shares_out_windows_is_that_of_one_process(commands: Commands, prepared: Path) -> None:
+    found = records(commands, prepared, 2, 6, "parallel.cp=2")
+    close(found, records(commands, prepared, 1, 6))
+
+
+@pytest.mark.full
+def test_fifty_steps_of_every_layout_are_those_of_one_process(commands: Commands, prepared: Path) -> None:
+    wanted = records(commands, prepared, 1, 50)
+    for batch, *settings in (
+        ["train.batch_size=4", "parallel.cp=2"],
+        ["train.batch_size=2", "parallel.dp_replicate=2"],
+    ):
+        close(records(commands, prepared, 4, 50, batch, *settings), wanted)
 
 
 def test_a_layout_that_does_not_fit_is_refused() -> None:

@@ -15,6 +15,8 @@ from ictx.kernels import dispatch, turing
 from ictx.kernels.attention import reference
 from ictx.kernels.attention.tuning import AttentionConfig, Tiles, attention_config
 
+LIMIT = 1 << 31
+"""Values of a tensor from which on offsets of 32 bits do not reach; our kernels count with 64."""
 WIDEST, WIDEST_VALUE = 192, 128
 """Columns of a head's queries and values that the kernels' tiles are cut for."""
 
@@ -127,7 +129,7 @@ def mla_attention(
     name = choice("mla_attention", q, v.shape[-1], equal).name
     if name == "torch":
         return reference.mla_attention(q, k, v, scale, packing.bounds() if packing else [])
-    if name == "cudnn" and config is None:
+    if name == "cudnn" and config is None and q.numel() < LIMIT:
         return cudnn(q, k, v, scale, equal)
     numbers = config.numbers() if config else tiles(q.device)
     first, end = (packing.first, packing.end) if packing else (None, None)

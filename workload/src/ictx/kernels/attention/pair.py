@@ -30,7 +30,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, scale: float, packing: Packing) -> 
         return found[0][..., : v.shape[-1]], found[1]
     rows = packing.equal
     out, lse, *_ = CUDNN(*(_rows(x, rows) for x in (q, k, v)), None, True, 0.0, True, False, scale=scale)
-    return out.transpose(1, 2).flatten(0, 1), lse.view(rows, q.shape[1], -1).transpose(0, 1).flatten(1)
+    return out.transpose(1, 2).flatten(0, 1), lse.reshape(rows, q.shape[1], -1).transpose(0, 1).flatten(1)
 
 
 def backward(
