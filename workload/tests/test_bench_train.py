@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -74,6 +76,35 @@ def test_two_ranks_share_out_windows_beside_ddp(
     }.items():
         assert ictx(monkeypatch, *arguments, *wrong) != 0
         assert message in capsys.readouterr().err
+
+
+def test_a_case_that_hangs_ends_with_its_ranks_and_the_next_runs(tmp_path: Path) -> None:
+    spec = importlib.util.spec_from_file_location("gpus", Path(__file__).parents[1] / "benchmarks" / "gpus.py")
+    assert spec and spec.loader
+    gpus = sys.modules["gpus"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(gpus)
+    assert all(0 < case.limit <= 560 for cases in gpus.SETS.values() for case in cases.values())
+    # A rank that ignores its launcher's end, beside one that fails at once, and one after the time is over.
+    hangs = "import subprocess, time; print(subprocess.Popen(['sleep', '60']).pid, flush=True); time.sleep(60)"
+
+    class Case(gpus.Case):  # type: ignore[misc, name-defined]
+        @property
+        def command(self) -> list[str]:
+            return [sys.executable, "-c", self.arguments]
+
+    out = tmp_path / "found.jsonl"
+    cases = {
+        "hangs": Case(1, 2, hangs),
+        "fails": Case(1, 20, "raise SystemExit('no memory')"),
+        "late": Case(1, 300, ""),
+    }
+    gpus.run(cases, time.monotonic() + 40, gpus.Results(out))
+    hung, failed, late = (json.loads(line) for line in out.read_text().splitlines())
+    assert hung["status"] == "ended after its limit of 2 s"
+    status = Path(f"/proc/{hung['output'].strip()}/status")
+    assert not status.exists() or "\nState:\tZ" in status.read_text(), "nobody may have collected it yet"
+    assert failed["status"] == "exit 1" and "no memory" in failed["output"] and failed["rows"] == []
+    assert late["status"] == "no time left"
 
 
 CONFIG = ModelConfig(**(SMALL | {"max_position_embeddings": 32768}))
