@@ -51,6 +51,13 @@ def test_the_floor_of_the_shipped_model() -> None:
 def test_time_at_work_counts_what_overlaps_once() -> None:
     assert union([]) == 0
     assert union([(5.0, 6.0), (0.0, 2.0), (1.0, 3.0), (1.5, 1.75)]) == pytest.approx(4.0)
+    spans = [
+        ("ncclDevKernel_AllGather", 0.0, 3.0),
+        ("gemm", 1.0, 2.0),
+        ("gemm", 5.0, 6.0),
+        ("ncclDevKernel_x", 5.5, 7.0),
+    ]
+    assert Trace(0.0, [], spans).covered("nccl") == pytest.approx((4.5, 3.0))
 
 
 def test_the_row_that_is_told_and_saved(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

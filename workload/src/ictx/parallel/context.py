@@ -97,7 +97,7 @@ def _exchanged(parts: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 class _Heads:
-    """One call's view of heads and tokens: this rank's heads in parts, and the ways of queries and results."""
+    """What a call attends with: latents of all tokens, this rank's heads in parts, exchanges with the other ranks."""
 
     def __init__(self, q_bshd: Tensor, latent_bse: Tensor, weight: Tensor, group: str) -> None:
         self.group = GROUPS[group]
@@ -179,7 +179,7 @@ def operation_backward(
     heads, packing = _Heads(q, latent, weight, group), Packing(first, end, equal)
     d_q, d_weight = torch.empty_like(q), torch.zeros_like(weight)
     d_own = d_weight.view_as(heads.weight)[heads.rank]
-    # Heads' gradients of the latents are summed over the parts, and over ranks: in float32.
+    # Summed over heads, part by part, and over ranks: bfloat16 would round each sum.
     d_latent = torch.zeros(len(heads.latent_nc), latent.shape[-1], dtype=lse.dtype, device=q.device)
     for part in heads.parts():
         k, v = heads.keys_values(part)
