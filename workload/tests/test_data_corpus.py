@@ -87,7 +87,7 @@ def test_what_is_skipped_is_counted_and_named(mixed: Path) -> None:
     write_table(mixed / "more.parquet", [None, "x", None])
     for number in range(7):
         (mixed / f"y{number}").write_bytes(b"\xe9")
-    assert sorted(Corpus([str(mixed)], CONFIG).scan().skipped.lines()) == [
+    assert sorted(Corpus([str(mixed)], CONFIG).scan().skipped) == [
         f"skipped 1 file (binary): {mixed}/table.bin",
         f"skipped 1 file (cannot be opened: No such file or directory): {mixed}/zz",
         f"skipped 1 file (damaged: Unknown compression method): {mixed}/broken.gz",

@@ -32,7 +32,7 @@ def texts(*names: object) -> list[str]:
 
 
 def skipped(*names: object) -> list[str]:
-    return list(Corpus([str(name) for name in names], CONFIG).scan().skipped.lines())
+    return list(Corpus([str(name) for name in names], CONFIG).scan().skipped)
 
 
 def zstd(content: bytes) -> bytes:
@@ -204,7 +204,7 @@ def test_any_file_is_read_skipped_or_refused_in_one_line(
             corpus = Corpus([str(source)], CONFIG)
             found = corpus.scan()
             assert len(list(corpus.documents())) == found.documents
-            for line in found.skipped.lines():
+            for line in found.skipped:
                 assert str(folder / name) in line
                 assert "\n" not in line
         except UserError as error:

@@ -205,7 +205,9 @@ def test_a_run_on_a_mix_goes_on_where_it_stopped(commands: Commands, prepared: P
     for number in range(40):
         (other / f"{number}.txt").write_text(f"document {number} has words of its own. " * 100)
     arguments = ["--config", commands.folder / "test.yaml", "--corpus", other, "--out", tmp_path / "data"]
-    ended = commands.run("data", "prepare", *arguments, f"--set=data.tokenizer={prepared}")
+    ended = commands.run(
+        "data", "prepare", *arguments, f"--set=data.tokenizer={prepared}", "--set=data.validation_share=0.5"
+    )
     assert ended.status == 0, ended.err
     mix = f"data.mix=[{{weight: 3}}, {{dir: {ended.out.split()[-1]}}}]"
     results = {}

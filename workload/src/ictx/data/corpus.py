@@ -74,8 +74,8 @@ class Summary:
     """UTF-8 bytes of all distinct documents."""
     fingerprint: str
     """SHA-256 over the documents: the same text has the same fingerprint wherever it lies."""
-    skipped: Skipped
-    """What was not read."""
+    skipped: tuple[str, ...] = ()
+    """What was not read, and why: a line for each reason."""
 
 
 class Corpus:
@@ -109,7 +109,7 @@ class Corpus:
                 f"{names} has {size:,} bytes of text: at least {self.config.min_bytes:,} are asked for (data.min_bytes)"
                 + "".join(f"; {line}" for line in skipped.lines())
             )
-        return Summary(documents, repeated, size, fingerprint.hexdigest(), skipped)
+        return Summary(documents, repeated, size, fingerprint.hexdigest(), tuple(skipped.lines()))
 
     def _all(self, seen: Seen, skipped: Skipped) -> Iterator[tuple[Document, bool]]:
         """Yields every document, and whether it is new; counts what is skipped."""

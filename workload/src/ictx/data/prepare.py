@@ -65,7 +65,7 @@ def prepare(sources: Sequence[str | Path], out: Path, config: DataConfig) -> Pat
         f"({found.repeated:,} were there twice)",
         flush=True,
     )
-    for line in found.skipped.lines():
+    for line in found.skipped:
         print(line, flush=True)
     _remove_stale(out)
     if held := _held(out, name, fingerprint, config):
