@@ -24,7 +24,7 @@ from ictx.model import Transformer
 from ictx.model.hf import load_pretrained
 from ictx.train import checkpoint, run
 from ictx.train.config import OptimizerConfig, PretrainConfig, load
-from ictx.train.optimizer import learning_rate
+from ictx.train.optimizer import learning_rate, new_optimizers
 from ictx.train.pretrain import Pretraining
 from ictx.train.pretrain import main as train
 from ictx.train.progress import LEAST, RECENT, Progress
@@ -228,6 +228,26 @@ def test_rates_of_both_schedules() -> None:
     for wrong in ({"schedule": "linear"}, {"decay_steps": 5}, {"schedule": "wsd", "decay_steps": 0}):
         with pytest.raises(ValueError, match=f"^{[*wrong][-1]} is"):
             OptimizerConfig(**wrong)  # type: ignore[arg-type]
+
+
+def test_muon_goes_on_exactly_and_learns(commands: Commands, prepared: Path, tmp_path: Path) -> None:
+    muon = ["optimizer.name=muon", "train.steps=9", "train.keep_checkpoints=9"]
+    assert train(short(commands, prepared, tmp_path / "muon", *muon)) == 0
+    whole = curve(tmp_path / "muon")
+    assert whole[9][0] < whole[1][0] - 0.5
+    model = Transformer(short(commands, prepared, tmp_path).model)
+    first, second = new_optimizers(model, OptimizerConfig(name="muon"), torch.device("cpu"))
+    held = [weight for optimizer in (first, second) for group in optimizer.param_groups for weight in group["params"]]
+    assert {*held} == {*model.parameters()}
+    assert len(held) == len([*model.parameters()])
+    assert not {*first.param_groups[0]["params"]} & {model.lm_head.weight, model.model.embed_tokens.weight}
+    for left in (9, 6):
+        shutil.rmtree(tmp_path / "muon" / "checkpoints" / f"step-{left:08}")
+    assert train(short(commands, prepared, tmp_path / "muon", *muon)) == 0
+    assert result_of(tmp_path / "muon")["resumed_from_step"] == 3
+    assert curve(tmp_path / "muon") == whole
+    with pytest.raises(UserError, match=r"does not fit this configuration"):
+        train(short(commands, prepared, tmp_path / "muon", "train.steps=9"))
 
 
 def test_a_run_begins_from_a_checkpoint_of_another(commands: Commands, prepared: Path, tmp_path: Path) -> None:

@@ -83,7 +83,7 @@ def during_a_save(run: Path, ranks: list[subprocess.Popen[str]]) -> None:
 
 def test_whatever_ends_a_run_the_next_start_goes_on(commands: Commands, prepared: Path, tmp_path: Path) -> None:
     """A rank is killed, the disk is full, the job is told to stop in the middle of a save: each of it twice."""
-    same = ["train.steps=60", "train.checkpoint_every=3", "run.model_name=", "train.timeout=60"]
+    same = ["train.steps=60", "train.checkpoint_every=3", "run.model_name=", "train.timeout=300"]
     run = tmp_path / "run"
     words = commands.pretrain(run, prepared, *same)
     ended(commands, 2, *commands.pretrain(tmp_path / "whole", prepared, *same))
@@ -124,7 +124,7 @@ def test_whatever_ends_a_run_the_next_start_goes_on(commands: Commands, prepared
 
 
 def test_a_rank_that_hangs_is_named_and_ends_the_job(commands: Commands, prepared: Path, tmp_path: Path) -> None:
-    ranks = commands.ranks(2, *commands.pretrain(tmp_path, prepared, "train.timeout=20", "train.steps=100000"))
+    ranks = commands.ranks(2, *commands.pretrain(tmp_path, prepared, "train.timeout=40", "train.steps=100000"))
     wait_for_step(tmp_path, 3, ranks)
     ranks[1].send_signal(signal.SIGSTOP)
     first = commands.end(ranks[0])

@@ -25,7 +25,7 @@ from ictx.kernels.attention.op import choice
 from ictx.metrics import flops_per_token, model_flops_utilisation, peak_flops
 from ictx.train.config import OptimizerConfig
 from ictx.train.loss import next_token_loss
-from ictx.train.optimizer import new_optimizer
+from ictx.train.optimizer import adamw
 from ictx.train.ranks import Ranks, on_all
 from ictx.train.sharded import sharded_model
 from ictx.train.stopwatch import Stopwatch
@@ -94,7 +94,7 @@ def measure(case: Case, ranks: Ranks) -> Row:
     if case.implementation != "transformers":
         query = torch.empty(0, case.config.qk_head_dim, dtype=torch.bfloat16 if on_gpu else None, device=device)
         row.attention = choice("mla_attention", query, case.config.v_head_dim, case.batch).name
-    optimizer, batch = new_optimizer(model, OptimizerConfig(), device), random_batch(case, ranks)
+    optimizer, batch = adamw(model.parameters(), OptimizerConfig(), device), random_batch(case, ranks)
     watch, measured = Stopwatch(device), []
     loss: float | Tensor = math.nan
     gradients = 0

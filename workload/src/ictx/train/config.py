@@ -14,6 +14,7 @@ from ictx.parallel import MODES, Layout
 from ictx.settings import build, config_path, load_yaml, override, shown
 
 DTYPES = ("float32", "bfloat16")
+OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("cosine", "wsd")
 LONGEST_TIMEOUT = 7 * 86400.0
 MODEL_NAME = re.compile(r"\w([\w .+-]{0,198}[\w.+-])?")
@@ -24,8 +25,10 @@ ALIAS = re.compile(r"(?!v\d+$|latest$)[A-Za-z0-9_-]{1,200}", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW, and its learning rate: a linear warm-up, then a decay."""
+    """The optimizer, and its learning rate: a linear warm-up, then a decay."""
 
+    name: str = "adamw"
+    """`adamw`, or `muon` for the layers' matrices and AdamW for the rest."""
     learning_rate: float = 3e-4
     """Highest learning rate."""
     schedule: str = "cosine"
@@ -49,8 +52,9 @@ class OptimizerConfig:
         for name in ("learning_rate", "clip_norm"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}: expected more than 0")
-        if self.schedule not in SCHEDULES:
-            raise ValueError(f"schedule is {self.schedule!r}: expected one of {', '.join(SCHEDULES)}")
+        for name, allowed in {"name": OPTIMIZERS, "schedule": SCHEDULES}.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} is {getattr(self, name)!r}: expected one of {', '.join(allowed)}")
         if self.decay_steps is not None and (self.decay_steps < 1 or self.schedule != "wsd"):
             raise ValueError(f"decay_steps is {self.decay_steps}: expected 1 or more, and schedule: wsd")
         for name in ("warmup_steps", "weight_decay"):
@@ -108,7 +112,7 @@ class LoopConfig:
     skip_spikes: float = 0.0
     """Skip steps whose loss or gradient is so many standard deviations above those of the last ones; 0: none."""
     timeout: float = 600.0
-    """Seconds after which a rank that does not take part ends the job; a little before, it is named."""
+    """Seconds after which a rank that does not take part in a step ends the job; a little before, it is named."""
     profile: int = 0
     """Steps to trace, after the first ones, to run.dir/profile."""
 

@@ -1,12 +1,14 @@
-"""The optimizer, and its learning rate from step to step."""
+"""The optimizers, and their learning rate from step to step."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import nn
 
+from ictx.model import Transformer
 from ictx.train.config import OptimizerConfig
 
 
@@ -26,10 +28,27 @@ def learning_rate(step: int, steps: int, config: OptimizerConfig) -> float:
     return config.learning_rate * (config.final_share + (1 - config.final_share) * height)
 
 
-def new_optimizer(model: nn.Module, config: OptimizerConfig, device: torch.device) -> torch.optim.Optimizer:
+def adamw(weights: Iterable[nn.Parameter], config: OptimizerConfig, device: torch.device) -> torch.optim.Optimizer:
     """Returns AdamW, in one kernel on GPUs; norms do not decay."""
-    matrices = [weight for weight in model.parameters() if weight.ndim > 1]
-    norms = [weight for weight in model.parameters() if weight.ndim == 1]
+    matrices: list[nn.Parameter] = []
+    norms: list[nn.Parameter] = []
+    for weight in weights:
+        (matrices if weight.ndim > 1 else norms).append(weight)
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": norms, "weight_decay": 0.0}]
-    betas = (config.beta1, config.beta2)
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, fused=device.type == "cuda")
+    betas, fused = (config.beta1, config.beta2), device.type == "cuda"
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, fused=fused)
+
+
+def new_optimizers(model: Transformer, config: OptimizerConfig, device: torch.device) -> list[torch.optim.Optimizer]:
+    """Returns AdamW, or Muon (arXiv:2502.16982) for the layers' matrices and AdamW for the rest.
+
+    Muon's updates are made as long as AdamW's: rate and decay are the same. Embedding, head and experts, whose weights
+    have three dimensions, are among the rest.
+    """
+    if config.name == "adamw":
+        return [adamw(model.parameters(), config, device)]
+    layers = {weight for part in (model.model.layers, model.mtp) for weight in part.parameters() if weight.ndim == 2}
+    matrices = [weight for weight in model.parameters() if weight in layers]
+    rest = [weight for weight in model.parameters() if weight not in layers]
+    muon = torch.optim.Muon(matrices, config.learning_rate, config.weight_decay, adjust_lr_fn="match_rms_adamw")
+    return [muon, adamw(rest, config, device)]

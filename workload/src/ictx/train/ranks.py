@@ -14,13 +14,16 @@ from typing import TypeVar, cast
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from ictx.errors import UserError
-from ictx.parallel.context import Context
+from ictx.parallel.context import GROUPS, Context
 from ictx.parallel.mesh import Layout
 
 T = TypeVar("T")
 ALL_SHARD = Layout()
+START = timedelta(minutes=30)
+"""How long ranks wait for each other until the first step: data are verified, a tracking server may be away."""
 
 
 @dataclass
@@ -56,6 +59,12 @@ class Ranks:
     def first(self) -> bool:
         """Whether this rank writes and prints."""
         return self.rank == 0
+
+    def limit(self, seconds: float) -> None:
+        """From here on a rank that does not take part in a collective of the training for so long ends the job."""
+        context = [GROUPS[self.context.name]] if self.context else []
+        for group in (None, *self.mesh.get_all_groups(), *context):
+            _set_pg_timeout(timedelta(seconds=seconds), group)
 
     def say(self, text: str) -> None:
         """Prints once for all ranks."""
@@ -106,11 +115,8 @@ def on_first(call: Callable[[], T], group: dist.ProcessGroup | None = None) -> T
 
 
 @contextmanager
-def joined(layout: Layout = ALL_SHARD, timeout: float = 600.0) -> Iterator[Ranks]:
-    """Joins the process group: NCCL on GPUs, Gloo without. Raises UserError for a layout of another number of ranks.
-
-    Args: a rank that does not take part for `timeout` seconds ends the job.
-    """
+def joined(layout: Layout = ALL_SHARD) -> Iterator[Ranks]:
+    """Joins the process group: NCCL on GPUs, Gloo without. Raises UserError for a layout of another number of ranks."""
     for name, alone in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
         os.environ.setdefault(name, alone)
     os.environ.setdefault("MASTER_PORT", "0")
@@ -124,9 +130,7 @@ def joined(layout: Layout = ALL_SHARD, timeout: float = 600.0) -> Iterator[Ranks
     # The last collectives, which a rank that hangs leaves behind.
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
     on_gpu = device.type == "cuda"
-    dist.init_process_group(
-        "nccl" if on_gpu else "gloo", timeout=timedelta(seconds=timeout), device_id=device if on_gpu else None
-    )
+    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=START, device_id=device if on_gpu else None)
     try:
         layout = layout.of(dist.get_world_size())
         mesh, context = layout.sharding(device.type), layout.context(device.type)

@@ -24,7 +24,7 @@ from ictx.train.lock import locked
 from ictx.train.optimizer import learning_rate
 from ictx.train.profiler import traced
 from ictx.train.publish import publish
-from ictx.train.ranks import Ranks, joined
+from ictx.train.ranks import Ranks, joined, on_all
 from ictx.train.stage import Stage
 from ictx.train.state import TrainingState
 from ictx.train.stopwatch import Stopwatch
@@ -50,20 +50,24 @@ class Run:
         self.state = TrainingState(stage, config, ranks, directory)
         self.checkpoints = Checkpoints(directory / "checkpoints", loop.keep_checkpoints)
         self.resumed_from = self.state.resume(self.checkpoints)
-        self.journal = Journal(
-            ranks.first,
-            directory,
-            config.run.experiment,
-            asdict(config),
-            self.resumed_from,
-            config.run.tracking_patience,
-        )
+        journals: list[Journal] = []
+        on_all(lambda: journals.append(self._new_journal()))
+        self.journal = journals[0]
+        # All are here: none has a reason to be late from now on.
+        ranks.limit(loop.timeout)
         self.stopwatch = Stopwatch(ranks.device)
         self.watchdog = Watchdog(ranks, loop.timeout, directory / "hang")
         self.updater = Updater(self.state, self.stopwatch, self.watchdog)
         self.step_number = self.saved = self.recorded = self.resumed_from
         self.busy, self.skipped, self.bad_in_a_row, self.roll_backs_in_a_row = 0.0, 0, 0, 0
         self.saving: tuple[int, Future[Path]] | None = None
+
+    def _new_journal(self) -> Journal:
+        run, settings = self.config.run, asdict(self.config)
+        with explained(self.directory):
+            return Journal(
+                self.ranks.first, self.directory, run.experiment, settings, self.resumed_from, run.tracking_patience
+            )
 
     def close(self, wait: bool) -> None:
         """Ends threads; `wait` for a checkpoint that is being written, unless a rank is lost that has a part in it."""
@@ -94,6 +98,7 @@ class Run:
                 if self.updater.stops and not bad and not last:
                     self.journal.say(f"told to stop: ended after step {step}")
                     return None
+        self.watchdog.rest()
         progress, losses = self.state.progress, self.state.losses
         return {
             "final_loss": losses["loss"],
@@ -225,7 +230,7 @@ def main(stage: Stage, config: StageConfig) -> int:
     directory = config.run.dir
     if directory is None:
         raise UserError("run.dir is needed: --set run.dir=FOLDER")
-    with explained(directory), joined(config.parallel, config.train.timeout) as ranks, locked(directory, ranks.first):
+    with explained(directory), joined(config.parallel) as ranks, locked(directory, ranks.first):
         run = Run(stage, config, ranks, directory)
         journal = run.journal
         if ranks.first:

@@ -14,7 +14,7 @@ from ictx.model import ModelConfig
 from ictx.settings import flatten
 from ictx.train.checkpoint import MODEL_FILE, Checkpoints
 from ictx.train.config import StageConfig
-from ictx.train.optimizer import new_optimizer
+from ictx.train.optimizer import new_optimizers
 from ictx.train.progress import Progress
 from ictx.train.ranks import Ranks, on_first
 from ictx.train.sharded import sharded_model
@@ -33,7 +33,7 @@ class TrainingState:
         self.batches = stage.batches(ranks)
         self.model = sharded_model(config.model, config.train, ranks)
         self.parameters = sum(weight.numel() for weight in self.model.parameters())
-        self.optimizer = new_optimizer(self.model, config.optimizer, ranks.device)
+        self.optimizers = new_optimizers(self.model, config.optimizer, ranks.device)
         loop = config.train
         self.tokens_per_step = loop.accumulate * loop.batch_size * ranks.data_count * loop.sequence_length
         self.losses = {"loss": math.nan, "validation_loss": math.nan}
@@ -41,7 +41,7 @@ class TrainingState:
 
     def snapshot(self) -> dict[str, Any]:
         """Returns what a checkpoint holds; tensors are the ones that are trained."""
-        model, optimizer = get_state_dict(self.model, self.optimizer)
+        model, optimizer = get_state_dict(self.model, self.optimizers)
         return {
             "model": model,
             "optimizer": optimizer,
@@ -97,9 +97,13 @@ class TrainingState:
     def _take(self, state: dict[str, Any]) -> None:
         self.losses = state["losses"]
         # Weight decay and the like are those of this start's settings.
-        settings = [{**group, "params": None} for group in self.optimizer.param_groups]
-        set_state_dict(self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
-        for group, kept in zip(self.optimizer.param_groups, settings, strict=True):
+        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        settings = [{**group} for group in groups]
+        set_state_dict(
+            self.model, self.optimizers, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
+        )
+        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        for group, kept in zip(groups, settings, strict=True):
             group |= {name: value for name, value in kept.items() if name != "params"}
 
     def _check_model(self) -> None:

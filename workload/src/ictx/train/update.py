@@ -21,7 +21,7 @@ class Updater:
 
     def __init__(self, state: TrainingState, stopwatch: Stopwatch, watchdog: Watchdog) -> None:
         self.state, self.stopwatch, self.watchdog = state, stopwatch, watchdog
-        self.model, self.optimizer, self.ranks = state.model, state.optimizer, state.ranks
+        self.model, self.optimizers, self.ranks = state.model, state.optimizers, state.ranks
         self.config, self.loop = state.config, state.config.train
         self.stops = 0.0
         """How many ranks were told to stop, as of the last step."""
@@ -33,7 +33,7 @@ class Updater:
         `skipped`.
         """
         rate = learning_rate(number, self.loop.steps, self.config.optimizer)
-        for group in self.optimizer.param_groups:
+        for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
             group["lr"] = rate
         means = self._gradients(number)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimizer.clip_norm)
@@ -41,9 +41,10 @@ class Updater:
         record = means | {"gradient_norm": float(norm.full_tensor())}
         # The same numbers on every rank: all of them update their weights, or none does.
         good = self._good(record["loss"], record["gradient_norm"])
-        if good:
-            self.optimizer.step()
-        self.optimizer.zero_grad()
+        for optimizer in self.optimizers:
+            if good:
+                optimizer.step()
+            optimizer.zero_grad()
         violation = self.model.after_step(good)
         self.stopwatch.lap("optimizer")
         if violation is not None:

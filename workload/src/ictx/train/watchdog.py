@@ -44,6 +44,10 @@ class Watchdog:
         self._step, self._doing, self._since = step, doing, time.monotonic()
         self._moves += 1
 
+    def rest(self) -> None:
+        """Notes that no move is to be expected."""
+        self._since = float("inf")
+
     def close(self) -> None:
         """Ends the thread."""
         self._over.set()
@@ -53,13 +57,17 @@ class Watchdog:
         while not self._over.wait(self.seconds / REPORTS):
             try:
                 self._report()
-                if not self.verdict and time.monotonic() - self._since > self.seconds * (1 - 2 * LAST):
+                if self._overdue:
                     self._look()
             except RuntimeError:  # the store's errors: its process has ended, or hangs
-                if time.monotonic() - self._since > self.seconds * (1 - 2 * LAST) and not self.verdict:
+                if self._overdue:
                     self._conclude(
                         f"the job's store, on the first rank or its torchrun, does not answer: {self._here()}"
                     )
+
+    @property
+    def _overdue(self) -> bool:
+        return not self.verdict and time.monotonic() - self._since > self.seconds * (1 - 2 * LAST)
 
     def _report(self) -> None:
         self._reports += 1
@@ -100,10 +108,14 @@ class Watchdog:
             f"no step has ended for {self.seconds * (1 - LAST):.0f} s: {who} (train.timeout; {self.directory})"
         )
         print(self.verdict, flush=True)
-        self.directory.mkdir(parents=True, exist_ok=True)
-        with (self.directory / f"rank-{self.ranks.rank:05}.stacks").open("w") as file:
-            faulthandler.dump_traceback(file)
-        (self.directory / f"rank-{self.ranks.rank:05}.flight").write_bytes(flight_record(self.ranks.device))
+        name = f"rank-{self.ranks.rank:05}"
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            with (self.directory / f"{name}.stacks").open("w") as file:
+                faulthandler.dump_traceback(file)
+            (self.directory / f"{name}.flight").write_bytes(flight_record(self.ranks.device))
+        except OSError as error:
+            print(f"cannot write {self.directory}: {error.strerror}", flush=True)
 
 
 def flight_record(device: torch.device) -> bytes:
