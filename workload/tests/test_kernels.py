@@ -260,7 +260,7 @@ def test_dispatch_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="cannot use Triton here"):
         choose("mla_decode", cpu, torch.bfloat16)
     monkeypatch.setenv(dispatch.VARIABLE, "cuda")
-    with pytest.raises(UserError, match="expected auto, triton, torch or cudnn"):
+    with pytest.raises(UserError, match="expected auto, triton, torch, flash4 or cudnn"):
         choose("mla_decode", cpu, torch.bfloat16)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import importlib.util
 import os
 from collections.abc import Callable
@@ -16,8 +17,12 @@ from ictx.kernels import tuned
 
 F = TypeVar("F", bound=Callable[..., Any])
 VARIABLE = "ICTX_KERNELS"
-"""Environment variable that forces an implementation: auto (the default), triton, torch, or cudnn where it can."""
+"""Environment variable that forces an implementation: auto (the default), triton, torch, or a library where it can."""
 OPERATIONS = ("mla_attention", "mla_decode", "mla_prefill", "mla_rope_cache", "decode_products")
+LIBRARIES = {"flash4": "FlashAttention 4", "cudnn": "cuDNN"}
+"""What may attend in training in place of our kernel."""
+FLASH4 = "4.0.0b36"
+"""Version of flash-attn-4 that is called: others of this alpha may differ in what is not public."""
 OLDEST = 75
 """Lowest compute capability that Triton kernels are built for."""
 
@@ -100,31 +105,64 @@ def choose(
         UserError: the environment variable has no such value, or forces Triton where it cannot run.
     """
     forced = os.environ.get(VARIABLE, "auto")
-    if forced not in ("auto", "triton", "torch", "cudnn"):
-        raise UserError(f"{VARIABLE} is {forced!r}: expected auto, triton, torch or cudnn")
+    if forced not in ("auto", "triton", "torch", *LIBRARIES):
+        raise UserError(f"{VARIABLE} is {forced!r}: expected auto, triton, torch, {' or '.join(LIBRARIES)}")
     if forced == "torch":
         return Choice("torch", f"{VARIABLE}=torch")
     cc = capability(device) if cc is None else cc
-    if operation == "mla_attention" and not shape and (reason := _cudnn(dtype, cc, equal, forced)):
-        return Choice("cudnn", reason)
+    passed: list[str] = []
+    if operation == "mla_attention" and forced != "triton" and not shape:
+        for name, reason in _libraries(cc, forced):
+            if not (lacking := _lacking(name, dtype, cc, equal)):
+                return Choice(name, "; ".join([reason, *passed]))
+            passed.append(f"{LIBRARIES[name]} is not taken: {lacking}")
     obstacle = shape or _obstacle(operation, device, dtype, stored, cc)
     if obstacle and forced == "triton":
         raise UserError(f"{VARIABLE}=triton, but {operation} cannot use Triton here: {obstacle}")
     if obstacle:
-        return Choice("torch", obstacle)
+        return Choice("torch", "; ".join([obstacle, *passed]))
     where = "Triton's interpreter" if interpreted() else "a GPU that the kernel is built for"
-    return Choice("triton", f"{VARIABLE}=triton" if forced == "triton" else where)
+    return Choice("triton", "; ".join([f"{VARIABLE}=triton" if forced == "triton" else where, *passed]))
 
 
-def _cudnn(dtype: torch.dtype, cc: int, equal: bool, forced: str) -> str | None:
-    """Returns why cuDNN attends in place of our kernel, or None."""
-    measured = tuned.section("libraries")["mla_attention"].get(f"sm_{cc}", {})
-    fits = equal and dtype in (torch.float16, torch.bfloat16) and cc >= 90 and standing_for is None
-    if not fits or forced == "triton" or interpreted() or torch.are_deterministic_algorithms_enabled():
+def _libraries(cc: int, forced: str) -> list[tuple[str, str]]:
+    """Returns the libraries that may attend on a compute capability, the fastest first, and why."""
+    if forced in LIBRARIES:
+        return [(forced, f"{VARIABLE}={forced}")]
+    measured = tuned.section("libraries")["mla_attention"].get(f"sm_{cc}", [])
+    return [(entry["name"], f"fastest here: {entry['measured']}") for entry in measured]
+
+
+def _lacking(library: str, dtype: torch.dtype, cc: int, equal: bool) -> str | None:
+    """Returns what a library lacks for attention of a dtype on a compute capability, or None."""
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"it has no {str(dtype).removeprefix('torch.')}"
+    if standing_for is not None or interpreted():
+        return "our kernels are wanted"
+    if torch.are_deterministic_algorithms_enabled():
+        return "its gradients differ from run to run"
+    if library == "cudnn":
+        if cc < 90:
+            return f"compute capability {cc / 10} is below 9.0"
+        return None if equal else "documents of several lengths"
+    if cc // 10 not in (9, 10):
+        return f"compute capability {cc / 10} is neither 9 nor 10"
+    found = flash4_version()
+    return None if found == FLASH4 else f"flash-attn-4 {FLASH4} is not installed{f', but {found}' if found else ''}"
+
+
+@functools.cache
+def flash4_version() -> str | None:
+    """Returns the installed version of FlashAttention 4, or None."""
+    try:
+        return importlib.metadata.version("flash-attn-4")
+    except importlib.metadata.PackageNotFoundError:
         return None
-    if forced == "cudnn":
-        return f"{VARIABLE}=cudnn"
-    return f"faster than ours here: {measured['measured']}" if measured.get("name") == "cudnn" else None
+
+
+def takes_edges(device: torch.device) -> bool:
+    """Whether packed documents may be attended to by a library that is told where each of them begins."""
+    return device.type == "cuda" and _lacking("flash4", torch.bfloat16, capability(device), False) is None
 
 
 def _obstacle(operation: str, device: torch.device, dtype: torch.dtype, stored: str | None, cc: int) -> str | None:

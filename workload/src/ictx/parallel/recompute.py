@@ -14,6 +14,7 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
+from ictx.kernels.attention import flash4
 from ictx.kernels.attention import op as attention
 from ictx.model.moe import Router
 from ictx.model.transformer import Layer
@@ -25,6 +26,7 @@ ATEN = torch.ops.aten
 KEPT = {
     attention.OPERATION,
     context.OPERATION,
+    flash4.OPERATION,
     ATEN._scaled_dot_product_cudnn_attention.default,
     ATEN._scaled_dot_product_efficient_attention.default,
     ATEN._scaled_dot_product_flash_attention.default,

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ictx.kernels import dispatch, turing
-from ictx.kernels.attention import reference
+from ictx.kernels.attention import flash4, reference
 from ictx.kernels.attention.tuning import AttentionConfig, Tiles, attention_config
 
 LIMIT = 1 << 31
@@ -31,6 +31,8 @@ class Packing:
     """End of each token's document, int32 [tokens]."""
     equal: int = 0
     """Documents, where they are known to be equally long without a look at the tensors; otherwise 0."""
+    edges: Tensor | None = None
+    """First token of each document and the end of the last, int32 [documents + 1], where a library may ask for it."""
 
     @classmethod
     @functools.lru_cache(8)
@@ -48,16 +50,22 @@ class Packing:
         places = torch.arange(tokens, dtype=torch.int32, device=cu_seqlens.device)
         document = torch.searchsorted(cu_seqlens, places, right=True)
         edges = F.pad(F.pad(cu_seqlens, (1, 0)), (0, 1), value=tokens)
-        return cls(edges[document], edges[document + 1])
+        return cls(edges[document], edges[document + 1], edges=edges)
 
     @classmethod
     def of_starts(cls, starts: Tensor) -> Packing:
-        """Returns it without waiting for the device, from whether a document starts at each token, bool [tokens]."""
+        """Returns it from whether a document starts at each token, bool [tokens].
+
+        Waits for the device only where a library that takes the documents' edges may attend.
+        """
         places = torch.arange(len(starts), dtype=torch.int32, device=starts.device)
         first = torch.where(starts, places, 0).cummax(0).values
         # The end of a token's document is the first start behind the token.
         later = F.pad(torch.where(starts, places, len(starts))[1:], (0, 1), value=len(starts))
-        return cls(first, later.flip(0).cummin(0).values.flip(0))
+        end, edges = later.flip(0).cummin(0).values.flip(0), None
+        if dispatch.takes_edges(starts.device):
+            edges = F.pad((first == places).nonzero().flatten().int(), (0, 1), value=len(starts))
+        return cls(first, end, edges=edges)
 
     def bounds(self) -> list[int]:
         """Returns the first token of each document; waits for the device."""
@@ -126,10 +134,14 @@ def mla_attention(
     if packing is not None and packing.first.shape != q.shape[:1]:
         raise ValueError(f"cu_seqlens is for {len(packing.first)} tokens: expected {q.shape[0]}")
     equal = packing.equal if packing else 1
+    edges = packing.edges if packing else None
     name = choice("mla_attention", q, v.shape[-1], equal).name
     if name == "torch":
         return reference.mla_attention(q, k, v, scale, packing.bounds() if packing else [])
-    if name == "cudnn" and config is None and q.numel() < LIMIT:
+    short = config is None and q.numel() < LIMIT
+    if name == "flash4" and short and (equal or edges is not None) and flash4.takes(q, v):
+        return flash4.attend(q, k, v, scale, equal, None if equal else edges)
+    if name == "cudnn" and short:
         return cudnn(q, k, v, scale, equal)
     numbers = config.numbers() if config else tiles(q.device)
     first, end = (packing.first, packing.end) if packing else (None, None)

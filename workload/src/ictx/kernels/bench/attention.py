@@ -21,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from ictx.kernels import dispatch, layout
+from ictx.kernels.attention import flash4
 from ictx.kernels.attention.op import mla_attention
 from ictx.kernels.attention.tuning import attention_config
 from ictx.kernels.prefill.op import mla_prefill
@@ -93,6 +94,7 @@ def training(tokens: int) -> dict[str, tuple[Callable[[], Tensor], list[Tensor],
     q, k, v, grad = (random(tokens, HEADS, width) for width in (192, 192, 128, 128))
     ours = [x.detach().requires_grad_() for x in (q, k, v)]
     q_b, k_b, v_b, grad_b = (x.transpose(0, 1)[None].contiguous() for x in (q, k, v, grad))
+    fourth = [x.detach().requires_grad_() for x in (q, k, v)]
     as_is = [x.detach().requires_grad_() for x in (q_b, k_b, v_b)]
     padded = [*as_is[:2], F.pad(v_b, (0, 64)).requires_grad_()]
     padded_grad = F.pad(grad_b, (0, 64))
@@ -107,6 +109,7 @@ def training(tokens: int) -> dict[str, tuple[Callable[[], Tensor], list[Tensor],
         "sdpa cudnn, V as it is": (lambda: sdpa(cudnn, *as_is, is_causal=True), as_is, grad_b),
         "flex": (lambda: compiled_flex()(*as_is, block_mask=mask, scale=SCALE), as_is, grad_b),
         "flashattention 3": (lambda: flash_attention_3(q, k, v), [], grad),
+        "flashattention 4": (lambda: flash4.attend(fourth[0], fourth[1], fourth[2], SCALE, 1, None), fourth, grad),
     }
 
 

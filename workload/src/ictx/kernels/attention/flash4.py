@@ -1,0 +1,98 @@
+"""FlashAttention 4 (the package `flash-attn-4`, written in the CuTe DSL) as one operation, for `mla_attention`.
+
+Each process compiles its kernels at the first call, in some seconds.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+WIDTHS = (192, 128)
+"""Columns of a head's queries and values: DeepSeek's, which it has on all architectures that it is made for."""
+
+
+def takes(q: Tensor, v: Tensor) -> bool:
+    """Whether it has these widths."""
+    return (q.shape[-1], v.shape[-1]) == WIDTHS
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, rows: int, edges: Tensor | None) -> Tensor:
+    """Returns causal attention within each document, [tokens, heads, value width], differentiable.
+
+    Args:
+        rows: equally long documents that the tokens are, where there are no `edges`.
+        edges: first token of each document and the end of the last, int32 [documents + 1].
+    """
+    if edges is not None:
+        return cast(Tensor, torch.ops.ictx.flash_attention_4(q, k, v, scale, edges)[0])
+    q, k, v = (x.reshape(rows, -1, *x.shape[1:]) for x in (q, k, v))
+    return cast(Tensor, torch.ops.ictx.flash_attention_4(q, k, v, scale, None)[0]).flatten(0, 1)
+
+
+@torch.library.custom_op(
+    "ictx::flash_attention_4",
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor v, float scale, Tensor? edges) -> (Tensor, Tensor)",
+)
+def operation(q: Tensor, k: Tensor, v: Tensor, scale: float, edges: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Returns the attended values, and the scores' log-sum-exp in the library's layout.
+
+    Args:
+        q: [rows, length, heads, width], or [tokens, heads, width] with `edges`; likewise k and v.
+    """
+    from flash_attn.cute.interface import _flash_attn_fwd
+
+    out, lse, *_ = _flash_attn_fwd(
+        q, k, v, cu_seqlens_q=edges, cu_seqlens_k=edges, softmax_scale=scale, causal=True, return_lse=True
+    )
+    return out, lse
+
+
+@operation.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, scale: float, edges: Tensor | None) -> tuple[Tensor, Tensor]:
+    lse = q.new_empty((*q.shape[:-3], q.shape[-2], q.shape[-3]), dtype=torch.float32)
+    return q.new_empty((*q.shape[:-1], v.shape[-1])), lse
+
+
+@torch.library.custom_op(
+    "ictx::flash_attention_4_backward",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, float scale, Tensor? edges) "
+    "-> (Tensor, Tensor, Tensor)",
+)
+def operation_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, edges: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the gradients of q, k and v."""
+    from flash_attn.cute.interface import _flash_attn_bwd
+
+    dq, dk, dv = _flash_attn_bwd(
+        q, k, v, out, grad, lse, softmax_scale=scale, causal=True, cu_seqlens_q=edges, cu_seqlens_k=edges
+    )
+    return dq, dk, dv
+
+
+@operation_backward.register_fake
+def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, scale, edges = inputs
+    ctx.save_for_backward(q, k, v, *output, edges)
+    ctx.scale = scale
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    q, k, v, out, lse, edges = ctx.saved_tensors
+    found = torch.ops.ictx.flash_attention_4_backward(grad, q, k, v, out, lse, ctx.scale, edges)
+    return *found, None, None
+
+
+operation.register_autograd(_backward, setup_context=_keep)
+OPERATION = torch.ops.ictx.flash_attention_4.default
+"""What selective recompute knows it by."""
