@@ -11,20 +11,22 @@ from ictx.metrics.efficiency import PEAKS
 
 EPOCH = (372e6, 465e6)
 """Tokens of an epoch in the specification: at least, at most."""
-SPECIFIED_HOURS, CARDS = 2.75, 4
+SPECIFIED_HOURS, CARDS, WINDOW = 2.75, 4, 32768
 
 
 def lines(rows: list[Row]) -> Iterator[str]:
     """Yields a table, and below it where memory and time go; GB are 10^9 bytes."""
     first = rows[0]
-    size = f"{first.batch} × {first.sequence:,} tokens a rank and step"
+    size = f"{first.batch} × {first.sequence:,} tokens {f'for {first.cp} ranks' if first.cp > 1 else 'a rank'} and step"
+    width = max(map(len, map(title, rows)))
     yield f"{first.ranks} × {first.device}, torch {first.torch}, {size}"
     yield (
-        f"{'':44} {'s/step':>8} {'tokens/s':>9} {'mfu_causal':>10} {'mfu':>7} {'NVML':>7} {'peak':>8} {'reserved':>8}"
+        f"{'':{width}} {'s/step':>8} {'tokens/s':>9} {'mfu_causal':>10} {'mfu':>7} {'NVML':>7} {'peak':>8} "
+        f"{'reserved':>8}"
     )
     for row in rows:
         if row.step is None or row.tokens_per_second is None:
-            yield f"{title(row):44} not measured: {row.note}"
+            yield f"{title(row):{width}} not measured: {row.note}"
             continue
         memory = (f"{row.memory[name] / 1e9:.1f} GB" if name in row.memory else "–" for name in ("peak", "reserved"))
         shares = (f"{100 * share:.1f} %" if share is not None else "–" for share in (row.mfu_causal, row.mfu))
@@ -32,8 +34,8 @@ def lines(rows: list[Row]) -> Iterator[str]:
         causal, full = shares
         peak, reserved = memory
         yield (
-            f"{title(row):44} {row.step:8.3f} {row.tokens_per_second:9,.0f} {causal:>10} {full:>7} {used:>7} {peak:>8} "
-            f"{reserved:>8}"
+            f"{title(row):{width}} {row.step:8.3f} {row.tokens_per_second:9,.0f} {causal:>10} {full:>7} {used:>7} "
+            f"{peak:>8} {reserved:>8}"
         )
     for row in (row for row in rows if row.step is not None):
         yield f"{title(row)}:"
@@ -70,8 +72,8 @@ def title(row: Row) -> str:
 
 
 def projection(case: Case, row: Row) -> Iterator[str]:
-    """Yields what the share of the peak would mean for the specification's epoch on its cards."""
-    if row.mfu_causal is None:
+    """Yields what the share of the peak would mean for the specification's epoch on its cards, at its window."""
+    if row.mfu_causal is None or row.sequence != WINDOW:
         return
     rate = CARDS * PEAKS["A100"] * row.mfu_causal / flops_per_token(case.config, case.sequence).causal
     low, high = (tokens / rate / 3600 for tokens in EPOCH)
