@@ -37,8 +37,8 @@ def register(areas: Any) -> None:
         nargs="+",
         required=True,
         metavar="SOURCE",
-        help="files and folders (text, gzipped or not; .jsonl; .parquet), and hf=NAME[,CONFIG[,SPLIT]]: a data set of "
-        "the Hugging Face Hub, or a folder that `datasets` reads",
+        help="files, folders and pipes (text, .jsonl, .parquet; compressed or not), and hf=NAME[,CONFIG[,SPLIT]]: a "
+        "data set of the Hugging Face Hub, or a folder that `datasets` reads",
     )
     prepare.add_argument("--out", type=Path, required=True, help="folder below which the prepared corpus is put")
     prepare.add_argument("--link", type=Path, help="symbolic link to make to the prepared corpus")

@@ -61,7 +61,7 @@ class TrainingState:
         if state["data"] != self.stage.fingerprint:
             raise UserError(
                 f"{self.origin} was trained on other data than {self.stage.vocabulary} holds: give the data.dir "
-                "that it began with, or another run.dir"
+                "(or data.mix and data.long_documents) that it began with, or another run.dir"
             )
         if step > self.config.train.steps:
             raise UserError(
