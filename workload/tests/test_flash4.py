@@ -16,7 +16,7 @@ from torch import Tensor
 from ictx.errors import UserError
 from ictx.kernels import dispatch
 from ictx.kernels.attention import flash4
-from ictx.kernels.attention.op import Packing, mla_attention
+from ictx.kernels.attention.op import Packing, choice, mla_attention
 from ictx.parallel.recompute import KEPT
 
 CPU = torch.device("cpu")
@@ -147,13 +147,18 @@ def library(installed: None, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_documents_go_to_the_library_with_their_edges(library: list[str]) -> None:
     agrees(inputs(sum(RAGGED), 2, 192, 128, torch.bfloat16), RAGGED)
     agrees(inputs(17, 1, 192, 128, torch.bfloat16), [17])
-    assert library == ["packed", "backward", "1 rows", "backward"]
+    # Each as one operation, and as two calls.
+    assert library == ["packed", "backward"] * 2 + ["1 rows", "backward"] * 2
     q, k, v, grad = inputs(12, 2, 192, 128, torch.bfloat16)
     out = mla_attention(q, k, v, SCALE, Packing.of_rows(3, 4, CPU))
     found = [out.detach(), *torch.autograd.grad(out, (q, k, v), grad)]
     for ours, wanted in zip(found, expected(q, k, v, grad, [4, 4, 4]), strict=True):
         assert float((ours.double() - wanted).norm() / wanted.norm()) <= 8e-3
-    assert library[4:] == ["3 rows", "backward"]
+    assert library[8:] == ["3 rows", "backward"]
+    # Nobody has said where these lie.
+    assert choice("mla_attention", q, 128).name == "triton"
+    assert choice("mla_attention", q, 128, edges=True).name == "flash4"
+    assert choice("mla_attention", q[..., :128], 128, 1).name == "cudnn"
 
 
 def test_edges_are_known_where_it_may_attend(monkeypatch: pytest.MonkeyPatch) -> None:

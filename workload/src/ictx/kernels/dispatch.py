@@ -94,12 +94,14 @@ def choose(
     cc: int | None = None,
     shape: str | None = None,
     equal: bool = False,
+    flash4: bool = True,
 ) -> Choice:
     """Returns the implementation for an operation's inputs; `cc` replaces the device's compute capability.
 
     Args:
         shape: what the kernel cannot do with the inputs' shape.
         equal: whether all documents are equally long.
+        flash4: whether FlashAttention 4 has the inputs' widths, and is told where their documents lie.
 
     Raises:
         UserError: the environment variable has no such value, or forces Triton where it cannot run.
@@ -113,7 +115,7 @@ def choose(
     passed: list[str] = []
     if operation == "mla_attention" and forced != "triton" and not shape:
         for name, reason in _libraries(cc, forced):
-            if not (lacking := _lacking(name, dtype, cc, equal)):
+            if not (lacking := _lacking(name, dtype, cc, equal, flash4)):
                 return Choice(name, "; ".join([reason, *passed]))
             passed.append(f"{LIBRARIES[name]} is not taken: {lacking}")
     obstacle = shape or _obstacle(operation, device, dtype, stored, cc)
@@ -133,7 +135,7 @@ def _libraries(cc: int, forced: str) -> list[tuple[str, str]]:
     return [(entry["name"], f"fastest here: {entry['measured']}") for entry in measured]
 
 
-def _lacking(library: str, dtype: torch.dtype, cc: int, equal: bool) -> str | None:
+def _lacking(library: str, dtype: torch.dtype, cc: int, equal: bool, flash4: bool) -> str | None:
     """Returns what a library lacks for attention of a dtype on a compute capability, or None."""
     if dtype not in (torch.float16, torch.bfloat16):
         return f"it has no {str(dtype).removeprefix('torch.')}"
@@ -145,6 +147,8 @@ def _lacking(library: str, dtype: torch.dtype, cc: int, equal: bool) -> str | No
         if cc < 90:
             return f"compute capability {cc / 10} is below 9.0"
         return None if equal else "documents of several lengths"
+    if not flash4:
+        return "other widths, or documents whose edges are not known"
     if cc // 10 not in (9, 10):
         return f"compute capability {cc / 10} is neither 9 nor 10"
     found = flash4_version()
@@ -162,7 +166,7 @@ def flash4_version() -> str | None:
 
 def takes_edges(device: torch.device) -> bool:
     """Whether packed documents may be attended to by a library that is told where each of them begins."""
-    return device.type == "cuda" and _lacking("flash4", torch.bfloat16, capability(device), False) is None
+    return device.type == "cuda" and _lacking("flash4", torch.bfloat16, capability(device), False, True) is None
 
 
 def _obstacle(operation: str, device: torch.device, dtype: torch.dtype, stored: str | None, cc: int) -> str | None:

@@ -14,22 +14,41 @@ WIDTHS = (192, 128)
 """Columns of a head's queries and values: DeepSeek's, which it has on all architectures that it is made for."""
 
 
-def takes(q: Tensor, v: Tensor) -> bool:
-    """Whether it has these widths."""
-    return (q.shape[-1], v.shape[-1]) == WIDTHS
-
-
 def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, rows: int, edges: Tensor | None) -> Tensor:
     """Returns causal attention within each document, [tokens, heads, value width], differentiable.
 
     Args:
-        rows: equally long documents that the tokens are, where there are no `edges`.
-        edges: first token of each document and the end of the last, int32 [documents + 1].
+        rows: equally long documents that the tokens are, or 0.
+        edges: first token of each document and the end of the last, int32 [documents + 1], where `rows` is 0.
     """
-    if edges is not None:
-        return cast(Tensor, torch.ops.ictx.flash_attention_4(q, k, v, scale, edges)[0])
-    q, k, v = (x.reshape(rows, -1, *x.shape[1:]) for x in (q, k, v))
-    return cast(Tensor, torch.ops.ictx.flash_attention_4(q, k, v, scale, None)[0]).flatten(0, 1)
+    return forward(q, k, v, scale, rows, edges)[0]
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, scale: float, rows: int, edges: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Returns the same, and the scores' log-sum-exp, float32 [heads, tokens]."""
+    if not rows:
+        return cast("tuple[Tensor, Tensor]", torch.ops.ictx.flash_attention_4(q, k, v, scale, edges))
+    out, lse = torch.ops.ictx.flash_attention_4(*(_rows(x, rows) for x in (q, k, v)), scale, None)
+    return out.flatten(0, 1), lse.transpose(0, 1).flatten(1)
+
+
+def backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, rows: int,
+    edges: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Returns the gradients of q, k and v, given that of `out`, and what `forward` returned."""
+    if not rows:
+        found = torch.ops.ictx.flash_attention_4_backward(grad, q, k, v, out, lse, scale, edges)
+        return cast("tuple[Tensor, Tensor, Tensor]", found)
+    given = [_rows(x, rows) for x in (grad, q, k, v, out)]
+    stats = lse.view(len(lse), rows, -1).transpose(0, 1).contiguous()
+    dq, dk, dv = torch.ops.ictx.flash_attention_4_backward(*given, stats, scale, None)
+    return dq.flatten(0, 1), dk.flatten(0, 1), dv.flatten(0, 1)
+
+
+def _rows(x: Tensor, rows: int) -> Tensor:
+    """Returns [tokens, heads, width] as [rows, tokens of a row, heads, width]."""
+    return x.reshape(rows, -1, *x.shape[1:])
 
 
 @torch.library.custom_op(

@@ -80,11 +80,17 @@ def widths(columns: int) -> tuple[int, int]:
     return (whole, second) if second < whole else (2 * whole, 0)
 
 
-def choice(operation: str, q: Tensor, value_width: int, equal: int = 0) -> dispatch.Choice:
-    """Returns which implementation attends with these queries [..., width], and why; `equal` is a `Packing`'s."""
+def choice(operation: str, q: Tensor, value_width: int, equal: int = 0, edges: bool = False) -> dispatch.Choice:
+    """Returns which implementation attends with these queries [..., width], and why.
+
+    Args:
+        equal: a `Packing`'s.
+        edges: whether it has its documents' edges.
+    """
     wide = q.shape[-1] > WIDEST or value_width > WIDEST_VALUE
     shape = f"heads of {q.shape[-1]} and {value_width} columns are wider than {WIDEST} and {WIDEST_VALUE}"
-    return dispatch.choose(operation, q.device, q.dtype, shape=shape if wide else None, equal=bool(equal))
+    known = (q.shape[-1], value_width) == flash4.WIDTHS and (equal > 0 or edges)
+    return dispatch.choose(operation, q.device, q.dtype, shape=shape if wide else None, equal=bool(equal), flash4=known)
 
 
 def mla_attention(
@@ -135,11 +141,11 @@ def mla_attention(
         raise ValueError(f"cu_seqlens is for {len(packing.first)} tokens: expected {q.shape[0]}")
     equal = packing.equal if packing else 1
     edges = packing.edges if packing else None
-    name = choice("mla_attention", q, v.shape[-1], equal).name
+    name = choice("mla_attention", q, v.shape[-1], equal, edges is not None).name
     if name == "torch":
         return reference.mla_attention(q, k, v, scale, packing.bounds() if packing else [])
     short = config is None and q.numel() < LIMIT
-    if name == "flash4" and short and (equal or edges is not None) and flash4.takes(q, v):
+    if name == "flash4" and short:
         return flash4.attend(q, k, v, scale, equal, None if equal else edges)
     if name == "cudnn" and short:
         return cudnn(q, k, v, scale, equal)

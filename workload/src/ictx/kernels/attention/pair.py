@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ictx.kernels.attention import reference
+from ictx.kernels.attention import flash4, reference
 from ictx.kernels.attention.op import Packing, choice, padded, tiles
 
 CUDNN, CUDNN_BACKWARD = (
@@ -22,12 +22,14 @@ def forward(q: Tensor, k: Tensor, v: Tensor, scale: float, packing: Packing) -> 
 
     Of float64 tensors it is float64.
     """
-    name = choice("mla_attention", q, v.shape[-1], packing.equal).name
+    name = choice("mla_attention", q, v.shape[-1], packing.equal, packing.edges is not None).name
     if name == "torch":
         return reference.forward(q, k, v, scale, packing.first)
     if name == "triton":
         found = torch.ops.ictx.mla_attention(*padded(q, k, v), scale, *_documents(packing), tiles(q.device))
         return found[0][..., : v.shape[-1]], found[1]
+    if name == "flash4":
+        return flash4.forward(q, k, v, scale, packing.equal, packing.edges)
     rows = packing.equal
     out, lse, *_ = CUDNN(*(_rows(x, rows) for x in (q, k, v)), None, True, 0.0, True, False, scale=scale)
     return out.transpose(1, 2).flatten(0, 1), lse.reshape(rows, q.shape[1], -1).transpose(0, 1).flatten(1)
@@ -37,7 +39,7 @@ def backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, packing: Packing
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the gradients of q, k and v, given that of `out`, and what `forward` returned."""
-    name = choice("mla_attention", q, v.shape[-1], packing.equal).name
+    name = choice("mla_attention", q, v.shape[-1], packing.equal, packing.edges is not None).name
     if name == "torch":
         return reference.backward(grad, q, k, v, out, lse, scale, packing.first)
     if name == "triton":
@@ -48,6 +50,8 @@ def backward(
             tiles(q.device),
         )  # fmt: skip
         return dq[..., : q.shape[-1]], dk[..., : k.shape[-1]], dv[..., : v.shape[-1]]
+    if name == "flash4":
+        return flash4.backward(grad, q, k, v, out, lse, scale, packing.equal, packing.edges)
     rows, length = packing.equal, q.shape[0] // packing.equal
     stats = lse.view(-1, rows, length).transpose(0, 1).contiguous()
     # Without dropout nobody reads the state of random numbers; lengths are for packed documents.
