@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ import torch
 from ictx.errors import UserError
 from ictx.infer.launches import drive
 from ictx.kernels import dispatch
+from ictx.kernels.build import shipped
 from ictx.kernels.build.build import TARGETS, build
 from ictx.kernels.build.offline import launches, names
 from ictx.kernels.build.shipped import MANIFEST, default_cache, fingerprint, state
@@ -130,6 +132,23 @@ def test_files_of_a_folder_that_moved_are_read_where_they_are(
     (moved / key / "decode.cubin").unlink()
     assert ShippedCache(key).get_group("decode.json") is None
     _usable.cache_clear()
+
+
+def test_every_source_below_the_rooms_that_launch_is_in_the_fingerprint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = Path(shipped.__file__).parents[2]
+    for room in ("kernels", "model", "infer"):
+        shutil.copytree(package / room, tmp_path / room, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(shipped, "__file__", str(tmp_path / "kernels/build/shipped.py"))
+    before = fingerprint()
+    (tmp_path / "infer" / "__pycache__").mkdir()
+    (tmp_path / "infer/__pycache__/cache.cpython-311.pyc").touch()
+    assert fingerprint() == before
+    for file in ("kernels/attention/triton.py", "kernels/tuned.json", "model/rope.py", "infer/decode_step.py"):
+        (tmp_path / file).write_text((tmp_path / file).read_text() + "\n")
+        before, last = fingerprint(), before
+        assert before["sources"] != last["sources"], file
 
 
 def test_a_stale_or_foreign_cache_is_never_trusted(tmp_path: Path) -> None:
