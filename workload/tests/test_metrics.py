@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import torch
 from ictx.metrics import Flops, flops_per_token, model_flops_utilisation, peak_flops, write_about
 from ictx.model import ModelConfig, MoeConfig
 from ictx.model.describe import parameters_by_part
+from ictx.train.pretrain import Pretraining
 
 ICTX_1B = ModelConfig(
     vocab_size=65536,
@@ -69,3 +71,12 @@ def test_without_a_known_peak_there_is_no_utilisation() -> None:
 def test_the_peak_follows_the_gpus_name(name: str, peak: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     assert peak_flops(torch.device("cuda", 0)) == peak
+
+
+@pytest.mark.parametrize(("loss", "told"), [(9.377, "27% above"), (3.69, "50% below"), (7.383, "0% below")])
+def test_a_loss_is_reported_above_or_below_the_unigram_entropy(loss: float, told: str) -> None:
+    stage = object.__new__(Pretraining)
+    stage.validation = SimpleNamespace(data=SimpleNamespace(meta={"unigram_entropy": 7.383}))  # type: ignore[assignment]
+    further, line = stage.conclude({"val_loss": loss})
+    assert further == {"unigram_entropy": 7.383}
+    assert line == f"validation loss {loss:.3f} nats per token, {told} the corpus's unigram entropy 7.383"
