@@ -219,7 +219,7 @@ def test_a_run_on_a_mix_goes_on_where_it_stopped(commands: Commands, prepared: P
         results[name] = json.loads((tmp_path / name / "result.json").read_text())
     assert results["halves"]["resumed_from_step"] == 3
     assert results["halves"]["final_loss"] == pytest.approx(results["whole"]["final_loss"], abs=1e-3)
-    wanted = [mix.replace("3", "2"), "train.steps=7"]
+    wanted = [mix.replace("weight: 3", "weight: 2"), "train.steps=7"]
     ended = commands.run(*commands.pretrain(tmp_path / "whole", prepared, *wanted))
     assert ended.status == 2
     assert "was trained on other data than" in ended.err
