@@ -146,14 +146,15 @@ def test_a_job_goes_on_while_munge_gets_another_key(lab: Lab) -> None:
 def test_mlflow_passwords_are_replaced_under_a_steady_client(lab: Lab) -> None:
     url = f"{lab.tracking()['MLFLOW_TRACKING_URI']}/api/2.0/mlflow/users/get?username="
 
-    def with_file() -> int:
-        # As playbooks do: the password is read when it is needed.
-        return status(f"{url}admin", basic("admin", secret("mlflow_admin_password")))
+    def administrator(password: str) -> int:
+        return status(f"{url}admin", basic("admin", password))
 
     old = {name: secret(name) for name in ("mlflow_admin_password", "mlflow_user_researcher")}
-    with steady(with_file) as refused:
+    with steady(lambda: administrator(old["mlflow_admin_password"])) as refused:
         rotated("rotate=mlflow_admin_password,mlflow_users")
         assert status(f"{url}researcher", basic("researcher", old["mlflow_user_researcher"])) == 200, "jobs that run"
+    assert refused == []
+    with steady(lambda: administrator(secret("mlflow_admin_password"))) as refused:
         rotated("finish=mlflow_admin_password,mlflow_users")
     assert refused == []
     assert status(f"{url}admin", basic("admin", old["mlflow_admin_password"])) == 401

@@ -300,6 +300,15 @@ def test_a_single_alertmanager_does_not_look_for_others(written: Any) -> None:
     assert arguments.endswith('--cluster.listen-address="')
 
 
+@pytest.mark.parametrize(("peer", "address"), [("192.0.2.22:9094", "0.0.0.0"), ("[2001:db8::22]:9094", "[::]")])
+def test_several_alertmanagers_bind_to_an_address_that_gossip_over_tls_needs(peer: str, address: str) -> None:
+    cluster = Cluster(ROOT / "inventories/example")
+    role, play = next((r, p) for r, p, _ in cluster.uses("site.yml") if r.get_name() == "alertmanager")
+    template = ROOT / "roles/alertmanager/templates/default.j2"
+    variables = cluster.variables("infra1", play, role) | {"alertmanager_peers": [peer]}
+    assert f" --cluster.listen-address={address}:9094 " in cluster.render(template, variables)
+
+
 def test_several_alertmanagers_gossip_with_certificates_only(written: Any) -> None:
     conf = yaml.safe_load("\n".join(written("example", "alertmanager", "cluster.yml.j2", "infra1")))
     assert conf["tls_server_config"]["client_auth_type"] == "RequireAndVerifyClientCert"
