@@ -362,12 +362,15 @@ def test_training_goes_on_while_a_checkpoint_is_written(
     commands: Commands, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is saved is the state of its step, and the checkpoint before stays until it is complete."""
-    publish, steps, again = checkpoint._publish, threading.Event(), tmp_path / "again"
+    write, publish, steps, again = checkpoint.save, checkpoint._publish, threading.Event(), tmp_path / "again"
 
-    def slow(draft: Path, final: Path, *rest: Any) -> None:
-        if final.name == "step-00000004":
-            assert [path.name for path in final.parent.glob("step-????????")] == ["step-00000002"]
-            assert steps.wait(60)
+    def slow(state: Any, storage_writer: Any, **how: Any) -> Any:
+        if storage_writer.path.name == "step-00000004.part":
+            assert [path.name for path in storage_writer.path.parent.glob("step-????????")] == ["step-00000002"]
+            assert steps.wait(600)
+        return write(state, storage_writer=storage_writer, **how)
+
+    def kept(draft: Path, final: Path, *rest: Any) -> None:
         publish(draft, final, *rest)
         if final.name == "step-00000004":
             shutil.copytree(final, again / "checkpoints" / final.name)
@@ -379,7 +382,8 @@ def test_training_goes_on_while_a_checkpoint_is_written(
                 steps.set()
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "_publish", slow)
+        patch.setattr(checkpoint, "save", slow)
+        patch.setattr(checkpoint, "_publish", kept)
         patch.setattr(run, "Journal", Journal)
         wanted = ["train.checkpoint_every=2", "train.keep_checkpoints=1"]
         assert train(short(commands, prepared, tmp_path / "whole", *wanted)) == 0

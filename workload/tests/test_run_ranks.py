@@ -72,8 +72,16 @@ def test_any_number_of_ranks_does_what_one_does_and_goes_on_with_what_two_saved(
             assert loss == (two[step][0] if exact else pytest.approx(two[step][0], rel=1e-5)), f"{count}, step {step}"
 
 
+def printed(rank: subprocess.Popen[str], text: str) -> None:
+    """Waits until a rank has printed something."""
+    assert rank.stdout
+    while text not in (line := rank.stdout.readline()):
+        assert line, rank.communicate()
+
+
 def during_a_save(run: Path, ranks: list[subprocess.Popen[str]]) -> None:
-    """Waits until a checkpoint is being written."""
+    """Waits until training has begun, and then until a checkpoint is being written."""
+    printed(ranks[0], "parameters, ")
     while all(rank.poll() is None for rank in ranks):
         if any(run.glob("checkpoints/*.part")):
             return
@@ -93,7 +101,6 @@ def test_whatever_ends_a_run_the_next_start_goes_on(commands: Commands, prepared
 
     for victim in (0, 1):
         ranks = commands.ranks(2, *words)
-        wait_for_step(run, 4 + 4 * victim, ranks)
         during_a_save(run, ranks)
         ranks[victim].send_signal(signal.SIGKILL)
         found = statuses(ranks)
@@ -112,8 +119,7 @@ def test_whatever_ends_a_run_the_next_start_goes_on(commands: Commands, prepared
         during_a_save(run, ranks)
         for rank in ranks:
             subprocess.run(["prlimit", f"--pid={rank.pid}", "--fsize=1000000"], check=True)
-        while "training goes on, the last checkpoint is of step" not in (line := ranks[0].stdout.readline()):  # type: ignore[union-attr]
-            assert line, ranks[0].communicate()
+        printed(ranks[0], "training goes on, the last checkpoint is of step")
         for rank in ranks:
             rank.send_signal(signal.SIGTERM)
         assert [rank.status for rank in statuses(ranks)] == [2, 2], "nothing could be saved"
