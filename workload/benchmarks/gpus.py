@@ -10,6 +10,7 @@ four. The package is found beside this file.
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import os
 import queue
@@ -175,11 +176,36 @@ def run(cases: dict[str, Case], until: float, results: Results) -> None:
             future.result()
 
 
+def flat(value: Any, key: str = "") -> dict[str, Any]:
+    """Returns nested values by their path, without what is empty."""
+    if isinstance(value, dict):
+        parts = [flat(part, f"{key}.{name}".lstrip(".")) for name, part in value.items()]
+        return {name: part for found in parts for name, part in found.items()}
+    if isinstance(value, list):
+        return {key: " ".join(map(str, value))} if value else {}
+    return {} if value in (None, "") else {key: value}
+
+
+def save_csv(lines: Path, path: Path) -> None:
+    """Writes what was measured so far as a table: a line for each row of each case."""
+    rows = []
+    for line in lines.read_text("utf-8").splitlines():
+        case = json.loads(line)
+        rows += [{"case": case["case"], "command": case["command"], **flat(row)} for row in case["rows"]]
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    with path.open("w", newline="", encoding="utf-8") as file:
+        table = csv.DictWriter(file, names, lineterminator="\n")
+        table.writeheader()
+        table.writerows(rows)
+
+
 def main() -> None:
     """Runs the sets."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sets", nargs="+", choices=SETS, help="which cases, in turn")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSON lines are added to it")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="FILE", help="gets JSON lines; FILE's name with .csv a table"
+    )
     parser.add_argument("--seconds", type=float, default=580, metavar="N", help="time for all (580)")
     parser.add_argument("--only", metavar="TEXT", default="", help="cases with this in their name")
     arguments = parser.parse_args()
@@ -188,6 +214,7 @@ def main() -> None:
         cases = {case: what for case, what in SETS[name].items() if arguments.only in case}
         if cases:
             run(cases, until, results)
+    save_csv(arguments.out, arguments.out.with_suffix(".csv"))
 
 
 if __name__ == "__main__":

@@ -107,6 +107,28 @@ def test_a_case_that_hangs_ends_with_its_ranks_and_the_next_runs(tmp_path: Path)
     assert late["status"] == "no time left"
 
 
+def test_the_table_has_a_line_for_each_row_of_each_case(tmp_path: Path) -> None:
+    spec = importlib.util.spec_from_file_location("gpus", Path(__file__).parents[1] / "benchmarks" / "gpus.py")
+    assert spec and spec.loader
+    gpus = sys.modules["gpus"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(gpus)
+    lines = [
+        {
+            "case": "a",
+            "command": "--seq 8",
+            "rows": [{"step": 0.5, "peaks": [1, 2], "memory": {"peak": 3}, "cap": None}],
+        },
+        {"case": "late", "command": "", "rows": []},
+        {"case": "b", "command": "--check 1", "rows": [{"error": 1e-5}, {"error": 0.0}]},
+    ]
+    (tmp_path / "rows").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    gpus.save_csv(tmp_path / "rows", tmp_path / "rows.csv")
+    assert (tmp_path / "rows.csv").read_text().splitlines() == [
+        "case,command,step,peaks,memory.peak,error", "a,--seq 8,0.5,1 2,3,", "b,--check 1,,,,1e-05",
+        "b,--check 1,,,,0.0",
+    ]  # fmt: skip
+
+
 CONFIG = ModelConfig(**(SMALL | {"max_position_embeddings": 32768}))
 ROW = Row(
     "ictx", "selective", 8, True, 32768, 1, 2, "some GPU", "2.13", attention="cudnn", step=1.0,
