@@ -45,6 +45,8 @@ class Lab:
             ["ssh", "-F", str(STATE / "ssh" / "config"), node, "--", command],
             capture_output=True,
             text=True,
+            # Names of jobs may be any bytes.
+            errors="backslashreplace",
             check=False,
         )
 

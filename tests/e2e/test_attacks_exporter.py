@@ -63,12 +63,13 @@ def exposed(lab: Lab) -> Iterator[tuple[str, str, str]]:
     evil = submit(lab, "mallory", EVIL.replace("NOTES", notes), f"--array=0-{TASKS - 1}")
     # Names that are in the queue while the exporter looks.
     forged = rf"x\\n{honest}|{honest}|researcher|2001|batch|RUNNING|9|0|0|None|n1|forged"
-    names = [
-        submit(lab, "mallory", "", "--hold", f'--job-name="$(printf "{name}")"') for name in (forged, r"\\377\\033[31m")
-    ]
-    names.append(submit(lab, "mallory", "", "--hold", "--array=0-899", "--job-name=$(printf %0100000d 0)"))
+    names = [f'--job-name="$(printf "{name}")"' for name in (forged, r"\\377\\033[31m")]
+    # SLURM takes no longer one; each of an array counts.
+    names.append("--array=0-899 --job-name=$(printf %01000d 0)")
     jobs = f"{honest},{evil}"
     try:
+        for name in names:
+            submit(lab, "mallory", "", "--hold", name)
         wait_for("the jobs' end", lambda: not lab.run("ctl", f"squeue --noheader --jobs={jobs}").stdout, 300)
         # sacct learns of it a moment later.
         ended = f"sacct -n -X -j {jobs} -o State%20"
@@ -78,7 +79,7 @@ def exposed(lab: Lab) -> Iterator[tuple[str, str, str]]:
         read = "curl --silent --fail --cacert /etc/ictx/tls/ca.crt https://ctl:9100/metrics"
         yield honest, evil, lab.run("svc1", f'{read} --user "metrics:$(cat /etc/prometheus/metrics_password)"').stdout
     finally:
-        lab.run("ctl", f"scancel {' '.join(names)}")
+        lab.run("ctl", "scancel --user=mallory")
 
 
 @pytest.mark.attack(

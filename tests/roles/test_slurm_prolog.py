@@ -99,3 +99,12 @@ def test_a_full_folder_does_not_take_the_node_out_of_service(state: Path) -> Non
         assert owner_and_mode(state) == (NOBODY, 0o700)
     finally:
         subprocess.run(["umount", state.parent], check=True)
+
+
+@pytest.mark.parametrize(
+    "name", ["templates/prolog.j2", "templates/epilog.j2", "files/ictx-oci-as-user", "files/ictx-mail"]
+)
+def test_the_path_is_also_that_of_what_is_run(name: str) -> None:
+    # SLURM gives a prolog or an epilog no PATH: `timeout` would look for a program in /bin and /usr/bin only.
+    lines = (ROOT / "roles/slurm" / name).read_text().splitlines()
+    assert "export PATH=/usr/sbin:/usr/bin:/sbin:/bin" in lines
