@@ -80,10 +80,11 @@ def build() -> Dashboard:
         graph("Tokens a second", "Of all ranks.", "none", {BY: f"ictx_training_tokens_per_second{{{ME}}}"}),
         graph(
             "MFU and GPU utilisation",
-            "MFU counts useful operations, utilisation only that a kernel ran.",
+            "MFU counts useful operations (causal: half of attention's square), utilisation only that a kernel ran.",
             "percentunit",
             {
                 f"{BY} MFU": f"ictx_training_mfu_ratio{{{ME}}}",
+                f"{BY} MFU, causal": f"ictx_training_mfu_causal_ratio{{{ME}}}",
                 f"{BY} GPU utilisation": f"job:gpu_utilisation:avg{{{ME}}}",
             },
             top=1,
