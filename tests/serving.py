@@ -63,7 +63,7 @@ class Client:
         self.thread.join()
 
     def ask(self) -> None:
-        """Asks until told to end."""
+        """Sends requests until the event is set."""
         while not self.done.is_set():
             try:
                 status, text = complete(self.secret())

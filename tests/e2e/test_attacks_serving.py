@@ -63,11 +63,11 @@ def test_nothing_but_health_answers_without_the_key() -> None:
 )
 def test_metrics_are_not_reached_from_outside(core: client.CoreV1Api, pod: Any, lab: Lab) -> None:
     curl = "curl -s -w '%{http_code}' --max-time 5 --cacert /etc/ictx/tls/ca.crt"
-    told = lab.run("n1", f"{curl} {endpoint()}/metrics", user="mallory").stdout
-    assert told.endswith("401")
+    reply = lab.run("n1", f"{curl} {endpoint()}/metrics", user="mallory").stdout
+    assert reply.endswith("401")
     # No route leads there; the network that surrounds the lab may answer in its own words.
-    told += lab.run("n1", f"{curl} http://{pod.status.pod_ip}:9100/metrics", user="mallory").stdout
-    assert "vllm:" not in told
+    reply += lab.run("n1", f"{curl} http://{pod.status.pod_ip}:9100/metrics", user="mallory").stdout
+    assert "vllm:" not in reply
     for service in core.list_namespaced_service(NAMESPACE).items:
         if service.metadata.name.endswith("-metrics"):
             assert service.spec.type == "ClusterIP"

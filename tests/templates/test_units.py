@@ -15,7 +15,7 @@ FILTER = loaded(ROOT / "playbooks/plugins/filter/systemd.py")
 MOST = 4.0
 # What a role's tasks register before they write a template.
 REGISTERED = {"_k3s_runtime": {"stat": {"exists": True}}}
-# What each would have to give up to be rated better.
+# What each needs, and why it is rated no better.
 EXCEPTIONS = {
     "k3s/k3s.service": "starts containers, with all that they may be given",
     "slurm/slurmd.service.conf": "starts users' jobs, as each of them and with the node's devices",

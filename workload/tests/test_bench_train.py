@@ -7,6 +7,7 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from models import SMALL
@@ -78,11 +79,17 @@ def test_two_ranks_share_out_windows_beside_ddp(
         assert message in capsys.readouterr().err
 
 
-def test_a_case_that_hangs_ends_with_its_ranks_and_the_next_runs(tmp_path: Path) -> None:
+@pytest.fixture
+def gpus() -> Any:
+    """The program benchmarks/gpus.py, which is no part of the package."""
     spec = importlib.util.spec_from_file_location("gpus", Path(__file__).parents[1] / "benchmarks" / "gpus.py")
     assert spec and spec.loader
     gpus = sys.modules["gpus"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(gpus)
+    return gpus
+
+
+def test_a_case_that_hangs_ends_with_its_ranks_and_the_next_runs(tmp_path: Path, gpus: Any) -> None:
     assert all(0 < case.limit <= 560 for cases in gpus.SETS.values() for case in cases.values())
     # A rank that ignores its launcher's end, beside one that fails at once, and one after the time is over.
     hangs = "import subprocess, time; print(subprocess.Popen(['sleep', '60']).pid, flush=True); time.sleep(60)"
@@ -107,11 +114,7 @@ def test_a_case_that_hangs_ends_with_its_ranks_and_the_next_runs(tmp_path: Path)
     assert late["status"] == "no time left"
 
 
-def test_the_table_has_a_line_for_each_row_of_each_case(tmp_path: Path) -> None:
-    spec = importlib.util.spec_from_file_location("gpus", Path(__file__).parents[1] / "benchmarks" / "gpus.py")
-    assert spec and spec.loader
-    gpus = sys.modules["gpus"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(gpus)
+def test_the_table_has_a_line_for_each_row_of_each_case(tmp_path: Path, gpus: Any) -> None:
     lines = [
         {
             "case": "a",
