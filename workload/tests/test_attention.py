@@ -10,7 +10,10 @@ from torch import Tensor
 from ictx.errors import UserError
 from ictx.kernels import dispatch
 from ictx.kernels.attention import pair
-from ictx.kernels.attention.op import Packing, choice, mla_attention, operation, widths
+from ictx.kernels.attention.launches import widths
+from ictx.kernels.attention.op import choice, mla_attention
+from ictx.kernels.attention.operation import operation
+from ictx.kernels.attention.packing import Packing
 from ictx.kernels.attention.tuning import AttentionConfig, Tiles, attention_config
 
 BOUND = {torch.float16: 2e-3, torch.bfloat16: 8e-3}

@@ -16,7 +16,8 @@ from torch import Tensor
 from ictx.errors import UserError
 from ictx.kernels import dispatch
 from ictx.kernels.attention import flash4
-from ictx.kernels.attention.op import Packing, choice, mla_attention
+from ictx.kernels.attention.op import choice, mla_attention
+from ictx.kernels.attention.packing import Packing
 from ictx.parallel.recompute import KEPT
 
 CPU = torch.device("cpu")

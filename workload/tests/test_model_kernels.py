@@ -16,7 +16,7 @@ from torch import Tensor
 from ictx.infer import attention_cached
 from ictx.infer.cache import LatentCache
 from ictx.kernels import dispatch
-from ictx.kernels.attention import op as kernel
+from ictx.kernels.attention import operation as kernel
 from ictx.model import Transformer, attention
 from ictx.parallel.recompute import recompute
 

@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ictx.kernels.attention.op import Packing, choice, mla_attention
+from ictx.kernels.attention.op import choice, mla_attention
+from ictx.kernels.attention.packing import Packing
 from ictx.model.cache import Slots
 from ictx.model.config import LATENT_NORM_EPS, ModelConfig
 from ictx.model.context import Context

@@ -6,7 +6,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from ictx.kernels.attention.op import Packing
+from ictx.kernels.attention.packing import Packing
 
 
 class Context(Protocol):

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ictx.kernels.attention import pair
-from ictx.kernels.attention.op import Packing
+from ictx.kernels.attention.packing import Packing
 
 AT_ONCE = 1 << 20
 """Tokens × heads whose keys and values exist at once: all heads up to 65,536 tokens, one at a million (3 GB)."""

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import (
 )
 
 from ictx.kernels.attention import flash4
-from ictx.kernels.attention import op as attention
+from ictx.kernels.attention import operation as attention
 from ictx.model.moe import Router
 from ictx.model.transformer import Layer
 from ictx.parallel import context, offload

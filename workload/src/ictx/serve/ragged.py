@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ictx.kernels import dispatch
-from ictx.kernels.attention.op import choice, forward, readable, widths
+from ictx.kernels.attention.launches import forward, readable, widths
+from ictx.kernels.attention.op import choice
 from ictx.kernels.attention.tuning import attention_config
 
 WORKSPACE = 1 << 28

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ictx.kernels.attention import flash4, reference
-from ictx.kernels.attention.op import Packing, choice, padded, tiles
+from ictx.kernels.attention.op import choice, padded, tiles
+from ictx.kernels.attention.packing import Packing
 
 CUDNN, CUDNN_BACKWARD = (
     torch.ops.aten._scaled_dot_product_cudnn_attention,

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ictx.kernels import dispatch, layout
-from ictx.kernels.attention.op import choice, forward, widths
+from ictx.kernels.attention.launches import forward, widths
+from ictx.kernels.attention.op import choice
 from ictx.kernels.attention.tuning import attention_config
 from ictx.kernels.decode.op import mla_decode, multiprocessors
 from ictx.kernels.layout import LATENT, ROW, rows_of

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from ictx.kernels import dispatch, layout
-from ictx.kernels.attention import op as attention
-from ictx.kernels.attention import tuning
+from ictx.kernels.attention import launches, tuning
 from ictx.kernels.attention.op import mla_attention
 from ictx.kernels.attention.tuning import AttentionConfig, Tiles, attention_config
 from ictx.kernels.bench import attention as attention_bench
@@ -92,16 +91,16 @@ def inputs(name: str, config: AttentionConfig) -> Callable[[Tiles], float]:
     out = torch.empty_like(v)
     lse = torch.empty(attention_bench.HEADS, TOKENS, dtype=torch.float32, device="cuda")
     scale, parts = attention_bench.SCALE, (k[..., :128], k[..., 128:])
-    attention.forward(q, parts, v, scale, None, config.forward, out, lse)
+    launches.forward(q, parts, v, scale, None, config.forward, out, lse)
 
     def seconds(tiles: Tiles) -> float:
         tried = replace(config, **{name: tiles})
         if name == "forward":
             return attention_bench.median_time(
-                lambda: attention.forward(q, parts, v, scale, None, tried.forward, out, lse)
+                lambda: launches.forward(q, parts, v, scale, None, tried.forward, out, lse)
             )
         return attention_bench.median_time(
-            lambda: attention.gradients(grad, q, k, v, out, lse, scale, None, None, tried)
+            lambda: launches.gradients(grad, q, k, v, out, lse, scale, None, None, tried)
         )
 
     return seconds
