@@ -132,6 +132,44 @@ def test_a_wrong_variable_is_named(check: Check, variables: str, line: str) -> N
     assert line in check(variables)
 
 
+@pytest.mark.parametrize(
+    ("stages", "line"),
+    [
+        pytest.param("{sf: {config: a, after: pretrain}}", "sf: unknown stage: name it pretrain, ", id="unknown stage"),
+        pytest.param("{sft: {config: a, after: extend}}", "sft: after is extend: no such stage", id="unknown parent"),
+        pytest.param("{sft: {config: a}}", "sft: after is missing", id="no parent"),
+        pytest.param("{sft: {after: pretrain}}", "sft: config is missing", id="no config"),
+        pytest.param(
+            "{sft: {config: a, after: dpo}, dpo: {config: b, after: x}, x: {kind: extend, config: c, after: sft}}",
+            "sft: comes after itself: sft → x → dpo → sft",
+            id="circle",
+        ),
+        pytest.param("{sft: {config: a, after: sft}}", "sft: comes after itself: sft → sft", id="itself"),
+        pytest.param(
+            "{sft: {config: a, after: pretrain, time: 1:30:00}}",
+            "sft: time is 5400: must be text: put it in quotes",
+            id="time",
+        ),
+        pytest.param(
+            "{sft: {config: a, after: pretrain, nodes: 0}}", "sft: nodes is 0: expected 1 or more", id="nodes"
+        ),
+        pytest.param(
+            "{sft: {config: a, after: pretrain, node: 2}}", "sft: node. Supported parameters", id="unknown option"
+        ),
+        pytest.param(
+            "{pretrain: {after: pretrain}}", "pretrain: after is pretrain: pretraining begins from nothing", id="root"
+        ),
+    ],
+)
+def test_what_is_wrong_with_a_stage_is_named(check: Check, stages: str, line: str) -> None:
+    found = check(f"slurm_jobs_stages: {stages}")
+    assert [one for one in found if one.startswith("slurm_jobs_stages (all hosts): ") and line in one], found
+
+
+def test_a_time_that_yaml_takes_for_a_number_is_refused(check: Check) -> None:
+    assert check("slurm_jobs_time: 1:30:00") == ["slurm_jobs_time (all hosts): must be text: put it in quotes"]
+
+
 def test_a_variable_of_one_group_names_its_hosts(check: Check) -> None:
     assert check("slurm_kill_wait: soon", "slurm_compute") == [
         "slurm_kill_wait (n1, n2): must be a whole number from 0 to 2147483647, got 'soon'"

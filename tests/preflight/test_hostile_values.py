@@ -101,6 +101,8 @@ DEEP: Any = "x"
 for _ in range(200):
     DEEP = [DEEP]
 
+STAGE = {"config": "a", "after": "pretrain"}
+
 # fmt: off
 NAMES = ["root", "Root", "daemon", "slurm", "serving", "systemd-x", "../../etc/x", "a b", "a\n", "-a", ".a", "", "a:b",
          "é", "a/b", "x" * 33, "*", "$(id)", 5, True, None, b"alice", ["alice"]]
@@ -138,6 +140,12 @@ VALUES: dict[str, list[Any]] = {
     "slurm_gres": [[{"name": "gpu", "type": "a b", "count": 1}],
                    [{"name": "gpu", "type": "a", "count": 1, "file": "/dev/nvidia0 Count=9"}]],
     "slurm_jobs_corpus": [DEEP, ["/a b"], ["x"]],
+    "slurm_jobs_stages": [
+        5, ["sft"], {"sft": 5}, {"sft\n": STAGE}, {"a/b": {**STAGE, "kind": "sft"}},
+        *({"sft": {**STAGE, **part}} for part in (
+            {"config": "a b"}, {"config": "../x"}, {"time": "1 #x"}, {"nodes": "1 2"}, {"corpus": ["/a b"]}, {"x": 1},
+            {"after": "a\nb"}, {"partition": "a,b"}, {"alias": "a;id"})),
+    ],
     "slurm_kill_wait": [None, 2**31, 1 << 20000, True, "1e3", -1],
     "slurm_partitions": [
         *([{"name": name}] for name in PARTITIONS), [{"name": "a"}, {"name": "a"}], [{"name": "a", 5: "b"}], [CYCLE],
@@ -288,6 +296,9 @@ def templates() -> dict[Path, tuple[str, dict[str, Any]]]:
         if files:
             seen = {**lab().variables(hosts[0], play, role), **REGISTERED.get(role.get_name(), {})}
             given = str(play.get_vars()) + str(list(role._role_params.values()))
+            # What a template loops over may be put together there.
+            made = Path(role._role_path, "vars/main.yml")
+            given += made.read_text() if made.exists() else ""
             found |= {file: (file.read_text() + given, seen) for file in files}
     return found
 

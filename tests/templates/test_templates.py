@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ from typing import Any
 import pytest
 import yaml
 from ansible.errors import AnsibleError
-from cluster import ROOT, Cluster
+from ansible.template import Templar
+from cluster import ROOT, Cluster, trusted
 
 # What a role's tasks register before they write a template.
 REGISTERED: dict[str, dict[str, Any]] = {
@@ -34,6 +36,8 @@ REGISTERED: dict[str, dict[str, Any]] = {
     },
     # A task's loop gives the name: this one has an account in every inventory.
     "mlflow_users": {"item": "serving"},
+    # A script a stage; `scripts` below has all of them.
+    "slurm_jobs": {"item": trusted("{{ _slurm_jobs_stages | first }}")},
     "nvidia_driver": {"_nvidia_driver_pci": {"gpus": ["0000:07:00.0"], "nvswitches": [], "nouveau": False}},
 }
 # The lab's containers exist in its own inventory only.
@@ -160,15 +164,54 @@ def test_the_lab_advertises_no_gpu_unless_asked(written: Any) -> None:
     assert "ProctrackType=proctrack/linuxproc" in conf
 
 
-def test_the_job_script_asks_for_what_the_inventory_says(written: Any) -> None:
-    def options(lines: list[str]) -> dict[str, str]:
-        return dict(re.findall(r"^#SBATCH --([a-z-]+)=(\S+)", "\n".join(lines), re.MULTILINE))
+@cache
+def scripts(inventory: str, host: str) -> dict[str, str]:
+    """Returns the job script of each stage, the chain of another inventory besides its own."""
+    stages = {
+        "promote-128k": {"kind": "promote", "after": "dpo", "alias": "long", "time": "00:05:00"},
+        "extend": {"config": "extend/a.yaml", "after": "pretrain"},
+        "sft": {"config": "sft/a.yaml", "after": "extend"},
+        "dpo": {"config": "dpo/a.yaml", "after": "sft"},
+    }
+    cluster = Cluster(ROOT / "inventories" / inventory, {"slurm_jobs_stages": stages, "ictx_state_dir": "/nonexistent"})
+    role, play, _ = next(use for use in cluster.uses("site.yml") if use[0].get_name() == "slurm_jobs")
+    variables = cluster.variables(host, play, role)
+    ordered = Templar(cluster.loader, variables=variables).template(trusted("{{ _slurm_jobs_stages }}"))
+    template = ROOT / "roles/slurm_jobs/templates/stage.sbatch.j2"
+    return {about["name"]: cluster.render(template, {**variables, "item": about}) for about in ordered}
 
-    example = options(written("example", "slurm_jobs", "pretrain.sbatch.j2", "login1"))
+
+def options(script: str) -> dict[str, str]:
+    """Returns what a script requests of SLURM."""
+    return dict(re.findall(r"^#SBATCH --([a-z-]+)=(\S+)", script, re.MULTILINE))
+
+
+def test_the_job_script_requests_what_the_inventory_has() -> None:
+    example = options(scripts("example", "login1")["pretrain"])
     assert example.items() >= {"nodes": "4", "gpus-per-node": "4", "partition": "batch", "time": "1-00:00:00"}.items()
-    lab = options(written("lab", "slurm_jobs", "pretrain.sbatch.j2", "ctl"))
+    lab = options(scripts("lab", "ctl")["pretrain"])
     assert lab["nodes"] == "2"
     assert "gpus-per-node" not in lab
+
+
+def test_stages_are_in_order_and_what_does_not_train_is_one_task() -> None:
+    found = {name: options(script) for name, script in scripts("example", "login1").items()}
+    assert list(found) == ["pretrain", "extend", "sft", "dpo", "promote-128k"]
+    assert {name: about["nodes"] for name, about in found.items() if about["nodes"] != "4"} == {"promote-128k": "1"}
+    assert found["promote-128k"]["time"] == "00:05:00"
+    assert {name: about["job-name"] for name, about in found.items()} == dict(zip(found, found, strict=True))
+
+
+@pytest.mark.parametrize(("inventory", "host"), [("example", "login1"), ("lab", "ctl")])
+def test_every_stage_s_script_is_sound(inventory: str, host: str, tmp_path: Path) -> None:
+    for name, script in scripts(inventory, host).items():
+        (tmp_path / name).write_text(script)
+        assert "{{" not in script
+        assert "{%" not in script
+    # What stands for a value of the inventory may be a constant.
+    command = ["shellcheck", "--shell=bash", "--exclude=SC2050,SC2194", *sorted(tmp_path.iterdir())]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
 
 
 @pytest.mark.attack(
@@ -241,11 +284,11 @@ def test_the_lab_cannot_track_processes_and_so_shares_tmp(written: Any) -> None:
     assert "PrologFlags=Alloc" in conf
 
 
-def test_what_others_may_not_know_is_on_no_command_line_of_the_job_script(written: Any) -> None:
-    script = "\n".join(written("example", "slurm_jobs", "pretrain.sbatch.j2", "login1"))
-    assert "--master-port" not in script
-    assert "--rdzv-id" not in script
-    assert not re.search(r"^[^#]*\bsource ", script, re.MULTILINE), "passwords are read inside the container"
+def test_what_others_may_not_know_is_on_no_command_line_of_a_job_script() -> None:
+    for name, script in scripts("example", "login1").items():
+        assert "--master-port" not in script, name
+        assert "--rdzv-id" not in script, name
+        assert not re.search(r"^[^#]*\bsource ", script, re.MULTILINE), "passwords are read inside the container"
 
 
 def test_the_driver_stays_on_the_branch_of_the_inventory(written: Any) -> None:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import yaml
 from ansible.module_utils.common.arg_spec import ArgumentSpecValidator
 from ansible.plugins.action import ActionBase
-from ansible.plugins.loader import lookup_loader
+from ansible.plugins.loader import filter_loader, lookup_loader
 from ansible.utils.vars import load_extra_vars
 
 DOCUMENTATION = r"""
@@ -109,12 +109,17 @@ class Formats:
         self._types = content["types"]
         self._rules = [(rule["match"], rule["format"]) for rule in content["variables"]]
         self.unique: Mapping[str, list[str]] = content["unique"]
+        self._wholes: Mapping[str, str] = content["wholes"]
         self.connection: Options = content["connection"]
         self.name_of = cache(self._name_of)
 
     def _name_of(self, path: str, kind: str) -> str:
         named = (form for pattern, form in self._rules if fnmatchcase(path, pattern))
         return next(named, self._types.get(kind, "word"))
+
+    def whole_errors(self, name: str, value: Any) -> list[str]:
+        """Returns what the variable's own filter finds wrong with it as a whole."""
+        return list(filter_loader.get(self._wholes[name]).j2_function(value)) if name in self._wholes else []
 
     def text_error(self, form: str, text: str) -> str:
         """Returns what is wrong with a text, empty when nothing is."""
@@ -133,7 +138,8 @@ class Formats:
         rule = self._formats[form]
         # Text that YAML takes for a number, such as the version 580.
         if "pattern" in rule:
-            return self.text_error(form, str(value)) if type(value) is int and abs(value) < 10**18 else QUOTE
+            readable = type(value) is int and abs(value) < 10**18 and not rule.get("quoted")
+            return self.text_error(form, str(value)) if readable else QUOTE
         sound = rule["min"] <= value <= rule["max"] and value not in rule.get("reserved", ())
         return "" if sound else f"must be {rule['description']}, got {shown(value)}"
 
@@ -427,6 +433,7 @@ def check_values(values: Values, options: Options, formats: Formats, problems: P
                 found = [f"replace {PLACEHOLDER} in {text}"]
             else:
                 found = declared_errors(name, value, option, formats) or duplicates(name, value, formats)
+                found = found or formats.whole_errors(name, value)
             for text in found:
                 problems.add(name, text, host)
                 wrong.add((host, name))
