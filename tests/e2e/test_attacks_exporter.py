@@ -92,7 +92,7 @@ def test_every_honest_metric_is_there(exposed: tuple[str, str, str]) -> None:
     honest, _, text = exposed
     assert "\nslurm_up 1\n" in text
     assert "\nnode_textfile_scrape_error 0\n" in text
-    assert f'\nictx_training_loss{{job_id="{honest}",user="researcher"}} 1.5\n' in text
+    assert f'\nictx_training_loss{{job_id="{honest}",stage="",user="researcher"}} 1.5\n' in text
     skipped = {source: float(count) for source, count in re.findall(r'_skipped_rows\{source="(\w+)"\} (\S+)', text)}
     assert skipped["training"] >= 8
     assert skipped["jobs"] == skipped["nodes"] == skipped["accounting"] == 0

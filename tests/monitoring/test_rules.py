@@ -69,6 +69,16 @@ def test_an_alert_says_how_bad_it_is_what_is_wrong_and_where_to_read_on(alert: s
     assert rule["annotations"]["runbook_url"] == f"[[ prometheus_runbook_url ]]/{alert}.md"
 
 
+def test_an_alert_about_a_job_names_its_stage() -> None:
+    about_jobs = {
+        name: rule["annotations"]["description"]
+        for name, rule in ALERTS.items()
+        if name.startswith("Training") and "$labels.job_id" in rule["annotations"]["description"]
+    }
+    assert len(about_jobs) >= 6
+    assert [name for name, text in about_jobs.items() if "$labels.stage" not in text] == []
+
+
 @pytest.mark.parametrize("alert", ALERTS)
 def test_an_alert_has_a_runbook(alert: str) -> None:
     text = (RUNBOOKS / f"{alert}.md").read_text()

@@ -17,7 +17,7 @@ from slurm_exporter import PROGRAM, skipped, values, written
 
 training = PROGRAM.training
 ME = os.getuid()
-WHO = 'job_id="7",user="ann"'
+WHO = 'job_id="7",user="ann",stage=""'
 LOSS = f"ictx_training_loss{{{WHO}}}"
 INFO = "ictx_training_info{" + WHO
 
@@ -55,7 +55,7 @@ def runs(folder: Path) -> Path:
 def with_honest(runs: Path) -> Any:
     """Returns the metrics of ann's job and of ben's, whose metrics are there whatever ann does."""
     metrics = gathered(runs, run_of(), run_of("8", "ben"))
-    assert values(metrics)['ictx_training_loss{job_id="8",user="ben"}'] == 4.5
+    assert values(metrics)['ictx_training_loss{job_id="8",user="ben",stage=""}'] == 4.5
     return metrics
 
 
@@ -72,15 +72,16 @@ def test_a_training_job_is_reported_by_its_last_whole_record(tmp_path: Path) -> 
     (folder / "about.json").write_text('{"model": "tiny", "stage": "pretrain", "steps": 200}')
     metrics = gathered(tmp_path)
     found = values(metrics)
-    assert found[f'{INFO},mlflow_run="abc",model="tiny",stage="pretrain"}}'] == 1
-    assert found[f"ictx_training_running{{{WHO}}}"] == 1
-    assert found[f"ictx_training_step{{{WHO}}}"] == 20
-    assert found[LOSS] == 2.5
-    assert found[f"ictx_training_steps{{{WHO}}}"] == 200
-    assert found[f"ictx_training_validation_loss{{{WHO}}}"] == 3.1
-    assert found[f"ictx_training_record_interval_seconds{{{WHO}}}"] == 30
-    assert f"ictx_training_last_checkpoint_timestamp_seconds{{{WHO}}}" in found
-    assert f"ictx_training_mfu_ratio{{{WHO}}}" not in found
+    who = 'job_id="7",user="ann",stage="pretrain"'
+    assert found[f'ictx_training_info{{{who},mlflow_run="abc",model="tiny"}}'] == 1
+    assert found[f"ictx_training_running{{{who}}}"] == 1
+    assert found[f"ictx_training_step{{{who}}}"] == 20
+    assert found[f"ictx_training_loss{{{who}}}"] == 2.5
+    assert found[f"ictx_training_steps{{{who}}}"] == 200
+    assert found[f"ictx_training_validation_loss{{{who}}}"] == 3.1
+    assert found[f"ictx_training_record_interval_seconds{{{who}}}"] == 30
+    assert f"ictx_training_last_checkpoint_timestamp_seconds{{{who}}}" in found
+    assert f"ictx_training_mfu_ratio{{{who}}}" not in found
     assert skipped(metrics, tmp_path) == {}
 
 
@@ -218,7 +219,7 @@ def test_a_bad_line_costs_that_line(runs: Path, folder: Path, tmp_path: Path, li
     (folder / "metrics.jsonl").write_bytes(b'{"loss": 2.5}\n')
     (folder / "about.json").write_bytes(bad)
     metrics = with_honest(runs)
-    assert values(metrics)[f'{INFO},mlflow_run="",model="",stage=""}}'] == 1
+    assert values(metrics)[f'{INFO},mlflow_run="",model=""}}'] == 1
     assert skipped(metrics, tmp_path) == {"training": 1}
 
 
@@ -226,7 +227,7 @@ def test_a_label_has_printable_characters_only(runs: Path, folder: Path, tmp_pat
     (folder / "about.json").write_text('{"model": "\\ud800a\\nb\\u0000\\u202e", "stage": {"x": 1}}')
     metrics = with_honest(runs)
     mark = "\N{REPLACEMENT CHARACTER}"
-    assert values(metrics)[f'{INFO},mlflow_run="",model="{mark}a{mark}b{mark}{mark}",stage=""}}'] == 1
+    assert values(metrics)[f'{INFO},mlflow_run="",model="{mark}a{mark}b{mark}{mark}"}}'] == 1
     written(metrics, tmp_path)
 
 
@@ -234,7 +235,7 @@ def test_a_label_has_printable_characters_only(runs: Path, folder: Path, tmp_pat
 def test_the_id_of_a_run_is_one(runs: Path, folder: Path, tmp_path: Path, content: str) -> None:
     (folder / "mlflow_run_id").write_text(content)
     metrics = with_honest(runs)
-    assert values(metrics)[f'{INFO},mlflow_run="",model="",stage=""}}'] == 1
+    assert values(metrics)[f'{INFO},mlflow_run="",model=""}}'] == 1
     assert skipped(metrics, tmp_path) == {"training": 1}
 
 
@@ -325,7 +326,7 @@ def test_nobody_uses_up_the_time_of_others(runs: Path, tmp_path: Path, monkeypat
     monkeypatch.setattr(training, "MOST_SECONDS", 5)
     monkeypatch.setattr(training.time, "monotonic", lambda: next(ticks))
     metrics = gathered(runs, *[run_of(str(number)) for number in range(100, 200)], run_of("8", "ben"))
-    assert values(metrics)['ictx_training_loss{job_id="8",user="ben"}'] == 4.5
+    assert values(metrics)['ictx_training_loss{job_id="8",user="ben",stage=""}'] == 4.5
     assert skipped(metrics, tmp_path) == {"limits": 96}
 
 

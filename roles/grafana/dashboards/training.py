@@ -6,10 +6,11 @@ from grafana_foundation_sdk.builders.dashboard import Dashboard
 
 from .panels import RED, YELLOW, graph, listing, number, row, start
 
-ME = 'cluster="$cluster",job_id=~"$job"'
-BY = "{{job_id}} {{user}}"
+JOB = 'cluster="$cluster",job_id=~"$job"'
+ME = f'{JOB},stage=~"$stage"'
+BY = "{{stage}} {{job_id}} {{user}}"
 PARTS = ("data", "forward", "backward", "optimizer", "ranks", "evaluation", "checkpoint")
-ON_NODES = f"on (cluster, node) group_left (job_id) max by (cluster, node, job_id) (slurm_job_node{{{ME}}})"
+ON_NODES = f"on (cluster, node) group_left (job_id) max by (cluster, node, job_id) (slurm_job_node{{{JOB}}})"
 
 
 def build() -> Dashboard:
@@ -17,10 +18,11 @@ def build() -> Dashboard:
     made = start(
         "training",
         "Training run",
-        "A job from its loss to its hardware. Jobs are SLURM's numbers; a run is MLflow's.",
+        "A job of any stage, from its loss to its hardware. Jobs are SLURM's numbers; a run is MLflow's.",
         {
-            "run": 'label_values(ictx_training_info{cluster="$cluster"}, mlflow_run)',
-            "job": 'label_values(ictx_training_info{cluster="$cluster",mlflow_run=~"$run"}, job_id)',
+            "stage": 'label_values(ictx_training_info{cluster="$cluster"}, stage)',
+            "run": 'label_values(ictx_training_info{cluster="$cluster",stage=~"$stage"}, mlflow_run)',
+            "job": 'label_values(ictx_training_info{cluster="$cluster",stage=~"$stage",mlflow_run=~"$run"}, job_id)',
         },
     )
     made = row(
@@ -85,7 +87,7 @@ def build() -> Dashboard:
             {
                 f"{BY} MFU": f"ictx_training_mfu_ratio{{{ME}}}",
                 f"{BY} MFU, causal": f"ictx_training_mfu_causal_ratio{{{ME}}}",
-                f"{BY} GPU utilisation": f"job:gpu_utilisation:avg{{{ME}}}",
+                "{{job_id}} {{user}} GPU utilisation": f"job:gpu_utilisation:avg{{{JOB}}}",
             },
             top=1,
         ),

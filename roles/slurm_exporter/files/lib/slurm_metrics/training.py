@@ -68,8 +68,8 @@ FIELDS = {
 
 def declare(metrics: Metrics) -> None:
     """Adds the gauges of training, empty."""
-    labels = ("job_id", "user")
-    metrics.declare("ictx_training_info", "1 for each training run.", *labels, "mlflow_run", "model", "stage")
+    labels = ("job_id", "user", "stage")
+    metrics.declare("ictx_training_info", "1 for each training run.", *labels, "mlflow_run", "model")
     metrics.declare("ictx_training_running", "Whether SLURM runs the job now.", *labels)
     metrics.declare("ictx_training_last_record_timestamp_seconds", "When the job last wrote a record.", *labels)
     metrics.declare("ictx_training_record_interval_seconds", "Median time between records.", *labels)
@@ -180,7 +180,7 @@ class Reader:
 
     def __init__(self, metrics: Metrics, run: Run, folder: int) -> None:
         self.metrics, self.run, self.folder = metrics, run, folder
-        self.who = (run.number, run.user)
+        self.who = (run.number, run.user, "")
 
     def row(self, what: str) -> Any:
         """Returns the context in which a part is read."""
@@ -198,8 +198,8 @@ class Reader:
             if not self.run.running and time.time() - written > AFTERWARDS:
                 return
             lines = last_lines(file)
-        self.set("running", float(self.run.running))
         self.read_about()
+        self.set("running", float(self.run.running))
         with self.row("checkpoints"):
             if saved := checkpoints(self.run.uid, self.folder):
                 self.set("last_checkpoint_timestamp_seconds", max(saved))
@@ -218,7 +218,8 @@ class Reader:
                 run_id = ""
                 raise ValueError("not the ID of a run")
         model, stage = (value if isinstance(value := about.get(key), str) else "" for key in ("model", "stage"))
-        self.set("info", 1, run_id, model, stage)
+        self.who = (self.run.number, self.run.user, stage)
+        self.set("info", 1, run_id, model)
         self.set("steps", real(about.get("steps")))
 
     def read_records(self, lines: Sequence[bytes], written: float) -> None:
