@@ -21,10 +21,11 @@ from tokenizers import Tokenizer
 from ictx.cli import main
 from ictx.data import encode
 from ictx.data.config import DataConfig
+from ictx.data.contents import verify
 from ictx.data.corpus import Corpus, Document
 from ictx.data.prepare import prepare
 from ictx.data.progress import Progress
-from ictx.data.shards import SplitName, TokenArray, verify
+from ictx.data.shards import SplitName, TokenArray
 from ictx.data.stream import Stream
 from ictx.data.tokenizer import END_OF_TEXT
 from ictx.errors import UserError
@@ -265,7 +266,7 @@ def test_a_run_with_the_number_of_a_killed_one_prepares_anew(
 ) -> None:
     """The first process of every container has number 1, on every node."""
     with monkeypatch.context() as killed:
-        killed.setattr("ictx.data.prepare.shutil.rmtree", lambda *_, **__: None)
+        killed.setattr("ictx.data.publish.shutil.rmtree", lambda *_, **__: None)
         killed.setattr("ictx.data.prepare.train_tokenizer", lambda *_: pytest.fail("killed"))
         with pytest.raises(pytest.fail.Exception):
             prepare([corpus], tmp_path, CONFIG)

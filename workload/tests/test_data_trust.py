@@ -14,8 +14,8 @@ import pytest
 from conftest import VOCABULARY, Commands
 
 from ictx.data.config import DataConfig
+from ictx.data.contents import verify
 from ictx.data.prepare import prepare
-from ictx.data.shards import verify
 from ictx.errors import UserError
 from ictx.manifest import digest
 from ictx.train.config import load

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ictx.settings import command_line
+from ictx.settings import build, command_line, config_path, load_yaml, override
 
 PREPARE_EXAMPLES = """
 The folder that holds the prepared corpus is printed last. Its name follows the text and the settings, so what is there
@@ -19,6 +19,12 @@ examples:
   ictx data prepare --config pretrain/tiny.yaml --corpus notes/ --out data --set data.min_bytes=100000
   ictx data prepare --config pretrain/tiny.yaml --corpus pages.jsonl books.parquet --out data --set data.text_field=body
   ictx data prepare --config pretrain/tiny.yaml --corpus hf=HuggingFaceFW/fineweb-edu,sample-10BT --out /shared/data
+  ictx data prepare --config sft/tiny.yaml --corpus stdlib --out /shared/data
+  ictx data prepare --config sft/ictx-1b.yaml --corpus chats.jsonl alpaca.json hf=trl-lib/Capybara --out data
+
+A configuration with data.kind sft or dpo prepares conversations, or prompts with a chosen and a rejected answer: JSON
+lines, JSON lists and Parquet with messages, ShareGPT's conversations, Alpaca's instructions, TRL's prompt, completion,
+chosen and rejected; and `stdlib`, the documented functions of Python's standard library.
 """
 
 
@@ -28,7 +34,7 @@ def register(areas: Any) -> None:
     prepare = data.add_parser(
         "prepare",
         parents=[command_line()],
-        help="train the tokenizer on a corpus and write its tokens",
+        help="make tokens of a corpus, or rows of conversations",
         epilog=PREPARE_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -38,7 +44,7 @@ def register(areas: Any) -> None:
         required=True,
         metavar="SOURCE",
         help="files, folders and pipes (text, .jsonl, .parquet; compressed or not), and hf=NAME[,CONFIG[,SPLIT]]: a "
-        "data set of the Hugging Face Hub, or a folder that `datasets` reads",
+        "data set of the Hugging Face Hub, or a folder that `datasets` reads; for conversations also `stdlib`",
     )
     prepare.add_argument("--out", type=Path, required=True, help="folder below which the prepared corpus is put")
     prepare.add_argument("--link", type=Path, help="symbolic link to make to the prepared corpus")
@@ -50,13 +56,9 @@ def register(areas: Any) -> None:
 
 def run_prepare(arguments: argparse.Namespace) -> int:
     """`ictx data prepare`."""
-    from ictx.data.prepare import prepare
-    from ictx.train.config import load
-
     # A job that is told to stop tidies up like one that fails.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-    # The whole configuration is read: what is wrong in it shows before the corpus is read, not after.
-    directory = prepare(arguments.corpus, arguments.out, load(arguments.config, arguments.set).data)
+    directory = _prepared(arguments)
     if arguments.link:
         draft = arguments.link.with_name(f"{arguments.link.name}.part")
         draft.unlink(missing_ok=True)
@@ -66,12 +68,30 @@ def run_prepare(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _prepared(arguments: argparse.Namespace) -> Path:
+    """Prepares what the configuration is for."""
+    content = override(load_yaml(config_path(arguments.config)), arguments.set)
+    data = content.get("data")
+    if isinstance(data, dict) and data.get("kind"):
+        from ictx.data.chat import prepare as chat
+        from ictx.data.chat.config import ChatDataConfig
+
+        return chat.prepare(arguments.corpus, arguments.out, build(ChatDataConfig, data, "data."))
+    from ictx.data.prepare import prepare
+    from ictx.train.config import load
+
+    # The whole configuration is read: what is wrong in it shows before the corpus is read, not after.
+    return prepare(arguments.corpus, arguments.out, load(arguments.config, arguments.set).data)
+
+
 def run_verify(arguments: argparse.Namespace) -> int:
     """`ictx data verify`."""
-    from ictx.data.shards import verify
+    from ictx.data.contents import verify
 
     meta = verify(arguments.dir)
-    print(
-        f"{arguments.dir} is intact: {meta['train_tokens']:,} training, {meta['validation_tokens']:,} validation tokens"
-    )
+    if "kind" in meta:
+        counts = " and ".join(f"{entry['rows']:,} {split} rows" for split, entry in meta["splits"].items())
+    else:
+        counts = f"{meta['train_tokens']:,} training, {meta['validation_tokens']:,} validation tokens"
+    print(f"{arguments.dir} is intact: {counts}")
     return 0

@@ -12,7 +12,7 @@ from ictx.data.tokenizer import SMALLEST_VOCABULARY
 from ictx.errors import UserError
 
 
-def _trusted_dirs() -> tuple[Path, ...]:
+def trusted_by_environment() -> tuple[Path, ...]:
     """Returns the folders that whoever started the container, and sees their owners, found to be root's."""
     return tuple(map(Path, filter(None, os.environ.get("ICTX_TRUSTED_DATA", "").split(":"))))
 
@@ -79,7 +79,7 @@ class DataConfig:
     """Long documents are read more often than others, or less (training only)."""
     trusted_owners: tuple[int, ...] = ()
     """Numbers of users whose prepared data is used, besides one's own and root's."""
-    trusted_dirs: tuple[Path, ...] = field(default_factory=_trusted_dirs)
+    trusted_dirs: tuple[Path, ...] = field(default_factory=trusted_by_environment)
     """Folders of prepared data that are used whoever owns them; in containers owners cannot be told apart."""
 
     def __post_init__(self) -> None:

@@ -88,12 +88,19 @@ def _kind(file: Path, field: str, named: bool) -> str:
 @contextmanager
 def _opened(file: Path) -> Iterator[TextIO]:
     """Opens a text, compressed or not; ends of lines stay as they are. What is damaged raises Unreadable."""
+    with decompressed(file) as content:
+        yield io.TextIOWrapper(content, encoding="utf-8-sig", newline="")
+
+
+@contextmanager
+def decompressed(file: Path) -> Iterator[IO[bytes]]:
+    """Opens a file, compressed or not. What is damaged raises Unreadable."""
     with file.open("rb") as raw:
         begins = raw.peek(8)
         opener = next((opener for magic, opener in DECOMPRESS.items() if begins.startswith(magic)), None)
         try:
             with opener(raw) if opener else raw as content:
-                yield io.TextIOWrapper(content, encoding="utf-8-sig", newline="")
+                yield content
         except (EOFError, zlib.error, lzma.LZMAError) as error:
             raise Unreadable(f"damaged: {error}") from error
         except OSError as error:

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 import time
-import uuid
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +18,8 @@ from ictx.data.config import DataConfig
 from ictx.data.corpus import Corpus, Summary
 from ictx.data.encode import encoded
 from ictx.data.progress import Progress
-from ictx.data.shards import FORMAT, META_FILE, SPLITS, SplitWriter, verify
+from ictx.data.publish import draft_in, held, publish
+from ictx.data.shards import FORMAT, META_FILE, SPLITS, SplitWriter
 from ictx.data.tokenizer import (
     END_OF_TEXT,
     SPECIAL_TOKENS,
@@ -32,13 +29,8 @@ from ictx.data.tokenizer import (
     save_tokenizer,
     train_tokenizer,
 )
-from ictx.data.trust import trusted_files
 from ictx.errors import UserError, printable
-from ictx.folder import sync
-from ictx.manifest import Unusable, digest
-
-# Folders that nothing was added to for so long are not being written any more.
-STALE_SECONDS = 24 * 3600
+from ictx.manifest import digest
 
 
 def prepare(sources: Sequence[str | Path], out: Path, config: DataConfig) -> Path:
@@ -67,15 +59,9 @@ def prepare(sources: Sequence[str | Path], out: Path, config: DataConfig) -> Pat
     )
     for line in found.skipped:
         print(line, flush=True)
-    _remove_stale(out)
-    if held := _held(out, name, fingerprint, config):
-        print(f"{held} holds this corpus already: nothing to do", flush=True)
-        return held
-    # No process number: in containers of every node and of every job it is the same.
-    draft = out / f".{name}.{uuid.uuid4().hex[:12]}.part"
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        draft.mkdir()
+    if found_before := held(out, name, fingerprint, config):
+        return found_before
+    with draft_in(out) as draft:
         tokenizer = given or _trained(corpus, found, config)
         save_tokenizer(tokenizer, draft)
         print(f"tokenizer: {tokenizer.get_vocab_size():,} entries, {time.monotonic() - start:.0f} s", flush=True)
@@ -83,17 +69,7 @@ def prepare(sources: Sequence[str | Path], out: Path, config: DataConfig) -> Pat
         sums = {name: digest(draft / name).sha256 for name in TOKENIZER_FILES}
         about = {"ictx": __version__, "format": FORMAT, "fingerprint": fingerprint, "sha256": sums}
         (draft / META_FILE).write_text(json.dumps({**about, **meta}, indent=1) + "\n")
-        # Whatever the umask is: everybody may read what is prepared, and its owner alone may change it.
-        for path in [*draft.iterdir(), draft]:
-            path.chmod(0o755 if path == draft else 0o644)
-        for path in (*(draft / name for name in (*TOKENIZER_FILES, META_FILE)), draft):
-            sync(path)
-        directory = _named(draft, name, fingerprint, config)
-        sync(out)
-    except OSError as error:
-        raise UserError(f"cannot write {error.filename or draft}: {error.strerror}") from error
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+        directory = publish(draft, name, fingerprint, config)
     print(
         f"{directory}: {meta['train_tokens']:,} training and {meta['validation_tokens']:,} validation tokens, "
         f"unigram entropy {meta['unigram_entropy']:.3f} nats, {time.monotonic() - start:.0f} s",
@@ -106,53 +82,6 @@ def described(tokenizer: Tokenizer) -> str:
     """Returns what tells a tokenizer from others; one that puts tokens around texts once put them around pieces."""
     around = added_around(tokenizer)
     return str(tokenizer.to_str()) + (repr(around) if any(around) else "")
-
-
-def _held(out: Path, name: str, fingerprint: str, config: DataConfig) -> Path | None:
-    """Returns a folder that holds the corpus: of somebody who is trusted, every file of it what was written.
-
-    Where others can write too, anybody may have taken the name: then this user's folder has a longer one.
-    """
-    not_trusted = 0
-    for path in sorted(out.glob(f"{name}*")):
-        try:
-            trusted_files(path, config)
-        except (Unusable, OSError) as error:
-            not_trusted += 1
-            if not_trusted == 1:
-                print(f"not used: {error}", flush=True)
-            continue
-        try:
-            if verify(path)["fingerprint"] == fingerprint:
-                return path
-        except (Unusable, OSError) as error:
-            print(f"not used: {error}", flush=True)
-    if not_trusted > 1:
-        print(f"not used for such reasons: {not_trusted - 1} more folders with this name", flush=True)
-    return None
-
-
-def _named(draft: Path, name: str, fingerprint: str, config: DataConfig) -> Path:
-    """Gives a draft its name, or one that nobody can guess where that is taken; returns the folder to use."""
-    try:
-        return draft.rename(draft.parent / name)
-    except OSError:
-        # Another job was quicker with the same text, or somebody keeps others from using the name.
-        if held := _held(draft.parent, name, fingerprint, config):
-            return held
-        return draft.rename(draft.parent / f"{name}-{uuid.uuid4().hex[:12]}")
-
-
-def _remove_stale(out: Path) -> None:
-    """Removes what killed runs of this user left: they cannot tidy up themselves."""
-    for left in out.glob(".*.part"):
-        with suppress(OSError):
-            if left.lstat().st_uid != os.geteuid():
-                continue
-            # The folder of a run that takes days is as old, but what it writes to is not.
-            newest = max(path.lstat().st_mtime for path in [left, *left.glob("*")])
-            if time.time() - newest > STALE_SECONDS:
-                shutil.rmtree(left, ignore_errors=True)
 
 
 def _trained(corpus: Corpus, found: Summary, config: DataConfig) -> Tokenizer:

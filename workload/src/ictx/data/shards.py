@@ -20,10 +20,9 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from ictx.data.progress import Progress
 from ictx.data.tokenizer import TOKENIZER_FILES
 from ictx.errors import UserError
-from ictx.manifest import Entry, Unusable, check_files, is_sha256, read_json
+from ictx.manifest import Entry, Unusable, is_sha256, read_json
 from ictx.settings import shown
 
 META_FILE, FORMAT = "meta.json", 2
@@ -180,6 +179,11 @@ def read_meta(directory: Path) -> dict[str, Any]:
         meta: Any = read_json(directory / META_FILE)
     except Unusable as error:
         raise Unusable(f"{directory} holds no prepared data ({error}): run `ictx data prepare`") from error
+    if isinstance(meta, dict) and "kind" in meta:
+        raise Unusable(
+            f"{directory} holds {shown(meta['kind'])} data, not tokens of a corpus: prepare one with a configuration "
+            "of pretraining"
+        )
     number = meta.get("format", 1) if isinstance(meta, dict) else meta
     if number != FORMAT:
         raise Unusable(
@@ -247,16 +251,3 @@ def _mapped(path: Path, dtype: np.dtype[Any], count: int, what: str) -> npt.NDAr
         f"{path} has {size / dtype.itemsize:,.10g} {what}, but {META_FILE} says {count:,}: "
         "remove the folder and prepare it again"
     )
-
-
-def verify(directory: Path) -> dict[str, Any]:
-    """Reads every byte and returns meta.json. Raises Unusable naming the first file that is not what was written."""
-    meta = read_meta(directory)
-    files = files_of(meta)
-    total = sum((directory / name).stat().st_size for name in files if (directory / name).exists())
-    with Progress(f"verifying {directory}", total) as progress:
-        try:
-            check_files(directory, files, progress.add)
-        except Unusable as error:
-            raise Unusable(f"{error}: remove the folder and prepare it again") from error
-    return meta

@@ -12,8 +12,10 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
+from ictx.data.chat.config import ChatDataConfig
+from ictx.data.chat.records import Record, holds_records, records
 from ictx.data.config import DataConfig
 from ictx.data.formats import read
 from ictx.data.skipped import Skipped, Unreadable
@@ -66,6 +68,17 @@ class Files:
                 # A folder holds all sorts of things.
                 skipped.add(file, "file", str(error))
 
+    def records(self, config: ChatDataConfig, skipped: Skipped) -> Iterator[Record]:
+        """Yields the records with their places. Raises UserError naming a file that is damaged."""
+        if self.path.is_file():
+            yield from records(self.path)
+            return
+        for file in _below(self.path, skipped, set()):
+            if holds_records(file):
+                yield from records(file)
+            else:
+                skipped.add(file, "file", "of other names than .jsonl, .json, .parquet")
+
 
 class Pipe:
     """What a pipe gives, such as that of `<(zcat …)`: kept in a temporary file, as a corpus is read several times."""
@@ -88,6 +101,15 @@ class Pipe:
     def texts(self, config: DataConfig, skipped: Skipped) -> Iterator[str]:
         """Yields the documents. Raises UserError where they are damaged."""
         yield from _named(self, Path(f"/dev/fd/{self._file.fileno()}"), config, skipped)
+
+    def records(self, config: ChatDataConfig, skipped: Skipped) -> Iterator[Record]:
+        """Yields the records with their places. Raises UserError where they are damaged."""
+        kept = f"/dev/fd/{self._file.fileno()}"
+        try:
+            for where, record in records(Path(kept)):
+                yield where.replace(kept, str(self), 1), record
+        except UserError as error:
+            raise UserError(str(error).replace(kept, str(self))) from error
 
 
 def _named(each: Files | Pipe, file: Path, config: DataConfig, skipped: Skipped) -> Iterator[str]:
@@ -147,23 +169,30 @@ class Hub:
 
     def texts(self, config: DataConfig, skipped: Skipped) -> Iterator[str]:
         """Yields the documents. Raises UserError naming the data set that cannot be had."""
+        for _, row in self._rows(config.streaming):
+            text = row.get(config.text_field)
+            if text is None and config.text_field in row:
+                skipped.add(self.name, "row", "without text")
+                continue
+            if not isinstance(text, str):
+                raise UserError(
+                    f"{self} has no text in {config.text_field!r} (data.text_field): it has {', '.join(row)}"
+                )
+            yield text
+
+    def records(self, config: ChatDataConfig, skipped: Skipped) -> Iterator[Record]:
+        """Yields the records with their places. Raises UserError naming the data set that cannot be had."""
+        for number, row in self._rows(config.streaming):
+            yield f"{self} row {number}", {name: value for name, value in row.items() if value is not None}
+
+    def _rows(self, streaming: bool) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Yields numbers, from 1 on, and rows."""
         # Takes seconds to import; few corpora need it.
         import datasets
 
         try:
-            rows = datasets.load_dataset(self.name, self.config, split=self.split, streaming=config.streaming)
-            for row in rows:
-                text = row.get(config.text_field)
-                if text is None and config.text_field in row:
-                    skipped.add(self.name, "row", "without text")
-                    continue
-                if not isinstance(text, str):
-                    raise UserError(
-                        f"{self} has no text in {config.text_field!r} (data.text_field): it has {', '.join(row)}"
-                    )
-                yield text
-        except (UserError, GeneratorExit):
-            raise
+            found = datasets.load_dataset(self.name, self.config, split=self.split, streaming=streaming)
+            yield from enumerate(found, 1)
         except Exception as error:  # of the library, of HTTP, of a file system, of a format: whatever it is built on
             raise UserError(
                 f"{self} cannot be read: {type(error).__name__}: {str(error).partition(chr(10))[0]}"

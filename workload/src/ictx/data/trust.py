@@ -8,13 +8,26 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Protocol
 
-from ictx.data.config import DataConfig
-from ictx.data.shards import META_FILE, files_of, read_meta
+from ictx.data.contents import read_meta
+from ictx.data.shards import META_FILE
 from ictx.manifest import Entry, Unusable, check_owner
 
 
-def trusted_files(directory: Path, config: DataConfig) -> dict[str, Entry]:
+class Trusting(Protocol):
+    """Settings that name whose data is used."""
+
+    @property
+    def trusted_owners(self) -> tuple[int, ...]:
+        """Numbers of users, besides one's own and root's."""
+
+    @property
+    def trusted_dirs(self) -> tuple[Path, ...]:
+        """Folders that are used whoever owns them."""
+
+
+def trusted_files(directory: Path, config: Trusting) -> dict[str, Entry]:
     """Returns the files of a folder of prepared data, which are not read yet.
 
     Raises Unusable unless all belongs to somebody who is trusted, and only its owner can write to it. In a container
@@ -33,7 +46,7 @@ def trusted_files(directory: Path, config: DataConfig) -> dict[str, Entry]:
     # Before anything in it is read: the folders of others may be many, and large.
     if os.path.lexists(directory):
         check(directory)
-    files = files_of(read_meta(directory))
+    _, files = read_meta(directory)
     for name in (META_FILE, *files):
         check(directory / name)
     return files

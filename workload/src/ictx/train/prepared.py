@@ -7,7 +7,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from ictx.data.config import DataConfig
-from ictx.data.trust import trusted_files
+from ictx.data.trust import Trusting, trusted_files
 from ictx.errors import UserError
 from ictx.manifest import Entry, Unusable, check_files
 from ictx.train.ranks import on_all, on_first
@@ -18,10 +18,12 @@ def checked(config: DataConfig) -> list[Path]:
 
     Raises UserError unless they are of somebody who is trusted, and what was written.
     """
-    return [_checked(directory.resolve(), config) for directory in config.dirs]
+    return [checked_folder(directory, config) for directory in config.dirs]
 
 
-def _checked(directory: Path, config: DataConfig) -> Path:
+def checked_folder(directory: Path, config: Trusting) -> Path:
+    """Does the same for one folder, of whatever kind of data."""
+    directory = directory.resolve()
 
     def files() -> dict[str, Entry]:
         try:

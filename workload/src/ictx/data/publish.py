@@ -1,0 +1,105 @@
+"""Prepared data gets its folder: complete or not at all, once, and only from somebody who is trusted."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from ictx.data.contents import verify
+from ictx.data.trust import Trusting, trusted_files
+from ictx.errors import UserError
+from ictx.folder import sync
+from ictx.manifest import Unusable
+
+# Folders that nothing was added to for so long are not being written any more.
+STALE_SECONDS = 24 * 3600
+
+
+def held(out: Path, name: str, fingerprint: str, config: Trusting) -> Path | None:
+    """Returns a folder that holds the data already, and reports it: see `_held`."""
+    _remove_stale(out)
+    found = _held(out, name, fingerprint, config)
+    if found:
+        print(f"{found} holds this corpus already: nothing to do", flush=True)
+    return found
+
+
+@contextmanager
+def draft_in(out: Path) -> Iterator[Path]:
+    """Yields a new folder below `out` for `publish`; what is not published goes.
+
+    Raises UserError naming what cannot be written.
+    """
+    # No process number: in containers of every node and of every job it is the same.
+    draft = out / f".{uuid.uuid4().hex}.part"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        draft.mkdir()
+        yield draft
+    except OSError as error:
+        raise UserError(f"cannot write {error.filename or draft}: {error.strerror}") from error
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def publish(draft: Path, name: str, fingerprint: str, config: Trusting) -> Path:
+    """Puts a draft on the disk and gives it its name; returns the folder to use."""
+    # Whatever the umask is: everybody may read what is prepared, and its owner alone may change it.
+    for path in [*draft.iterdir(), draft]:
+        path.chmod(0o755 if path == draft else 0o644)
+        sync(path)
+    directory = _named(draft, name, fingerprint, config)
+    sync(draft.parent)
+    return directory
+
+
+def _held(out: Path, name: str, fingerprint: str, config: Trusting) -> Path | None:
+    """Returns a folder that holds the corpus: of somebody who is trusted, every file of it what was written.
+
+    Where others can write too, anybody may have taken the name: then this user's folder has a longer one.
+    """
+    not_trusted = 0
+    for path in sorted(out.glob(f"{name}*")):
+        try:
+            trusted_files(path, config)
+        except (Unusable, OSError) as error:
+            not_trusted += 1
+            if not_trusted == 1:
+                print(f"not used: {error}", flush=True)
+            continue
+        try:
+            if verify(path)["fingerprint"] == fingerprint:
+                return path
+        except (Unusable, OSError) as error:
+            print(f"not used: {error}", flush=True)
+    if not_trusted > 1:
+        print(f"not used for such reasons: {not_trusted - 1} more folders with this name", flush=True)
+    return None
+
+
+def _named(draft: Path, name: str, fingerprint: str, config: Trusting) -> Path:
+    """Gives a draft its name, or one that nobody can guess where that is taken; returns the folder to use."""
+    try:
+        return draft.rename(draft.parent / name)
+    except OSError:
+        # Another job was quicker with the same text, or somebody keeps others from using the name.
+        if found := _held(draft.parent, name, fingerprint, config):
+            return found
+        return draft.rename(draft.parent / f"{name}-{uuid.uuid4().hex[:12]}")
+
+
+def _remove_stale(out: Path) -> None:
+    """Removes what killed runs of this user left: they cannot tidy up themselves."""
+    for left in out.glob(".*.part"):
+        with suppress(OSError):
+            if left.lstat().st_uid != os.geteuid():
+                continue
+            # The folder of a run that takes days is as old, but what it writes to is not.
+            newest = max(path.lstat().st_mtime for path in [left, *left.glob("*")])
+            if time.time() - newest > STALE_SECONDS:
+                shutil.rmtree(left, ignore_errors=True)
