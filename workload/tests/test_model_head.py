@@ -137,3 +137,29 @@ def test_validation_sees_how_large_logits_get() -> None:
     with torch.no_grad(), tracked_amax(model) as amax:
         model(TOKENS, labels=TOKENS)
     assert amax["lm_head output"] == pytest.approx(float(model(TOKENS).abs().max()), rel=1e-5)
+
+
+@given(length=st.integers(1, 20), chunk=st.integers(1, 50), ignored=st.floats(0, 1), seed=st.integers(0, 1000))
+def test_log_probabilities_are_those_of_all_logits(length: int, chunk: int, ignored: float, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    part = head(torch.float64)
+    hidden = torch.randn(2, length, 16, dtype=torch.float64, generator=generator).requires_grad_()
+    labels = torch.randint(37, (2, length), generator=generator)
+    labels[torch.rand(2, length, generator=generator) < ignored] = -100
+    counts, weights = labels >= 0, torch.randn(2, length, dtype=torch.float64, generator=generator)
+    wanted = part(hidden).log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0].where(counts, 0.0)
+    found = part.log_probs(hidden, labels, chunk)
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+    inputs = (hidden, part.weight)
+    ours, theirs = (torch.autograd.grad((x * weights).sum(), inputs) for x in (found, wanted))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_a_models_log_probabilities_are_those_of_its_logits() -> None:
+    model, labels = small(), TOKENS.roll(-1, 1)
+    labels[:, :5] = -1
+    found = model(TOKENS, labels=labels, each=True)
+    wanted = model(TOKENS).log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0].where(labels >= 0, 0.0)
+    torch.testing.assert_close(found, wanted)
+    assert float(-found.sum() / (labels >= 0).sum()) == pytest.approx(float(model(TOKENS, labels=labels)), rel=1e-5)

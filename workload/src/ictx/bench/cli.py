@@ -1,4 +1,4 @@
-"""The command line of whole-model benchmarks: `ictx bench decode|train`."""
+"""The command line of whole-model benchmarks: `ictx bench decode|train|align`."""
 
 from __future__ import annotations
 
@@ -19,6 +19,13 @@ examples:
   ictx bench train --config ictx-1b --seq 32768 --ranks 4 --recompute selective --layers 8 --out train.json
   ictx bench train --config ictx-1b --seq 524288 --ranks 2 --cp 2 --offload --warm-up 0 --steps 1 --profile
   ictx bench train --config tiny --seq 4096 --ranks 2 --cp 2 --check 1 --dtype float32
+"""
+
+ALIGN_EXAMPLES = """
+examples:
+  ictx bench align --config ictx-1b --task dpo --seq 8192
+  ictx bench align --config ictx-1b --task sft --seq 32768 --compile --out align.json
+  ictx bench align --config tiny --task dpo --seq 256 --only ictx trl+ictx
 """
 
 
@@ -81,6 +88,25 @@ def register(areas: Any) -> None:
     )
     train.add_argument("--out", type=Path, metavar="FILE", help="save the rows as JSON")
     train.set_defaults(run=run_train)
+    align = commands.add_parser(
+        "align",
+        help="steps of DPO and SFT on this GPU, with random weights and tokens, beside TRL's trainers",
+        epilog=ALIGN_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    align.add_argument("--config", required=True, help="name of a shipped configuration, or a YAML file")
+    align.add_argument("--task", choices=("dpo", "sft"), required=True, help="what is trained")
+    align.add_argument("--seq", type=int, required=True, metavar="N", help="tokens of a row; a pair has two rows")
+    align.add_argument("--batch", type=int, default=1, metavar="N", help="rows, or pairs, of a step (1)")
+    align.add_argument("--steps", type=int, default=5, metavar="N", help="steps that are timed (5)")
+    align.add_argument("--warm-up", type=int, default=2, metavar="N", help="steps before those that are timed (2)")
+    align.add_argument("--compile", action="store_true", help="compile the layers of ictx")
+    align.add_argument(
+        "--only", nargs="+", choices=("trl", "trl+ictx", "ictx"), default=["trl", "trl+ictx", "ictx"],
+        help="trl: its trainer with SDPA; trl+ictx: with our attention; ictx: our loop (all)",
+    )  # fmt: skip
+    align.add_argument("--out", type=Path, metavar="FILE", help="save the rows as JSON")
+    align.set_defaults(run=run_align)
 
 
 def run_decode(arguments: argparse.Namespace) -> int:
@@ -158,4 +184,31 @@ def run_train(arguments: argparse.Namespace) -> int:
     if arguments.out:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text(json.dumps(found, indent=2) + "\n", "utf-8")
+    return 0
+
+
+def run_align(arguments: argparse.Namespace) -> int:
+    """`ictx bench align`."""
+    import json
+    from dataclasses import asdict
+
+    from ictx.bench.align import AlignCase, run
+    from ictx.errors import UserError
+    from ictx.model import ModelConfig
+
+    for name in ("seq", "batch", "steps"):
+        if getattr(arguments, name) < 1:
+            raise UserError(f"--{name} is {getattr(arguments, name)}: expected 1 or more")
+    config, rows = ModelConfig.named(arguments.config), []
+    for implementation in arguments.only:
+        row = run(
+            AlignCase(
+                arguments.task, implementation, config, arguments.seq, arguments.batch, arguments.steps,
+                arguments.warm_up, arguments.compile,
+            )
+        )  # fmt: skip
+        rows.append(row)
+        print(row.line(), flush=True)
+    if arguments.out:
+        arguments.out.write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n", "utf-8")
     return 0

@@ -40,6 +40,18 @@ class Head(nn.Linear):
             total += F.cross_entropy(self(x_nd).float(), labels.clamp(min=-1), ignore_index=-1, reduction="sum")
         return total / (labels_n >= 0).sum().clamp(min=1)
 
+    def log_probs(self, hidden_bsd: Tensor, labels_bs: Tensor, chunk: int | None = None) -> Tensor:
+        """Returns each label's log-probability, float32 (batch, sequence); 0 where none counts.
+
+        Arguments are those of `loss`. Backward computes the logits again: what comes back to each token is known then.
+        """
+        counts_bs = labels_bs >= 0
+        chunk = chunk or max(LOGITS // self.out_features, 1)
+        # Prompts and padding, often most of the tokens, cost nothing.
+        arguments = hidden_bsd[counts_bs], self.weight, labels_bs[counts_bs], chunk
+        found = cast(Tensor, _LogProbs.apply(*arguments))  # type: ignore[no-untyped-call]
+        return found.new_zeros(labels_bs.shape).masked_scatter(counts_bs, found)
+
 
 def to_gradient(logits_nv: Tensor, targets_n1: Tensor, weights_n1: Tensor) -> Tensor:
     """Returns the weighted sum of the rows' cross-entropies; their gradient takes the place of the logits.
@@ -94,3 +106,59 @@ class _Loss(torch.autograd.Function):
         """Returns the gradients of hidden states and weights."""
         grad_hidden, grad_weight = ctx.saved_tensors
         return (grad_hidden * grad).to(grad_hidden.dtype), (grad_weight * grad).to(grad_weight.dtype), None, None
+
+
+def log_probs_of(logits_nv: Tensor, targets_n1: Tensor, work: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Returns the targets' log-probabilities and the rows' log-sum-exp, both (rows, 1) in the dtype `work`."""
+    lse_n1 = logits_nv.to(work).logsumexp(-1, keepdim=True)
+    return logits_nv.gather(1, targets_n1).to(work) - lse_n1, lse_n1
+
+
+def to_gradient_of_log_probs(logits_nv: Tensor, targets_n1: Tensor, lse_n1: Tensor, grad_n1: Tensor) -> None:
+    """Puts the gradient of the targets' log-probabilities, given theirs, in the place of the logits."""
+    entries = torch.arange(logits_nv.shape[1], device=logits_nv.device)
+    p = (logits_nv.to(lse_n1.dtype) - lse_n1).exp()
+    logits_nv.copy_(((entries == targets_n1).to(p.dtype) - p) * grad_n1)
+
+
+@functools.cache
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns the function as one kernel; the last chunk has a length of its own, so lengths are not constants."""
+    return torch.compile(function, dynamic=True)
+
+
+class _LogProbs(torch.autograd.Function):
+    """Log-probabilities of labels, chunk by chunk, in forward and in backward."""
+
+    @staticmethod
+    @torch.amp.custom_fwd(device_type="cuda", cast_inputs=torch.bfloat16)  # type: ignore[untyped-decorator]
+    def forward(ctx: Any, hidden_nd: Tensor, weight_vd: Tensor, labels_n: Tensor, chunk: int) -> Tensor:
+        """Returns them, (tokens,)."""
+        work = torch.promote_types(hidden_nd.dtype, torch.float32)
+        found, lse = (torch.empty(len(hidden_nd), 1, dtype=work, device=hidden_nd.device) for _ in range(2))
+        buffer = hidden_nd.new_empty(min(chunk, len(hidden_nd)), len(weight_vd))
+        compute = compiled(log_probs_of) if buffer.is_cuda and dispatch.have_triton() else log_probs_of
+        for first in range(0, len(hidden_nd), chunk):
+            rows = slice(first, first + chunk)
+            logits = torch.mm(hidden_nd[rows], weight_vd.T, out=buffer[: len(hidden_nd[rows])])
+            found[rows], lse[rows] = compute(logits, labels_n[rows, None], work)
+        ctx.save_for_backward(hidden_nd, weight_vd, labels_n, lse)
+        ctx.chunk = chunk
+        return found[:, 0]
+
+    @staticmethod
+    @torch.amp.custom_bwd(device_type="cuda")  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad_n: Tensor) -> tuple[Tensor | None, ...]:
+        """Returns the gradients of hidden states and weights."""
+        hidden_nd, weight_vd, labels_n, lse = ctx.saved_tensors
+        grad_hidden, grad_weight = torch.empty_like(hidden_nd), torch.zeros_like(weight_vd, dtype=lse.dtype)
+        buffer = hidden_nd.new_empty(min(ctx.chunk, len(hidden_nd)), len(weight_vd))
+        fused = buffer.is_cuda and dispatch.have_triton()
+        compute = compiled(to_gradient_of_log_probs) if fused else to_gradient_of_log_probs
+        for first in range(0, len(hidden_nd), ctx.chunk):
+            rows = slice(first, first + ctx.chunk)
+            logits = torch.mm(hidden_nd[rows], weight_vd.T, out=buffer[: len(hidden_nd[rows])])
+            compute(logits, labels_n[rows, None], lse[rows], grad_n[rows, None])
+            torch.mm(logits, weight_vd, out=grad_hidden[rows])
+            grad_weight += logits.T @ hidden_nd[rows]
+        return grad_hidden, grad_weight.to(weight_vd.dtype), None, None

@@ -107,6 +107,7 @@ class Transformer(nn.Module):
         attention_mask: Tensor | None = None,
         document_ids: Tensor | None = None,
         labels: Tensor | None = None,
+        each: bool = False,
         last_only: bool = False,
         mode: Mode = "auto",
     ) -> Tensor:
@@ -121,6 +122,8 @@ class Transformer(nn.Module):
             document_ids: integers; where they change a document ends, and no token sees another document's.
             labels: the next token of each position; what is below 0 does not count. The result then is their mean
                 cross-entropy, in nats; the logits of all tokens never exist at once.
+            each: whether the result with `labels` is each label's log-probability instead, float32 (batch, sequence),
+                and 0 where it does not count.
             last_only: whether only the logits of the last position are wanted, of shape (batch, 1, vocab_size).
             mode: how to attend to a cache: "expanded", "absorbed", or whichever is cheaper.
 
@@ -145,6 +148,8 @@ class Transformer(nn.Module):
         hidden_bsd = self.model.norm(x_bsd)
         if labels is None:
             return cast(Tensor, self.lm_head(hidden_bsd[:, -1:] if last_only else hidden_bsd))
+        if each:
+            return self.lm_head.log_probs(hidden_bsd, labels)
         if self.training and torch.is_grad_enabled() and len(self.mtp):
             self.mtp_loss = self._further_loss(input_ids, labels, hidden_bsd, rope, documents)
         return self.lm_head.loss(hidden_bsd, labels)

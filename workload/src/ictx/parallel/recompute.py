@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.utils.checkpoint import (
@@ -39,6 +39,11 @@ Contexts = tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
 
 def _policy(_: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     return CheckpointPolicy.MUST_SAVE if operation in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def selective_contexts() -> Contexts:
+    """Returns what torch.utils.checkpoint takes as `context_fn` for selective mode."""
+    return cast(Contexts, create_selective_checkpoint_contexts(_policy))  # type: ignore[no-untyped-call]
 
 
 @contextmanager
