@@ -12,7 +12,7 @@ import ictx
 
 PACKAGE = Path(ictx.__file__).parent
 ROOMS = (
-    ("", "errors", "folder", "manifest", "registry", "settings"),
+    ("", "download", "errors", "folder", "manifest", "registry", "settings"),
     ("kernels", "data"),
     ("model",),
     ("infer", "metrics", "parallel", "track"),

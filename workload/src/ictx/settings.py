@@ -115,8 +115,21 @@ def build(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
 
     Raises UserError naming the key (`train.steps`), its value and what is allowed.
     """
+    arguments = typed(cls, values, where)
+    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+        missing = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if missing and field.name not in arguments:
+            raise UserError(f"missing setting {where}{field.name}")
+    try:
+        return cls(**arguments)
+    except ValueError as error:
+        raise UserError(f"{where}{error}") from error
+
+
+def typed(cls: type[Any], values: Mapping[str, Any], where: str = "") -> dict[str, Any]:
+    """Returns values as the fields of a dataclass have them; some may be missing. Raises UserError as `build` does."""
     hints = get_type_hints(cls)
-    known = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    known = {field.name for field in dataclasses.fields(cls)}
     arguments: dict[str, Any] = {}
     for name, value in values.items():
         if name not in known:
@@ -124,14 +137,7 @@ def build(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
             hint = f"did you mean {where}{near[0]}?" if near else f"known: {', '.join(sorted(known))}"
             raise UserError(f"unknown setting {where}{shown(name)}: {hint}")
         arguments[name] = _convert(hints[name], value, f"{where}{name}")
-    for name, field in known.items():
-        missing = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        if missing and name not in arguments:
-            raise UserError(f"missing setting {where}{name}")
-    try:
-        return cls(**arguments)
-    except ValueError as error:
-        raise UserError(f"{where}{error}") from error
+    return arguments
 
 
 def _convert(kind: Any, value: Any, name: str) -> Any:

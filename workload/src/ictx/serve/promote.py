@@ -8,9 +8,9 @@ from pathlib import Path
 
 from mlflow import MlflowClient
 
+from ictx.download import Source, fetch_all
 from ictx.errors import UserError
 from ictx.registry import PROMOTED_TAG, ModelRef, format_sums
-from ictx.serve.pull import Source, fetch_all
 
 
 def only_model(client: MlflowClient) -> str:

@@ -5,22 +5,17 @@ from __future__ import annotations
 import fcntl
 import json
 import shutil
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from mlflow import MlflowClient
-from mlflow.artifacts import download_artifacts, list_artifacts
 from safetensors import SafetensorError, safe_open
 
+from ictx.download import Source, fetch_all, held_version
 from ictx.errors import UserError, printable
-from ictx.registry import PROMOTED_TAG, SUMS_FILE, SUMS_TAG, ModelRef, read_sums, sha256
-
-STATE_FILE = ".ictx-model.json"
-"""In a complete folder: which version it holds, and the checksums with which it was verified."""
+from ictx.registry import ModelRef
 
 # What vLLM's MLA can serve. Another width passes its start and its health checks, and fails at the first request.
 SERVABLE = {
@@ -29,47 +24,6 @@ SERVABLE = {
     "qk_nope_head_dim": 128,
     "v_head_dim": 128,
 }
-
-
-@dataclass(frozen=True)
-class Source:
-    """A version's files in the registry."""
-
-    ref: ModelRef
-    version: str
-    uri: str
-    sums_digest: str
-    """SHA-256 of SUMS_FILE, empty where the version was registered without."""
-    promoted: dict[str, str] = field(default_factory=dict)
-    """Path → SHA-256 as a promoter verified them, empty where the version was never promoted."""
-
-    @classmethod
-    def find(cls, client: MlflowClient, ref: ModelRef) -> Source:
-        """Asks the registry. Raises UserError."""
-        found = ref.find(client)
-        uri = client.get_model_version_download_uri(ref.name, found.version)
-        tags = found.tags or {}
-        promoted = read_sums(tags.get(PROMOTED_TAG, ""))
-        return cls(ref, str(found.version), uri.rstrip("/"), tags.get(SUMS_TAG, ""), promoted)
-
-    def sizes(self) -> dict[str, int]:
-        """Returns path → bytes of all files."""
-        found: dict[str, int] = {}
-        folders = [self.uri]
-        while folders:
-            for entry in list_artifacts(artifact_uri=(folder := folders.pop())):
-                place = f"{folder}/{Path(entry.path).name}"
-                if entry.is_dir:
-                    folders.append(place)
-                else:
-                    found[place.removeprefix(f"{self.uri}/")] = int(entry.file_size or 0)
-        return found
-
-    def fetch(self, path: str, directory: Path) -> None:
-        """Downloads a file into the folder, at its place there."""
-        target = directory / path
-        target.parent.mkdir(parents=True, exist_ok=True)
-        download_artifacts(artifact_uri=f"{self.uri}/{path}", dst_path=str(target.parent))
 
 
 def pull(client: MlflowClient, ref: ModelRef, target: Path, promoted: bool = False) -> str:
@@ -96,60 +50,13 @@ def pull(client: MlflowClient, ref: ModelRef, target: Path, promoted: bool = Fal
                 f"ictx promote {source.version} --alias ALIAS --model {ref.name}"
             )
         _say(f"{ref} is version {source.version}, at {source.uri}")
-        fetch_all(source, draft)
+        fetch_all(source, draft, _say)
         check_servable(ref, draft)
         if target.exists():
             shutil.rmtree(target)
         draft.rename(target)
     _say(f"{ref} is complete in {target}")
     return source.version
-
-
-def held_version(target: Path) -> tuple[str, str] | None:
-    """Returns name and version of what the folder holds, complete and unchanged; None otherwise."""
-    try:
-        state = json.loads((target / STATE_FILE).read_text())
-        sums: dict[str, str] = state["sha256"]
-        whole = all((target / path).is_file() and sha256(target / path) == digest for path, digest in sums.items())
-        return (state["name"], state["version"]) if whole else None
-    except (OSError, ValueError, KeyError, TypeError, UserError):
-        return None
-
-
-def fetch_all(source: Source, draft: Path) -> dict[str, str]:
-    """Fills `draft` with the version's files, writes STATE_FILE there, and returns path → SHA-256. Raises UserError."""
-    draft.mkdir(exist_ok=True)
-    sizes = source.sizes()
-    sums = _sums(source, draft, sizes)
-    if not sums:
-        _say(f"registered without {SUMS_FILE}: sizes and structure are checked, checksums are not")
-    wanted = sorted(sums or sizes)
-    if not wanted:
-        raise UserError(f"{source.ref} is version {source.version}, which has no files at {source.uri}")
-    for file in sorted(draft.rglob("*")):
-        # What an interrupted pull of another version left.
-        if file.is_file() and file.relative_to(draft).as_posix() not in wanted:
-            file.unlink()
-    missing = [path for path in wanted if not _verified(draft / path, sizes[path], sums.get(path))]
-    if len(missing) < len(wanted):
-        _say(f"{len(wanted) - len(missing)} of {len(wanted)} files are there from an interrupted pull")
-    _check_space(draft, sum(sizes[path] for path in missing))
-    for path in missing:
-        began = time.monotonic()
-        source.fetch(path, draft)
-        if (draft / path).stat().st_size != sizes[path]:
-            raise UserError(f"{source.ref}: {path} came with {(draft / path).stat().st_size} of {sizes[path]} bytes")
-        if sums and sha256(draft / path) != sums[path]:
-            (draft / path).unlink()
-            raise UserError(
-                f"{source.ref}: {path} of version {source.version} does not have the checksum {_origin(source)}: "
-                "the registered file is damaged or was changed; promote another version"
-            )
-        _say(f"fetched {path}, {sizes[path] / 1e6:,.1f} MB in {time.monotonic() - began:.1f} s")
-    sums = sums or {path: sha256(draft / path) for path in wanted}
-    state = {"name": source.ref.name, "version": source.version, "sha256": sums}
-    (draft / STATE_FILE).write_text(json.dumps(state, indent=1) + "\n")
-    return sums
 
 
 def check_servable(ref: ModelRef, directory: Path) -> None:
@@ -174,54 +81,6 @@ def check_servable(ref: ModelRef, directory: Path) -> None:
         found = ", ".join(f"{name} {size}" for name, size in wrong.items())
         needed = ", ".join(f"{name} {SERVABLE[name]}" for name in wrong)
         raise UserError(f"{ref} has {found}: vLLM serves latent attention with {needed} only")
-
-
-def _sums(source: Source, draft: Path, sizes: dict[str, int]) -> dict[str, str]:
-    """Returns path → SHA-256, empty for a version without any. Raises UserError when the list cannot be right.
-
-    What a promoter recorded counts more than SUMS_FILE, which the version's writer can replace.
-    """
-    sums = source.promoted or _listed_sums(source, draft, sizes)
-    for path in sums:
-        if path not in sizes:
-            raise UserError(
-                f"{source.ref}: version {source.version} lacks {path}, which {_origin(source, 'lists')}: "
-                "promote another version"
-            )
-    return sums
-
-
-def _origin(source: Source, lists: str = "") -> str:
-    """Returns what the checksums are, in words."""
-    if source.promoted:
-        return "its promotion recorded" if lists else "that its promotion recorded"
-    return f"its {SUMS_FILE} {lists}" if lists else f"in its {SUMS_FILE}"
-
-
-def _listed_sums(source: Source, draft: Path, sizes: dict[str, int]) -> dict[str, str]:
-    """Returns what SUMS_FILE lists, empty for a version without it."""
-    if SUMS_FILE not in sizes:
-        if source.sums_digest:
-            raise UserError(f"{source.ref}: version {source.version} has lost its {SUMS_FILE}")
-        return {}
-    source.fetch(SUMS_FILE, draft)
-    file = draft / SUMS_FILE
-    if source.sums_digest and sha256(file) != source.sums_digest:
-        raise UserError(f"{source.ref}: {SUMS_FILE} of version {source.version} is not what the registry vouches for")
-    return read_sums(file.read_text())
-
-
-def _verified(file: Path, size: int, digest: str | None) -> bool:
-    """Returns whether a file is there from before and good."""
-    if not file.is_file() or file.stat().st_size != size:
-        return False
-    return digest is not None and sha256(file) == digest
-
-
-def _check_space(directory: Path, needed: int) -> None:
-    free = shutil.disk_usage(directory).free
-    if needed > free:
-        raise UserError(f"{directory} has {free / 1e9:.1f} GB free, the model needs {needed / 1e9:.1f} GB more")
 
 
 @contextmanager

@@ -100,6 +100,14 @@ def _run_id(note: Path) -> str:
     return found if re.fullmatch("[0-9A-Za-z-]+", found) else ""
 
 
+def new_client() -> MlflowClient:
+    """Returns a client whose requests fail at once: all ranks wait for one that makes them. Trying again is ours."""
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    return MlflowClient()
+
+
 class Tracker:
     """Logs to the server or store that MLFLOW_TRACKING_URI names: the sink of an outbox, and the model registry."""
 
@@ -110,11 +118,7 @@ class Tracker:
 
         A run that goes on waits for nobody: what its beginning and its end say is told when the server answers.
         """
-        # All ranks wait for a request of this one, so it fails at once; trying again is ours.
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
-        os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-        self.client = MlflowClient()
+        self.client = new_client()
         self.experiment, self.patience = experiment, patience
         self.model = ""
         self._announced = self._uploaded = False

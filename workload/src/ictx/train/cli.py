@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from ictx.errors import exit_status
-from ictx.settings import build, command_line
+from ictx.settings import command_line
 
 PRETRAIN_EXAMPLES = """
 A run goes on from the newest checkpoint in run.dir. SIGTERM saves a checkpoint and ends with status 75.
@@ -19,36 +20,62 @@ examples:
   ictx train pretrain --config pretrain/tiny.yaml --set run.dir=runs/2 --set data.dir=data/… --set train.steps=20
 """
 
+EXTEND_EXAMPLES = """
+The parent's version is looked up once, verified and kept in run.dir/init: an alias that moves meanwhile changes
+nothing. model.yarn says how far positions are stretched; everything else of the model is the parent's.
+
+examples:
+  ictx train extend --config extend/tiny.yaml --set init=models:/ictx-tiny@candidate \\
+      --set run.dir=runs/3 --set data.dir=data/…
+  ictx train extend --config extend/tiny.yaml --set init=run:/shared/runs/me/17 --set run.dir=runs/4 \\
+      --set data.dir=data/… --set model.yarn.factor=4 --set train.sequence_length=512
+"""
+
 
 def register(areas: Any) -> None:
     """Adds `train` to the areas of the command line."""
     train = areas.add_parser("train", help="training").add_subparsers(metavar="COMMAND", required=True)
-    pretrain = train.add_parser(
-        "pretrain",
+    _add(train, "pretrain", run_pretrain, "train a model from the start, export and register it", PRETRAIN_EXAMPLES)
+    _add(train, "extend", run_extend, "teach a trained model longer contexts", EXTEND_EXAMPLES)
+
+
+def _add(train: Any, name: str, run: Callable[[argparse.Namespace], int], about: str, examples: str) -> None:
+    """Adds a stage."""
+    stage = train.add_parser(
+        name,
         parents=[command_line()],
-        help="train a model from the start, export and register it",
-        epilog=PRETRAIN_EXAMPLES,
+        help=about,
+        epilog=examples,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    pretrain.add_argument(
+    stage.add_argument(
         "--profile", type=int, default=0, metavar="STEPS", help="trace so many steps to run.dir/profile (train.profile)"
     )
-    pretrain.set_defaults(run=run_pretrain)
+    stage.set_defaults(run=run)
 
 
+# torch takes seconds to import: only what trains waits for it.
 def run_pretrain(arguments: argparse.Namespace) -> int:
     """`ictx train pretrain`."""
-    # torch takes seconds to import: only what trains waits for it.
+    from ictx.train.pretrain import start
+
+    return _train(arguments, start)
+
+
+def run_extend(arguments: argparse.Namespace) -> int:
+    """`ictx train extend`."""
+    from ictx.train.child import main
+    from ictx.train.extend import Extension
+
+    return _train(arguments, lambda content: main(Extension, content))
+
+
+def _train(arguments: argparse.Namespace, stage: Callable[[dict[str, Any]], int]) -> int:
+    """Runs a stage, which gets its settings as plain values, and ends the process."""
     from ictx.train.config import read
-    from ictx.train.pretrain import Pretraining
-    from ictx.train.run import main
 
-    def train() -> int:
-        profile = [f"train.profile={arguments.profile}"] if arguments.profile else []
-        config = build(Pretraining.settings, read(arguments.config, arguments.set + profile))
-        return main(Pretraining(config), config)
-
-    status = exit_status(train)
+    profile = [f"train.profile={arguments.profile}"] if arguments.profile else []
+    status = exit_status(lambda: stage(read(arguments.config, arguments.set + profile)))
     # Threads of torch outlive the process group; one that then asks for the interpreter while it shuts down aborts the
     # process, and torchrun takes that for a failure of the whole job. Everything is written: leave at once.
     sys.stdout.flush()

@@ -23,6 +23,10 @@ ALIAS = re.compile(r"(?!v\d+$|latest$)[A-Za-z0-9_-]{1,200}", re.IGNORECASE)
 """What MLflow takes: `latest` and `v1` would be read as versions."""
 
 
+TRAINING_ONLY = {"initializer_range", "mtp_loss_weight", "moe.balance_loss_weight", "moe.bias_update_speed"}
+"""Settings of a model that change how it is trained and not what it computes: another start may change them."""
+
+
 @dataclass(frozen=True)
 class OptimizerConfig:
     """The optimizer, and its learning rate: a linear warm-up, then a decay."""
@@ -180,6 +184,8 @@ class StageConfig:
     """Sizes of the model."""
     train: LoopConfig
     """The loop."""
+    init: str = ""
+    """Model to begin with: models:/NAME/VERSION, models:/NAME@ALIAS, or run:/FOLDER for the export of an own run."""
     parallel: Layout = field(default_factory=Layout)
     """Ranks along the axes of the mesh."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -197,8 +203,8 @@ class StageConfig:
 
 
 @dataclass(frozen=True)
-class PretrainConfig(StageConfig):
-    """A pretraining run."""
+class CorpusConfig(StageConfig):
+    """A run that predicts the next token of a corpus."""
 
     data: DataConfig = field(default_factory=DataConfig)
     """The corpus."""
@@ -209,6 +215,21 @@ class PretrainConfig(StageConfig):
             raise ValueError(
                 f"data.vocab_size is {self.data.vocab_size}: expected model.vocab_size, {self.model.vocab_size}"
             )
+
+
+@dataclass(frozen=True)
+class PretrainConfig(CorpusConfig):
+    """A pretraining run."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.init:
+            raise ValueError(f"init is {shown(self.init)}: expected none, as pretraining begins with random weights")
+
+
+@dataclass(frozen=True)
+class ExtendConfig(CorpusConfig):
+    """A run that teaches a model longer contexts."""
 
 
 def read(name: str, assignments: list[str]) -> dict[str, Any]:
@@ -225,8 +246,9 @@ def read(name: str, assignments: list[str]) -> dict[str, Any]:
         if isinstance(run := content.get("run", {}), dict):
             content["run"] = {"model_name": f"ictx-{Path(model).name}", **run}
     content = override(content, [each for each in assignments if each not in chosen])
-    if isinstance(content.get("model"), dict) and isinstance(content.setdefault("data", {}), dict):
-        content["data"].setdefault("vocab_size", content["model"].get("vocab_size"))
+    model = content.get("model")
+    if isinstance(model, dict) and "vocab_size" in model and isinstance(content.setdefault("data", {}), dict):
+        content["data"].setdefault("vocab_size", model["vocab_size"])
     return content
 
 

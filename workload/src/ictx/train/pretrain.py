@@ -1,28 +1,33 @@
-"""Pretraining: next-token prediction over a prepared corpus."""
+"""Pretraining: next-token prediction over a prepared corpus, from random weights."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from ictx.data.loader import Batch, Batches
 from ictx.data.mix import opened
 from ictx.errors import UserError
 from ictx.model import Transformer
+from ictx.settings import build
 from ictx.train import run
-from ictx.train.config import PretrainConfig
+from ictx.train.config import CorpusConfig, PretrainConfig
 from ictx.train.loss import Loss, next_token_loss
 from ictx.train.prepared import checked
 from ictx.train.ranks import Ranks
 from ictx.train.validation import Validation
 
 
-class Pretraining:
-    """The stage."""
+class OnCorpus:
+    """What stages have in common that predict the next token of a corpus."""
 
-    name, settings = "pretrain", PretrainConfig
+    config: CorpusConfig
 
-    def __init__(self, config: PretrainConfig) -> None:
-        self.config, self.vocabulary = config, config.data.dirs[0]
+    @property
+    def data_dir(self) -> Path:
+        """Folder of the corpus, of the first one where there are several."""
+        return self.config.data.dirs[0]
 
     def batches(self, ranks: Ranks) -> Batches:
         """Returns the corpus in its order, packed. Raises UserError for one that does not fit the settings."""
@@ -31,12 +36,12 @@ class Pretraining:
         data, validation = opened(folders, corpora, "train"), opened(folders, corpora, "validation")
         if data.meta["vocab_size"] != self.config.model.vocab_size:
             raise UserError(
-                f"{self.vocabulary} was prepared with vocab_size {data.meta['vocab_size']}, but model.vocab_size is "
+                f"{self.data_dir} was prepared with vocab_size {data.meta['vocab_size']}, but model.vocab_size is "
                 f"{self.config.model.vocab_size}: prepare the corpus with this configuration"
             )
         if not validation.windows(loop.sequence_length):
             raise UserError(
-                f"{self.vocabulary} has no validation window of {loop.sequence_length} tokens: raise "
+                f"{self.data_dir} has no validation window of {loop.sequence_length} tokens: raise "
                 "data.validation_share or prepare a larger corpus"
             )
         self.validation = Validation(validation, loop, ranks)
@@ -61,6 +66,21 @@ class Pretraining:
             f"validation loss {result['val_loss']:.3f} nats per token, {abs(change):.0%} "
             f"{'above' if change > 0 else 'below'} the corpus's unigram entropy {entropy:.3f}"
         )
+
+
+class Pretraining(OnCorpus):
+    """The stage."""
+
+    name, settings = "pretrain", PretrainConfig
+    parent = None
+
+    def __init__(self, config: PretrainConfig) -> None:
+        self.config, self.vocabulary = config, config.data.dirs[0]
+
+
+def start(content: Mapping[str, Any]) -> int:
+    """Does what `main` does with settings that come as plain values."""
+    return main(build(PretrainConfig, content))
 
 
 def main(config: PretrainConfig) -> int:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import resource
 import time
+from collections.abc import Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,9 +18,10 @@ import yaml
 from ictx.errors import UserError
 from ictx.folder import write_whole
 from ictx.metrics import flops_per_token, model_flops_utilisation, peak_flops, write_about
+from ictx.parallel import Layout
 from ictx.track.journal import Journal
 from ictx.train.checkpoint import MODEL_FILE, Checkpoints
-from ictx.train.config import StageConfig
+from ictx.train.config import RunConfig, StageConfig
 from ictx.train.failures import explained
 from ictx.train.lock import locked
 from ictx.train.optimizer import learning_rate
@@ -227,35 +230,49 @@ def main(stage: Stage, config: StageConfig) -> int:
 
     Raises UserError naming a setting, a path or the step at which the loss stopped being a number.
     """
-    directory = config.run.dir
+    with begun(config.run, config.parallel) as (ranks, directory):
+        return conduct(stage, config, ranks, directory)
+
+
+@contextmanager
+def begun(settings: RunConfig, layout: Layout) -> Iterator[tuple[Ranks, Path]]:
+    """Joins the ranks and keeps the run's folder for them; yields both. Raises UserError."""
+    directory = settings.dir
     if directory is None:
         raise UserError("run.dir is needed: --set run.dir=FOLDER")
-    with explained(directory), joined(config.parallel) as ranks, locked(directory, ranks.first):
-        run = Run(stage, config, ranks, directory)
-        journal = run.journal
-        if ranks.first:
-            write_whole(directory / MODEL_FILE, yaml.safe_dump(asdict(config.model), sort_keys=False))
-            name = config.run.model_name or config.run.experiment
-            write_about(directory, stage.name, name, config.train.steps, run.state.parameters)
-        origin = f"resuming after step {run.resumed_from}" if run.resumed_from else "from the start"
-        journal.say(
-            f"{run.state.parameters:,} parameters, {run.state.batches.windows:,} windows of "
-            f"{config.train.sequence_length} tokens, {ranks.count} ranks on {ranks.device.type}, {origin}"
-        )
-        lost = False
-        try:
-            result = run.train()
-            if result is None:
-                journal.finish("KILLED")
-                return STOPPED
-            publish(stage, config, run.state.model, journal, result)
-        except BaseException as error:
-            lost = isinstance(error, RuntimeError)
-            journal.finish("FAILED")
-            if lost and run.watchdog.verdict:
-                raise UserError(run.watchdog.verdict) from error
-            raise
-        finally:
-            run.close(wait=not lost)
-        journal.finish("FINISHED")
+    with explained(directory), joined(layout) as ranks, locked(directory, ranks.first):
+        yield ranks, directory
+
+
+def conduct(stage: Stage, config: StageConfig, ranks: Ranks, directory: Path) -> int:
+    """Does what `main` does, among ranks that have joined."""
+    run = Run(stage, config, ranks, directory)
+    journal = run.journal
+    if ranks.first:
+        write_whole(directory / MODEL_FILE, yaml.safe_dump(asdict(config.model), sort_keys=False))
+        name = config.run.model_name or config.run.experiment
+        write_about(directory, stage.name, name, config.train.steps, run.state.parameters)
+    origin = f"from {stage.parent.origin}" if stage.parent else "from the start"
+    if run.resumed_from:
+        origin = f"resuming after step {run.resumed_from}"
+    journal.say(
+        f"{run.state.parameters:,} parameters, {run.state.batches.windows:,} windows of "
+        f"{config.train.sequence_length} tokens, {ranks.count} ranks on {ranks.device.type}, {origin}"
+    )
+    lost = False
+    try:
+        result = run.train()
+        if result is None:
+            journal.finish("KILLED")
+            return STOPPED
+        publish(stage, config, run.state.model, journal, result)
+    except BaseException as error:
+        lost = isinstance(error, RuntimeError)
+        journal.finish("FAILED")
+        if lost and run.watchdog.verdict:
+            raise UserError(run.watchdog.verdict) from error
+        raise
+    finally:
+        run.close(wait=not lost)
+    journal.finish("FINISHED")
     return 0

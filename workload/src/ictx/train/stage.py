@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ictx.model import Transformer
 from ictx.train.config import StageConfig
+from ictx.train.init import Parent
 from ictx.train.ranks import Ranks
 
 
@@ -47,6 +48,14 @@ class Stage(Protocol):
     """Folder with the tokenizer that is exported with the model."""
     end_of_text: str
     """The tokenizer's entry that ends a text."""
+
+    @property
+    def data_dir(self) -> Path:
+        """Folder with its data, for messages."""
+
+    @property
+    def parent(self) -> Parent | None:
+        """Whose weights it begins with; none: random ones."""
 
     @property
     def settings(self) -> type[StageConfig]:

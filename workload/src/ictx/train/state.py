@@ -13,15 +13,12 @@ from ictx.errors import UserError
 from ictx.model import ModelConfig
 from ictx.settings import flatten
 from ictx.train.checkpoint import MODEL_FILE, Checkpoints
-from ictx.train.config import StageConfig
+from ictx.train.config import TRAINING_ONLY, StageConfig
 from ictx.train.optimizer import new_optimizers
 from ictx.train.progress import Progress
 from ictx.train.ranks import Ranks, on_first
 from ictx.train.sharded import sharded_model
 from ictx.train.stage import Stage
-
-TRAINING_ONLY = {"initializer_range", "mtp_loss_weight", "moe.balance_loss_weight", "moe.bias_update_speed"}
-"""Settings of a model that change how it is trained and not what it computes: another start may change them."""
 
 
 class TrainingState:
@@ -52,7 +49,9 @@ class TrainingState:
         }
 
     def resume(self, checkpoints: Checkpoints) -> int:
-        """Takes up the newest checkpoint, or the one to start from, and returns its step, or 0.
+        """Takes up the newest checkpoint, or the one to start from, and returns its step, or else 0.
+
+        Without any the weights become the parent's, if the stage has one.
 
         Raises UserError for one of other settings.
         """
@@ -60,7 +59,7 @@ class TrainingState:
         step = self._load(checkpoints, state)
         if state["data"] != self.stage.fingerprint:
             raise UserError(
-                f"{self.origin} was trained on other data than {self.stage.vocabulary} holds: give the data.dir "
+                f"{self.origin} was trained on other data than {self.stage.data_dir} holds: give the data.dir "
                 "(or data.mix and data.long_documents) that it began with, or another run.dir"
             )
         if step > self.config.train.steps:
@@ -75,6 +74,8 @@ class TrainingState:
             self.progress.tokens = self.progress.tokens or step * self.tokens_per_step
             self.batches.load_state_dict(state["batches"])
             self._take(state)
+        elif self.stage.parent:
+            self.stage.parent.load(self.model)
         return step
 
     def roll_back(self, checkpoints: Checkpoints) -> int:

@@ -1,0 +1,63 @@
+"""Stages that begin with a parent, the model that `init` names: extend, sft, dpo."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import asdict
+from typing import Any, cast
+
+from ictx.errors import UserError
+from ictx.parallel import Layout
+from ictx.settings import build, typed
+from ictx.train.config import RunConfig, StageConfig
+from ictx.train.init import Parent, inherited, take
+from ictx.train.ranks import on_first
+from ictx.train.run import begun, conduct
+from ictx.train.stage import Stage
+
+
+class Child:
+    """What such a `Stage` has, whatever it trains: a base. `main` makes one of its settings and the parent."""
+
+    settings: type[StageConfig] = StageConfig
+    changeable: Collection[str] = ()
+    """Settings of the model that may differ from the parent's."""
+    remedy = "a run of `ictx train extend` makes it longer"
+    """What to do about a context that is too short."""
+
+    def __init__(self, config: Any, parent: Parent) -> None:
+        self.config, self.parent = config, parent
+        self.vocabulary, self.end_of_text = parent.directory, parent.end_of_text
+
+    @classmethod
+    def completed(cls, content: Mapping[str, Any], parent: Parent) -> dict[str, Any]:
+        """Returns settings with what the parent fixes: the model, and the name that it is registered under.
+
+        Raises UserError for settings that contradict it.
+        """
+        model, run = content.get("model") or {}, content.get("run") or {}
+        if not isinstance(model, Mapping):
+            raise UserError(f"setting model is {model!r}: expected keys and values")
+        sizes = inherited(parent, model, cls.changeable)
+        length = content.get("train", {}).get("sequence_length", 0)
+        if length > sizes.max_position_embeddings:
+            raise UserError(
+                f"train.sequence_length is {length}: a context longer than the parent's stretch allows, which is "
+                f"{sizes.max_position_embeddings} tokens ({parent.init}): {cls.remedy}"
+            )
+        return {**content, "model": asdict(sizes), "run": {"model_name": parent.name, **run}}
+
+
+def main(kind: type[Child], content: Mapping[str, Any]) -> int:
+    """Runs or goes on with a run of such a stage, whose settings come as plain values: see `ictx.train.run.main`.
+
+    Raises UserError also for a parent that cannot be had (`ictx.train.init.take`).
+    """
+    given = typed(kind.settings, {name: value for name, value in content.items() if name != "model"})
+    init, run = given.get("init"), given.get("run", RunConfig())
+    if not init:
+        raise UserError("init is needed: --set init=models:/NAME@ALIAS, models:/NAME/VERSION or run:/FOLDER")
+    with begun(run, given.get("parallel", Layout())) as (ranks, directory):
+        parent = on_first(lambda: take(init, directory, run.tracking_patience))
+        config = build(kind.settings, kind.completed(content, parent))
+        return conduct(cast("Stage", kind(config, parent)), config, ranks, directory)

@@ -1,0 +1,35 @@
+"""Extension: a trained model learns longer contexts, with YaRN's stretched positions (arXiv:2309.00071)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ictx.data.loader import Batches
+from ictx.train.child import Child
+from ictx.train.config import ExtendConfig
+from ictx.train.init import Parent
+from ictx.train.pretrain import OnCorpus
+from ictx.train.ranks import Ranks, on_first
+
+
+class Extension(OnCorpus, Child):
+    """The stage: next-token prediction as in pretraining, from the parent's weights."""
+
+    config: ExtendConfig
+
+    name, settings = "extend", ExtendConfig
+    changeable = ("yarn", "max_position_embeddings")
+    remedy = "raise model.yarn.factor"
+
+    @classmethod
+    def completed(cls, content: Mapping[str, Any], parent: Parent) -> dict[str, Any]:
+        """Returns settings with what the parent fixes, the vocabulary of the data among it."""
+        whole = super().completed(content, parent)
+        return {**whole, "data": {"vocab_size": parent.config.vocab_size, **whole.get("data", {})}}
+
+    def batches(self, ranks: Ranks) -> Batches:
+        """Returns the corpus in its order, packed. Raises UserError for one that does not fit parent and settings."""
+        batches = super().batches(ranks)
+        on_first(lambda: self.parent.check_tokenizer(self.data_dir))
+        return batches

@@ -1,0 +1,242 @@
+"""What a run begins with: resolved once, verified, kept; what cannot be had or does not fit is one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import VOCABULARY, Commands
+from mlflow import MlflowClient
+from test_data_trust import MALLORY, as_root
+
+from ictx.data.config import DataConfig
+from ictx.data.prepare import prepare
+from ictx.errors import UserError
+from ictx.model.hf import load_pretrained
+from ictx.registry import SUMS_FILE
+from ictx.train.child import main
+from ictx.train.config import load, read
+from ictx.train.extend import Extension
+from ictx.train.pretrain import main as pretrain
+
+NAME = "ictx-parent"
+STILL = ["optimizer.learning_rate=1e-30", "train.steps=1", "train.validation_windows=8"]
+"""A step that moves no weight."""
+CHILD = """
+train: {steps: 2, sequence_length: 64, batch_size: 4, dtype: float32, log_every: 1, validation_windows: 8}
+optimizer: {learning_rate: 1.0e-3, warmup_steps: 1}
+"""
+
+
+@pytest.fixture(scope="module")
+def parents(commands: Commands, prepared: Path) -> list[Path]:
+    """Two short runs, versions 1 and 2 of NAME, the second one with the alias `candidate`."""
+    runs = [commands.folder / f"parent-{seed}" for seed in (1, 2)]
+    (commands.folder / "child.yaml").write_text(CHILD)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", commands.tracking_uri)
+        for seed, run in enumerate(runs):
+            wanted = [f"run.dir={run}", f"data.dir={prepared}", f"train.seed={seed}", f"run.model_name={NAME}"]
+            shorter = ["train.steps=2", "train.validation_windows=8"]
+            assert pretrain(load(str(commands.folder / "test.yaml"), [*wanted, *shorter])) == 0
+    return runs
+
+
+@pytest.fixture
+def extend(
+    commands: Commands, parents: list[Path], prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., int]:
+    """Runs the stage in `tmp_path / "run"`."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", commands.tracking_uri)
+
+    def run(init: str, *settings: str) -> int:
+        wanted = [f"init={init}", f"run.dir={tmp_path}/run", f"data.dir={prepared}", "run.model_name=", *settings]
+        return main(Extension, read(str(commands.folder / "child.yaml"), wanted))
+
+    return run
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_pretrained(folder).state_dict()
+
+
+def note(run: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((run / "init.json").read_text())
+    return content
+
+
+@pytest.mark.parametrize("init", [f"models:/{NAME}/1", f"models:/{NAME}@candidate", "run:{}"])
+def test_a_run_begins_with_the_weights_and_the_sizes_that_init_names(
+    extend: Callable[..., int], parents: list[Path], tmp_path: Path, init: str
+) -> None:
+    parent = parents[1 if "@" in init else 0]
+    assert extend(init.format(parent), *STILL) == 0
+    run = tmp_path / "run"
+    for name, weight in weights(parent / "export").items():
+        assert torch.equal(weights(run / "export")[name], weight), name
+    assert (run / "export" / "tokenizer.json").read_bytes() == (parent / "export" / "tokenizer.json").read_bytes()
+    number = "2" if "@" in init else "1"
+    origin = f"run:{parent.resolve()}" if init == "run:{}" else f"models:/{NAME}/{number}"
+    assert (note(run)["origin"], note(run)["name"], note(run)["version"]) == (origin, NAME, number)
+    assert note(run)["run_id"] == json.loads((parent / "result.json").read_text())["mlflow_run_id"]
+
+
+def test_several_ranks_begin_with_the_same_weights(
+    commands: Commands, parents: list[Path], prepared: Path, tmp_path: Path
+) -> None:
+    wanted = [f"init=models:/{NAME}/1", f"run.dir={tmp_path}", f"data.dir={prepared}", "run.model_name=", *STILL]
+    arguments = ["train", "extend", "--config", commands.folder / "child.yaml", *(f"--set={value}" for value in wanted)]
+    for rank in [commands.end(rank) for rank in commands.ranks(2, *arguments)]:
+        assert rank.status == 0, rank.err
+    for name, weight in weights(parents[0] / "export").items():
+        assert torch.equal(weights(tmp_path / "export")[name], weight), name
+
+
+def test_an_alias_that_moves_changes_nothing_for_a_run_that_began(
+    commands: Commands, extend: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, run = MlflowClient(commands.tracking_uri), tmp_path / "run"
+    client.set_registered_model_alias(NAME, "base", "1")
+    assert extend(f"models:/{NAME}@base", "train.checkpoint_every=1") == 0
+    first = (run / "result.json").read_text()
+    client.set_registered_model_alias(NAME, "base", "2")
+    # As if it had been stopped before its first checkpoint.
+    shutil.rmtree(run / "checkpoints")
+    assert extend(f"models:/{NAME}@base") == 0
+    assert note(run)["origin"] == f"models:/{NAME}/1"
+    measures = ("final_loss", "val_loss")
+    again = json.loads((run / "result.json").read_text())
+    assert [again[name] for name in measures] == [json.loads(first)[name] for name in measures]
+    # What was kept is all that a later start needs, and what is damaged is fetched again.
+    (run / "init" / "model.safetensors").write_bytes(b"")
+    shutil.rmtree(run / "checkpoints")
+    assert extend(f"models:/{NAME}@base") == 0
+    with pytest.raises(UserError, match=f"init is models:/{NAME}/2, but .*/run began with models:/{NAME}@base: give"):
+        extend(f"models:/{NAME}/2")
+
+
+@pytest.mark.parametrize(
+    ("init", "settings", "message"),
+    [
+        ("''", [], "init is needed: --set init=models:/NAME@ALIAS"),
+        ("ictx-tiny", [], "init is ictx-tiny: expected models:/NAME/VERSION, models:/NAME@ALIAS or run:/FOLDER"),
+        ("models:/x", [], "'models:/x' names no model: expected"),
+        (f"models:/{NAME}/7", [], f"models:/{NAME}/7 does not exist"),
+        (f"models:/{NAME}@nobody", [], f"models:/{NAME}@nobody does not exist"),
+        ("models:/nothing/1", [], "models:/nothing/1 does not exist"),
+        ("run:/nowhere", [], "init is run:/nowhere, which is no run of yours that has ended: /nowhere: No such file"),
+        (f"models:/{NAME}/1", ["model.hidden_size=32"], f"model.hidden_size is 32, but models:/{NAME}/1 has 64: leave"),
+        (f"models:/{NAME}/1", ["model.hidden_sise=32"], "unknown setting model.hidden_sise: did you mean model.hidden"),
+        (f"models:/{NAME}/1", ["model=3"], "setting model is 3: expected keys and values"),
+        (
+            f"models:/{NAME}/1",
+            ["data.vocab_size=600"],
+            f"data.vocab_size is 600: expected model.vocab_size, {VOCABULARY}",
+        ),
+        (f"models:/{NAME}/1", ["train.steps=0"], "train.steps is 0: expected 1 or more"),
+        (
+            f"models:/{NAME}/1",
+            ["train.sequence_length=512"],
+            "train.sequence_length is 512: a context longer than the parent's stretch allows, which is 256 tokens",
+        ),
+    ],
+)
+def test_what_cannot_be_begun_with_is_refused_by_name(
+    extend: Callable[..., int], tmp_path: Path, init: str, settings: list[str], message: str
+) -> None:
+    with pytest.raises(UserError, match=message) as error:
+        extend(init, *settings)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_pretraining_has_no_parent(commands: Commands) -> None:
+    with pytest.raises(UserError, match="init is models:/x/1: expected none"):
+        load(str(commands.folder / "test.yaml"), ["init=models:/x/1"])
+
+
+def test_a_server_that_is_away_is_one_line(extend: Callable[..., int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")  # discard: nothing listens
+    with pytest.raises(UserError, match=r"MLFLOW_TRACKING_URI is 'http://127\.0\.0\.1:9': nothing listens there"):
+        extend(f"models:/{NAME}/1", "run.tracking_patience=0")
+
+
+def damage(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.fixture
+def copied(commands: Commands, parents: list[Path], tmp_path: Path) -> Path:
+    """A parent's folder to change."""
+    return Path(shutil.copytree(parents[0], tmp_path / "parent"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda run: damage(run / "export" / "model.safetensors"), "model.safetensors: its SHA-256 is .* instead of"),
+        (lambda run: (run / "export" / "more.bin").write_text(""), "export/more.bin: is not in the manifest"),
+        (lambda run: (run / "result.json").unlink(), "no run of yours that has ended: .*/result.json: No such file"),
+        (lambda run: shutil.rmtree(run / "export"), "no run of yours that has ended: .*/export: No such file"),
+        (lambda run: (run / "export").chmod(0o777), r"export: others can write to it \(mode 0777\)"),
+        pytest.param(lambda run: os.chown(run, MALLORY, 0), f"belongs to user id {MALLORY}, not to 0", marks=as_root),
+        pytest.param(
+            lambda run: os.chown(run / "export" / "config.json", MALLORY, 0),
+            f"export/config.json: belongs to user id {MALLORY}, not to 0",
+            marks=as_root,
+        ),
+    ],
+)
+def test_a_run_that_is_damaged_or_somebody_elses_is_refused(
+    extend: Callable[..., int], copied: Path, tmp_path: Path, change: Callable[[Path], object], message: str
+) -> None:
+    change(copied)
+    with pytest.raises(UserError, match=message):
+        extend(f"run:{copied}")
+    assert not (tmp_path / "run" / "init").exists()
+
+
+def test_a_run_without_checksums_is_taken_as_it_is(extend: Callable[..., int], copied: Path, tmp_path: Path) -> None:
+    """One that registered nothing has no SHA256SUMS."""
+    (copied / "export" / SUMS_FILE).unlink()
+    assert extend(f"run:{copied}", *STILL) == 0
+    # It has gone on meanwhile: what this run began with is kept.
+    damage(copied / "export" / "model.safetensors")
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    assert extend(f"run:{copied}", *STILL) == 0
+    damage(tmp_path / "run" / "init" / "model.safetensors")
+    with pytest.raises(UserError, match=r"has other files than when .* began: give another"):
+        extend(f"run:{copied}", *STILL)
+
+
+def test_a_registered_model_that_changed_is_refused(
+    commands: Commands, extend: Callable[..., int], tmp_path: Path
+) -> None:
+    client = MlflowClient(commands.tracking_uri)
+    stored = Path(client.get_model_version_download_uri(NAME, "1").removeprefix("file://")) / "model.safetensors"
+    shutil.copy(stored, tmp_path / "kept")
+    try:
+        damage(stored)
+        with pytest.raises(
+            UserError, match=f"models:/{NAME}/1: model.safetensors .* does not have the checksum in its"
+        ):
+            extend(f"models:/{NAME}/1")
+    finally:
+        shutil.copy(tmp_path / "kept", stored)
+
+
+def test_data_of_another_tokenizer_is_refused(
+    extend: Callable[..., int], corpus: Path, parents: list[Path], tmp_path: Path
+) -> None:
+    settings = DataConfig(vocab_size=VOCABULARY, min_bytes=100_000, validation_share=0.1, tokenizer_bytes=50_000)
+    other = prepare([corpus], tmp_path / "data", settings)
+    with pytest.raises(UserError, match=f"{other} has another tokenizer than models:/{NAME}/1: prepare it with data.t"):
+        extend(f"models:/{NAME}/1", f"data.dir={other}")
