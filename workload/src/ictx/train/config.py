@@ -97,6 +97,8 @@ class LoopConfig:
     """Forwards and backwards of a step: `accumulate` times the batch in the same memory."""
     reduce_once: bool = False
     """Sum gradients over ranks once a step, not in each backward: less traffic, but memory for all of them."""
+    z_loss: float = 0.0
+    """Weight of the mean of log² Z, Z being the sum of a token's exponentiated logits: 1e-4 in PaLM; 0: none."""
     seed: int = 0
     """Weights and order of the data."""
     log_every: int = 10
@@ -139,7 +141,7 @@ class LoopConfig:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: expected one of {', '.join(allowed)}")
         if self.offload and (self.compile or self.recompute == "none" or self.recompute_layers is not None):
             raise ValueError("offload is true: expected compile: false, and all layers to compute again")
-        for name in ("bad_steps", "recompute_layers", "roll_backs", "skip_spikes", "profile"):
+        for name in ("bad_steps", "recompute_layers", "roll_backs", "skip_spikes", "profile", "z_loss"):
             if getattr(self, name) is not None and not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}: expected 0 or more")
         if not 1 <= self.timeout <= LONGEST_TIMEOUT:

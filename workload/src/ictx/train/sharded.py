@@ -14,6 +14,7 @@ def sharded_model(config: ModelConfig, loop: LoopConfig, ranks: Ranks) -> Transf
     """Returns the model with the seed's weights, spread over all ranks."""
     with torch.device("meta"):
         model = Transformer(config)
+    model.z_loss_weight = loop.z_loss
     half = ranks.device.type == "cuda" and loop.dtype == "bfloat16"
     parallelize(
         model,
