@@ -388,7 +388,8 @@ def test_a_user_promotes_not_even_his_own_model(mallory: Account, admin: Account
 
 @MOVES
 def test_the_command_line_promotes_for_promoters_only(lab: Lab, target: Target) -> None:
-    command = f"/opt/ictx/bin/ictx promote {target.version} --alias {ALIAS} --model {MODEL}"
+    forced = "--force --reason 'end-to-end tests'"
+    command = f"/opt/ictx/bin/ictx promote {target.version} --alias {ALIAS} --model {MODEL} {forced}"
     assert lab.run("ctl", command.replace(ALIAS, "stable"), user="bob").returncode == 2
     done = lab.run("ctl", command, user="researcher")
     assert (done.returncode, done.stderr) == (0, "")

@@ -18,6 +18,9 @@ from serving import MODEL, NAMESPACE, RELEASE, SERVER, Client, complete, key
 
 pytestmark = pytest.mark.lab
 
+# Versions that are made to fail, or are the served one once more: no evaluation says anything about them.
+PROMOTE = f"/opt/ictx/bin/ictx promote {{}} --alias champion --model {MODEL} --force --reason 'end-to-end tests'"
+
 
 def run(*command: object, status: int = 0) -> str:
     """Returns what a command prints, errors included."""
@@ -114,7 +117,7 @@ def served(lab: Lab, registry: Registry) -> str:
     if not any(result["model_version"] and result["mlflow_run_id"] for result in results):
         status, output = lab.follow(lab.submit())
         assert status == 0, output[-3000:]
-    lab.user(f"/opt/ictx/bin/ictx promote candidate --alias champion --model {MODEL}")
+    lab.user(PROMOTE.format("candidate"))
     playbook("playbooks/serving.yml")
     return registry.alias("champion")
 
@@ -169,7 +172,7 @@ def test_a_promoted_version_is_served_and_no_request_fails(
 ) -> None:
     before = server(core).metadata.name
     version = registry.register("")
-    lab.user(f"/opt/ictx/bin/ictx promote {version} --alias champion --model {MODEL}")
+    lab.user(PROMOTE.format(version))
     wait_for("the first answers", lambda: steady.answered > 2)
     playbook("playbooks/serving.yml")
     wait_for("the old pod's end", lambda: len(core.list_namespaced_pod(NAMESPACE, label_selector=SERVER).items) == 1)
@@ -181,10 +184,17 @@ def test_a_promoted_version_is_served_and_no_request_fails(
     assert steady.failures == []
 
 
+def test_a_version_without_evaluations_is_not_promoted(registry: Registry, lab: Lab) -> None:
+    before, version = registry.alias("champion"), registry.register("")
+    done = lab.run("ctl", PROMOTE.format(version).partition(" --force")[0], user="researcher")
+    assert (done.returncode, registry.alias("champion")) == (3, before)
+    assert f"models:/{MODEL}/{version} is refused: perplexity is not measured: ictx eval perplexity" in done.stderr
+
+
 def test_a_damaged_version_is_not_promoted(registry: Registry, lab: Lab) -> None:
     before = registry.alias("champion")
     version = registry.register("file = folder / 'model.safetensors'; file.write_bytes(file.read_bytes()[:-64])")
-    done = lab.run("ctl", f"/opt/ictx/bin/ictx promote {version} --alias champion --model {MODEL}", user="researcher")
+    done = lab.run("ctl", PROMOTE.format(version), user="researcher")
     assert done.returncode == 2
     assert f"model.safetensors of version {version} does not have the checksum" in done.stderr
     assert registry.alias("champion") == before
@@ -201,13 +211,12 @@ file.write_text(file.read_text().replace('"kv_lora_rank": 512', '"kv_lora_rank":
 """
     good, bad = registry.alias("champion"), registry.register(change)
     reason = "has kv_lora_rank 256: vLLM serves latent attention with kv_lora_rank 512 only"
-    promote = "/opt/ictx/bin/ictx promote {} --alias champion --model " + MODEL
-    lab.user(promote.format(bad))
+    lab.user(PROMOTE.format(bad))
     try:
         # Far within the time that the release has: a container that fails again and again is not waited for.
         told = playbook("playbooks/serving.yml", status=2)
     finally:
-        lab.user(promote.format(good))
+        lab.user(PROMOTE.format(good))
     told = " ".join(told.split())
     assert "a container failed three times in a row" in told
     assert re.search(reason, told), told[-3000:]

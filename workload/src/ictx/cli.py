@@ -12,13 +12,14 @@ from ictx import __version__
 from ictx.bench import cli as bench
 from ictx.data import cli as data
 from ictx.errors import exit_status
+from ictx.evaluate import cli as evaluate
 from ictx.infer import cli as infer
 from ictx.kernels import cli as kernels
 from ictx.model import cli as model
 from ictx.serve import cli as serve
 from ictx.train import cli as train
 
-ROOMS = (data, train, serve, model, infer, kernels, bench)
+ROOMS = (data, train, evaluate, serve, model, infer, kernels, bench)
 """In the order of the help."""
 
 

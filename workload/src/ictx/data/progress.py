@@ -13,14 +13,14 @@ PAUSE = 10.0
 
 
 class Progress:
-    """Counts bytes. A total that is not known leaves the share and the remaining time out."""
+    """Counts bytes, or what `unit` names. A total that is not known leaves the share and the remaining time out."""
 
-    def __init__(self, what: str, total: int | None = None) -> None:
+    def __init__(self, what: str, total: int | None = None, unit: str = "B") -> None:
         """Starts at nothing."""
-        self.what, self.total, self.done = what, total, 0
+        self.what, self.total, self.unit, self.done = what, total, unit, 0
         self.began = self.told = time.monotonic()
         terminal = sys.stderr.isatty()
-        self.bar = tqdm(desc=what, total=total, unit="B", unit_scale=True, file=sys.stderr) if terminal else None
+        self.bar = tqdm(desc=what, total=total, unit=unit, unit_scale=True, file=sys.stderr) if terminal else None
 
     def add(self, count: int) -> None:
         """Counts `count` more bytes."""
@@ -29,9 +29,13 @@ class Progress:
             self.bar.update(count)
         elif time.monotonic() - self.told > PAUSE:
             self.told = time.monotonic()
-            rate = self.done / (self.told - self.began) / 1e6
+            rate = self.done / (self.told - self.began)
             share = f" ({min(self.done / self.total, 1):.0%})" if self.total else ""
-            print(f"{self.what}: {self.done / 1e6:,.0f} MB{share}, {rate:.1f} MB/s", flush=True)
+            if self.unit == "B":
+                print(f"{self.what}: {self.done / 1e6:,.0f} MB{share}, {rate / 1e6:.1f} MB/s", flush=True)
+                return
+            left = f", {(self.total - self.done) / rate:,.0f} s left" if self.total and rate else ""
+            print(f"{self.what}: {self.done:,} {self.unit}{share}, {rate:,.0f} {self.unit}/s{left}", flush=True)
 
     def __enter__(self) -> Progress:
         return self

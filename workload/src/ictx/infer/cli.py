@@ -5,14 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ictx.errors import UserError
 from ictx.folder import read_text
-from ictx.settings import shown
-
-if TYPE_CHECKING:
-    import torch
 
 DTYPES = ("float32", "bfloat16", "float16")
 QUANTISED = ("int8", "fp8")
@@ -57,22 +53,16 @@ def run_generate(arguments: argparse.Namespace) -> int:
     """`ictx generate`."""
     import torch
 
-    from ictx.data.tokenizer import TOKENIZER_FILE, require_fit
     from ictx.infer.generate import Report, generate
+    from ictx.infer.loading import load
     from ictx.infer.sampling import Sampling
-    from ictx.infer.vocabulary import Vocabulary
-    from ictx.model.hf import load_pretrained
+    from ictx.model.cache import CACHE_DTYPES
 
     sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)
     if arguments.block_size < 1:
         raise UserError(f"block-size is {arguments.block_size}: expected 1 or more")
     text = arguments.prompt if arguments.prompt is not None else read_text(arguments.prompt_file)
-    device = _device(arguments.device)
-    dtypes = {name: getattr(torch, name) for name in DTYPES}
-    vocabulary = Vocabulary.load(arguments.checkpoint)
-    dtype = dtypes[arguments.dtype] if arguments.dtype else _dtype(arguments.checkpoint, device)
-    model = load_pretrained(arguments.checkpoint, dtype=dtype, device=device)
-    require_fit(vocabulary.tokenizer, model.config.vocab_size, arguments.checkpoint / TOKENIZER_FILE)
+    model, vocabulary = load(arguments.checkpoint, arguments.dtype, arguments.device)
     report = Report()
     tokens = generate(
         model,
@@ -82,51 +72,16 @@ def run_generate(arguments: argparse.Namespace) -> int:
         stop=vocabulary.stop,
         chunk_size=arguments.chunk_size,
         block_size=arguments.block_size,
-        cache_dtype=dtypes.get(arguments.cache_dtype, arguments.cache_dtype),
+        cache_dtype=CACHE_DTYPES.get(arguments.cache_dtype, arguments.cache_dtype),
         report=report,
     )
     try:
         vocabulary.stream(tokens, lambda piece: print(piece, end="", flush=True))
     except torch.OutOfMemoryError as error:
+        device = model.lm_head.weight.device
         raise UserError(
             f"{device} has too little memory: lower --max-new-tokens or --chunk-size, or give --cache-dtype int8"
         ) from error
     print(flush=True)
     print(report, file=sys.stderr)
     return 0
-
-
-def _device(name: str | None) -> torch.device:
-    """Returns the device of that name, or the one to take. Raises UserError where the machine has no such."""
-    import torch
-
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except (RuntimeError, ValueError):
-        device = torch.device("meta")
-    if device.type not in ("cpu", "cuda"):
-        raise UserError(f"--device is {shown(name)}: expected cpu, cuda or cuda:NUMBER")
-    count = torch.cuda.device_count()
-    if device.type == "cuda" and (device.index or 0) >= count:
-        raise UserError(
-            f"--device is {name}: this machine has {count or 'no'} GPU{'s' * (count != 1)} that PyTorch can use"
-        )
-    return device
-
-
-def _dtype(checkpoint: Path, device: torch.device) -> torch.dtype:
-    """Returns the dtype to compute in: the checkpoint's, but on a GPU 16 bits, which its kernels are made for."""
-    import torch
-
-    from ictx.kernels import dispatch
-    from ictx.model.hf import stored_dtype
-
-    stored = stored_dtype(checkpoint)
-    if device.type != "cuda" or stored != torch.float32:
-        return stored
-    dtype = dispatch.half(dispatch.capability(device))
-    name = str(dtype).removeprefix("torch.")
-    print(f"the weights are float32: computing in {name}; --dtype float32 is exact and slower", file=sys.stderr)
-    return dtype

@@ -4,8 +4,16 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from pathlib import Path
 from typing import Any
+
+from ictx.errors import UserError, printable
+from ictx.settings import config_path
+
+POLICY = "promote.yaml"
+REFUSED = 3
+"""Exit status where the policy refuses a version: the alias stays, and nothing is broken."""
 
 PULL_EXAMPLES = """
 The server, name and password are MLflow's: MLFLOW_TRACKING_URI, MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD. The
@@ -17,11 +25,15 @@ examples:
   ictx pull models:/ictx-tiny@champion --to /models/ictx-tiny/champion --promoted    # as the server does
 """
 PROMOTE_EXAMPLES = """
-The version's files are compared with the checksums that the job logged, and the checksums are recorded where only
-promoters (ictx_promoters in the inventory) may write: a file that changes afterwards is not served.
+What `ictx eval` measured of the version is compared with the policy and with the version behind the alias; a version
+that is refused leaves the alias where it is (status 3). Its files are compared with the checksums that the job logged,
+and the checksums are recorded where only promoters (ictx_promoters in the inventory) may write: a file that changes
+afterwards is not served.
 
 examples:
   ictx promote 3 --alias champion
+  ictx promote 3 --alias champion --policy my-policy.yaml
+  ictx promote 2 --alias champion --force --reason 'version 3 fails in production'
   ictx promote candidate --alias champion --model ictx-tiny    # the version that another alias stands for
 """
 
@@ -51,6 +63,14 @@ def register(areas: Any) -> None:
     promote.add_argument("version", help="number, or an alias that stands for it")
     promote.add_argument("--alias", required=True, help="alias that is to stand for it, such as champion")
     promote.add_argument("--model", default="", help="registered model; needed where there are several")
+    promote.add_argument(
+        "--policy",
+        default=POLICY,
+        metavar="FILE",
+        help=f"what is asked of a version, here or below the configs ({POLICY})",
+    )
+    promote.add_argument("--force", action="store_true", help="promote a version that the policy refuses")
+    promote.add_argument("--reason", default="", metavar="TEXT", help="why; tags of the version keep it")
     promote.set_defaults(run=run_promote)
 
 
@@ -66,9 +86,18 @@ def run_pull(arguments: argparse.Namespace) -> int:
 
 def run_promote(arguments: argparse.Namespace) -> int:
     """`ictx promote`."""
+    reason = " ".join(arguments.reason.split())
+    if arguments.force != bool(reason):
+        raise UserError("--force and --reason go together: the version keeps why the policy did not count")
     from ictx.registry import explained, new_client
+    from ictx.serve.policy import Policy, Refused
     from ictx.serve.promote import promote
 
-    with explained():
-        print(promote(new_client(), arguments.version, arguments.alias, arguments.model))
+    policy = Policy.read(config_path(arguments.policy))
+    try:
+        with explained():
+            print(promote(new_client(), arguments.version, arguments.alias, arguments.model, policy, reason))
+    except Refused as refusal:
+        print(f"ictx: {printable(str(refusal))}", file=sys.stderr)
+        return REFUSED
     return 0
