@@ -1,4 +1,7 @@
-"""Context parallel, HSDP, and both: loss, gradients and experts' counts are those of one process with all tokens."""
+"""Context parallel, HSDP, and both: losses, gradients and experts' counts are those of one process with all tokens.
+
+Labels are masked, so that ranks have unequal numbers of them, and the further prediction another number than the next.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +25,7 @@ from ictx.errors import UserError
 from ictx.model import ModelConfig, Transformer
 from ictx.parallel import Layout, context, parallelize
 from ictx.train.config import load
+from ictx.train.loss import next_token_loss, token_counts
 from ictx.train.ranks import Ranks
 
 RANKS, ROWS, LENGTH = 4, 4, 32
@@ -29,22 +33,27 @@ TOKENS = torch.randint(97, (ROWS, LENGTH + 1), generator=torch.Generator().manua
 # Documents that end on the border of two ranks, within a rank, and that are longer than a rank's part.
 IDS = torch.tensor([[0] * 8 + [1] * 24, [0] * 3 + [1] * 18 + [2] * 11, [0] * 32, [0] * 31 + [1]])
 PLACES = torch.cat([torch.arange(n) for n in (8, 24, 3, 18, 11, 32, 31, 1)]).view(ROWS, LENGTH)
+# A window without a label, one with few, and first labels that no further prediction has.
+LABELS = TOKENS[:, 1:].where(torch.rand(ROWS, LENGTH, generator=torch.Generator().manual_seed(2)) < 0.7, -1)
+LABELS[1], LABELS[2, 3:], LABELS[:, 0] = -1, -100, TOKENS[:, 1]
 DENSE: dict[str, Any] = {"num_attention_heads": 4, "num_hidden_layers": 2, "max_position_embeddings": 64}
 EXPERTS = DENSE | {"moe": MOE, "num_nextn_predict_layers": 1}
 
 Found = tuple[Tensor, list[Tensor], list[Tensor]]
 
 
-def trained(model: Transformer, batch: Batch, documents: bool) -> Found:
-    """Returns the mean loss over ranks, whole gradients, and the tokens that experts got on all ranks."""
+def trained(model: Transformer, batch: Batch, documents: bool, ranks: Ranks | None = None) -> Found:
+    """Returns this rank's share of the loss and its parts, whole gradients, and the tokens that its experts got."""
     model.init_weights(3)
     model.train()
-    given = {"position_ids": batch.position_ids, "document_ids": batch.document_ids} if documents else {}
-    loss = model(batch.input_ids, labels=batch.labels, **given) + model.auxiliary_loss()
-    loss.backward()
+    model.z_loss_weight = 0.01
+    counts = token_counts(model, batch)
+    loss, parts = next_token_loss(model, batch, documents, ranks.sums([counts]) if ranks else counts)
+    (loss * (ranks.count if ranks else 1)).backward()  # type: ignore[no-untyped-call]
     gradients = [weight.grad for weight in model.parameters()]
     whole = [x.full_tensor() if hasattr(x, "full_tensor") else x for x in gradients]
-    return loss.detach(), whole, [router.tokens_per_expert.clone() for router in model.routers]
+    losses = torch.stack([loss.detach(), *(parts[name] for name in sorted(parts))]).double()
+    return losses, whole, [router.tokens_per_expert.clone() for router in model.routers]
 
 
 def spread(settings: dict[str, Any], layout: Layout, documents: bool, **how: Any) -> Found:
@@ -56,16 +65,16 @@ def spread(settings: dict[str, Any], layout: Layout, documents: bool, **how: Any
     parallelize(model, ranks.mesh, dtype=None, context=ranks.context, **how).to_empty(device="cpu")
     share = ROWS // ranks.data_count
     rows = slice(ranks.data_rank * share, (ranks.data_rank + 1) * share)
-    batch = Batch(TOKENS[rows, :-1], TOKENS[rows, 1:], PLACES[rows], IDS[rows]).part(*ranks.part)
-    loss, gradients, counts = trained(model, batch, documents)
-    for value in (loss, *counts):
+    batch = Batch(TOKENS[rows, :-1], LABELS[rows], PLACES[rows], IDS[rows]).part(*ranks.part)
+    losses, gradients, counts = trained(model, batch, documents, ranks)
+    for value in (losses, *counts):
         dist.all_reduce(value)
-    return loss / RANKS, gradients, counts
+    return losses, gradients, counts
 
 
 def same(settings: dict[str, Any], documents: bool, layout: Layout, **how: Any) -> None:
     """Compares both."""
-    batch = Batch(TOKENS[:, :-1], TOKENS[:, 1:], PLACES, IDS)
+    batch = Batch(TOKENS[:, :-1], LABELS, PLACES, IDS)
     wanted = trained(Transformer(ModelConfig(**(SMALL | settings))), batch, documents)
     found = spread(settings, layout, documents, **how)
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)

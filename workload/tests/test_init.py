@@ -240,3 +240,31 @@ def test_data_of_another_tokenizer_is_refused(
     other = prepare([corpus], tmp_path / "data", settings)
     with pytest.raises(UserError, match=f"{other} has another tokenizer than models:/{NAME}/1: prepare it with data.t"):
         extend(f"models:/{NAME}/1", f"data.dir={other}")
+
+
+def test_another_corpus_is_prepared_with_the_tokenizer_of_the_model_that_it_is_for(
+    commands: Commands, extend: Callable[..., int], parents: list[Path], tmp_path: Path
+) -> None:
+    (tmp_path / "corpus").mkdir()
+    for number in range(400):
+        (tmp_path / "corpus" / f"{number}.txt").write_text(f"Another text, number {number}. " * 40)
+    run, config = tmp_path / "run", commands.folder / "child.yaml"
+    settings = [f"init=models:/{NAME}/1", f"run.dir={run}", "data.min_bytes=1000"]
+    done = commands.run(
+        *("data", "prepare", "--config", config, "--corpus", tmp_path / "corpus", "--out", tmp_path / "data"),
+        *(f"--set={value}" for value in settings),
+    )
+    assert done.status == 0, done.err
+    made = Path(done.out.splitlines()[-1])
+    assert (made / "tokenizer.json").read_bytes() == (parents[0] / "export" / "tokenizer.json").read_bytes()
+    # The model that is in the run's folder now is the one that the stage begins with.
+    assert extend(f"models:/{NAME}/1", f"data.dir={made}") == 0
+
+
+def test_a_corpus_for_a_model_needs_the_folder_that_it_comes_to(commands: Commands, corpus: Path) -> None:
+    words = ["data", "prepare", "--config", commands.folder / "child.yaml", "--corpus", corpus, "--out", "x"]
+    done = commands.run(*words, f"--set=init=models:/{NAME}/1")
+    assert (done.status, done.err.splitlines()[-1]) == (
+        2,
+        "ictx: run.dir is needed, where the model of init comes to: --set run.dir=FOLDER",
+    )

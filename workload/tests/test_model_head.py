@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ictx.model import Transformer
 from ictx.model.float16 import tracked_amax
-from ictx.model.head import Head
+from ictx.model.head import Head, to_gradient
 
 TOKENS = torch.randint(97, (2, 24), generator=torch.Generator().manual_seed(4))
 DOCUMENTS = torch.tensor([[0] * 9 + [1] * 15, [0] * 24])
@@ -27,12 +27,14 @@ def head(dtype: torch.dtype, vocabulary: int = 37) -> Head:
     return made
 
 
-def whole(head: Head, hidden: Tensor, labels: Tensor) -> Tensor:
+def whole(head: Head, hidden: Tensor, labels: Tensor, z_weight: float = 0.0) -> Tensor:
     """The loss of all logits, as PyTorch computes it in float32 or more."""
     logits = head(hidden).flatten(0, 1)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     labels = labels.flatten().clamp(min=-1)
-    return cross_entropy(logits, labels, ignore_index=-1, reduction="sum") / (labels >= 0).sum().clamp(min=1)
+    loss = cross_entropy(logits, labels, ignore_index=-1, reduction="sum")
+    loss = loss + z_weight * logits.logsumexp(-1)[labels >= 0].square().sum()
+    return loss / (labels >= 0).sum().clamp(min=1)
 
 
 @given(
@@ -42,25 +44,40 @@ def whole(head: Head, hidden: Tensor, labels: Tensor) -> Tensor:
     ignored=st.floats(0, 1),
     scale=st.floats(0.01, 30),
     seed=st.integers(0, 1000),
+    z_weight=st.sampled_from([0.0, 1e-4, 0.3]),
 )
 def test_loss_and_gradients_are_those_of_all_logits(
-    rows: int, length: int, chunk: int, ignored: float, scale: float, seed: int
+    rows: int, length: int, chunk: int, ignored: float, scale: float, seed: int, z_weight: float
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     part = head(torch.float64)
     hidden = (torch.randn(rows, length, 16, dtype=torch.float64, generator=generator) * scale).requires_grad_()
     labels = torch.randint(37, (rows, length), generator=generator)
     labels[torch.rand(rows, length, generator=generator) < ignored] = -100
-    wanted = whole(part, hidden, labels)
-    found = part.loss(hidden, labels, chunk)
+    wanted, alone = (whole(part, hidden, labels, weight) for weight in (z_weight, 0.0))
+    found, z = part.losses(hidden, labels, chunk, z_weight)
     torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found - z, alone, rtol=1e-12, atol=1e-12)
+    assert not z.requires_grad
     with torch.no_grad():
-        torch.testing.assert_close(part.loss(hidden, labels, chunk).double(), wanted, rtol=1e-5, atol=1e-6)
+        loss, none = part.losses(hidden, labels, chunk, z_weight)
+    torch.testing.assert_close(loss.double(), alone, rtol=1e-5, atol=1e-6)
+    assert none == 0, "what is examined is the cross-entropy alone"
     inputs = (hidden, part.weight)
     for ours, theirs in zip(
         torch.autograd.grad(2.5 * found, inputs), torch.autograd.grad(2.5 * wanted, inputs), strict=True
     ):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("z_weight", [0.0, 1e-2])
+def test_compiled_as_on_gpus_it_is_the_same(z_weight: float) -> None:
+    logits = 5 * torch.randn(9, 37, generator=torch.Generator().manual_seed(5))
+    targets, weights = torch.arange(9)[:, None], torch.tensor([[0.0], [2.0]] * 4 + [[1.0]])
+    ours, theirs = logits.clone(), logits.clone()
+    compiled = torch.compile(to_gradient, dynamic=False, backend="aot_eager")
+    wanted, found = to_gradient(ours, targets, weights, z_weight), compiled(theirs, targets, weights, z_weight)
+    torch.testing.assert_close([*found, theirs], [*wanted, ours])
 
 
 def test_in_bfloat16_sums_over_chunks_are_not_rounded() -> None:
@@ -93,10 +110,10 @@ def test_a_models_loss_is_that_of_its_logits(documents: Tensor | None) -> None:
     handle = model.mtp[0].register_forward_hook(lambda module, inputs, output: further.append(output))
     loss = model(TOKENS, labels=labels, document_ids=documents)
     handle.remove()
-    both = loss + model.auxiliary_loss()
+    added = model.auxiliary_losses()
+    both = sum(added.values(), loss)
     ours = torch.autograd.grad(both, list(model.parameters()), retain_graph=True)
-    balance = both - loss - model.config.mtp_loss_weight * model.mtp_loss  # type: ignore[operator]
-    wanted = whole_of_model(model, labels, documents) + balance
+    wanted = whole_of_model(model, labels, documents) + added["balance_loss"]
     wanted = wanted + model.config.mtp_loss_weight * whole(model.lm_head, further[0][:, :-1], labels[:, 1:])
     torch.testing.assert_close(both, wanted)
     for a, b in zip(ours, torch.autograd.grad(wanted, list(model.parameters())), strict=True):

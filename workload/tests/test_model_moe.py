@@ -146,11 +146,11 @@ def test_the_further_prediction_learns_and_shares_embedding_and_head() -> None:
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
     for step in range(60):
         main = model(tokens[:, :-1], labels=tokens[:, 1:])
-        further = model.auxiliary_loss()
+        further = model.auxiliary_losses()["mtp_loss"]
         if step == 0:
             first = further.item()
             assert first > 0.3 * 0.8 * math.log(97)
-        (main + further).backward()
+        sum(model.auxiliary_losses().values(), main).backward()
         optimizer.step()
         optimizer.zero_grad()
         model.after_step()
@@ -159,7 +159,7 @@ def test_the_further_prediction_learns_and_shares_embedding_and_head() -> None:
     assert (further_logits(model, tokens[:, :-1])[0].argmax(-1) == further_tokens)[20:].float().mean() > 0.9
     # Its gradient reaches what it shares.
     model(tokens[:, :-1], labels=tokens[:, 1:])
-    model.auxiliary_loss().backward()
+    model.auxiliary_losses()["mtp_loss"].backward()
     for shared in (model.model.embed_tokens.weight, model.lm_head.weight):
         assert shared.grad is not None
         assert shared.grad.abs().sum() > 0
@@ -199,7 +199,7 @@ def test_labels_below_zero_do_not_count() -> None:
     model = small(num_nextn_predict_layers=1).train()
     tokens = torch.arange(20)[None]
     assert model(tokens, labels=torch.full((1, 20), -100)).item() == 0
-    assert model.auxiliary_loss().item() == 0
+    assert model.auxiliary_losses()["mtp_loss"].item() == 0
     dense = small().train()
     dense(tokens, labels=tokens)
-    assert dense.auxiliary_loss().item() == 0
+    assert dense.auxiliary_losses() == {}

@@ -58,7 +58,7 @@ def trained(
     for _ in range(steps):
         model.zero_grad()
         loss = model(TOKENS[:, :-1], labels=TOKENS[:, 1:], document_ids=documents)
-        loss = loss + model.auxiliary_loss()
+        loss = sum(model.auxiliary_losses().values(), loss)
         loss.backward()  # type: ignore[no-untyped-call]
     gradients = [weight.grad for weight in model.parameters()]
     whole = [x.full_tensor() if hasattr(x, "full_tensor") else x for x in gradients]

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from conftest import Commands
 from test_pretrain import curve, make_nan, records, result_of
 
@@ -24,6 +25,7 @@ from ictx.model import Transformer
 from ictx.model.hf import load_pretrained
 from ictx.train import checkpoint, run
 from ictx.train.config import OptimizerConfig, PretrainConfig, load
+from ictx.train.loss import Counts, Loss
 from ictx.train.optimizer import learning_rate, new_optimizers
 from ictx.train.pretrain import Pretraining
 from ictx.train.pretrain import main as train
@@ -63,11 +65,11 @@ class Masked(Pretraining):
 
 
 def test_accumulated_batches_are_one_larger_batch(commands: Commands, prepared: Path, tmp_path: Path) -> None:
-    """Also where they differ in how many tokens count: a mean of means would not do."""
+    """Also where they differ in how many tokens count, and in how many further ones: a mean of means would not do."""
     shapes = {"whole": (8, 1, False), "accumulated": (2, 4, False), "reduced once": (2, 4, True)}
     for name, (batch, times, once) in shapes.items():
         wanted = [f"train.batch_size={batch}", f"train.accumulate={times}", f"train.reduce_once={once}"]
-        wanted.append("optimizer.learning_rate=1e-3")
+        wanted += ["optimizer.learning_rate=1e-3", "model.num_nextn_predict_layers=1", "train.z_loss=1e-3"]
         config = short(commands, prepared, tmp_path / name, *wanted)
         assert run.main(Masked(config), config) == 0
     whole = curve(tmp_path / "whole")
@@ -77,6 +79,9 @@ def test_accumulated_batches_are_one_larger_batch(commands: Commands, prepared: 
             assert loss == pytest.approx(whole[step][0], rel=1e-5), f"{name}, step {step}"
         for record, wanted in zip(records(tmp_path / name), records(tmp_path / "whole"), strict=True):
             assert record["gradient_norm"] == pytest.approx(wanted["gradient_norm"], rel=1e-3)
+            for added in ("mtp_loss", "z_loss"):
+                assert record[added] == pytest.approx(wanted[added], rel=1e-5), added
+            assert record["auxiliary_loss"] == pytest.approx(record["mtp_loss"] + record["z_loss"])
         assert result_of(tmp_path / name)["tokens"] == result_of(tmp_path / "whole")["tokens"] == 6 * 8 * 32
 
 
@@ -163,6 +168,21 @@ class OneOf:
     def say(self, text: str) -> None: ...
 
 
+class Sums:
+    """A stage whose loss of a batch is the mean of its inputs."""
+
+    def __init__(self, kept: list[Batch]) -> None:
+        self.kept = kept
+
+    def counts(self, model: Transformer, batch: Batch) -> Counts:
+        return {"tokens": (batch.labels >= 0).sum()}
+
+    def loss(self, model: Transformer, batch: Batch, totals: Counts) -> Loss:
+        self.kept.append(batch)
+        mean = batch.input_ids[(batch.labels >= 0)].sum() / totals["tokens"].clamp(min=1).double()
+        return mean, {"loss": mean}
+
+
 @pytest.mark.parametrize("windows", [1, 5, 64, 10**9])
 def test_validation_has_the_same_windows_at_any_number_of_ranks(
     commands: Commands, prepared: Path, tmp_path: Path, windows: int
@@ -172,19 +192,14 @@ def test_validation_has_the_same_windows_at_any_number_of_ranks(
     for count in (1, 2, 3, 8):
         batches: list[Batch] = []
 
-        def loss(model: Transformer, batch: Batch, kept: list[Batch] = batches) -> Any:
-            kept.append(batch)
-            counts = (batch.labels >= 0).sum()
-            return counts, counts, {"loss": batch.input_ids[(batch.labels >= 0)].sum()}
-
         totals = [0.0, 0.0]
         for rank in range(count):
             ranks: Any = OneOf(rank, count)
-            Validation(data, config.train, ranks).examine(Transformer(config.model), loss)
+            Validation(data, config.train, ranks).examine(Transformer(config.model), Sums(batches))
             totals = [total + own for total, own in zip(totals, ranks.summed, strict=True)]
         rows = [row.numpy().tobytes() for batch in batches for row in batch.input_ids[batch.labels[:, 0] >= 0]]
         assert len(rows) == min(windows, data.windows(32)) == totals[1] / 32
-        seen.add((int(totals[0]), frozenset(rows)))
+        seen.add((round(totals[0]), frozenset(rows)))
     assert len(seen) == 1
 
 
@@ -210,10 +225,35 @@ def test_a_model_that_would_become_another_function_is_refused_by_name(
 ) -> None:
     assert train(short(commands, prepared, tmp_path, "train.steps=1")) == 0
     kept = (tmp_path / "model.yaml").read_text()
-    with pytest.raises(UserError, match=rf"model.{setting.split('=')[0]} is .*began with {begun}: give that"):
+    name = setting.split("=")[0]
+    with pytest.raises(
+        UserError, match=rf"model.{name} is .*began with {begun}: go on with --set model.{name}={begun}"
+    ):
         train(short(commands, prepared, tmp_path, f"model.{setting}"))
     assert (tmp_path / "model.yaml").read_text() == kept
     assert train(short(commands, prepared, tmp_path, "train.steps=2", "model.initializer_range=0.3")) == 0
+
+
+@pytest.mark.parametrize(("begun", "now"), [("10000.0", "500000.0"), ("500000.0", "10000.0")])
+def test_a_run_goes_on_with_the_rotations_that_it_began_with(
+    commands: Commands, prepared: Path, tmp_path: Path, begun: str, now: str
+) -> None:
+    """A shipped configuration's `rope_theta` may change between two starts of a run; what the message names helps."""
+    assert train(short(commands, prepared, tmp_path / "whole", f"model.rope_theta={begun}")) == 0
+    assert train(short(commands, prepared, tmp_path / "run", f"model.rope_theta={begun}", "train.steps=3")) == 0
+    changed = commands.folder / "changed.yaml"
+    settings = yaml.safe_load((commands.folder / "test.yaml").read_text())
+    changed.write_text(yaml.safe_dump(settings | {"model": settings["model"] | {"rope_theta": float(now)}}))
+    given = [one.removeprefix("--set=") for one in map(str, commands.pretrain(tmp_path / "run", prepared)[4:])]
+    given += ["train.steps=6", "train.checkpoint_every=3", "train.validation_windows=4", "run.model_name="]
+    with pytest.raises(UserError) as refused:
+        train(load(str(changed), given))
+    remedy = re.search(r"--set (model\.rope_theta=\S+),", str(refused.value))
+    assert f"model.rope_theta is {now}" in str(refused.value)
+    assert remedy
+    assert train(load(str(changed), [*given, remedy[1]])) == 0
+    assert curve(tmp_path / "run") == curve(tmp_path / "whole")
+    assert yaml.safe_load((tmp_path / "run" / "model.yaml").read_text())["rope_theta"] == float(begun)
 
 
 def test_rates_of_both_schedules() -> None:

@@ -350,6 +350,7 @@ class ActionModule(ActionBase):
         check_required(values, schema["variables"], roles, uses, problems)
         check_needs(values, schema["variables"], groups, problems)
         check_given(values, uses, set(load_extra_vars(self._loader)), problems)
+        check_meaning(completed(values, wrong, uses, Path(arguments["roles_dir"])), groups, problems)
         self._unreadable |= {host for host, name in wrong if name in formats.connection}
         accepted = {
             name: values[host][name]
@@ -401,6 +402,36 @@ class ActionModule(ActionBase):
 
 Values = Mapping[str, Mapping[str, Any]]
 Options = Mapping[str, Any]
+
+
+def completed(values: Values, wrong: set[tuple[str, str]], uses: list[Use], roles_dir: Path) -> Values:
+    """Returns each host's values that are right, with the defaults of its roles but for templates.
+
+    `_listening` are the names of the variables with a port on which one of the host's roles listens.
+    """
+    found = {
+        host: {name: value for name, value in own.items() if (host, name) not in wrong and value is not UNKNOWN}
+        for host, own in values.items()
+    }
+    for use in uses:
+        file = roles_dir / use.role / "defaults/main.yml"
+        defaults = (read(file) if file.exists() else None) or {}
+        plain = {name: value for name, value in defaults.items() if "{{" not in str(value)}
+        listening = {name for name in defaults if name.endswith(("_listen", "_port"))}
+        for host in use.hosts:
+            if host in found:
+                found[host] = {
+                    **{name: value for name, value in plain.items() if name not in values[host]},
+                    **found[host],
+                    "_listening": found[host].get("_listening", set()) | listening,
+                }
+    return found
+
+
+def check_meaning(values: Values, groups: Mapping[str, list[str]], problems: Problems) -> None:
+    """Checks what the values mean together (filter/meaning.py)."""
+    for subject, text, host in filter_loader.get("meaning_problems").j2_function(values, groups):
+        problems.add(subject, text, host)
 
 
 def check_names(values: Values, cluster: Options, roles: Mapping[str, Options], problems: Problems) -> None:

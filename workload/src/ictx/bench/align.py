@@ -28,8 +28,8 @@ from ictx.model.hf_attention import register
 from ictx.model.hf_config import to_hf
 from ictx.train.config import LoopConfig, OptimizerConfig
 from ictx.train.dpo_config import DpoConfig, PreferenceConfig
-from ictx.train.dpo_loss import PairBatch, answer_log_probs, preference_loss
-from ictx.train.loss import Loss, next_token_loss
+from ictx.train.dpo_loss import PairBatch, answer_log_probs, pair_counts, preference_loss
+from ictx.train.loss import Loss, next_token_loss, token_counts
 from ictx.train.optimizer import adamw
 from ictx.train.ranks import Ranks, joined
 from ictx.train.sharded import sharded_model
@@ -123,14 +123,15 @@ class Clock:
 def loss_of(case: AlignCase, model: Transformer, batch: Batch) -> Callable[[], Loss]:
     """Returns what computes the loss of random tokens; of a pair the first half is the prompt."""
     if case.task == "sft":
-        return lambda: next_token_loss(model, batch, False)
+        counts = token_counts(model, batch)
+        return lambda: next_token_loss(model, batch, False, counts)
     labels = batch.labels.clone()
     labels[:, : case.sequence // 2] = -1
     nothing, lengths = torch.zeros(len(labels), device=labels.device), (labels >= 0).sum(1)
     with torch.no_grad():
         reference = answer_log_probs(model, PairBatch(batch.input_ids, labels, nothing, lengths))
     pairs = PairBatch(batch.input_ids, labels, reference, lengths)
-    return lambda: preference_loss(model, pairs, PreferenceConfig())
+    return lambda: preference_loss(model, pairs, PreferenceConfig(), pair_counts(model, pairs))
 
 
 def ours(case: AlignCase, ranks: Ranks) -> AlignRow:
@@ -141,12 +142,12 @@ def ours(case: AlignCase, ranks: Ranks) -> AlignRow:
     compute, clock, loss = loss_of(case, model, random_batch(one, ranks)), Clock(case, ranks.device), 0.0
     for _ in range(case.steps + case.warm_up):
         clock.tick()
-        total, count, sums = compute()
-        (total / count).backward()  # type: ignore[no-untyped-call]
+        mean, means = compute()
+        mean.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        loss = float(sums["loss"] / count)
+        loss = float(means["loss"])
     clock.tick()
     return clock.row(case, loss)
 

@@ -65,7 +65,7 @@ def register(areas: Any) -> None:
     train.add_argument("--batch", type=int, default=1, metavar="N", help="windows of a rank and step (1)")
     train.add_argument("--steps", type=int, default=10, metavar="N", help="steps that are timed (10)")
     train.add_argument(
-        "--recompute", nargs="*", choices=("none", "selective", "full"), default=["selective"],
+        "--recompute", nargs="*", choices=("none", "selective", "full", "auto"), default=["selective"],
         help="what the backward computes again; several are measured in turn, ours is left out without any (selective)",
     )  # fmt: skip
     train.add_argument("--layers", type=int, metavar="N", help="layers that compute again (all)")
@@ -164,6 +164,8 @@ def run_train(arguments: argparse.Namespace) -> int:
         dtype=arguments.dtype,
     )  # fmt: skip
     cases = [replace(first, recompute=mode) for mode in arguments.recompute]
+    if "auto" in arguments.recompute and (arguments.ddp or arguments.layers is not None or arguments.offload):
+        raise UserError("--recompute auto chooses by itself: leave --layers, --offload and --ddp out")
     if arguments.ddp:
         cases.append(replace((cases or [first])[0], implementation="ddp"))
     if arguments.peer:

@@ -24,7 +24,7 @@ from ictx.data.loader import Batch
 from ictx.kernels.attention.op import choice
 from ictx.metrics import flops_per_token, model_flops_utilisation, peak_flops
 from ictx.train.config import OptimizerConfig
-from ictx.train.loss import next_token_loss
+from ictx.train.loss import next_token_loss, token_counts
 from ictx.train.optimizer import adamw
 from ictx.train.ranks import Ranks, on_all
 from ictx.train.sharded import sharded_model
@@ -71,8 +71,7 @@ def prepare(case: Case, ranks: Ranks) -> tuple[nn.Module, Callable[[Batch], Tens
     ours = sharded_model(case.config, case.loop, ranks)
 
     def mean(batch: Batch) -> Tensor:
-        total, count, _ = next_token_loss(ours, batch, False)
-        return total / count
+        return next_token_loss(ours, batch, False, token_counts(ours, batch))[0]
 
     return ours, mean
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from ictx.bench.train_case import Case, random_batch
 from ictx.data.loader import Batch
 from ictx.parallel import Layout
-from ictx.train.loss import next_token_loss
+from ictx.train.loss import next_token_loss, token_counts
 from ictx.train.ranks import Ranks
 from ictx.train.sharded import sharded_model
 
@@ -70,11 +70,10 @@ def gradients(case: Case, ranks: Ranks, windows: int, documents: int) -> tuple[d
     share = replace(case, batch=windows // ranks.data_count)
     model = sharded_model(case.config, case.loop, ranks)
     batch = packed(random_batch(share, ranks), share, ranks, documents)
-    total, count, sums = next_token_loss(model, batch, documents > 1)
-    (total / count).backward()  # type: ignore[no-untyped-call]
-    tokens, loss = ranks.total(float(count), float(sums["loss"]))
+    loss, means = next_token_loss(model, batch, documents > 1, ranks.sums([token_counts(model, batch)]))
+    (loss * ranks.count).backward()  # type: ignore[no-untyped-call]
     shards = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
-    return {name: shard.to_local().cpu() for name, shard in shards.items()}, loss / tokens  # type: ignore[attr-defined]
+    return {name: shard.to_local().cpu() for name, shard in shards.items()}, ranks.total(float(means["loss"]))[0]  # type: ignore[attr-defined]
 
 
 def packed(batch: Batch, case: Case, ranks: Ranks, documents: int) -> Batch:

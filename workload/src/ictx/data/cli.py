@@ -5,10 +5,15 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from ictx.errors import UserError
 from ictx.settings import build, command_line, config_path, load_yaml, override
+
+if TYPE_CHECKING:
+    from ictx.data.config import DataConfig
 
 PREPARE_EXAMPLES = """
 The folder that holds the prepared corpus is printed last. Its name follows the text and the settings, so what is there
@@ -19,6 +24,8 @@ examples:
   ictx data prepare --config pretrain/tiny.yaml --corpus notes/ --out data --set data.min_bytes=100000
   ictx data prepare --config pretrain/tiny.yaml --corpus pages.jsonl books.parquet --out data --set data.text_field=body
   ictx data prepare --config pretrain/tiny.yaml --corpus hf=HuggingFaceFW/fineweb-edu,sample-10BT --out /shared/data
+  ictx data prepare --config extend/tiny.yaml --corpus long/ --out data --set init=models:/ictx-tiny@candidate \\
+      --set run.dir=runs/3    # with the tokenizer of that model
   ictx data prepare --config sft/tiny.yaml --corpus stdlib --out /shared/data
   ictx data prepare --config sft/ictx-1b.yaml --corpus chats.jsonl alpaca.json hf=trl-lib/Capybara --out data
 
@@ -78,10 +85,32 @@ def _prepared(arguments: argparse.Namespace) -> Path:
 
         return chat.prepare(arguments.corpus, arguments.out, build(ChatDataConfig, data, "data."))
     from ictx.data.prepare import prepare
-    from ictx.train.config import load
+    from ictx.train.config import PretrainConfig, read
 
     # The whole configuration is read: what is wrong in it shows before the corpus is read, not after.
-    return prepare(arguments.corpus, arguments.out, load(arguments.config, arguments.set).data)
+    content = read(arguments.config, arguments.set)
+    config = _of_parent(content) if content.get("init") else build(PretrainConfig, content).data
+    return prepare(arguments.corpus, arguments.out, config)
+
+
+def _of_parent(content: dict[str, Any]) -> DataConfig:
+    """Returns the corpus of a stage that begins with another model: with that one's tokenizer, unless it has one.
+
+    The model comes to run.dir, where the stage finds it. Raises UserError.
+    """
+    from ictx.registry import explained
+    from ictx.train.config import ExtendConfig, RunConfig
+    from ictx.train.extend import Extension
+    from ictx.train.init import take
+
+    run = build(RunConfig, content.get("run", {}), "run.")
+    if run.dir is None:
+        raise UserError("run.dir is needed, where the model of init comes to: --set run.dir=FOLDER")
+    run.dir.mkdir(parents=True, exist_ok=True)
+    with explained():
+        parent = take(content["init"], run.dir, run.tracking_patience)
+    config = build(ExtendConfig, Extension.completed(content, parent)).data
+    return replace(config, tokenizer=config.tokenizer or parent.directory)
 
 
 def run_verify(arguments: argparse.Namespace) -> int:

@@ -30,15 +30,26 @@ class Head(nn.Linear):
             labels_bs: the token to predict at each position; what is below 0 does not count.
             chunk: tokens whose logits exist at once; so many that they are `LOGITS`, unless given.
         """
+        return self.losses(hidden_bsd, labels_bs, chunk)[0]
+
+    def losses(
+        self, hidden_bsd: Tensor, labels_bs: Tensor, chunk: int | None = None, z_weight: float = 0.0
+    ) -> tuple[Tensor, Tensor]:
+        """Returns the same with the z-loss added, and the z-loss alone, without a gradient of its own.
+
+        That is the mean of `z_weight` · log² Z, Z being the sum of a token's exponentiated logits: it keeps them from
+        drifting (PaLM, arXiv:2204.02311, section 5). It is for training: where no gradient is wanted it is 0.
+        """
         hidden_nd, labels_n = hidden_bsd.flatten(0, 1), labels_bs.flatten()
         chunk = chunk or max(LOGITS // self.out_features, 1)
         if torch.is_grad_enabled():
-            return cast(Tensor, _Loss.apply(hidden_nd, self.weight, labels_n, chunk))  # type: ignore[no-untyped-call]
+            found = _Loss.apply(hidden_nd, self.weight, labels_n, chunk, z_weight)  # type: ignore[no-untyped-call]
+            return cast("tuple[Tensor, Tensor]", found)
         total = hidden_nd.new_zeros((), dtype=torch.float32)
         for x_nd, labels in zip(torch.split(hidden_nd, chunk), torch.split(labels_n, chunk), strict=True):
             # Through the module: its magnitude can be watched.
             total += F.cross_entropy(self(x_nd).float(), labels.clamp(min=-1), ignore_index=-1, reduction="sum")
-        return total / (labels_n >= 0).sum().clamp(min=1)
+        return total / (labels_n >= 0).sum().clamp(min=1), torch.zeros_like(total)
 
     def log_probs(self, hidden_bsd: Tensor, labels_bs: Tensor, chunk: int | None = None) -> Tensor:
         """Returns each label's log-probability, float32 (batch, sequence); 0 where none counts.
@@ -53,8 +64,10 @@ class Head(nn.Linear):
         return found.new_zeros(labels_bs.shape).masked_scatter(counts_bs, found)
 
 
-def to_gradient(logits_nv: Tensor, targets_n1: Tensor, weights_n1: Tensor) -> Tensor:
-    """Returns the weighted sum of the rows' cross-entropies; their gradient takes the place of the logits.
+def to_gradient(
+    logits_nv: Tensor, targets_n1: Tensor, weights_n1: Tensor, z_weight: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Returns the weighted sums of the rows' cross-entropies and z-losses; their gradient takes the logits' place.
 
     Args:
         logits_nv: in any dtype; what is computed of them is computed in float32, or in float64 where they are.
@@ -63,14 +76,19 @@ def to_gradient(logits_nv: Tensor, targets_n1: Tensor, weights_n1: Tensor) -> Te
     """
     log_p = F.log_softmax(logits_nv, -1, dtype=weights_n1.dtype)
     entries = torch.arange(logits_nv.shape[1], device=logits_nv.device)
-    counts = weights_n1 > 0
-    gradient = (log_p.exp() - (entries == targets_n1).to(log_p.dtype)) * weights_n1
+    counts, chosen_n1, p = weights_n1 > 0, log_p.gather(1, targets_n1), log_p.exp()
+    z = log_p.new_zeros(())
+    if z_weight:
+        log_z = logits_nv.gather(1, targets_n1).to(log_p.dtype) - chosen_n1
+        z = z_weight * torch.where(counts, log_z.square() * weights_n1, 0.0).sum()
+        p = p * (1 + 2 * z_weight * log_z)
+    gradient = (p - (entries == targets_n1).to(log_p.dtype)) * weights_n1
     logits_nv.copy_(torch.where(counts, gradient, 0.0))
-    return -torch.where(counts, log_p.gather(1, targets_n1) * weights_n1, 0.0).sum()
+    return -torch.where(counts, chosen_n1 * weights_n1, 0.0).sum(), z
 
 
 @functools.cache
-def compiled_to_gradient() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+def compiled_to_gradient() -> Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]:
     """The same in one kernel, which reads the logits twice and writes once, without float32 in memory."""
     return torch.compile(to_gradient, dynamic=False)
 
@@ -81,31 +99,35 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     # Where autocast is on it does not reach into products with `out`.
     @torch.amp.custom_fwd(device_type="cuda", cast_inputs=torch.bfloat16)  # type: ignore[untyped-decorator]
-    def forward(ctx: Any, hidden_nd: Tensor, weight_vd: Tensor, labels_n: Tensor, chunk: int) -> Tensor:
-        """Returns the loss."""
+    def forward(
+        ctx: Any, hidden_nd: Tensor, weight_vd: Tensor, labels_n: Tensor, chunk: int, z_weight: float
+    ) -> tuple[Tensor, Tensor]:
+        """Returns the whole loss, and what of it is the z-loss."""
         # Sums over chunks are float32: bfloat16 would round each.
         work = torch.promote_types(hidden_nd.dtype, torch.float32)
         counts_n1 = (labels_n >= 0)[:, None]
         weights_n1, targets_n1 = counts_n1.to(work) / counts_n1.sum().clamp(min=1), labels_n.clamp(min=0)[:, None]
-        total = torch.zeros((), dtype=work, device=hidden_nd.device)
+        sums = torch.zeros(2, dtype=work, device=hidden_nd.device)
         grad_hidden, grad_weight = torch.empty_like(hidden_nd), torch.zeros_like(weight_vd, dtype=work)
         buffer = hidden_nd.new_empty(min(chunk, len(hidden_nd)), len(weight_vd))
         fused = buffer.is_cuda and dispatch.have_triton()
         chunks = (torch.split(x, chunk) for x in (hidden_nd, grad_hidden, targets_n1, weights_n1))
         for x_nd, grad_nd, targets, weights in zip(*chunks, strict=True):
             logits = torch.mm(x_nd, weight_vd.T, out=buffer[: len(x_nd)])
-            total += (compiled_to_gradient() if fused else to_gradient)(logits, targets, weights)
+            sums += torch.stack((compiled_to_gradient() if fused else to_gradient)(logits, targets, weights, z_weight))
             torch.mm(logits, weight_vd, out=grad_nd)
             grad_weight += logits.T @ x_nd
         ctx.save_for_backward(grad_hidden, grad_weight.to(weight_vd.dtype))
-        return total
+        ctx.mark_non_differentiable(z := sums[1])
+        return sums.sum(), z
 
     @staticmethod
     @torch.amp.custom_bwd(device_type="cuda")  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         """Returns the gradients of hidden states and weights."""
         grad_hidden, grad_weight = ctx.saved_tensors
-        return (grad_hidden * grad).to(grad_hidden.dtype), (grad_weight * grad).to(grad_weight.dtype), None, None
+        grads = (grad_hidden * grad).to(grad_hidden.dtype), (grad_weight * grad).to(grad_weight.dtype)
+        return *grads, None, None, None
 
 
 def log_probs_of(logits_nv: Tensor, targets_n1: Tensor, work: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -87,7 +87,11 @@ class Transformer(nn.Module):
     """A causal language model."""
 
     mtp_loss: Tensor | None = None
-    """Cross-entropy of each token after the next, of the last forward in training."""
+    """Cross-entropy of each token after the next, of the last forward in training: the mean over its own labels."""
+    z_loss_weight = 0.0
+    """Weight of the z-loss (`Head.losses`) that training adds."""
+    z_loss: Tensor | None = None
+    """The z-loss in the last loss, without a gradient of its own."""
     context: Context | None = None
     """Ranks that share out the windows: each calls `forward` with its own part of them."""
 
@@ -121,7 +125,8 @@ class Transformer(nn.Module):
             attention_mask: 1 for tokens and 0 for padding, which may stand on either side.
             document_ids: integers; where they change a document ends, and no token sees another document's.
             labels: the next token of each position; what is below 0 does not count. The result then is their mean
-                cross-entropy, in nats; the logits of all tokens never exist at once.
+                cross-entropy, in nats, and the z-loss if there is one and a gradient is wanted; the logits of all
+                tokens never exist at once.
             each: whether the result with `labels` is each label's log-probability instead, float32 (batch, sequence),
                 and 0 where it does not count.
             last_only: whether only the logits of the last position are wanted, of shape (batch, 1, vocab_size).
@@ -152,7 +157,8 @@ class Transformer(nn.Module):
             return self.lm_head.log_probs(hidden_bsd, labels)
         if self.training and torch.is_grad_enabled() and len(self.mtp):
             self.mtp_loss = self._further_loss(input_ids, labels, hidden_bsd, rope, documents)
-        return self.lm_head.loss(hidden_bsd, labels)
+        loss, self.z_loss = self.lm_head.losses(hidden_bsd, labels, z_weight=self.z_loss_weight)
+        return loss
 
     def _positions(self, input_ids: Tensor, attention_mask: Tensor | None, slots: Slots | None) -> Tensor:
         """Returns the position of each token."""
@@ -173,36 +179,38 @@ class Transformer(nn.Module):
     def _further_loss(
         self, input_ids: Tensor, labels: Tensor, hidden_bsd: Tensor, rope: Rotations, documents: Documents | None
     ) -> Tensor:
-        """Returns the cross-entropy of each token after the next; its mean over the ranks of `context`, if any."""
+        """Returns the mean cross-entropy of each token after the next."""
         context = self.context
         ids, wanted = (context.gather(x) if context else x for x in (input_ids, labels))
         next_ids = torch.cat([ids[:, 1:], wanted[:, -1:].clamp(min=0)], 1)
-        further = F.pad(wanted[:, 1:], (0, 1), value=-1)
         if context:
-            next_ids, further = context.own(next_ids), context.own(further)
+            next_ids = context.own(next_ids)
         read_bsd = self.mtp[0](self.model.embed_tokens(next_ids), hidden_bsd, rope, documents)
-        loss = self.lm_head.loss(read_bsd, further)
-        if context:
-            # The last rank has a label less.
-            count = (further >= 0).sum().to(loss.dtype)
-            loss = loss * count / context.mean(count).clamp(min=1 / context.count)
-        return loss
+        return self.lm_head.loss(read_bsd, self.further_labels(labels))
+
+    def further_labels(self, labels: Tensor) -> Tensor:
+        """Returns the token after the next of each position, of the shape of `labels`; below 0 where there is none."""
+        whole = self.context.gather(labels) if self.context else labels
+        further = F.pad(whole[:, 1:], (0, 1), value=-1)
+        return self.context.own(further) if self.context else further
 
     @property
     def routers(self) -> list[Router]:
         """The routers of all layers."""
         return [module for module in self.modules() if isinstance(module, Router)]
 
-    def auxiliary_loss(self) -> Tensor:
-        """Returns what training adds to the loss of the last forward; 0 for a dense model that predicts one token.
+    def auxiliary_losses(self) -> dict[str, Tensor]:
+        """Returns what training adds to the loss of the last forward; nothing of a dense model that predicts one token.
 
-        The balance losses of the layers with experts, and the weighted loss of predicting one token further.
+        `balance_loss` is the sum over the layers with experts, a mean over sequences; `mtp_loss` the weighted loss of
+        predicting one token further, a mean over the labels that this has.
         """
-        losses = [layer.balance_loss for layer in self.modules() if isinstance(layer, MoeFeedForward)]
+        layers = (layer.balance_loss for layer in self.modules() if isinstance(layer, MoeFeedForward))
+        balance = [loss for loss in layers if loss is not None]
+        found = {"balance_loss": torch.stack(balance).sum()} if balance else {}
         if self.mtp_loss is not None:
-            losses.append(self.config.mtp_loss_weight * self.mtp_loss)
-        total = torch.zeros((), device=self.lm_head.weight.device)
-        return sum((loss for loss in losses if loss is not None), total)
+            found["mtp_loss"] = self.config.mtp_loss_weight * self.mtp_loss
+        return found
 
     def after_step(self, updated: bool = True) -> Tensor | None:
         """Does what follows each optimizer step: experts that got too few tokens become likelier to be chosen.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -18,7 +20,7 @@ def parallelize(
     mesh: DeviceMesh,
     *,
     dtype: torch.dtype | None,
-    mode: str = "none",
+    mode: str | Sequence[str] = "none",
     layers: int | None = None,
     compiled: bool = False,
     context: Context | None = None,
@@ -31,7 +33,7 @@ def parallelize(
     Args:
         model: on the meta device; it takes memory when `to_empty` is called, on each device for its own shards.
         dtype: what is computed in; the weights' own unless given. Gradients are summed over devices in float32.
-        mode: what backward computes again, one of `MODES`.
+        mode: what backward computes again, one of `MODES`, or one for each layer, those of the further prediction last.
         layers: layers that do so, the first ones, whose backward comes last; all of them unless given.
         compiled: whether torch.compile makes the kernels of each layer without experts, whose work depends on the data.
         context: ranks that share out the windows.
@@ -50,7 +52,13 @@ def parallelize(
 
 
 def prepare(
-    model: Transformer, *, mode: str, layers: int | None, compiled: bool, context: Context | None, offload: bool
+    model: Transformer,
+    *,
+    mode: str | Sequence[str],
+    layers: int | None,
+    compiled: bool,
+    context: Context | None,
+    offload: bool,
 ) -> None:
     """Does all of `parallelize` but the sharding."""
     for module in model.modules():
@@ -58,6 +66,6 @@ def prepare(
             module.context = context
     for number, layer in enumerate(module for module in model.modules() if isinstance(module, Layer)):
         if layers is None or number < layers:
-            recompute(layer, mode, offload)
+            recompute(layer, mode if isinstance(mode, str) else mode[number], offload)
         if compiled and isinstance(layer.mlp, FeedForward):
             layer.forward = torch.compile(layer.forward, dynamic=False)  # type: ignore[method-assign]

@@ -59,7 +59,7 @@ class Checkpoints:
         # A thread begins with the first GPU.
         device = torch.cuda.current_device() if pinned else None
         self._thread = ThreadPoolExecutor(1, initializer=lambda: torch.cuda.set_device(device) if pinned else None)
-        self._copies = DefaultStager(StagingOptions(pinned, False, False, pinned))
+        self._staging = StagingOptions(pinned, False, False, pinned)
 
     def complete(self) -> list[Path]:
         """Returns the checkpoints that have all their files as far as names show, oldest first."""
@@ -85,7 +85,8 @@ class Checkpoints:
         number in the state is not finite.
         """
         final = self._folder(step, state)
-        copy = self._copies.stage(state)
+        # One for each checkpoint: with GPUs PyTorch 2.11's copies only once (KeyError: <class 'type'>).
+        copy = DefaultStager(self._staging).stage(state)
         assert isinstance(copy, dict)
         return self._thread.submit(self._write, final, copy)
 

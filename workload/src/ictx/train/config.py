@@ -84,7 +84,8 @@ class LoopConfig:
     mask_documents: bool = False
     """Keep attention within documents, with positions that begin anew in each; else a window is one text."""
     recompute: str = "selective"
-    """What backward computes again instead of keeping it: `none`, `selective` (all but attention's result), `full`."""
+    """What backward computes again instead of keeping it: `none`, `selective` (all but attention's result), `full`;
+    `auto`: as little as the GPU's memory allows (`ictx.parallel.memory`), and `selective` without a GPU."""
     recompute_layers: int | None = None
     """Layers that do so, the first ones; all of them unless given."""
     offload: bool = False
@@ -97,6 +98,8 @@ class LoopConfig:
     """Forwards and backwards of a step: `accumulate` times the batch in the same memory."""
     reduce_once: bool = False
     """Sum gradients over ranks once a step, not in each backward: less traffic, but memory for all of them."""
+    z_loss: float = 0.0
+    """Weight of the mean of log² Z, Z being the sum of a token's exponentiated logits: 1e-4 in PaLM; 0: none."""
     seed: int = 0
     """Weights and order of the data."""
     log_every: int = 10
@@ -134,12 +137,14 @@ class LoopConfig:
         ]:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: expected 1 or more")
-        for name, allowed in {"dtype": DTYPES, "recompute": MODES}.items():
+        for name, allowed in {"dtype": DTYPES, "recompute": (*MODES, "auto")}.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: expected one of {', '.join(allowed)}")
         if self.offload and (self.compile or self.recompute == "none" or self.recompute_layers is not None):
             raise ValueError("offload is true: expected compile: false, and all layers to compute again")
-        for name in ("bad_steps", "recompute_layers", "roll_backs", "skip_spikes", "profile"):
+        if self.recompute == "auto" and (self.offload or self.recompute_layers is not None):
+            raise ValueError("recompute is 'auto': expected offload: false, and no recompute_layers")
+        for name in ("bad_steps", "recompute_layers", "roll_backs", "skip_spikes", "profile", "z_loss"):
             if getattr(self, name) is not None and not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}: expected 0 or more")
         if not 1 <= self.timeout <= LONGEST_TIMEOUT:

@@ -1,4 +1,4 @@
-"""The loss of preference optimization on pairs of answers, as sums: see `ictx.train.stage`."""
+"""The loss of preference optimization on pairs of answers, as a batch's share of a step's: see `ictx.train.loss`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ictx.model import Transformer
 from ictx.train.dpo_config import PreferenceConfig
-from ictx.train.loss import Loss
+from ictx.train.loss import Counts, Loss
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,18 @@ def pair_losses(ratios: Tensor, lengths: Tensor, config: PreferenceConfig) -> Te
     return -F.logsigmoid(margin) if config.loss == "sigmoid" else torch.relu(1 - margin)
 
 
-def preference_loss(model: Transformer, batch: PairBatch, config: PreferenceConfig) -> Loss:
-    """Returns the sum of the pairs' losses, how many pairs, and sums of rewards by the names that TRL has for them."""
+def pair_counts(model: Transformer, batch: PairBatch) -> Counts:
+    """Returns how many `pairs` a batch has. Ranks of a context have the same ones: each counts a part of them."""
+    pairs = len(batch.lengths) / 2 / (model.context.count if model.context else 1)
+    return {"pairs": torch.full((), pairs, dtype=torch.float64, device=batch.lengths.device)}
+
+
+def preference_loss(model: Transformer, batch: PairBatch, config: PreferenceConfig, totals: Counts) -> Loss:
+    """Returns a batch's share of the mean loss of pairs, and of mean rewards by the names that TRL has for them.
+
+    Args:
+        totals: `pair_counts` of all batches of the step on all ranks.
+    """
     ratios = answer_log_probs(model, batch) - batch.reference
     losses = pair_losses(ratios, batch.lengths, config)
     chosen, rejected = (config.beta * ratios.detach()).chunk(2)
@@ -75,7 +85,6 @@ def preference_loss(model: Transformer, batch: PairBatch, config: PreferenceConf
         "rewards/margins": (chosen - rejected).sum(),
         "rewards/accuracies": (chosen > rejected).float().sum(),
     }
-    # Ranks of a context have the same pairs: each counts a part of them.
-    share = 1 / model.context.count if model.context else 1.0
-    pairs = losses.new_tensor(len(losses) * share)
-    return losses.sum(), pairs, {name: value * share for name, value in sums.items()}
+    # Ranks of a context record a part of what all of them have; their gradients are of their own tokens alone.
+    pairs, parts = totals["pairs"], model.context.count if model.context else 1
+    return losses.sum() / pairs, {name: value / parts / pairs for name, value in sums.items()}

@@ -13,7 +13,7 @@ from ictx.model import Transformer
 from ictx.settings import build
 from ictx.train import run
 from ictx.train.config import CorpusConfig, PretrainConfig
-from ictx.train.loss import Loss, next_token_loss
+from ictx.train.loss import Counts, Loss, next_token_loss, token_counts
 from ictx.train.prepared import checked
 from ictx.train.ranks import Ranks
 from ictx.train.validation import Validation
@@ -50,13 +50,17 @@ class OnCorpus:
         shares = ranks.data_rank, ranks.data_count
         return Batches(data, loop.sequence_length, loop.batch_size, *shares, loop.seed, ranks.part)
 
-    def loss(self, model: Transformer, batch: Batch) -> Loss:
+    def counts(self, model: Transformer, batch: Batch) -> Counts:
+        """Returns the tokens of a batch, and what else its loss is a mean over."""
+        return token_counts(model, batch)
+
+    def loss(self, model: Transformer, batch: Batch, totals: Counts) -> Loss:
         """Returns the cross-entropy of each next token."""
-        return next_token_loss(model, batch, self.config.train.mask_documents)
+        return next_token_loss(model, batch, self.config.train.mask_documents, totals)
 
     def examine(self, model: Transformer) -> dict[str, float]:
         """Returns the loss on validation data, and how large activations got there."""
-        return self.validation.examine(model, self.loss)
+        return self.validation.examine(model, self)
 
     def conclude(self, result: dict[str, Any]) -> tuple[dict[str, Any], str]:
         """Returns the loss of a model that knows frequencies alone, and how far this one's is from it."""

@@ -13,6 +13,7 @@ from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
@@ -70,6 +71,14 @@ class Ranks:
         """Prints once for all ranks."""
         if self.first:
             print(text, flush=True)
+
+    def sums(self, counts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Returns the sum of each count over a list and all ranks, the same everywhere, without waiting for a GPU."""
+        names = list(counts[0])
+        own = torch.stack([torch.stack([each[name] for name in names]) for each in counts]).sum(0)
+        whole = own.to(self.device, torch.float64)
+        dist.all_reduce(whole)
+        return dict(zip(names, whole.unbind(), strict=True))
 
     def total(self, *values: float) -> list[float]:
         """Returns the sum of each value over all ranks, the same everywhere."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from ictx.model import ModelConfig, Transformer
-from ictx.parallel import parallelize
+from ictx.model.transformer import Layer
+from ictx.parallel import memory, parallelize
 from ictx.train.config import LoopConfig
 from ictx.train.ranks import Ranks
 
@@ -14,12 +17,16 @@ def sharded_model(config: ModelConfig, loop: LoopConfig, ranks: Ranks) -> Transf
     """Returns the model with the seed's weights, spread over all ranks."""
     with torch.device("meta"):
         model = Transformer(config)
+    model.z_loss_weight = loop.z_loss
+    mode: str | Sequence[str] = loop.recompute
+    if mode == "auto":
+        mode = automatic(model, loop, ranks)
     half = ranks.device.type == "cuda" and loop.dtype == "bfloat16"
     parallelize(
         model,
         ranks.mesh,
         dtype=torch.bfloat16 if half else None,
-        mode=loop.recompute,
+        mode=mode,
         layers=loop.recompute_layers,
         compiled=loop.compile,
         context=ranks.context,
@@ -29,3 +36,27 @@ def sharded_model(config: ModelConfig, loop: LoopConfig, ranks: Ranks) -> Transf
     model.to_empty(device=ranks.device)
     model.init_weights(loop.seed)
     return model
+
+
+def automatic(model: Transformer, loop: LoopConfig, ranks: Ranks) -> Sequence[str]:
+    """Returns what each layer's backward computes again under `recompute: auto`, the same on all ranks; prints why."""
+    if ranks.device.type != "cuda":
+        ranks.say("recompute auto: selective in all layers, without a GPU whose memory could be counted on")
+        return ["selective"] * sum(isinstance(module, Layer) for module in model.modules())
+    parts, size = ranks.part[1], 2 if loop.dtype == "bfloat16" else 4
+    tokens, shards = loop.batch_size * loop.sequence_length // parts, ranks.mesh.size(ranks.mesh.ndim - 1)
+    work = memory.Work(tokens, shards, parts, size, loop.compile, loop.accumulate > 1, loop.reduce_once)
+    # The least that any rank has: all must do the same collectives in the same order.
+    left = -ranks.largest(-available(ranks.device))[0]
+    found = memory.choose(model, work, left - memory.SPARE)
+    fits = "of" if found.need <= left - memory.SPARE else "MORE THAN"
+    ranks.say(f"recompute auto: {found}, {fits} the {left / 1e9:.1f} GB left, less {memory.SPARE / 1e9:.0f} to spare")
+    return found.modes
+
+
+def available(device: torch.device) -> float:
+    """Returns the bytes of a GPU that this process may still take, or has taken already without using them."""
+    free, total = torch.cuda.mem_get_info(device)
+    held, used = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
+    allowed = total * torch.cuda.get_per_process_memory_fraction(device)
+    return min(free + held, allowed) - used

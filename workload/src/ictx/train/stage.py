@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 
 from ictx.model import Transformer
 from ictx.train.config import StageConfig
 from ictx.train.init import Parent
+from ictx.train.loss import Counts, Loss
 from ictx.train.ranks import Ranks
 
 
@@ -64,10 +64,16 @@ class Stage(Protocol):
     def batches(self, ranks: Ranks) -> Source:
         """Returns the training data. Raises UserError for data that does not fit the settings."""
 
-    def loss(self, model: Transformer, batch: Any) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Returns a sum to differentiate, how many tokens it is of, and further sums over these tokens.
+    def counts(self, model: Transformer, batch: Any) -> Counts:
+        """Returns how many of what the parts of a batch's loss are means over, such as `tokens`: known before it is."""
 
-        Steps divide sums by the tokens of all their batches on all ranks. `loss` must be among the further ones.
+    def loss(self, model: Transformer, batch: Any, totals: Counts) -> Loss:
+        """Returns a batch's share of a step's loss, to differentiate, and of what is recorded, `loss` among it.
+
+        Shares add up: each is a sum over the batch, divided by its count in all batches of the step on all ranks.
+
+        Args:
+            totals: sums of `counts` over these batches.
         """
 
     def examine(self, model: Transformer) -> dict[str, float]:

@@ -116,6 +116,6 @@ class TrainingState:
         for name in sorted({*before, *now} - TRAINING_ONLY):
             if before.get(name) != now.get(name):
                 raise UserError(
-                    f"model.{name} is {now.get(name)}, but {self.origin} began with {before.get(name)}: give that, "
-                    "or another run.dir"
+                    f"model.{name} is {now.get(name)}, but {self.origin} began with {before.get(name)}: go on with "
+                    f"--set model.{name}={before.get(name)}, or give another run.dir"
                 )

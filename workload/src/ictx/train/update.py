@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import cast
+from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from ictx.train.loss import Counts
 from ictx.train.optimizer import learning_rate
 from ictx.train.state import TrainingState
 from ictx.train.stopwatch import Stopwatch
@@ -61,33 +61,34 @@ class Updater:
 
     def _gradients(self, number: int) -> dict[str, float]:
         """Leaves the gradient of the mean loss over all tokens of all ranks, and returns means over them."""
-        sums: dict[str, Tensor] = {}
-        for turn in range(1, self.loop.accumulate + 1):
+        self.watchdog.at(number, "data")
+        self.stopwatch.start()
+        # All batches at once: what their losses are divided by is known before the first backward.
+        batches = [self.state.batches.next().to(self.ranks.device) for _ in range(self.loop.accumulate)]
+        self.stopwatch.lap("data")
+        self.watchdog.at(number, "ranks")
+        totals = self.ranks.sums([self.state.stage.counts(self.model, batch) for batch in batches])
+        self.stopwatch.lap("ranks")
+        means: dict[str, Tensor] = {}
+        for turn, batch in enumerate(batches, 1):
             cast("FSDPModule", self.model).set_requires_gradient_sync(
                 turn == self.loop.accumulate or not self.loop.reduce_once
             )
-            for name, value in self._backward(number).items():
-                sums[name] = sums[name] + value if name in sums else value
+            for name, share in self._backward(number, batch, totals).items():
+                means[name] = means[name] + share if name in means else share
         self.watchdog.at(number, "ranks")
-        self.stops, tokens, *totals = self.ranks.total(float(self.ranks.told_to_stop), *map(float, sums.values()))
+        self.stops, *found = self.ranks.total(float(self.ranks.told_to_stop), *map(float, means.values()))
         self.stopwatch.lap("ranks")
-        # Sharding has divided the sum of all ranks by their number.
-        scale = self.ranks.count / max(tokens, 1)
-        gradients = [weight.grad for weight in self.model.parameters() if weight.grad is not None]
-        torch._foreach_mul_([grad.to_local() if isinstance(grad, DTensor) else grad for grad in gradients], scale)
-        return {name: total / max(tokens, 1) for name, total in zip(list(sums)[1:], totals, strict=True)}
+        return dict(zip(means, found, strict=True))
 
-    def _backward(self, number: int) -> dict[str, Tensor]:
-        """Adds a batch's gradient to what is there, and returns its tokens and its sums over them."""
-        self.watchdog.at(number, "data")
-        self.stopwatch.start()
-        batch = self.state.batches.next().to(self.ranks.device)
-        self.stopwatch.lap("data")
+    def _backward(self, number: int, batch: Any, totals: Counts) -> dict[str, Tensor]:
+        """Adds a batch's gradient to what is there, and returns its shares of what is recorded."""
         self.watchdog.at(number, "forward")
-        total, count, sums = self.state.stage.loss(self.model, batch)
+        loss, metrics = self.state.stage.loss(self.model, batch, totals)
         self.stopwatch.lap("forward")
         self.watchdog.at(number, "backward")
-        total.backward()  # type: ignore[no-untyped-call]
+        # Sharding divides the sum over ranks by their number.
+        (loss * self.ranks.count).backward()  # type: ignore[no-untyped-call]
         self.stopwatch.lap("backward")
-        # Nothing here waits for a GPU: the next batch is prepared meanwhile.
-        return {"tokens": count} | {name: value.double() for name, value in sums.items()}
+        # Nothing here waits for a GPU: the next part is prepared meanwhile.
+        return metrics

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Protocol
 
 import torch
 
@@ -12,8 +12,18 @@ from ictx.data.shards import TokenArray
 from ictx.model import Transformer
 from ictx.model.float16 import by_layer, tracked_amax, warning
 from ictx.train.config import LoopConfig
-from ictx.train.loss import Loss
+from ictx.train.loss import Counts, Loss
 from ictx.train.ranks import Ranks
+
+
+class Scored(Protocol):
+    """What a stage knows about windows of tokens; see `ictx.train.stage`."""
+
+    def counts(self, model: Transformer, batch: Batch) -> Counts:
+        """Returns the `tokens` that a loss is a mean over."""
+
+    def loss(self, model: Transformer, batch: Batch, totals: Counts) -> Loss:
+        """Returns shares of all that `totals` counts."""
 
 
 class Validation:
@@ -22,23 +32,23 @@ class Validation:
     def __init__(self, data: TokenArray | Mix, loop: LoopConfig, ranks: Ranks) -> None:
         self.data, self.loop, self.ranks = data, loop, ranks
 
-    def examine(self, model: Transformer, loss: Callable[[Transformer, Batch], Loss]) -> dict[str, float]:
+    def examine(self, model: Transformer, stage: Scored) -> dict[str, float]:
         """Returns `validation_loss`, the mean over all tokens, and `activation_amax/LAYER`."""
         # Compiled code has no hooks: what watches magnitudes needs the modules.
         with tracked_amax(model) as amax, torch.compiler.set_stance("force_eager"), torch.no_grad():
-            mean = self._mean(lambda batch: loss(model, batch))
+            mean = self._mean(model, stage)
         layers = by_layer(amax)
         peaks = dict(zip(layers, self.ranks.largest(*layers.values()), strict=True))
         if unsafe := warning(peaks):
             self.ranks.say(unsafe)
         return {"validation_loss": mean} | {f"activation_amax/{layer}": peak for layer, peak in peaks.items()}
 
-    def _mean(self, loss: Callable[[Batch], Loss]) -> float:
+    def _mean(self, model: Transformer, stage: Scored) -> float:
         loop, ranks = self.loop, self.ranks
         available = self.data.windows(loop.sequence_length)
         count = min(available, loop.validation_windows)
         each = -(-count // ranks.data_count)
-        total = tokens = 0.0
+        total, tokens = 0.0, 0.0
         for first in range(0, each, loop.batch_size):
             places = range(first, min(first + loop.batch_size, each))
             numbers = [place * ranks.data_count + ranks.data_rank for place in places]
@@ -47,7 +57,10 @@ class Validation:
             # Every rank does the same number of batches: a sharded forward needs all of them. What is left over is done
             # again, and does not count.
             batch.labels[torch.tensor(numbers) >= count] = -1
-            _, valid, sums = loss(batch.part(*ranks.part).to(ranks.device))
-            total, tokens = total + float(sums["loss"]), tokens + float(valid)
+            batch = batch.part(*ranks.part).to(ranks.device)
+            counts = stage.counts(model, batch)
+            _, means = stage.loss(model, batch, counts)
+            valid = float(counts["tokens"])
+            total, tokens = total + float(means["loss"]) * valid, tokens + valid
         total, tokens = ranks.total(total, tokens)
         return total / tokens

@@ -1,0 +1,398 @@
+"""Ansible filter: what an inventory's values mean together, where each of them alone has the right form."""
+
+from __future__ import annotations
+
+import ipaddress
+import itertools
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from difflib import get_close_matches
+from typing import Any
+
+Problem = tuple[str, str, str]
+"""The variable or group, what is wrong and what to do, and the host (empty: the whole cluster)."""
+
+SYSTEM_FOLDERS = re.compile(r"/|/(bin|boot|dev|etc|lib|lib64|root|run|sbin|sys|tmp|usr|var|var/lib|var/tmp)")
+K3S_NETWORKS = {"cluster-cidr": "10.42.0.0/16", "service-cidr": "10.43.0.0/16"}  # its defaults
+LAB_NETWORKS = {"kube_lab_pod_network": "10.244.0.0/24", "kube_lab_service_network": "10.96.0.0/24"}  # the role's
+NODE_PORTS = range(30000, 32768)
+MOST_NODES = 100_000
+
+
+class Inventory:
+    """Groups, and what their hosts' variables are; a variable that only facts complete is unknown, which is None."""
+
+    def __init__(self, values: Mapping[str, Mapping[str, Any]], groups: Mapping[str, Sequence[str]]) -> None:
+        self.groups, self._values = groups, values
+
+    def hosts(self, group: str) -> list[str]:
+        """Returns a group's hosts."""
+        return list(self.groups.get(group, ()))
+
+    def of(self, host: str, name: str, default: Any = None) -> Any:
+        """Returns a host's variable."""
+        return self._values.get(host, {}).get(name, default)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """Returns a variable of the whole cluster: that of the first host which has it."""
+        return next((values[name] for values in self._values.values() if values.get(name) is not None), default)
+
+    def address(self, host: str) -> str:
+        """Returns where Ansible reaches a host."""
+        return str(self.of(host, "ansible_host", host))
+
+
+def nodes(text: str) -> list[str]:
+    """Returns the names in a hostlist (`gpu[1-3,7],cpu1`), at most so many. Raises ValueError for one that is none."""
+    names: list[str] = []
+    for part in re.findall(r"(?:[^,\[\]]|\[[^\[\]]*\])+", text):
+        pieces: list[list[str]] = []
+        for fixed, ranges in re.findall(r"([^\[\]]+)|\[([^\[\]]*)\]", part):
+            pieces.append([fixed] if fixed else [number for item in ranges.split(",") for number in _range(item)])
+        names += ["".join(name) for name in itertools.islice(itertools.product(*pieces), MOST_NODES)]
+    if re.sub(r"[^,\[\]]|\[[^\[\]]*\]", "", text).strip(",") or not names:
+        raise ValueError(f"{text} is no list of nodes")
+    return names
+
+
+def _range(item: str) -> list[str]:
+    ends = re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", item)
+    if not ends or int(ends[2] or ends[1]) < int(ends[1]):
+        raise ValueError(f"[{item}] is no range of numbers")
+    return [str(number).zfill(len(ends[1])) for number in range(int(ends[1]), int(ends[2] or ends[1]) + 1)]
+
+
+def minutes(text: str) -> float:
+    """Returns a time limit as SLURM reads it, in minutes: M, M:S, H:M:S, D-H, D-H:M or D-H:M:S."""
+    if text.upper() in ("UNLIMITED", "INFINITE"):
+        return float("inf")
+    days, dash, rest = text.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    if dash:
+        hours, mins, seconds = [*parts, 0, 0][:3]
+        return int(days) * 1440 + hours * 60 + mins + seconds / 60
+    hours, mins, seconds = {1: [0, *parts, 0], 2: [0, *parts], 3: parts}[len(parts)]
+    return hours * 60 + mins + seconds / 60
+
+
+def close(word: str, known: Sequence[str]) -> str:
+    """Returns a hint at the nearest known word, empty when none is near."""
+    near = get_close_matches(word, known, n=1, cutoff=0.6)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def one_of(names: Sequence[str]) -> str:
+    """Returns the first few of the names."""
+    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+
+
+def partition_nodes(partition: Mapping[str, Any], compute: list[str]) -> list[str]:
+    """Returns a partition's nodes. Raises ValueError for what is no list of nodes."""
+    given = partition.get("nodes", "ALL")
+    parts = [given] if isinstance(given, str) else [str(part) for part in given]
+    return [name for part in parts for name in (compute if part.upper() == "ALL" else nodes(part))]
+
+
+def partitions(site: Inventory) -> Iterator[Problem]:
+    """Partitions have nodes that exist; one is the default; their QOS exist."""
+    compute, known = site.hosts("slurm_compute"), {qos["name"] for qos in site.get("slurm_qos", [])}
+    given = site.get("slurm_partitions", [])
+    for partition in given:
+        name = partition["name"]
+        try:
+            found = partition_nodes(partition, compute)
+        except ValueError as error:
+            yield "slurm_partitions", f"{name}: {error}", ""
+            continue
+        if not found and compute:
+            yield "slurm_partitions", f"{name} has no nodes: list some, or write nodes: ALL", ""
+        for node in dict.fromkeys(found):
+            if node not in compute:
+                hint = close(node, compute)
+                yield "slurm_partitions", f"{name} has the node {node}, which is not in slurm_compute{hint}", ""
+        for node, count in Counter(found).items():
+            if count > 1:
+                yield "slurm_partitions", f"{name} has the node {node} {count} times", ""
+        for qos in partition.get("allow_qos", []) if known else []:
+            if qos not in known:
+                hint = close(qos, [*known])
+                yield "slurm_partitions", f"{name} allows the QOS {qos}, which is not in slurm_qos{hint}", ""
+    defaults = [partition["name"] for partition in given if partition.get("default") in (True, "true", "yes")]
+    if len(defaults) > 1:
+        yield "slurm_partitions", f"{' and '.join(defaults)} are both the default: let one be", ""
+
+
+def jobs(site: Inventory) -> Iterator[Problem]:
+    """The platform's own jobs fit the partitions that they go to."""
+    known = {partition["name"]: partition for partition in site.get("slurm_partitions", [])}
+    if not known:
+        return
+    common = {
+        name: site.get(f"slurm_jobs_{name}")
+        for name in ("partition", "nodes", "gpus_per_node", "time", "grace_seconds")
+    }
+    yield from _job(site, "slurm_jobs_", common, known)
+    for stage, about in site.get("slurm_jobs_stages", {}).items():
+        own = {name: about[name] for name in common if name in about}
+        if own:
+            yield from _job(site, f"slurm_jobs_stages: {stage}: ", common | own, known)
+
+
+def _job(site: Inventory, where: str, job: Mapping[str, Any], known: Mapping[str, Any]) -> Iterator[Problem]:
+    name = str(job["partition"] or next(iter(known)))
+    if name not in known:
+        yield f"{where}partition", f"there is no partition {name} in slurm_partitions, only {one_of([*known])}", ""
+        return
+    compute, limit = site.hosts("slurm_compute"), known[name].get("max_time", "UNLIMITED")
+    try:
+        hosts = [node for node in partition_nodes(known[name], compute) if node in compute]
+    except ValueError:
+        return
+    if isinstance(job["time"], str) and isinstance(limit, str) and minutes(job["time"]) > minutes(limit):
+        text = f"{job['time']} is more than the partition {name} allows ({limit}): jobs would never start"
+        yield f"{where}time", text, ""
+    grace = int(job["grace_seconds"] or 0)
+    if isinstance(job["time"], str) and grace >= minutes(job["time"]) * 60:
+        yield f"{where}grace_seconds", f"{grace} is not less than slurm_jobs_time ({job['time']})", ""
+    wanted, gpus = int(job["nodes"] or 1), int(job["gpus_per_node"] or 0)
+    if wanted > len(hosts):
+        yield f"{where}nodes", f"{wanted} nodes, but the partition {name} has {len(hosts)}: jobs would never start", ""
+    elif gpus and sum(_gpus(site, host) >= gpus for host in hosts) < wanted:
+        most = max((_gpus(site, host) for host in hosts), default=0)
+        yield (
+            f"{where}gpus_per_node",
+            f"{gpus} GPUs on each of {wanted} nodes, but slurm_gres of the partition {name} has at most {most} a node",
+            "",
+        )
+
+
+def _gpus(site: Inventory, host: str) -> int:
+    return sum(int(gres["count"]) for gres in site.of(host, "slurm_gres", []) or [] if gres["name"] == "gpu")
+
+
+def accounts(site: Inventory) -> Iterator[Problem]:
+    """Users of QOS are users."""
+    users = [user["name"] for user in site.get("ictx_users", [])]
+    for qos in site.get("slurm_qos", []):
+        for name in qos.get("users", []):
+            if name not in users:
+                yield "slurm_qos", f"{qos['name']} is for {name}, who is not one of ictx_users{close(name, users)}", ""
+    names = [qos["name"] for qos in site.get("slurm_qos", [])]
+    for name, count in Counter(names).items():
+        if count > 1:
+            yield "slurm_qos", f"{count} items have the name {name}", ""
+
+
+def resources(site: Inventory) -> Iterator[Problem]:
+    """Devices of a node are as many as it offers; it has memory left."""
+    for host in site.hosts("slurm_compute"):
+        found = Counter((gres["name"], gres.get("type")) for gres in site.of(host, "slurm_gres", []) or [])
+        for (name, kind), count in found.items():
+            if count > 1:
+                yield "slurm_gres", f"{count} items are {name}:{kind}: add their counts up", host
+        for gres in site.of(host, "slurm_gres", []) or []:
+            try:
+                devices = nodes(gres["file"]) if gres.get("file") else []
+            except ValueError as error:
+                yield "slurm_gres", str(error), host
+                continue
+            if devices and len(devices) != int(gres["count"]):
+                what = f"{gres['name']}:{gres.get('type')}"
+                text = f"{what} has the count {gres['count']}, but {gres['file']} are {len(devices)} devices"
+                yield "slurm_gres", text, host
+        real, reserved = (int(site.of(host, f"slurm_{kind}_memory_mb") or 0) for kind in ("real", "reserved"))
+        if real and reserved >= real:
+            yield "slurm_reserved_memory_mb", f"{reserved} leaves nothing of slurm_real_memory_mb ({real})", host
+        if _gpus(site, host) and host in {*site.hosts("k3s_agent"), *site.hosts("k3s_server")}:
+            text = "has GPUs for jobs (slurm_gres) and is a node of Kubernetes: two schedulers would allocate the same"
+            yield f"host {host}", text, ""
+
+
+def controllers(site: Inventory) -> Iterator[Problem]:
+    """Controllers share their state; what tracks processes fits what is built on it."""
+    hosts, shared = site.hosts("slurm_controller"), site.get("ictx_shared_dir")
+    state = site.get("slurm_state_dir", "/var/lib/slurm/slurmctld")
+    if len(hosts) > 1 and shared and not f"{state}/".startswith(f"{str(shared).rstrip('/')}/"):
+        yield (
+            "slurm_state_dir",
+            f"{state} is not shared, but there are {len(hosts)} controllers: put it below {shared}, or the backup "
+            "starts without the jobs",
+            "",
+        )
+    for host in site.hosts("slurm_compute"):
+        for name in ("slurm_pam_adopt", "slurm_private_tmp"):
+            if site.of(host, name) is True and site.of(host, "slurm_process_tracking") == "linuxproc":
+                yield name, "needs cgroups: set slurm_process_tracking: cgroup", host
+    count = len(site.hosts("k3s_server"))
+    if count and count % 2 == 0 and site.get("kubernetes_distribution", "auto") in ("auto", "k3s"):
+        text = f"has {count} hosts: etcd survives the loss of fewer than half, so take {count - 1} or {count + 1}"
+        yield "group k3s_server", text, ""
+
+
+def addresses(site: Inventory) -> Iterator[Problem]:
+    """Every host has its own name and address, outside the networks of pods and services."""
+    seen: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for host in site.hosts("all"):
+        if site.of(host, "ansible_connection") != "local":
+            seen[site.address(host), str(site.of(host, "ansible_port", 22))].append(host)
+        if re.fullmatch(r"[0-9.]+", host) and not _network(host):
+            yield f"host {host}", "is a number, which programs take for an address: give it a name", ""
+        if any(len(label) > 63 for label in host.split(".")) or len(host) > 64:
+            text = "has a name of more than 64 characters (63 a label), which no certificate can have"
+            yield f"host {host}", text, ""
+        if host != host.lower() and host in site.hosts("k3s_server") + site.hosts("k3s_agent"):
+            yield f"host {host}", f"is a node of Kubernetes, whose names are lower case: name it {host.lower()}", ""
+        if (alone := _network(site.address(host))) and (alone.is_multicast or alone.is_unspecified):
+            yield "ansible_host", f"{site.address(host)} is no address of a host", host
+    for (address, _), hosts in seen.items():
+        if len(hosts) > 1:
+            yield "ansible_host", f"{' and '.join(hosts)} have the same address, {address}", ""
+    networks = {name: _network(text) for name, text in _networks(site)}
+    for name, network in networks.items():
+        if network is None:
+            continue
+        for host in site.hosts("all"):
+            inside = _network(site.address(host))
+            if inside and inside.version == network.version and inside.subnet_of(network):  # type: ignore[arg-type]
+                yield name, f"{network} has the address of {host} ({site.address(host)}): take another network", ""
+        for other, second in networks.items():
+            if other > name and second and second.version == network.version and network.overlaps(second):
+                yield name, f"{network} overlaps {other} ({second})", ""
+
+
+def _network(text: str) -> ipaddress.IPv4Network | ipaddress.IPv6Network | None:
+    try:
+        return ipaddress.ip_network(text, strict=False)
+    except ValueError:
+        return None
+
+
+def _networks(site: Inventory) -> Iterator[tuple[str, str]]:
+    if not site.hosts("k3s_server"):
+        return
+    distribution = site.get("kubernetes_distribution", "auto")
+    if distribution in ("auto", "k3s"):
+        config = site.get("k3s_config") or {}
+        for key, default in K3S_NETWORKS.items():
+            for text in str(config.get(key, default)).split(","):
+                yield f"k3s_config.{key}", text.strip()
+    if distribution != "k3s":
+        for name, default in LAB_NETWORKS.items():
+            yield name, str(site.get(name, default))
+
+
+def endpoints(site: Inventory) -> Iterator[Problem]:
+    """The registry and the services of Kubernetes answer where the inventory looks for them."""
+    registry, hosts = str(site.get("ictx_registry", "")), site.hosts("registry")
+    name, _, port = registry.rpartition(":")
+    if hosts and registry:
+        right = str(site.of(hosts[0], "registry_port", 5000))
+        if not name or port != right:
+            yield "ictx_registry", f"{registry} has not the port {right} (registry_port) at its end", ""
+        names = [hosts[0], site.address(hosts[0]), *(site.of(hosts[0], "registry_hosts") or [])]
+        if name and name.strip("[]") not in names:
+            text = f"{name} is not a name of {hosts[0]}, so that its certificate lacks it: take one of {one_of(names)}"
+            yield "ictx_registry", f"{text}, or add it to registry_hosts", ""
+    ports: dict[int, str] = {}
+    for values in ("ictx_mlflow_values", "ictx_serving_values"):
+        service = (site.get(values) or {}).get("service") or {}
+        node_port = service.get("nodePort") if isinstance(service, Mapping) else None
+        if service.get("type") != "NodePort" or not isinstance(node_port, int):
+            continue
+        if node_port not in NODE_PORTS:
+            yield values, f"service.nodePort {node_port} is not one of 30000 to 32767", ""
+        if node_port in ports:
+            yield values, f"service.nodePort {node_port} is that of {ports[node_port]} too", ""
+        ports[node_port] = values
+        uri = re.fullmatch(r"https?://[^/]+?(?::(\d+))?(?:/.*)?", str(site.get("ictx_mlflow_uri", "")))
+        if values == "ictx_mlflow_values" and uri and uri[1] != str(node_port):
+            yield "ictx_mlflow_uri", f"its port is {uri[1] or 'not given'}, but MLflow's nodePort is {node_port}", ""
+
+
+def folders(site: Inventory) -> Iterator[Problem]:
+    """The platform's folders are its own, and secrets are not on shared storage."""
+    shared, state, cache = (site.get(f"ictx_{kind}_dir") for kind in ("shared", "state", "cache"))
+    named = {"ictx_shared_dir": shared, "ictx_state_dir": state, "ictx_cache_dir": cache}
+    for name, folder in named.items():
+        if folder and SYSTEM_FOLDERS.fullmatch(str(folder).rstrip("/") or "/"):
+            yield name, f"{folder} is the system's: take a folder of its own, such as {folder.rstrip('/')}/ictx", ""
+    if shared and state and _below(state, shared):
+        yield "ictx_state_dir", f"{state} has the platform's secrets, and is on shared storage ({shared}): move it", ""
+    if state and cache and (_below(state, cache) or _below(cache, state)):
+        yield "ictx_cache_dir", f"{cache} may be deleted at any time, and {state} never: neither below the other", ""
+    if site.hosts("storage_server") and site.get("storage_type") == "nfs" and site.get("storage_nfs_clients") == []:
+        yield "storage_nfs_clients", "is empty, so that no node can mount the export: list the nodes' networks", ""
+    if site.get("ictx_backup") is True and not site.get("ictx_backup_repository"):
+        yield "ictx_backup_repository", "is not set, but ictx_backup is on: name a repository of restic", ""
+
+
+def _below(folder: Any, other: Any) -> bool:
+    return f"{str(folder).rstrip('/')}/".startswith(f"{str(other).rstrip('/')}/")
+
+
+def receivers(site: Inventory) -> Iterator[Problem]:
+    """Alerts reach somebody."""
+    given = site.get("alertmanager_receivers") or []
+    for name, count in Counter(str(receiver["name"]) for receiver in given).items():
+        if count > 1 or name == "nobody":
+            text = f"{count} items have the name {name}" if count > 1 else "the name nobody is taken"
+            yield "alertmanager_receivers", text, ""
+    for receiver in given:
+        name, kinds = receiver["name"], [
+            key for key in ("webhook_url", "slack_url_file", "email_to") if receiver.get(key)
+        ]
+        if not kinds:
+            yield "alertmanager_receivers", f"{name} needs webhook_url, slack_url_file or email_to", ""
+        if receiver.get("slack_url_file") and not receiver.get("slack_channel"):
+            yield "alertmanager_receivers", f"{name} has slack_url_file, and needs slack_channel", ""
+        if receiver.get("email_to") and not site.get("alertmanager_smtp"):
+            yield "alertmanager_receivers", f"{name} has email_to, which needs alertmanager_smtp", ""
+
+
+def versions(site: Inventory) -> Iterator[Problem]:
+    """A pinned driver is of the branch that is asked for."""
+    branch, version = (str(site.get(f"nvidia_driver_{part}") or "") for part in ("branch", "version"))
+    if branch and version and version.split(".")[0] != branch:
+        yield "nvidia_driver_version", f"{version} is not of nvidia_driver_branch {branch}", ""
+
+
+def ports(site: Inventory) -> Iterator[Problem]:
+    """No two services of a host listen on one port."""
+    for host in site.hosts("all"):
+        taken: dict[str, list[str]] = defaultdict(list)
+        for name in sorted(site.of(host, "_listening") or []):
+            value = str(site.of(host, name, ""))
+            port = re.fullmatch(r"(?:.*:)?(\d+)", value)
+            if port and not value.startswith("127."):
+                taken[port[1]].append(name)
+        for port_number, names in taken.items():
+            if len(names) > 1:
+                yield names[1], f"{names[0]} listens on port {port_number} too", host
+
+
+RULES: tuple[Callable[[Inventory], Iterator[Problem]], ...] = (
+    partitions, jobs, accounts, resources, controllers, addresses, endpoints, folders, receivers, versions, ports
+)  # fmt: skip
+
+
+def meaning_problems(values: Mapping[str, Mapping[str, Any]], groups: Mapping[str, Sequence[str]]) -> list[Problem]:
+    """Returns what is wrong with values that have the right form, by hosts' variables and groups.
+
+    A rule that meets a value of another form than it expects, which is reported elsewhere, finds nothing.
+    """
+    site, found = Inventory(values, groups), []
+    for rule in RULES:
+        try:
+            found += list(rule(site))
+        except (AttributeError, KeyError, TypeError, ValueError):
+            continue
+    return found
+
+
+class FilterModule:
+    """Filters of this file."""
+
+    def filters(self) -> dict[str, Callable[..., Any]]:
+        """Returns the filters by name."""
+        return {"meaning_problems": meaning_problems}

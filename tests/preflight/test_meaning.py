@@ -1,0 +1,211 @@
+# ruff: noqa: E501 (problems stand here as people see them, in one line)
+"""Values that have the right form and make no sense together are refused, each in a line with what to do."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from cluster import ROOT
+from test_check_inventory import problems
+
+SPEC = importlib.util.spec_from_file_location("meaning", ROOT / "playbooks/plugins/filter/meaning.py")
+assert SPEC
+assert SPEC.loader
+meaning = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(meaning)
+
+LONG = "x" * 70
+
+
+def found(folder: Path, variables: dict[str, Any], hosts: Callable[[Any], None] | None = None) -> set[str]:
+    """Returns the problems of a copy of the lab's inventory with other variables and hosts."""
+    copy = shutil.copytree(ROOT / "inventories/lab", folder / "inventory")
+    (copy / "group_vars/all/zz_test.yml").write_text(yaml.safe_dump(variables))
+    if hosts:
+        file = copy / "hosts.yml"
+        content = yaml.safe_load(file.read_text())
+        hosts(content["all"]["children"])
+        file.write_text(yaml.safe_dump(content, sort_keys=False))
+    return set(problems(copy))
+
+
+def test_partitions_and_the_jobs_that_go_there(tmp_path: Path) -> None:
+    variables = {
+        "slurm_partitions": [
+            {"name": "batch", "nodes": ["n1", "n9"], "default": True, "max_time": "1:00:00"},
+            {"name": "urgent", "nodes": "n[1-3],n2", "default": True, "allow_qos": ["urgnt"]},
+            {"name": "none", "nodes": []},
+            {"name": "odd", "nodes": "n[3-1]"},
+            {"name": "open", "nodes": "n[1"},
+        ],
+        "slurm_qos": [{"name": "normal"}, {"name": "urgent", "users": ["researchr"]}, {"name": "urgent"}],
+        "slurm_jobs_partition": "batch",
+        "slurm_jobs_time": "2:00:00",
+        "slurm_jobs_grace_seconds": 7200,
+        "slurm_jobs_nodes": 2,
+        "slurm_jobs_stages": {
+            "extend": {"config": "extend/tiny.yaml", "after": "pretrain", "partition": "btch"},
+            "sft": {"config": "sft/tiny.yaml", "after": "extend", "gpus_per_node": 4, "nodes": 1},
+        },
+    }
+    stages = "slurm_jobs_stages: "
+    assert found(tmp_path, variables) == {
+        "slurm_partitions: batch has the node n9, which is not in slurm_compute",
+        "slurm_partitions: urgent has the node n3, which is not in slurm_compute",
+        "slurm_partitions: urgent has the node n2 2 times",
+        "slurm_partitions: urgent allows the QOS urgnt, which is not in slurm_qos; did you mean urgent?",
+        "slurm_partitions: batch and urgent are both the default: let one be",
+        "slurm_partitions: none has no nodes: list some, or write nodes: ALL",
+        "slurm_partitions: odd: [3-1] is no range of numbers",
+        "slurm_partitions: open: n[1 is no list of nodes",
+        "slurm_qos: urgent is for researchr, who is not one of ictx_users; did you mean researcher?",
+        "slurm_qos: 2 items have the name urgent",
+        "slurm_jobs_time: 2:00:00 is more than the partition batch allows (1:00:00): jobs would never start",
+        "slurm_jobs_grace_seconds: 7200 is not less than slurm_jobs_time (2:00:00)",
+        "slurm_jobs_nodes: 2 nodes, but the partition batch has 1: jobs would never start",
+        f"{stages}extend: partition: there is no partition btch in slurm_partitions, only batch, urgent, none, odd, open",
+        f"{stages}sft: gpus_per_node: 4 GPUs on each of 1 nodes, but slurm_gres of the partition batch has at most 0 a node",
+        f"{stages}sft: time: 2:00:00 is more than the partition batch allows (1:00:00): jobs would never start",
+        f"{stages}sft: grace_seconds: 7200 is not less than slurm_jobs_time (2:00:00)",
+    }
+
+
+def test_hosts_resources_and_networks(tmp_path: Path) -> None:
+    def hosts(groups: Any) -> None:
+        groups["slurm_compute"]["hosts"] |= {
+            "1001": {"ansible_host": "192.0.2.1"},
+            LONG: {"ansible_host": "192.0.2.2"},
+            "n5": {"ansible_host": "10.203.77.22"},
+            "n6": {"ansible_host": "0.0.0.0"},
+            "n7": {"ansible_host": "10.42.3.7"},
+            "n8": {"ansible_host": "192.0.2.8", "slurm_gres": [{"name": "gpu", "type": "a", "count": 2}] * 2},
+            "n9": {"ansible_host": "192.0.2.9", "slurm_real_memory_mb": 1000, "slurm_reserved_memory_mb": 1000},
+            "n10": {
+                "ansible_host": "192.0.2.10",
+                "slurm_gres": [{"name": "gpu", "type": "a100", "count": 8, "file": "/dev/nvidia[0-3]"}],
+            },
+            "n11": {"ansible_host": "192.0.2.11", "slurm_pam_adopt": True},
+        }
+        groups["k3s_server"]["hosts"] |= {"Kube2": {"ansible_host": "192.0.2.41"}}
+        groups["k3s_agent"] = {"hosts": {"n10": None}}
+        groups["slurm_controller"]["hosts"] |= {"ctl2": {"ansible_host": "192.0.2.12"}}
+
+    config = {"k3s_config": {"service-cidr": "10.42.128.0/17"}, "slurm_state_dir": "/var/lib/slurm/state"}
+    assert found(tmp_path, config, hosts) == {
+        "host 1001: is a number, which programs take for an address: give it a name",
+        f"host {LONG}: has a name of more than 64 characters (63 a label), which no certificate can have",
+        "ansible_host: n2 and n5 have the same address, 10.203.77.22",
+        "ansible_host (n6): 0.0.0.0 is no address of a host",
+        "k3s_config.cluster-cidr: 10.42.0.0/16 has the address of n7 (10.42.3.7): take another network",
+        "k3s_config.cluster-cidr: 10.42.0.0/16 overlaps k3s_config.service-cidr (10.42.128.0/17)",
+        "slurm_gres (n8): 2 items are gpu:a: add their counts up",
+        "slurm_reserved_memory_mb (n9): 1000 leaves nothing of slurm_real_memory_mb (1000)",
+        "slurm_gres (n10): gpu:a100 has the count 8, but /dev/nvidia[0-3] are 4 devices",
+        "host n10: has GPUs for jobs (slurm_gres) and is a node of Kubernetes: two schedulers would allocate the same",
+        "slurm_pam_adopt (n11): needs cgroups: set slurm_process_tracking: cgroup",
+        "host Kube2: is a node of Kubernetes, whose names are lower case: name it kube2",
+        "group k3s_server: has 2 hosts: etcd survives the loss of fewer than half, so take 1 or 3",
+        "slurm_state_dir: /var/lib/slurm/state is not shared, but there are 2 controllers: put it below /shared, or the "
+        "backup starts without the jobs",
+    }
+
+
+def test_services_folders_and_receivers(tmp_path: Path) -> None:
+    variables = {
+        "ictx_registry": "registry.example.org:443",
+        "ictx_state_dir": "/shared/state",
+        "ictx_cache_dir": "/usr/",
+        "ictx_backup": True,
+        "ictx_backup_repository": "",
+        "ictx_mlflow_values": {"service": {"type": "NodePort", "nodePort": 30800}},
+        "ictx_serving_values": {"service": {"type": "NodePort", "nodePort": 30800}},
+        "nvidia_driver_branch": "580",
+        "nvidia_driver_version": "570.1.2",
+        "alertmanager_listen": ":9090",
+        "storage_type": "nfs",
+        "storage_nfs_clients": [],
+        "alertmanager_receivers": [
+            {"name": "watchdog", "slack_url_file": "/x"},
+            {"name": "ops"},
+            {"name": "mail", "email_to": "ops@example.org"},
+            {"name": "mail", "webhook_url": "https://example.org/hook"},
+        ],
+    }
+    names = "svc1, 10.203.77.31"
+
+    def hosts(groups: Any) -> None:
+        groups["storage_server"] = {"hosts": {"svc1": None}}
+
+    assert found(tmp_path, variables, hosts) == {
+        "ictx_registry: registry.example.org:443 has not the port 5000 (registry_port) at its end",
+        f"ictx_registry: registry.example.org is not a name of svc1, so that its certificate lacks it: take one of {names}, "
+        "or add it to registry_hosts",
+        "ictx_state_dir: /shared/state has the platform's secrets, and is on shared storage (/shared): move it",
+        "ictx_cache_dir: /usr/ is the system's: take a folder of its own, such as /usr/ictx",
+        "ictx_backup_repository: is not set, but ictx_backup is on: name a repository of restic",
+        "ictx_mlflow_uri: its port is 30500, but MLflow's nodePort is 30800",
+        "ictx_serving_values: service.nodePort 30800 is that of ictx_mlflow_values too",
+        "storage_nfs_clients: is empty, so that no node can mount the export: list the nodes' networks",
+        "nvidia_driver_version: 570.1.2 is not of nvidia_driver_branch 580",
+        "prometheus_listen (svc1): alertmanager_listen listens on port 9090 too",
+        "alertmanager_receivers: watchdog has slack_url_file, and needs slack_channel",
+        "alertmanager_receivers: ops needs webhook_url, slack_url_file or email_to",
+        "alertmanager_receivers: mail has email_to, which needs alertmanager_smtp",
+        "alertmanager_receivers: 2 items have the name mail",
+    }
+
+
+def test_values_that_yaml_reads_as_others_and_names_that_programs_change(tmp_path: Path) -> None:
+    copy = shutil.copytree(ROOT / "inventories/lab", tmp_path / "inventory")
+    (copy / "group_vars/all/zz_test.yml").write_text("""
+slurm_jobs_time: 24:00:00
+slurm_partitions: [{name: batch, nodes: ALL, max_time: 12:00:00}]
+image_bake_python: 3.10
+nvidia_driver_version: 580.95
+ictx_cluster_name: Alpha
+ictx_registry: fd00:10::15:5000
+ictx_users: [{name: Dora, uid: 2001}, {name: root, uid: 2002}, {name: eve, uid: 2003}, {name: eva, uid: 2003}]
+ictx_promoters: [eve]
+slurm_qos: [{name: normal}]
+storage_nfs_clients: 10.0.0.0/8
+""")
+    quotes = "must be text: put it in quotes"
+    system = "must be a login name of small letters, digits, '_' or '-' that no account of the system has"
+    assert set(problems(copy)) == {
+        f"slurm_jobs_time (all hosts): {quotes}",
+        f"slurm_partitions (all hosts): each item max_time {quotes}",
+        f"image_bake_python (all hosts): {quotes}",
+        f"nvidia_driver_version (all hosts): {quotes}",
+        "ictx_cluster_name (all hosts): must be 1 to 63 small letters, digits or '-', the first and last no sign, got 'Alpha'",
+        "ictx_registry (all hosts): must be HOST or HOST:PORT, got 'fd00:10::15:5000'",
+        f"ictx_users (all hosts): each item name {system}, got 'Dora'",
+        f"ictx_users (all hosts): each item name {system}, got 'root'",
+        "storage_nfs_clients (all hosts): must be a list, got '10.0.0.0/8'",
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("gpu1", ["gpu1"]),
+        ("gpu[1-3,7],cpu1", ["gpu1", "gpu2", "gpu3", "gpu7", "cpu1"]),
+        ("gpu[08-11]", ["gpu08", "gpu09", "gpu10", "gpu11"]),
+        ("r[1-2]n[1-2]", ["r1n1", "r1n2", "r2n1", "r2n2"]),
+    ],
+)
+def test_lists_of_nodes(text: str, names: list[str]) -> None:
+    assert meaning.nodes(text) == names
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("90", 90), ("1:30", 1.5), ("1:00:00", 60), ("1-12", 2160), ("7-00:00:00", 10080), ("UNLIMITED", float("inf"))],
+)
+def test_time_limits(text: str, value: float) -> None:
+    assert meaning.minutes(text) == value
