@@ -168,7 +168,9 @@ def test_the_lab_advertises_no_gpu_unless_asked(written: Any) -> None:
 def scripts(inventory: str, host: str) -> dict[str, str]:
     """Returns the job script of each stage, the chain of another inventory besides its own."""
     stages = {
-        "promote-128k": {"kind": "promote", "after": "dpo", "alias": "long", "time": "00:05:00"},
+        "promote-128k": {"kind": "promote", "after": "judge", "alias": "long", "time": "00:05:00"},
+        "judge": {"config": "eval/b.yaml", "after": "eval"},
+        "eval": {"config": "eval/a.yaml", "after": "dpo"},
         "extend": {"config": "extend/a.yaml", "after": "pretrain"},
         "sft": {"config": "sft/a.yaml", "after": "extend"},
         "dpo": {"config": "dpo/a.yaml", "after": "sft"},
@@ -196,8 +198,9 @@ def test_the_job_script_requests_what_the_inventory_has() -> None:
 
 def test_stages_are_in_order_and_what_does_not_train_is_one_task() -> None:
     found = {name: options(script) for name, script in scripts("example", "login1").items()}
-    assert list(found) == ["pretrain", "extend", "sft", "dpo", "promote-128k"]
-    assert {name: about["nodes"] for name, about in found.items() if about["nodes"] != "4"} == {"promote-128k": "1"}
+    assert list(found) == ["pretrain", "extend", "sft", "dpo", "eval", "judge", "promote-128k"]
+    single = {name: about["nodes"] for name, about in found.items() if about["nodes"] != "4"}
+    assert single == {"eval": "1", "judge": "1", "promote-128k": "1"}
     assert found["promote-128k"]["time"] == "00:05:00"
     assert {name: about["job-name"] for name, about in found.items()} == dict(zip(found, found, strict=True))
 

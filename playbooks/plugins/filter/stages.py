@@ -10,7 +10,7 @@ from ansible.errors import AnsibleFilterError
 from ansible.module_utils.common.arg_spec import ArgumentSpecValidator
 
 TRAINING = ("pretrain", "extend", "sft", "dpo")
-KINDS = (*TRAINING, "promote")
+KINDS = (*TRAINING, "eval", "judge", "promote")
 OPTIONS: dict[str, Any] = {
     "after": {"type": "str"},
     "alias": {"type": "str"},

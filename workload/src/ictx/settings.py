@@ -146,6 +146,8 @@ def _convert(kind: Any, value: Any, name: str) -> Any:
     Raises UserError naming the setting, or the element (`data.mix[1].weight`).
     """
     origin, arguments = get_origin(kind), get_args(kind)
+    if kind is Any:
+        return value
     if origin in (Union, types.UnionType):
         return _convert_to_one(arguments, value, name)
     if dataclasses.is_dataclass(kind):

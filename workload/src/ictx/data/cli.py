@@ -98,6 +98,7 @@ def _of_parent(content: dict[str, Any]) -> DataConfig:
 
     The model comes to run.dir, where the stage finds it. Raises UserError.
     """
+    from ictx.data.config import DataConfig
     from ictx.registry import explained
     from ictx.train.config import ExtendConfig, RunConfig
     from ictx.train.extend import Extension
@@ -109,7 +110,10 @@ def _of_parent(content: dict[str, Any]) -> DataConfig:
     run.dir.mkdir(parents=True, exist_ok=True)
     with explained():
         parent = take(content["init"], run.dir, run.tracking_patience)
-    config = build(ExtendConfig, Extension.completed(content, parent)).data
+    if "train" in content:
+        config = build(ExtendConfig, Extension.completed(content, parent)).data
+    else:  # an evaluation
+        config = build(DataConfig, {"vocab_size": parent.config.vocab_size, **content.get("data", {})}, "data.")
     return replace(config, tokenizer=config.tokenizer or parent.directory)
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ictx.errors import UserError
+from ictx.settings import command_line
 
 if TYPE_CHECKING:
     from ictx.evaluate.results import Result
@@ -32,11 +34,26 @@ examples:
   ictx eval needle --model models:/ictx-1b/3 --lengths 32768 131072 1048576 --out evals/3/needle
   ictx eval needle --model runs/7/export --lengths 512 1024 --depths 0 0.5 1 --samples 4 --beyond --out evals/before
 """
+RUN_EXAMPLES = """
+A configuration has the options of several evaluations, of one model and of those that it is compared with; numbers of
+all come to run.dir/result.json. The job of the stage `eval` runs this.
+
+examples:
+  ictx eval run --config eval/tiny.yaml --set init=models:/ictx-tiny/3 --set data.dir=data/… --set run.dir=runs/5
+"""
 
 
 def register(areas: Any) -> None:
     """Adds `eval` to the areas of the command line."""
     commands = areas.add_parser("eval", help="evaluations").add_subparsers(metavar="COMMAND", required=True)
+    stage = commands.add_parser(
+        "run",
+        parents=[command_line()],
+        help="several evaluations, as a configuration wants them",
+        epilog=RUN_EXAMPLES,
+        formatter_class=RAW,
+    )
+    stage.set_defaults(run=run_stage)
     _add_perplexity(commands)
     _add_needle(commands)
 
@@ -105,6 +122,24 @@ def _add_needle(commands: Any) -> None:
     parser.add_argument("--beyond", action="store_true", help="also read more tokens than the model's context")
     _add_compute(parser)
     parser.set_defaults(run=run_needle)
+
+
+def run_stage(arguments: argparse.Namespace) -> int:
+    """`ictx eval run`."""
+    from ictx.evaluate.stage import main
+
+    def run(commands: list[list[str]]) -> int:
+        parser = argparse.ArgumentParser(prog="ictx")
+        register(parser.add_subparsers())
+        # What is wrong with one of them shows before the first one computes anything.
+        parsed = [parser.parse_args(["eval", *words]) for words in commands]
+        for words, each in zip(commands, parsed, strict=True):
+            print(f"ictx eval {shlex.join(words)}", flush=True)
+            if status := each.run(each):
+                return int(status)
+        return 0
+
+    return main(arguments.config, arguments.set, run)
 
 
 def _subject(arguments: argparse.Namespace) -> Subject:

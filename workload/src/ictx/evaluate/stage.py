@@ -1,0 +1,127 @@
+"""Evaluations as a stage of a chain: several of one model, with options from a configuration, and a result of all."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ictx.errors import UserError
+from ictx.evaluate.results import RESULT_FILE, Result
+from ictx.folder import write_whole
+from ictx.registry import ModelRef, explained, new_client
+from ictx.settings import build, config_path, load_yaml, override, shown
+
+ON_DATA = ("perplexity",)
+"""Evaluations that read the prepared data of the stage unless their options name other text."""
+
+
+@dataclass(frozen=True)
+class FolderConfig:
+    """Where results go."""
+
+    dir: Path
+    """A folder for each evaluation, `evals/NAME`, and result.json with the numbers of all."""
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """What is evaluated, and how."""
+
+    init: str
+    """The model: models:/NAME/VERSION, models:/NAME@ALIAS or run:/FOLDER."""
+    run: FolderConfig
+    """The results."""
+    evaluations: dict[str, dict[str, Any]]
+    """Options of the commands `ictx eval NAME`, without dashes; of those that have none: {}."""
+    also: tuple[str, ...] = ()
+    """Aliases whose versions are evaluated alike, such as the champion that the model is compared with later."""
+    data: dict[str, Any] = field(default_factory=dict)
+    """How the text is prepared (`ictx data prepare`), and `dir`, where it is."""
+
+    def __post_init__(self) -> None:
+        if not self.evaluations:
+            raise ValueError("evaluations is empty: expected commands of `ictx eval` with their options")
+
+
+@dataclass(frozen=True)
+class Command:
+    """One of the commands."""
+
+    name: str
+    model: str
+    out: Path
+    options: Mapping[str, Any]
+
+    def words(self) -> list[str]:
+        """Returns the command line behind `ictx eval`."""
+        return [self.name, "--model", self.model, "--out", str(self.out), *_words(self.options)]
+
+
+def _words(options: Mapping[str, Any]) -> Iterator[str]:
+    for name, value in options.items():
+        if value is None or value is False:
+            continue
+        yield f"--{name.replace('_', '-')}"
+        if value is not True:
+            yield from map(str, value if isinstance(value, list) else [value])
+
+
+def planned(config: EvaluationConfig) -> tuple[ModelRef | None, list[Command]]:
+    """Returns the version, if the model is one, and the commands: the model's first. Raises UserError."""
+    with explained():
+        ref, model = _found(config.init)
+        others = [
+            (f"{alias}-", str(other))
+            for alias in config.also
+            if ref and (other := _behind(ref, alias)) and other != ref
+        ]
+    evals = config.run.dir / "evals"
+    data = {"data": config.data["dir"]} if config.data.get("dir") else {}
+    commands = []
+    for prefix, each in [("", model), *others]:
+        for name, given in config.evaluations.items():
+            options = {**(data if name in ON_DATA and "files" not in given else {}), **given}
+            commands.append(Command(name, each, evals / f"{prefix}{name}", {"models": evals / "models", **options}))
+    return ref, commands
+
+
+def _found(init: str) -> tuple[ModelRef | None, str]:
+    """Returns a version and its name, or a folder."""
+    kind, _, place = init.partition(":")
+    if kind == "run" and place:
+        return None, str(Path(place, "export"))
+    if kind != "models":
+        raise UserError(f"init is {shown(init)}: expected models:/NAME/VERSION, models:/NAME@ALIAS or run:/FOLDER")
+    ref = ModelRef.parse(init)
+    ref = ModelRef(ref.name, version=str(ref.find(new_client()).version))
+    return ref, str(ref)
+
+
+def _behind(ref: ModelRef, alias: str) -> ModelRef | None:
+    """Returns the version that an alias of the same model stands for, if there is one."""
+    version = new_client().get_registered_model(ref.name).aliases.get(alias)
+    return ModelRef(ref.name, version=str(version)) if version else None
+
+
+def main(name: str, assignments: list[str], run: Callable[[list[list[str]]], int]) -> int:
+    """Evaluates a model as a configuration wants it and writes result.json; returns the exit status.
+
+    Args:
+        run: runs the words of several commands of `ictx eval`, after it looked at all of them.
+    """
+    config = build(EvaluationConfig, override(load_yaml(config_path(name)), assignments))
+    ref, commands = planned(config)
+    if status := run([command.words() for command in commands]):
+        return status
+    own = commands[: len(config.evaluations)]
+    metrics = {
+        metric: value for command in own for metric, value in Result.read(command.out / RESULT_FILE).metrics.items()
+    }
+    about = {"model_name": ref.name if ref else "", "model_version": ref.version if ref else ""}
+    write_whole(
+        config.run.dir / RESULT_FILE, json.dumps({"stage": "eval", **about, "metrics": metrics}, indent=1) + "\n"
+    )
+    return 0
