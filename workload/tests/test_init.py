@@ -87,6 +87,36 @@ def test_a_run_begins_with_the_weights_and_the_sizes_that_init_names(
     assert note(run)["run_id"] == json.loads((parent / "result.json").read_text())["mlflow_run_id"]
 
 
+def test_run_and_version_have_their_lineage(
+    commands: Commands, extend: Callable[..., int], parents: list[Path], prepared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ICTX_IMAGE_REF", "registry/ictx-training:1")
+    monkeypatch.setenv("ICTX_IMAGE_DIGEST", "sha256:feed")
+    client, meta = MlflowClient(commands.tracking_uri), json.loads((prepared / "meta.json").read_text())
+    for _ in range(2):  # a job that starts again adds nothing
+        assert extend(f"models:/{NAME}/1", *STILL, "run.model_name=ictx-child") == 0
+    version = client.get_model_version("ictx-child", "1")
+    run = client.get_run(version.run_id)
+    image = "registry/ictx-training:1@sha256:feed"
+    expected = {
+        "stage": "extend",
+        "parent_version": f"{NAME}/1",
+        "image": image,
+        "data_fingerprint": meta["fingerprint"],
+    }
+    for tags in (run.data.tags, version.tags):
+        assert {name: tags[f"ictx.{name}"] for name in expected} == expected
+    (data,) = run.inputs.dataset_inputs
+    assert (data.dataset.name, data.dataset.digest) == (prepared.resolve().name, meta["fingerprint"][:36])
+    assert json.loads(data.dataset.source) == {"uri": str(prepared.resolve())}
+    assert client.get_experiment(run.info.experiment_id).name == "extend"
+    assert run.info.run_name == "run extend"
+    result = json.loads((commands.folder / "parent-1" / "result.json").read_text())
+    first = client.get_model_version(NAME, "1").tags
+    assert (result["stage"], result["parent"], result["model_version"]) == ("pretrain", "", "1")
+    assert first["ictx.stage"] == "pretrain" and "ictx.parent_version" not in first
+
+
 def test_several_ranks_begin_with_the_same_weights(
     commands: Commands, parents: list[Path], prepared: Path, tmp_path: Path
 ) -> None:

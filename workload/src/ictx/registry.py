@@ -34,6 +34,10 @@ IMAGE_TAG = "ictx.image_digest"
 """Tag of a run: the image that trained."""
 VERSION_TAG = "ictx.model_version"
 """Tag of a run: what it registered."""
+STAGE_TAG, PARENT_TAG, DATA_TAG = "ictx.stage", "ictx.parent_version", "ictx.data_fingerprint"
+"""Tags of a run and of its version: kind of training, the model that it began with (`NAME/VERSION`), and its data."""
+IMAGE_REF_TAG = "ictx.image"
+"""Tag of a run and of its version: the image that trained, `REFERENCE@DIGEST`."""
 
 
 def sha256(path: Path) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ictx.track.lineage import UNKNOWN, Lineage
 from ictx.track.mlflow import Tracker
 from ictx.track.outbox import Outbox
 from ictx.track.records import MetricsFile, finite
@@ -23,9 +24,10 @@ class Journal:
         settings: Mapping[str, Any],
         resumed_from: int,
         patience: float,
+        lineage: Lineage = UNKNOWN,
     ) -> None:
         """Begins, or after a restart goes on with, the records in `directory`."""
-        self.tracker = Tracker(directory, experiment, settings, patience) if first else None
+        self.tracker = Tracker(directory, experiment, settings, patience, lineage) if first else None
         self.metrics = MetricsFile(directory / "metrics.jsonl", resumed_from) if first else None
         self.outboxes: list[Outbox] = []
         if self.tracker and self.metrics:

@@ -18,6 +18,7 @@ from mlflow.exceptions import MlflowException
 from ictx.folder import write_whole
 from ictx.registry import IMAGE_TAG, SUMS_TAG, VERSION_TAG, reason, write_sums
 from ictx.settings import flatten
+from ictx.track.lineage import UNKNOWN, Lineage
 
 T = TypeVar("T")
 
@@ -113,13 +114,20 @@ class Tracker:
 
     name, failure = "MLflow", MlflowException
 
-    def __init__(self, directory: Path, experiment: str, settings: Mapping[str, Any], patience: float) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        experiment: str,
+        settings: Mapping[str, Any],
+        patience: float,
+        lineage: Lineage = UNKNOWN,
+    ) -> None:
         """Goes on with the run whose id `directory` keeps, or begins one there; waits `patience` seconds to do so.
 
         A run that goes on waits for nobody: what its beginning and its end say is told when the server answers.
         """
         self.client = new_client()
-        self.experiment, self.patience = experiment, patience
+        self.experiment, self.patience, self.lineage = experiment, patience, lineage
         self.model = ""
         self._announced = self._uploaded = False
         note = directory / "mlflow_run_id"
@@ -140,6 +148,8 @@ class Tracker:
     def _begin(self, directory: Path, settings: Mapping[str, Any]) -> str:
         """Returns the id of a new run with the settings as parameters."""
         name = os.environ.get("SLURM_JOB_ID", directory.name)
+        if self.lineage.parent:
+            name = f"{name} {self.lineage.stage}"
 
         def create(experiment: str) -> str:
             number = patiently(lambda: self._experiment_id(experiment), self.patience)
@@ -175,8 +185,10 @@ class Tracker:
         """Says that the run goes on, and where; once a start."""
         if not self._announced:
             self.client.update_run(self.run_id, status="RUNNING")
-            tags = [RunTag(tag, os.environ[name]) for tag, name in TAGS.items() if name in os.environ]
-            self.client.log_batch(self.run_id, tags=tags)
+            known = {tag: os.environ[name] for tag, name in TAGS.items() if name in os.environ} | self.lineage.tags
+            self.client.log_batch(self.run_id, tags=[RunTag(tag, text) for tag, text in known.items()])
+            if inputs := self.lineage.inputs:
+                self.client.log_inputs(self.run_id, inputs)
             self._announced = True
 
     def log(self, records: list[Mapping[str, float]]) -> None:
@@ -218,7 +230,7 @@ class Tracker:
             if not self._uploaded:
                 self.client.log_artifacts(self.run_id, str(directory), "model")
                 self._uploaded = True
-            tags = {SUMS_TAG: digest, IMAGE_TAG: os.environ.get("ICTX_IMAGE_DIGEST", "")}
+            tags = {SUMS_TAG: digest, IMAGE_TAG: os.environ.get("ICTX_IMAGE_DIGEST", "")} | self.lineage.tags
             version = str(self.client.create_model_version(name, source, self.run_id, tags=tags).version)
         self.client.set_registered_model_alias(name, alias, version)
         self.client.set_tag(self.run_id, VERSION_TAG, f"{name}/{version}")

@@ -19,6 +19,7 @@ from ictx.train.stage import Stage
 class Child:
     """What such a `Stage` has, whatever it trains: a base. `main` makes one of its settings and the parent."""
 
+    name = ""
     settings: type[StageConfig] = StageConfig
     changeable: Collection[str] = ()
     """Settings of the model that may differ from the parent's."""
@@ -31,7 +32,7 @@ class Child:
 
     @classmethod
     def completed(cls, content: Mapping[str, Any], parent: Parent) -> dict[str, Any]:
-        """Returns settings with what the parent fixes: the model, and the name that it is registered under.
+        """Returns settings with what the parent fixes: the model, its name in the registry, and the experiment.
 
         Raises UserError for settings that contradict it.
         """
@@ -45,7 +46,8 @@ class Child:
                 f"train.sequence_length is {length}: a context longer than the parent's stretch allows, which is "
                 f"{sizes.max_position_embeddings} tokens ({parent.init}): {cls.remedy}"
             )
-        return {**content, "model": asdict(sizes), "run": {"model_name": parent.name, **run}}
+        defaults = {"model_name": parent.name, "experiment": cls.name}
+        return {**content, "model": asdict(sizes), "run": {**defaults, **run}}
 
 
 def main(kind: type[Child], content: Mapping[str, Any]) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ictx.data.loader import Batches
+from ictx.errors import UserError
 from ictx.train.child import Child
 from ictx.train.config import ExtendConfig
 from ictx.train.init import Parent
@@ -19,13 +20,18 @@ class Extension(OnCorpus, Child):
     config: ExtendConfig
 
     name, settings = "extend", ExtendConfig
-    changeable = ("yarn", "max_position_embeddings")
+    changeable = ("yarn", "yarn.factor", "yarn.mscale", "yarn.mscale_all_dim", "max_position_embeddings")
     remedy = "raise model.yarn.factor"
 
     @classmethod
     def completed(cls, content: Mapping[str, Any], parent: Parent) -> dict[str, Any]:
         """Returns settings with what the parent fixes, the vocabulary of the data among it."""
         whole = super().completed(content, parent)
+        before, now = parent.config.yarn, whole["model"]["yarn"]
+        if before and now["factor"] < before.factor:
+            raise UserError(
+                f"model.yarn.factor is {now['factor']:g}: expected at least that of {parent.init}, {before.factor:g}"
+            )
         return {**whole, "data": {"vocab_size": parent.config.vocab_size, **whole.get("data", {})}}
 
     def batches(self, ranks: Ranks) -> Batches:

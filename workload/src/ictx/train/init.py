@@ -57,6 +57,11 @@ class Parent:
     """Sizes of the model."""
 
     @property
+    def registered(self) -> str:
+        """`NAME/VERSION`, or the origin where it is not registered."""
+        return f"{self.name}/{self.version}" if self.version else self.origin
+
+    @property
     def end_of_text(self) -> str:
         """The tokenizer's entry that ends a text; empty where its settings name none."""
         path = self.directory / TOKENIZER_CONFIG_FILE
@@ -106,7 +111,7 @@ def _taken(init: str, run: Path, patience: float) -> Parent:
     if directory.exists():
         check_owner(directory)
     if held_version(directory) != _key(found):
-        sums = _brought(found, directory, patience)
+        sums = _brought(found, _draft(directory), patience)
         if found.setdefault("sha256", sums) != sums:
             raise UserError(f"{found['origin']} has other files than when {run} began: give another run.dir")
         _write(note, found)
@@ -177,9 +182,8 @@ def _result(run: Path) -> dict[str, Any]:
     return result if isinstance(result, dict) else {}
 
 
-def _brought(found: Mapping[str, Any], directory: Path, patience: float) -> dict[str, str]:
-    """Fills the folder's draft and returns path → SHA-256. Raises UserError."""
-    draft = _draft(directory)
+def _brought(found: Mapping[str, Any], draft: Path, patience: float) -> dict[str, str]:
+    """Fills a folder with the model's files and returns path → SHA-256. Raises UserError."""
     if _is_registered(found["origin"]):
         ref = ModelRef(found["name"], version=found["version"])
         _say(f"fetching {ref}")
@@ -226,7 +230,7 @@ def inherited(parent: Parent, given: Mapping[str, Any], changeable: Collection[s
         if (yarn := wanted.get("yarn")) and "yarn" in changeable:
             wanted.setdefault("max_position_embeddings", round(yarn.factor * yarn.original_max_position_embeddings))
         for name, now, known in _differences(wanted, before):
-            if name.partition(".")[0] not in changeable:
+            if name not in changeable or now is None:
                 raise UserError(f"model.{name} is {shown(now)}, but {parent.init} has {shown(known)}: leave it out")
         return replace(parent.config, **wanted)
     except ValueError as error:

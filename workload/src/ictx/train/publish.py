@@ -39,6 +39,9 @@ def publish(stage: Stage, config: StageConfig, model: Transformer, journal: Jour
     name = tracker.model
     further, line = stage.conclude(result)
     result |= further | {
+        "stage": stage.name,
+        "parent": stage.parent.origin if stage.parent else "",
+        "data_fingerprint": stage.fingerprint,
         "export_dir": str(directory),
         "mlflow_run_id": tracker.run_id,
         "mlflow_experiment": tracker.experiment,

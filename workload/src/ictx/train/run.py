@@ -28,7 +28,7 @@ from ictx.train.optimizer import learning_rate
 from ictx.train.profiler import traced
 from ictx.train.publish import publish
 from ictx.train.ranks import Ranks, joined, on_all
-from ictx.train.stage import Stage
+from ictx.train.stage import Stage, lineage
 from ictx.train.state import TrainingState
 from ictx.train.stopwatch import Stopwatch
 from ictx.train.update import Updater
@@ -69,7 +69,13 @@ class Run:
         run, settings = self.config.run, asdict(self.config)
         with explained(self.directory):
             return Journal(
-                self.ranks.first, self.directory, run.experiment, settings, self.resumed_from, run.tracking_patience
+                self.ranks.first,
+                self.directory,
+                run.experiment,
+                settings,
+                self.resumed_from,
+                run.tracking_patience,
+                lineage=lineage(self.stage),
             )
 
     def close(self, wait: bool) -> None:

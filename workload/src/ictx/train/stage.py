@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 
 from ictx.model import Transformer
+from ictx.track.lineage import Lineage
 from ictx.train.config import StageConfig
 from ictx.train.init import Parent
 from ictx.train.loss import Counts, Loss
@@ -81,3 +82,9 @@ class Stage(Protocol):
 
     def conclude(self, result: dict[str, Any]) -> tuple[dict[str, Any], str]:
         """Returns what result.json holds besides what all stages do, and a line about the result."""
+
+
+def lineage(stage: Stage) -> Lineage:
+    """Returns where a stage's model comes from; there must be batches."""
+    parent = stage.parent.registered if stage.parent else ""
+    return Lineage(stage.name, parent, str(stage.data_dir.resolve()), stage.fingerprint)
