@@ -24,6 +24,7 @@ from ictx.data.loader import Batch
 from ictx.errors import UserError
 from ictx.model import ModelConfig, Transformer
 from ictx.parallel import Layout, context, parallelize
+from ictx.parallel.communication import COLLECTIVES
 from ictx.train.config import load
 from ictx.train.loss import next_token_loss, token_counts
 from ictx.train.ranks import Ranks
@@ -98,6 +99,25 @@ def in_parts() -> None:
         context.AT_ONCE = whole
 
 
+def noted() -> None:
+    """Every collective of FSDP, of context parallelism and of replicas is among those whose time is recorded."""
+    settings, parts = DENSE | {"num_hidden_layers": 1}, {}
+    COLLECTIVES.device = torch.device("cpu")
+    try:
+        for name, layout in (("fsdp", Layout()), ("hsdp", Layout(2)), ("cp", Layout(cp=4))):
+            COLLECTIVES.read()
+            spread(settings, layout, False)
+            parts[name] = len(COLLECTIVES._spans)
+            assert 0 < COLLECTIVES.read() < 60
+    finally:
+        COLLECTIVES.device = None
+    # Weights of the layer, twice, and of the rest; gradients of both.
+    assert parts["fsdp"] == 5
+    assert parts["hsdp"] == 5 + 2, "and the sums over replicas"
+    # Latents, queries and results; latents, queries, results and their gradients, and the sum of the latents'.
+    assert parts["cp"] == 5 + 3 + 6
+
+
 CASES: dict[str, Callable[[], None]] = {
     "cp 4": lambda: same(DENSE, False, Layout(cp=4)),
     "cp 4, documents, recomputed": lambda: same(DENSE, True, Layout(cp=4), mode="full"),
@@ -111,6 +131,7 @@ CASES: dict[str, Callable[[], None]] = {
     ),
     "cp 2, in parts": in_parts,
     "cp 2, compiled": compiled,
+    "collectives": noted,
     "fsdp 4": lambda: same(EXPERTS, True, Layout()),
     "hsdp 2 × 2": lambda: same(EXPERTS, True, Layout(dp_replicate=2)),
     "replicated": lambda: same(DENSE, False, Layout(dp_replicate=4, dp_shard=1)),
@@ -174,8 +195,11 @@ def close(found: list[dict[str, Any]], wanted: list[dict[str, Any]]) -> None:
 
 
 def test_a_run_that_shares_out_windows_is_that_of_one_process(commands: Commands, prepared: Path) -> None:
-    found = records(commands, prepared, 2, 6, "parallel.cp=2")
-    close(found, records(commands, prepared, 1, 6))
+    found, wanted = records(commands, prepared, 2, 6, "parallel.cp=2"), records(commands, prepared, 1, 6)
+    close(found, wanted)
+    for record in found:
+        assert 0 < record["communication_seconds"] < record["step_seconds"]
+    assert not [record for record in wanted if "communication_seconds" in record], "one rank has none to talk to"
 
 
 @pytest.mark.full

@@ -12,7 +12,7 @@ import ictx
 
 PACKAGE = Path(ictx.__file__).parent
 ROOMS = (
-    ("", "download", "errors", "folder", "manifest", "registry", "settings"),
+    ("", "download", "errors", "folder", "manifest", "registry", "settings", "stopwatch"),
     ("kernels", "data"),
     ("model",),
     ("infer", "metrics", "parallel", "track"),

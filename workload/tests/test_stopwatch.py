@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 
-from ictx.train.stopwatch import Stopwatch
+from ictx.parallel.communication import Collectives
+from ictx.stopwatch import Stopwatch
 
 
 class Clock:
@@ -58,6 +61,19 @@ def test_a_reading_forgets_what_it_told(watch: Stopwatch, clock: Clock) -> None:
 def test_a_lap_without_a_beginning_is_refused_by_name(watch: Stopwatch) -> None:
     with pytest.raises(RuntimeError, match="'forward' has no beginning"):
         watch.lap("forward")
+
+
+def test_collectives_that_overlap_count_once() -> None:
+    collectives = Collectives()
+    assert collectives.mark() is None, "switched off, it notes nothing"
+    for begin, end in ((5.0, 7.0), (6.0, 8.0), (1.0, 2.0), (6.5, 7.5), (None, 9.0)):
+        collectives.add(begin, end)
+    assert collectives.read() == pytest.approx(4.0)
+    assert collectives.read() == 0
+    collectives.device = torch.device("cpu")
+    with collectives.timed():
+        time.sleep(0.01)
+    assert 0.01 <= collectives.read() < 5
 
 
 @pytest.mark.gpu

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch.profiler import ProfilerActivity, profile
+
+from ictx.stopwatch import union
 
 
 @dataclass(frozen=True)
@@ -26,15 +28,6 @@ class Trace:
         named = [(begin, end) for name, begin, end in self.spans if part in name]
         others = [(begin, end) for name, begin, end in self.spans if part not in name]
         return union(named), union(named + others) - union(others)
-
-
-def union(spans: Iterable[tuple[float, float]]) -> float:
-    """Returns the length of what the spans (begin, end) cover together."""
-    total, reached = 0.0, -float("inf")
-    for begin, end in sorted(spans):
-        total += max(end - max(begin, reached), 0.0)
-        reached = max(reached, end)
-    return total
 
 
 def trace(run: Callable[[], object], times: int) -> Trace | None:

@@ -23,12 +23,12 @@ from ictx.bench.train_peer import peer, replicated
 from ictx.data.loader import Batch
 from ictx.kernels.attention.op import choice
 from ictx.metrics import flops_per_token, model_flops_utilisation, peak_flops
+from ictx.stopwatch import Stopwatch
 from ictx.train.config import OptimizerConfig
 from ictx.train.loss import next_token_loss, token_counts
 from ictx.train.optimizer import adamw
 from ictx.train.ranks import Ranks, on_all
 from ictx.train.sharded import sharded_model
-from ictx.train.stopwatch import Stopwatch
 
 PARTS = ("forward", "backward", "optimizer")
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ictx.kernels.attention import pair
 from ictx.kernels.attention.packing import Packing
+from ictx.parallel.communication import COLLECTIVES
 
 AT_ONCE = 1 << 20
 """Tokens × heads whose keys and values exist at once: all heads up to 65,536 tokens, one at a million (3 GB)."""
@@ -76,7 +77,8 @@ class Context:
 def _gather(x_bs: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Returns the parts of all ranks side by side along the second axis."""
     parts = x_bs.new_empty(group.size(), *x_bs.shape)
-    _all_gather(parts.flatten(0, 1), x_bs.contiguous(), group)
+    with COLLECTIVES.timed():
+        _all_gather(parts.flatten(0, 1), x_bs.contiguous(), group)
     return parts.transpose(0, 1).flatten(1, 2)
 
 
@@ -84,7 +86,8 @@ def _scatter_sum(x_bt: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Returns this rank's part along the second axis of the sum over ranks."""
     parts = x_bt.view(len(x_bt), group.size(), -1, x_bt.shape[-1]).transpose(0, 1).contiguous()
     total = torch.empty_like(parts[0])
-    _reduce_scatter(total, parts.flatten(0, 1), group=group)
+    with COLLECTIVES.timed():
+        _reduce_scatter(total, parts.flatten(0, 1), group=group)
     return total
 
 
@@ -92,7 +95,8 @@ def _exchanged(parts: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Returns what every rank has for this one: part r goes to rank r."""
     parts = parts.contiguous()
     result = torch.empty_like(parts)
-    dist.all_to_all_single(result, parts, group=group)
+    with COLLECTIVES.timed():
+        dist.all_to_all_single(result, parts, group=group)
     return result
 
 

@@ -11,6 +11,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from ictx.model.attention import LatentAttention
 from ictx.model.moe import FeedForward, MoeFeedForward
 from ictx.model.transformer import Layer, Transformer
+from ictx.parallel.communication import observe
 from ictx.parallel.context import Context
 from ictx.parallel.recompute import recompute
 
@@ -46,8 +47,8 @@ def parallelize(
         cast_forward_inputs=False,  # rotations stay float32
     )
     for part in (*model.model.layers, *model.mtp):
-        fully_shard(part, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
+        observe(fully_shard(part, mesh=mesh, mp_policy=policy), mesh.ndim > 1)
+    observe(fully_shard(model, mesh=mesh, mp_policy=policy), mesh.ndim > 1)
     return model
 
 

@@ -18,7 +18,9 @@ import yaml
 from ictx.errors import UserError
 from ictx.folder import write_whole
 from ictx.metrics import flops_per_token, model_flops_utilisation, peak_flops, write_about
-from ictx.parallel import Layout
+from ictx.parallel import Layout, float8
+from ictx.parallel.communication import COLLECTIVES
+from ictx.stopwatch import Stopwatch
 from ictx.track.journal import Journal
 from ictx.train.checkpoint import MODEL_FILE, Checkpoints
 from ictx.train.config import RunConfig, StageConfig
@@ -30,7 +32,6 @@ from ictx.train.publish import publish
 from ictx.train.ranks import Ranks, joined, on_all
 from ictx.train.stage import Stage, lineage
 from ictx.train.state import TrainingState
-from ictx.train.stopwatch import Stopwatch
 from ictx.train.update import Updater
 from ictx.train.watchdog import Watchdog
 
@@ -59,6 +60,7 @@ class Run:
         # All are here: none has a reason to be late from now on.
         ranks.limit(loop.timeout)
         self.stopwatch = Stopwatch(ranks.device)
+        COLLECTIVES.device = ranks.device if ranks.count > 1 else None
         self.watchdog = Watchdog(ranks, loop.timeout, directory / "hang")
         self.updater = Updater(self.state, self.stopwatch, self.watchdog)
         self.step_number = self.saved = self.recorded = self.resumed_from
@@ -148,6 +150,7 @@ class Run:
         self.step_number = self.saved = self.recorded = self.state.roll_back(self.checkpoints)
         self.busy, self.skipped, self.bad_in_a_row = 0.0, 0, 0
         self.stopwatch.read()
+        COLLECTIVES.read()
         self.journal.rewind(self.saved)
         self.journal.say(
             f"{found}: back to the checkpoint of step {self.saved}, without the data since then "
@@ -161,6 +164,8 @@ class Run:
         record["learning_rate"] = learning_rate(step, loop.steps, self.config.optimizer)
         record["tokens_per_second"] = steps * self.state.tokens_per_step / self.busy
         record["step_seconds"] = self.busy / steps
+        if ranks.count > 1:
+            record["communication_seconds"] = COLLECTIVES.read() / steps
         flops, peak = flops_per_token(self.config.model, loop.sequence_length), peak_flops(ranks.device)
         record |= model_flops_utilisation(record["tokens_per_second"], flops, peak and peak * ranks.count)
         line = f"step {step}/{loop.steps}: loss {record['loss']:.3f}, {record['tokens_per_second']:,.0f} tokens/s"
@@ -169,6 +174,7 @@ class Run:
             line += f", validation loss {record['validation_loss']:.3f}"
         (record["peak_memory_bytes"],) = ranks.largest(peak_memory(ranks.device))
         spent = self.stopwatch.read()
+        COLLECTIVES.read()  # those of the examination
         record |= {f"{part}_seconds": spent.get(part, 0.0) / steps for part in STEP_PARTS + PAUSES}
         self.busy, self.skipped, self.recorded = 0.0, 0, step
         self.journal.record(record)

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from ictx.stopwatch import Stopwatch
 from ictx.train.loss import Counts
 from ictx.train.optimizer import learning_rate
 from ictx.train.state import TrainingState
-from ictx.train.stopwatch import Stopwatch
 from ictx.train.watchdog import Watchdog
 
 

@@ -1,13 +1,22 @@
-"""Where the time of training steps goes: laps on the device's own clock, read when a record is due."""
+"""Where the time of training steps goes: marks on the device's own clock, read when a record is due."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 
 Mark = float | torch.cuda.Event
+
+
+def mark(device: torch.device, clock: Callable[[], float] = time.monotonic) -> Mark:
+    """Returns when the current stream of a GPU gets here, without waiting for that; elsewhere the clock's time."""
+    if device.type != "cuda":
+        return clock()
+    event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    event.record(torch.cuda.current_stream(device))
+    return event
 
 
 class Stopwatch:
@@ -29,34 +38,41 @@ class Stopwatch:
         self._last: Mark | None = None
         self._laps: list[tuple[str, Mark, Mark]] = []
 
-    def _mark(self) -> Mark:
-        if self._device.type != "cuda":
-            return self._clock()
-        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        event.record(torch.cuda.current_stream(self._device))
-        return event
-
     def start(self) -> None:
         """Begins the next lap here: what has happened since the last one does not count."""
-        self._last = self._mark()
+        self._last = mark(self._device, self._clock)
 
     def lap(self, name: str) -> None:
         """Ends a lap and begins the next. Raises RuntimeError before the first `start`."""
         if self._last is None:
             raise RuntimeError(f"the lap {name!r} has no beginning: call start() first")
-        now = self._mark()
+        now = mark(self._device, self._clock)
         self._laps.append((name, self._last, now))
         self._last = now
 
     def read(self) -> dict[str, float]:
         """Returns the seconds of each name since the last reading, and forgets them; waits for the last mark."""
         laps, self._laps = self._laps, []
-        if laps and isinstance(last := laps[-1][2], torch.cuda.Event):
-            last.synchronize()
+        wait(laps[-1][2] if laps else 0.0)
         total: dict[str, float] = {}
         for name, begin, end in laps:
             total[name] = total.get(name, 0.0) + seconds_between(begin, end)
         return total
+
+
+def wait(mark: Mark) -> None:
+    """Waits until a GPU has got to a mark."""
+    if isinstance(mark, torch.cuda.Event):
+        mark.synchronize()
+
+
+def union(spans: Iterable[tuple[float, float]]) -> float:
+    """Returns the length of what the spans (begin, end) cover together."""
+    total, reached = 0.0, -float("inf")
+    for begin, end in sorted(spans):
+        total += max(end - max(begin, reached), 0.0)
+        reached = max(reached, end)
+    return total
 
 
 def seconds_between(begin: Mark, end: Mark) -> float:
