@@ -70,6 +70,10 @@ def register(areas: Any) -> None:
     )  # fmt: skip
     train.add_argument("--layers", type=int, metavar="N", help="layers that compute again (all)")
     train.add_argument("--compile", action="store_true", help="compile each layer, ours and the peer's")
+    train.add_argument(
+        "--fp8", choices=("none", "tensorwise", "rowwise", "rowwise_with_gw_hp"), default="none",
+        help="multiply the layers' linear products in fp8; with --compile (none)",
+    )  # fmt: skip
     train.add_argument("--cp", type=int, default=1, metavar="N", help="ranks that share out each window (1)")
     train.add_argument("--replicate", type=int, default=1, metavar="N", help="copies of the sharded weights: HSDP (1)")
     train.add_argument("--offload", action="store_true", help="keep layers' inputs and results in the host's memory")
@@ -141,12 +145,14 @@ def run_train(arguments: argparse.Namespace) -> int:
     import json
     from dataclasses import asdict, replace
 
+    import torch
+
     from ictx.bench.train_case import Case
     from ictx.bench.train_ranks import Job, check, run
     from ictx.bench.train_report import checked, lines, projection
     from ictx.errors import UserError
     from ictx.model import ModelConfig
-    from ictx.parallel import Layout
+    from ictx.parallel import Layout, float8
 
     try:
         layout = Layout(arguments.replicate, cp=arguments.cp)
@@ -161,9 +167,13 @@ def run_train(arguments: argparse.Namespace) -> int:
     first = Case(
         config, arguments.seq, arguments.batch, layers=arguments.layers, compile=arguments.compile,
         steps=arguments.steps, warm_up=arguments.warm_up, offload=arguments.offload, profile=arguments.profile,
-        dtype=arguments.dtype,
+        dtype=arguments.dtype, fp8=arguments.fp8,
     )  # fmt: skip
     cases = [replace(first, recompute=mode) for mode in arguments.recompute]
+    if arguments.fp8 != "none" and not (arguments.compile and arguments.dtype == "bfloat16"):
+        raise UserError(f"--fp8 is {arguments.fp8}: give --compile too, and --dtype bfloat16")
+    if arguments.fp8 != "none":
+        float8.check(arguments.fp8, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     if "auto" in arguments.recompute and (arguments.ddp or arguments.layers is not None or arguments.offload):
         raise UserError("--recompute auto chooses by itself: leave --layers, --offload and --ddp out")
     if arguments.ddp:

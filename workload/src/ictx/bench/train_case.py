@@ -36,6 +36,8 @@ class Case:
     """Whether one more step shows the share of communication; where one step alone is timed, that one does."""
     dtype: str = "bfloat16"
     """What is computed in, on GPUs."""
+    fp8: str = "none"
+    """The trainer's recipe for linear products, or `none`."""
 
     def __post_init__(self) -> None:
         for name in ("sequence", "batch", "steps"):
@@ -49,7 +51,7 @@ class Case:
         """The trainer's settings."""
         return LoopConfig(
             self.steps, self.sequence, self.batch, self.dtype, recompute=self.recompute, recompute_layers=self.layers,
-            compile=self.compile, offload=self.offload,
+            compile=self.compile, offload=self.offload, fp8=self.fp8,
         )  # fmt: skip
 
 
@@ -69,6 +71,7 @@ class Row:
     dp_replicate: int = 1
     cp: int = 1
     offload: bool = False
+    fp8: str = "none"
     cap: float | None = None
     """Bytes that a rank may take."""
     attention: str = ""
@@ -112,4 +115,5 @@ def row_of(case: Case, ranks: Ranks, note: str = "") -> Row:
     return Row(
         case.implementation, case.recompute, case.layers, case.compile, case.sequence, case.batch, ranks.count, name,
         torch.__version__, replicate, ranks.part[1], case.offload, note=note,
+        fp8=case.fp8 if case.implementation == "ictx" else "none",
     )  # fmt: skip

@@ -67,6 +67,7 @@ def title(row: Row) -> str:
     parts = [
         row.implementation, row.attention, f"recompute {row.recompute}{layers}", "compiled" if row.compile else "",
         *(f"{axis} {count}" for axis, count in mesh.items() if count > 1), "offload" if row.offload else "",
+        f"fp8 {row.fp8}" if row.fp8 != "none" else "",
     ]  # fmt: skip
     return ", ".join(part for part in parts if part)
 

@@ -11,6 +11,7 @@ from typing import Any
 from ictx.data.config import DataConfig
 from ictx.model import ModelConfig
 from ictx.parallel import MODES, Layout
+from ictx.parallel.float8 import RECIPES
 from ictx.settings import build, config_path, load_yaml, override, shown
 
 DTYPES = ("float32", "bfloat16")
@@ -90,6 +91,9 @@ class LoopConfig:
     """Layers that do so, the first ones; all of them unless given."""
     offload: bool = False
     """Keep what `selective` and `full` keep, layers' inputs among it, in the host's memory: for very long windows."""
+    fp8: str = "none"
+    """Recipe by which the layers' linear products are computed in fp8, where GPU and torchao have it: `tensorwise`,
+    `rowwise`, `rowwise_with_gw_hp`; `none`: in `dtype`."""
     compile: bool = False
     """Compile each layer with torch.compile; layers with experts stay as they are."""
     deterministic: bool = False
@@ -137,11 +141,13 @@ class LoopConfig:
         ]:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: expected 1 or more")
-        for name, allowed in {"dtype": DTYPES, "recompute": (*MODES, "auto")}.items():
+        for name, allowed in {"dtype": DTYPES, "recompute": (*MODES, "auto"), "fp8": ("none", *RECIPES)}.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: expected one of {', '.join(allowed)}")
         if self.offload and (self.compile or self.recompute == "none" or self.recompute_layers is not None):
             raise ValueError("offload is true: expected compile: false, and all layers to compute again")
+        if self.fp8 != "none" and not (self.compile and self.dtype == "bfloat16"):
+            raise ValueError(f"fp8 is {self.fp8!r}: expected compile: true (or casts cost too much), dtype: bfloat16")
         if self.recompute == "auto" and (self.offload or self.recompute_layers is not None):
             raise ValueError("recompute is 'auto': expected offload: false, and no recompute_layers")
         for name in ("bad_steps", "recompute_layers", "roll_backs", "skip_spikes", "profile", "z_loss"):

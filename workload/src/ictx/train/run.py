@@ -49,6 +49,8 @@ class Run:
         """Makes the sharded model and loads the newest checkpoint. Raises UserError for data that does not fit."""
         self.stage, self.config, self.ranks, self.directory = stage, config, ranks, directory
         loop = config.train
+        if loop.fp8 != "none":
+            float8.check(loop.fp8, ranks.device)
         if loop.deterministic:
             torch.use_deterministic_algorithms(True, warn_only=True)
         self.state = TrainingState(stage, config, ranks, directory)

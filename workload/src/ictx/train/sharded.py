@@ -8,7 +8,7 @@ import torch
 
 from ictx.model import ModelConfig, Transformer
 from ictx.model.transformer import Layer
-from ictx.parallel import memory, parallelize
+from ictx.parallel import float8, memory, parallelize
 from ictx.train.config import LoopConfig
 from ictx.train.ranks import Ranks
 
@@ -18,6 +18,9 @@ def sharded_model(config: ModelConfig, loop: LoopConfig, ranks: Ranks) -> Transf
     with torch.device("meta"):
         model = Transformer(config)
     model.z_loss_weight = loop.z_loss
+    if loop.fp8 != "none":
+        float8.check(loop.fp8, ranks.device)
+        float8.convert(model, loop.fp8)
     mode: str | Sequence[str] = loop.recompute
     if mode == "auto":
         mode = automatic(model, loop, ranks)
