@@ -40,6 +40,9 @@ MEASURED: dict[str, tuple[Work, int, float]] = {
     "32k, CP 2": (Work(LONG // 2, 2, cp=2, compiled=True), 16, 11.3),
     "32k, CP 2 × FSDP 2": (Work(LONG // 2, 4, cp=2, compiled=True), 16, 8.2),
     "32k, CP 4": (Work(LONG // 4, 4, cp=4, compiled=True), 16, 6.4),
+    "32k, 2 ranks, accumulated": (Work(LONG, 2, compiled=True, accumulate=True), 16, 16.2),
+    "32k, 2 ranks, reduced once": (Work(LONG, 2, compiled=True, accumulate=True, reduce_once=True), 16, 18.2),
+    "8k, 2 ranks": (Work(SHORT, 2, compiled=True), 16, 9.4),
     "524,288, CP 2": (Work(1 << 18, 2, cp=2), 16, 52.9),
     "1,048,576, CP 4": (Work(1 << 18, 4, cp=4), 16, 53.7),
 }
@@ -50,11 +53,11 @@ MEASURED: dict[str, tuple[Work, int, float]] = {
 def test_what_is_computed_is_what_was_measured(row: str) -> None:
     work, layers, measured = MEASURED[row]
     found = plan(LARGE, work, ("selective",) * layers + ("none",) * (16 - layers))
-    assert found.need / 1e9 == pytest.approx(measured, rel=0.07)
+    assert found.need / 1e9 == pytest.approx(measured, rel=0.04)
 
 
 def test_with_experts_and_the_further_prediction_too() -> None:
-    assert plan(EXPERTS, Work(4096, 2), ("none",) * 17).need / 1e9 == pytest.approx(46.2, rel=0.07)
+    assert plan(EXPERTS, Work(4096, 2), ("none",) * 17).need / 1e9 == pytest.approx(46.2, rel=0.04)
 
 
 def test_more_memory_means_that_less_is_computed_again() -> None:

@@ -125,8 +125,9 @@ def plan(model: Transformer, work: Work, modes: tuple[str, ...]) -> Plan:
     in_head = {"activations": sum(held)} | most
     in_layer = {"activations": sum(held[:begun]), "layer at work": _at_work(layers, work, begun) + gathered}
     early = dict(states) if work.accumulate else {name: states[name] for name in ("weights", "optimizer")}
-    # At the end gradients are there, and those of embedding and head are in float32 too.
-    ending = states | {"embedding and head": float(2 * vocabulary * (2 * size + 4))}
+    # At the end gradients are there, but for those of embedding and head, which are about to be summed in float32.
+    own = states["gradients"] / weights
+    ending = states | {"embedding and head": 2 * vocabulary * (2 * size + 4 - own)}
     whole = {"embedding and head": float(2 * vocabulary * size)}
     peaks = early | whole | in_head, early | whole | in_layer, ending
     return Plan(modes, max(peaks, key=lambda parts: sum(parts.values())))
