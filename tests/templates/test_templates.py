@@ -172,7 +172,7 @@ def scripts(inventory: str, host: str) -> dict[str, str]:
         "judge": {"config": "eval/b.yaml", "after": "eval"},
         "eval": {"config": "eval/a.yaml", "after": "dpo"},
         "extend": {"config": "extend/a.yaml", "after": "pretrain"},
-        "sft": {"config": "sft/a.yaml", "after": "extend"},
+        "sft": {"config": "sft/a.yaml", "after": "extend", "settings": ["train.steps=887", "a=b*"]},
         "dpo": {"config": "dpo/a.yaml", "after": "sft"},
     }
     cluster = Cluster(ROOT / "inventories" / inventory, {"slurm_jobs_stages": stages, "ictx_state_dir": "/nonexistent"})
@@ -203,6 +203,12 @@ def test_stages_are_in_order_and_what_does_not_train_is_one_task() -> None:
     assert single == {"eval": "1", "judge": "1", "promote-128k": "1"}
     assert found["promote-128k"]["time"] == "00:05:00"
     assert {name: about["job-name"] for name, about in found.items()} == dict(zip(found, found, strict=True))
+
+
+def test_settings_of_the_inventory_come_before_those_of_the_command_line() -> None:
+    found = scripts("example", "login1")
+    assert "\nsettings=(train.steps=887 'a=b*' \"$@\")\n" in found["sft"]
+    assert '\nsettings=("$@")\n' in found["dpo"]
 
 
 @pytest.mark.parametrize(("inventory", "host"), [("example", "login1"), ("lab", "ctl")])

@@ -295,7 +295,7 @@ def endpoints(site: Inventory) -> Iterator[Problem]:
             text = f"{name} is not a name of {hosts[0]}, so that its certificate lacks it: take one of {one_of(names)}"
             yield "ictx_registry", f"{text}, or add it to registry_hosts", ""
     ports: dict[int, str] = {}
-    for values in ("ictx_mlflow_values", "ictx_serving_values"):
+    for values in ("ictx_mlflow_values", "ictx_serving_values", "ictx_judge_values"):
         service = (site.get(values) or {}).get("service") or {}
         node_port = service.get("nodePort") if isinstance(service, Mapping) else None
         if service.get("type") != "NodePort" or not isinstance(node_port, int):

@@ -21,6 +21,7 @@ OPTIONS: dict[str, Any] = {
     "kind": {"type": "str", "choices": list(KINDS)},
     "nodes": {"type": "int"},
     "partition": {"type": "str"},
+    "settings": {"type": "list", "elements": "str"},
     "time": {"type": "str"},
 }
 """Of a stage, as an argument spec."""
@@ -94,7 +95,7 @@ def ordered_stages(stages: Mapping[str, Any], defaults: Mapping[str, Any]) -> li
         single = {} if kind in TRAINING else {"nodes": 1}
         given = ArgumentSpecValidator(OPTIONS).validate(dict(about)).validated_parameters
         chosen = {option: value for option, value in given.items() if value is not None}
-        empty = {"after": "", "alias": "champion", "config": ""}
+        empty = {"after": "", "alias": "champion", "config": "", "settings": []}
         complete[name] = {**empty, **defaults, **single, **chosen, "name": str(name), "kind": str(kind)}
     ordered: list[dict[str, Any]] = []
     _place("", complete, ordered)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,8 +15,8 @@ from ictx.folder import write_whole
 from ictx.registry import ModelRef, explained, new_client
 from ictx.settings import build, config_path, load_yaml, override, shown
 
-ON_DATA = ("perplexity",)
-"""Evaluations that read the prepared data of the stage unless their options name other text."""
+ON_DATA = {"perplexity": ("data", "files", ""), "judge": ("prompts", "prompts", "validation.jsonl")}
+"""Evaluations that read the prepared data of the stage: the option for it, that for another text, and the file."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class EvaluationConfig:
     run: FolderConfig
     """The results."""
     evaluations: dict[str, dict[str, Any]]
-    """Options of the commands `ictx eval NAME`, without dashes; of those that have none: {}."""
+    """Options of the commands `ictx eval NAME`, without dashes, with variables of the environment; {} for none."""
     also: tuple[str, ...] = ()
     """Aliases whose versions are evaluated alike, such as the champion that the model is compared with later."""
     data: dict[str, Any] = field(default_factory=dict)
@@ -66,7 +67,7 @@ def _words(options: Mapping[str, Any]) -> Iterator[str]:
             continue
         yield f"--{name.replace('_', '-')}"
         if value is not True:
-            yield from map(str, value if isinstance(value, list) else [value])
+            yield from (os.path.expandvars(str(each)) for each in (value if isinstance(value, list) else [value]))
 
 
 def planned(config: EvaluationConfig) -> tuple[ModelRef | None, list[Command]]:
@@ -79,13 +80,17 @@ def planned(config: EvaluationConfig) -> tuple[ModelRef | None, list[Command]]:
             if ref and (other := _behind(ref, alias)) and other != ref
         ]
     evals = config.run.dir / "evals"
-    data = {"data": config.data["dir"]} if config.data.get("dir") else {}
     commands = []
     for prefix, each in [("", model), *others]:
         for name, given in config.evaluations.items():
-            options = {**(data if name in ON_DATA and "files" not in given else {}), **given}
-            commands.append(Command(name, each, evals / f"{prefix}{name}", {"models": evals / "models", **options}))
+            options = {"models": evals / "models", **_on_data(name, given, config.data.get("dir")), **given}
+            commands.append(Command(name, each, evals / f"{prefix}{name}", options))
     return ref, commands
+
+
+def _on_data(name: str, given: Mapping[str, Any], directory: str | None) -> dict[str, Any]:
+    option, other, file = ON_DATA.get(name, ("", "", ""))
+    return {option: Path(directory, file)} if option and directory and other not in given else {}
 
 
 def _found(init: str) -> tuple[ModelRef | None, str]:

@@ -36,11 +36,25 @@ examples:
   ictx promote 2 --alias champion --force --reason 'version 3 fails in production'
   ictx promote candidate --alias champion --model ictx-tiny    # the version that another alias stands for
 """
+REGISTER_EXAMPLES = """
+examples:
+  ictx eval judge-model --out judge && ictx register judge --model ictx-judge
+"""
 
 
 def register(areas: Any) -> None:
     """Adds the commands to `ictx`."""
     raw = argparse.RawDescriptionHelpFormatter
+    other = areas.add_parser(
+        "register",
+        help="make a folder with a model a version of the registry",
+        epilog=REGISTER_EXAMPLES,
+        formatter_class=raw,
+    )
+    other.add_argument("folder", type=Path, metavar="FOLDER", help="as transformers writes it")
+    other.add_argument("--model", required=True, help="registered model; a new one where there is none")
+    other.add_argument("--alias", default="candidate", help="alias that is to stand for it (candidate)")
+    other.set_defaults(run=run_register)
     pull = areas.add_parser(
         "pull", help="fetch a registered model and verify it", epilog=PULL_EXAMPLES, formatter_class=raw
     )
@@ -72,6 +86,16 @@ def register(areas: Any) -> None:
     promote.add_argument("--force", action="store_true", help="promote a version that the policy refuses")
     promote.add_argument("--reason", default="", metavar="TEXT", help="why; tags of the version keep it")
     promote.set_defaults(run=run_promote)
+
+
+def run_register(arguments: argparse.Namespace) -> int:
+    """`ictx register`."""
+    from ictx.registry import explained
+    from ictx.serve.register import register
+
+    with explained():
+        print(register(arguments.folder, arguments.model, arguments.alias))
+    return 0
 
 
 def run_pull(arguments: argparse.Namespace) -> int:
