@@ -23,7 +23,7 @@ from torch.multiprocessing.spawn import spawn
 from ictx.data.loader import Batch
 from ictx.errors import UserError
 from ictx.model import ModelConfig, Transformer
-from ictx.parallel import Layout, context, parallelize
+from ictx.parallel import Layout, exchange, parallelize
 from ictx.parallel.communication import COLLECTIVES
 from ictx.train.config import load
 from ictx.train.loss import next_token_loss, token_counts
@@ -91,12 +91,12 @@ def compiled() -> None:
 
 
 def in_parts() -> None:
-    """Keys and values of a few heads at a time."""
-    whole, context.AT_ONCE = context.AT_ONCE, 1
+    """Keys and values of one head at a time, one after the other."""
+    whole, exchange.AT_ONCE = exchange.AT_ONCE, 1
     try:
-        same(DENSE, True, Layout(cp=2))
+        same(DENSE | {"num_attention_heads": 8}, True, Layout(cp=2))
     finally:
-        context.AT_ONCE = whole
+        exchange.AT_ONCE = whole
 
 
 def noted() -> None:
@@ -130,6 +130,8 @@ CASES: dict[str, Callable[[], None]] = {
         EXPERTS, False, Layout(cp=4), mode="full", offload=True
     ),
     "cp 2, in parts": in_parts,
+    "cp 2, two parts that overlap": lambda: same(DENSE | {"num_attention_heads": 8}, True, Layout(cp=2)),
+    "cp 2, parts of unequal size": lambda: same(DENSE | {"num_attention_heads": 6}, False, Layout(cp=2)),
     "cp 2, compiled": compiled,
     "collectives": noted,
     "fsdp 4": lambda: same(EXPERTS, True, Layout()),

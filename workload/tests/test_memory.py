@@ -53,11 +53,11 @@ MEASURED: dict[str, tuple[Work, int, float]] = {
 def test_what_is_computed_is_what_was_measured(row: str) -> None:
     work, layers, measured = MEASURED[row]
     found = plan(LARGE, work, ("selective",) * layers + ("none",) * (16 - layers))
-    assert found.need / 1e9 == pytest.approx(measured, rel=0.04)
+    assert found.need / 1e9 == pytest.approx(measured, rel=0.05)
 
 
 def test_with_experts_and_the_further_prediction_too() -> None:
-    assert plan(EXPERTS, Work(4096, 2), ("none",) * 17).need / 1e9 == pytest.approx(46.2, rel=0.04)
+    assert plan(EXPERTS, Work(4096, 2), ("none",) * 17).need / 1e9 == pytest.approx(46.2, rel=0.05)
 
 
 def test_more_memory_means_that_less_is_computed_again() -> None:

@@ -13,7 +13,7 @@ from ictx.model.config import MoeConfig
 from ictx.model.head import LOGITS
 from ictx.model.moe import AT_ONCE, MoeFeedForward
 from ictx.model.transformer import Layer, Transformer
-from ictx.parallel.context import AT_ONCE as HEADS_AT_ONCE
+from ictx.parallel.exchange import heads_at_once, overlapped
 
 SPARE = 4e9
 """Bytes that stay free: gaps that the allocator holds (measured: 1.8 to 3.1 GB) and NCCL's buffers."""
@@ -139,9 +139,11 @@ def _at_work(layers: list[Layer], work: Work, begun: int) -> float:
     window = tokens * work.cp
     attention = feed_forward = 0
     if work.cp > 1:
-        # Keys, values and their gradients of some heads, and latents of the whole window with theirs in float32.
+        # Of some heads keys, values and gradients, and what is on its way; the window's latents, theirs in float32.
         columns = 2 * config.qk_head_dim + 3 * config.v_head_dim + config.qk_nope_head_dim
-        heads = min(config.num_attention_heads // work.cp, max(HEADS_AT_ONCE // window, 1))
+        own = config.num_attention_heads // work.cp
+        columns += 2 * (config.qk_head_dim + 2 * config.v_head_dim) * overlapped(own, window)
+        heads = heads_at_once(own, window)
         latents = config.kv_lora_rank + config.qk_rope_head_dim
         attention = window * (heads * columns * work.size + latents * (work.size + 4))
     if any(tokens > AT_ONCE // _width(layer) for layer in layers):

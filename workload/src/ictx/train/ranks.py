@@ -18,7 +18,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from ictx.errors import UserError
-from ictx.parallel.context import GROUPS, Context
+from ictx.parallel.context import Context
+from ictx.parallel.exchange import GROUPS
 from ictx.parallel.mesh import Layout
 
 T = TypeVar("T")
