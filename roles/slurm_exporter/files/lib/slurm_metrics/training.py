@@ -53,6 +53,10 @@ FIELDS = {
         "ranks_seconds",
         "Part of a step spent agreeing with the other ranks on its loss and on stopping.",
     ),
+    "communication_seconds": (
+        "communication_seconds",
+        "Part of a step in which collectives of sharding and context parallelism ran, also beside computation.",
+    ),
     "evaluation_seconds": ("evaluation_seconds", "Validation since the record before, shared out among its steps."),
     "checkpoint_seconds": ("checkpoint_seconds", "Checkpoints since the record before, shared out among its steps."),
     "mfu": ("mfu_ratio", "Model FLOPS utilisation, 0 to 1; attention counts as the whole square."),
