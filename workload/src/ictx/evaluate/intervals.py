@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -32,3 +33,11 @@ def bootstrap(values: Sequence[float], weights: Sequence[float] | None = None, s
         means.append((x[drawn] * w[drawn]).sum(1) / w[drawn].sum(1))
     low, high = np.percentile(np.concatenate(means), [2.5, 97.5])
     return Interval(float((x * w).sum() / w.sum()), float(low), float(high))
+
+
+def wilson(share: float, count: int) -> Interval:
+    """Returns a share of `count` and its 95 % score interval (Wilson 1927): right for few, and for all or none."""
+    z = 1.96
+    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
+    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    return Interval(share, middle - half, middle + half)

@@ -1,0 +1,60 @@
+"""Who answers a prompt: a model on this machine, or one behind an endpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Protocol
+
+from ictx.evaluate.endpoint import Endpoint
+from ictx.infer.generate import generate
+from ictx.infer.likelihood import Prefill
+from ictx.infer.sampling import GREEDY, Sampling
+from ictx.infer.vocabulary import Vocabulary
+from ictx.model import Transformer
+
+
+class Answers(Protocol):
+    """Goes on with prompts."""
+
+    def __call__(self, prompts: Sequence[list[int]], new_tokens: int) -> list[str]:
+        """Returns the text that follows each prompt's tokens, of at most so many tokens."""
+
+
+@dataclass(frozen=True)
+class Local:
+    """A model on this machine, one prompt after the other."""
+
+    model: Transformer
+    vocabulary: Vocabulary
+    prefill: Prefill
+    sampling: Sampling = GREEDY
+
+    def __call__(self, prompts: Sequence[list[int]], new_tokens: int) -> list[str]:
+        """See `Answers`. Raises UserError where a prompt is longer than the model's context."""
+        return [self._one(prompt, new_tokens) for prompt in prompts]
+
+    def _one(self, prompt: list[int], new_tokens: int) -> str:
+        tokens = generate(
+            self.model,
+            prompt,
+            max_new_tokens=new_tokens,
+            sampling=self.sampling,
+            stop=self.vocabulary.stop,
+            chunk_size=self.prefill.chunk_size,
+            cache_dtype=self.prefill.cache_dtype,
+        )
+        return str(self.vocabulary.tokenizer.decode(list(tokens)))
+
+
+@dataclass(frozen=True)
+class Remote:
+    """A model behind an endpoint, all prompts at once."""
+
+    endpoint: Endpoint
+
+    def __call__(self, prompts: Sequence[list[int]], new_tokens: int) -> list[str]:
+        """See `Answers`. Raises UserError where the endpoint does not answer."""
+        with ThreadPoolExecutor(len(prompts)) as pool:
+            return list(pool.map(lambda prompt: self.endpoint.complete(prompt, max_tokens=new_tokens), prompts))

@@ -1,0 +1,81 @@
+"""A small HTTP server that speaks OpenAI's protocol, and fails as real ones do."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+Answer = tuple[int, dict[str, str], bytes]
+
+
+def text(content: str) -> Answer:
+    """Returns an answer with a text, for chats and completions."""
+    choice = {"message": {"role": "assistant", "content": content}, "text": content}
+    return 200, {}, json.dumps({"choices": [choice]}).encode()
+
+
+@dataclass
+class Server:
+    """What the server answers, and what it was asked."""
+
+    url: str = ""
+    key: str = ""
+    """Needed where it is given."""
+    answer: Callable[[dict[str, Any]], Answer] = lambda body: text("")
+    asked: list[dict[str, Any]] = field(default_factory=list)
+    keys: list[str] = field(default_factory=list)
+    failures: list[Answer] = field(default_factory=list)
+    """Given out first, one to each request for a text."""
+    slow: float = 0.0
+    """Seconds before each answer."""
+
+
+@contextmanager
+def serving(served: Server) -> Iterator[Server]:
+    """Runs a server in a thread."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.respond(None)
+
+        def do_POST(self) -> None:
+            self.respond(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+
+        def respond(self, body: dict[str, Any] | None) -> None:
+            served.keys.append(self.headers.get("Authorization", ""))
+            if served.key and self.headers.get("Authorization") != f"Bearer {served.key}":
+                status, headers, content = 401, dict[str, str](), b'{"error": "no"}'
+            elif body is None:
+                status, headers, content = 200, {}, json.dumps({"data": [{"id": "judge"}]}).encode()
+            else:
+                served.asked.append(body)
+                time.sleep(served.slow)
+                status, headers, content = served.failures.pop(0) if served.failures else served.answer(body)
+            # A client that waits no longer is gone.
+            with suppress(BrokenPipeError, ConnectionResetError):
+                self.send_response(status)
+                for name, value in headers.items():
+                    self.send_header(name, value)
+                self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                self.wfile.write(content)
+
+        def log_message(self, *_: object) -> None:
+            """Says nothing."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    served.url = f"http://127.0.0.1:{server.server_address[1]}/v1"
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    try:
+        yield served
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
