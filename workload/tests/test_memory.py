@@ -12,6 +12,7 @@ from ictx.parallel import MODES, memory
 from ictx.parallel.memory import Work, choose, plan, plans
 from ictx.train import sharded
 from ictx.train.config import LoopConfig, load
+from ictx.train.dpo_config import DpoConfig
 from ictx.train.ranks import Ranks
 
 
@@ -120,6 +121,14 @@ def test_without_a_gpu_it_is_selective(capsys: pytest.CaptureFixture[str]) -> No
     model = on_meta(ModelConfig(**SMALL, num_nextn_predict_layers=1))
     assert sharded.automatic(model, LoopConfig(1, 64, 1, recompute="auto"), ranks) == ["selective"] * 4
     assert "without a GPU" in capsys.readouterr().out
+
+
+def test_preference_optimization_which_is_not_counted_refuses_it() -> None:
+    model = ModelConfig(**SMALL)
+    assert DpoConfig(model, LoopConfig(1, 64, 1, recompute="selective"))
+    for name, value in {"recompute": "auto", "z_loss": 1e-4}.items():
+        with pytest.raises(ValueError, match=f"train.{name} is .*: not for preference optimization"):
+            DpoConfig(model, LoopConfig(1, 64, 1, **{name: value}))  # type: ignore[arg-type]
 
 
 def test_settings_that_contradict_it_are_refused() -> None:

@@ -42,6 +42,10 @@ class DpoConfig(StageConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        # What is counted, and what is added, are those of next-token prediction.
+        for name, wrong in {"recompute": "auto", "z_loss": self.train.z_loss or None}.items():
+            if getattr(self.train, name) == wrong:
+                raise ValueError(f"train.{name} is {wrong}: not for preference optimization, leave it out")
         if self.dpo.engine == "trl" and (obstacle := self.obstacle()):
             raise ValueError(f"dpo.engine is trl, which cannot do {obstacle}: leave dpo.engine out, or set it to ictx")
 
@@ -55,7 +59,16 @@ class DpoConfig(StageConfig):
     def obstacle(self) -> str | None:
         """Returns the setting that TRL's trainer, as we use it, does not know."""
         loop, defaults = self.train, type(self.train)(1, 1, 1)
-        unknown = ("recompute_layers", "offload", "compile", "mask_documents", "reduce_once", "profile", "skip_spikes")
+        unknown = (
+            "recompute_layers",
+            "offload",
+            "compile",
+            "mask_documents",
+            "reduce_once",
+            "profile",
+            "skip_spikes",
+            "fp8",
+        )
         for name in unknown:
             if getattr(loop, name) != getattr(defaults, name):
                 return f"train.{name}: {getattr(loop, name)}"
