@@ -24,6 +24,11 @@ init_plugin_loader()
 
 ROOT = Path(__file__).resolve().parents[1]
 FACTS: dict[str, Any] = yaml.safe_load((ROOT / "tests/facts.yml").read_text())
+# What `slurmd -C` prints there.
+REPORT = """\
+NodeName=gpu1 CPUs=128 Boards=1 SocketsPerBoard=2 CoresPerSocket=32 ThreadsPerCore=2 RealMemory=515842
+UpTime=1-02:03:04
+"""
 
 
 def trusted(text: str) -> str:
@@ -41,17 +46,19 @@ class Cluster:
     Args:
         inventory: folder or file of the inventory.
         extra: variables that stand above all others, as with `ansible-playbook --extra-vars`.
+        facts: whether the hosts answered.
     """
 
-    def __init__(self, inventory: Path, extra: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, inventory: Path, extra: Mapping[str, Any] | None = None, facts: bool = True) -> None:
         self.loader = DataLoader()
         self.loader.set_basedir(str(ROOT))
         self.inventory = InventoryManager(self.loader, sources=[str(inventory)])
         self.manager = VariableManager(self.loader, self.inventory)
         self.manager._extra_vars = dict(extra or {})
         HostVars(self.inventory, self.manager, self.loader)
-        for name in [*self.inventory.hosts, "localhost"]:
+        for name in [*self.inventory.hosts, "localhost"] if facts else []:
             self.manager.set_host_facts(name, dict(FACTS))
+            self.manager.set_nonpersistent_facts(name, {"_slurm_reported": {"stdout": REPORT}})
 
     @cached_property
     def hosts(self) -> dict[str, list[str]]:

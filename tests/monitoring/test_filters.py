@@ -42,3 +42,16 @@ def test_targets_are_the_hosts_addresses_with_their_names() -> None:
         {"address": "a:9100", "labels": {"node": "a", "cluster": "x"}},
         {"address": "192.0.2.2:9100", "labels": {"node": "b", "cluster": "x"}},
     ]
+
+
+def test_gpus_of_a_host_that_was_not_looked_at_are_scraped_on() -> None:
+    hostvars: dict[str, dict[str, bool]] = {
+        "a": {"dcgm_exporter_present": True},
+        "b": {"dcgm_exporter_present": False},
+        "c": {},
+        "d": {},
+    }
+    targets = "".join(f"- targets: ['192.0.2.1:9400']\n  labels: {{node: {name}}}\n" for name in "bc")
+    assert FILTERS.hosts_with_gpus(["a", "b", "c", "d"], hostvars, targets) == ["a", "c"]
+    assert FILTERS.hosts_with_gpus(["a", "b", "c", "d"], hostvars, "") == ["a"]
+    assert FILTERS.hosts_with_gpus(["a"], {"a": {}}, "# managed\n[]\n") == []

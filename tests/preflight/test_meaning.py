@@ -116,6 +116,37 @@ def test_hosts_resources_and_networks(tmp_path: Path) -> None:
     }
 
 
+def test_groups_of_nodes(tmp_path: Path) -> None:
+    a100 = {"name": "gpu", "type": "a100", "count": 4, "file": "/dev/nvidia[0-3]"}
+    variables = {
+        "slurm_node_groups": [
+            {"name": "big", "nodes": "n[1-3]", "cpus": 24, "gres": [a100]},
+            {"name": "small", "nodes": ["n2"], "sockets": 2, "gres": [{**a100, "count": 8}]},
+            {"name": "open", "nodes": "n[1"},
+        ],
+        "slurm_jobs_gpus_per_node": 4,
+    }
+    assert found(tmp_path, variables) == {
+        "slurm_node_groups: big has the node n3, which is not in slurm_compute",
+        "slurm_node_groups: n2 is in big and in small: take it out of one",
+        "slurm_node_groups: small needs sockets, cores_per_socket and threads_per_core, or cpus alone",
+        "slurm_node_groups: small: gpu:a100 has the count 8, but /dev/nvidia[0-3] are 4 devices",
+        "slurm_node_groups: open: n[1 is no list of nodes",
+    }
+
+
+def test_gpus_of_groups_and_of_measured_nodes_count_for_jobs(tmp_path: Path) -> None:
+    a100 = {"name": "gpu", "type": "a100", "count": 4}
+    variables = {
+        "slurm_measured_nodes": [{"nodes": "n[1-2]", "gres": [{**a100, "count": 2}]}],
+        "slurm_node_groups": [{"name": "big", "nodes": "n1", "gres": [a100]}],
+        "slurm_jobs_gpus_per_node": 4,
+    }
+    assert found(tmp_path, variables) == {
+        "slurm_jobs_gpus_per_node: 4 GPUs on each of 2 nodes, but slurm_gres of the partition batch has at most 4 a node"
+    }
+
+
 def test_services_folders_and_receivers(tmp_path: Path) -> None:
     variables = {
         "ictx_registry": "registry.example.org:443",

@@ -107,26 +107,12 @@ def test_slurm_conf_names_both_controllers_the_primary_first(written: Any) -> No
     assert "AccountingStorageHost=db1" in conf
 
 
-@pytest.mark.attack(
-    "M2",
-    "root of a compute node reports a number of its hardware with a line end and `SlurmUser=root` behind it",
-    before="the next run wrote the line into the controllers' slurm.conf",
-    now="what a node reports is a number there",
-)
-def test_slurm_conf_takes_numbers_from_facts() -> None:
-    text = (ROOT / "roles/slurm/templates/slurm.conf.j2").read_text()
-    uses = re.findall(r"\bfacts\.\w+(?: \| \w+)?", text)
-    assert len(uses) >= 4
-    assert [use for use in uses if not use.endswith(" | int")] == []
-
-
-def test_slurm_conf_describes_the_compute_nodes_by_their_facts(written: Any) -> None:
+def test_slurm_conf_describes_the_compute_nodes_as_slurmd_does(written: Any) -> None:
     conf = written("example", "slurm", "slurm.conf.j2", "ctl1")
     nodes = [line for line in conf if line.startswith("NodeName=")]
     assert nodes == [
-        f"NodeName=gpu{n} NodeAddr=192.0.2.2{n} Sockets=2 CoresPerSocket=32 ThreadsPerCore=2 "
+        "NodeName=gpu[1-4] NodeAddr=192.0.2.[21-24] Sockets=2 CoresPerSocket=32 ThreadsPerCore=2 "
         f"RealMemory={515842 - 16384} Gres=gpu:a100:4 State=UNKNOWN"
-        for n in (1, 2, 3, 4)
     ]
     assert "GresTypes=gpu" in conf
     assert "AccountingStorageTRES=gres/gpu" in conf
@@ -139,7 +125,7 @@ def test_every_controller_and_login_node_writes_the_same_slurm_conf(rendered: An
 
 def test_gres_conf_names_the_device_files(written: Any) -> None:
     gres = written("example", "slurm", "gres.conf.j2", "ctl2")
-    expected = [f"NodeName=gpu{n} Name=gpu Type=a100 File=/dev/nvidia[0-3]" for n in (1, 2, 3, 4)]
+    expected = ["NodeName=gpu[1-4] Name=gpu Type=a100 File=/dev/nvidia[0-3]"]
     assert [line for line in gres if line.startswith("NodeName=")] == expected
 
 

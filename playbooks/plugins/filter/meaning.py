@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ipaddress
-import itertools
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
+from functools import cached_property
 from typing import Any
+
+from ansible.plugins.loader import filter_loader
 
 Problem = tuple[str, str, str]
 """The variable or group, what is wrong and what to do, and the host (empty: the whole cluster)."""
@@ -17,7 +19,6 @@ SYSTEM_FOLDERS = re.compile(r"/|/(bin|boot|dev|etc|lib|lib64|root|run|sbin|sys|t
 K3S_NETWORKS = {"cluster-cidr": "10.42.0.0/16", "service-cidr": "10.43.0.0/16"}  # its defaults
 LAB_NETWORKS = {"kube_lab_pod_network": "10.244.0.0/24", "kube_lab_service_network": "10.96.0.0/24"}  # the role's
 NODE_PORTS = range(30000, 32768)
-MOST_NODES = 100_000
 
 
 class Inventory:
@@ -42,25 +43,21 @@ class Inventory:
         """Returns where Ansible reaches a host."""
         return str(self.of(host, "ansible_host", host))
 
+    def gres(self, host: str) -> list[Mapping[str, Any]]:
+        """Returns a node's generic resources: those of its group, its own, or those that were measured."""
+        by_group, by_measure = self._described
+        own = self.of(host, "slurm_gres") or by_measure.get(host, {}).get("gres") or []
+        return list(by_group.get(host, {}).get("gres", own))
+
+    @cached_property
+    def _described(self) -> tuple[Mapping[str, Any], ...]:
+        described = filter_loader.get("node_hardware").j2_function
+        return tuple(described(self.get(f"slurm_{name}", [])) for name in ("node_groups", "measured_nodes"))
+
 
 def nodes(text: str) -> list[str]:
-    """Returns the names in a hostlist (`gpu[1-3,7],cpu1`), at most so many. Raises ValueError for one that is none."""
-    names: list[str] = []
-    for part in re.findall(r"(?:[^,\[\]]|\[[^\[\]]*\])+", text):
-        pieces: list[list[str]] = []
-        for fixed, ranges in re.findall(r"([^\[\]]+)|\[([^\[\]]*)\]", part):
-            pieces.append([fixed] if fixed else [number for item in ranges.split(",") for number in _range(item)])
-        names += ["".join(name) for name in itertools.islice(itertools.product(*pieces), MOST_NODES)]
-    if re.sub(r"[^,\[\]]|\[[^\[\]]*\]", "", text).strip(",") or not names:
-        raise ValueError(f"{text} is no list of nodes")
-    return names
-
-
-def _range(item: str) -> list[str]:
-    ends = re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", item)
-    if not ends or int(ends[2] or ends[1]) < int(ends[1]):
-        raise ValueError(f"[{item}] is no range of numbers")
-    return [str(number).zfill(len(ends[1])) for number in range(int(ends[1]), int(ends[2] or ends[1]) + 1)]
+    """Returns the names in a hostlist. Raises ValueError for one that is none."""
+    return list(filter_loader.get("expand_nodes").j2_function(text))
 
 
 def minutes(text: str) -> float:
@@ -168,7 +165,7 @@ def _job(site: Inventory, where: str, job: Mapping[str, Any], known: Mapping[str
 
 
 def _gpus(site: Inventory, host: str) -> int:
-    return sum(int(gres["count"]) for gres in site.of(host, "slurm_gres", []) or [] if gres["name"] == "gpu")
+    return sum(int(gres["count"]) for gres in site.gres(host) if gres["name"] == "gpu")
 
 
 def accounts(site: Inventory) -> Iterator[Problem]:
@@ -184,23 +181,50 @@ def accounts(site: Inventory) -> Iterator[Problem]:
             yield "slurm_qos", f"{count} items have the name {name}", ""
 
 
+def node_groups(site: Inventory) -> Iterator[Problem]:
+    """Groups have nodes that exist, each node is in one group, and what is declared is enough and adds up."""
+    compute, seen = site.hosts("slurm_compute"), {}
+    for group in site.get("slurm_node_groups", []):
+        name = group["name"]
+        try:
+            listed = partition_nodes(group, compute)
+        except ValueError as error:
+            yield "slurm_node_groups", f"{name}: {error}", ""
+            continue
+        for node in dict.fromkeys(listed):
+            if node not in compute:
+                hint = close(node, compute)
+                yield "slurm_node_groups", f"{name} has the node {node}, which is not in slurm_compute{hint}", ""
+            if node in seen:
+                yield "slurm_node_groups", f"{node} is in {seen[node]} and in {name}: take it out of one", ""
+            seen.setdefault(node, name)
+        shape = [key for key in ("sockets", "cores_per_socket", "threads_per_core") if key in group]
+        if shape and (len(shape) < 3 or "cpus" in group):
+            text = f"{name} needs sockets, cores_per_socket and threads_per_core, or cpus alone"
+            yield "slurm_node_groups", text, ""
+        yield from _gres_problems("slurm_node_groups", f"{name}: ", group.get("gres", []), "")
+
+
+def _gres_problems(where: str, prefix: str, given: Sequence[Mapping[str, Any]], host: str) -> Iterator[Problem]:
+    for (name, kind), count in Counter((gres["name"], gres.get("type")) for gres in given).items():
+        if count > 1:
+            yield where, f"{prefix}{count} items are {name}:{kind}: add their counts up", host
+    for gres in given:
+        try:
+            devices = nodes(gres["file"]) if gres.get("file") else []
+        except ValueError as error:
+            yield where, f"{prefix}{error}", host
+            continue
+        if devices and len(devices) != int(gres["count"]):
+            what = f"{gres['name']}:{gres.get('type')}"
+            text = f"{prefix}{what} has the count {gres['count']}, but {gres['file']} are {len(devices)} devices"
+            yield where, text, host
+
+
 def resources(site: Inventory) -> Iterator[Problem]:
     """Devices of a node are as many as it offers; it has memory left."""
     for host in site.hosts("slurm_compute"):
-        found = Counter((gres["name"], gres.get("type")) for gres in site.of(host, "slurm_gres", []) or [])
-        for (name, kind), count in found.items():
-            if count > 1:
-                yield "slurm_gres", f"{count} items are {name}:{kind}: add their counts up", host
-        for gres in site.of(host, "slurm_gres", []) or []:
-            try:
-                devices = nodes(gres["file"]) if gres.get("file") else []
-            except ValueError as error:
-                yield "slurm_gres", str(error), host
-                continue
-            if devices and len(devices) != int(gres["count"]):
-                what = f"{gres['name']}:{gres.get('type')}"
-                text = f"{what} has the count {gres['count']}, but {gres['file']} are {len(devices)} devices"
-                yield "slurm_gres", text, host
+        yield from _gres_problems("slurm_gres", "", site.of(host, "slurm_gres", []) or [], host)
         real, reserved = (int(site.of(host, f"slurm_{kind}_memory_mb") or 0) for kind in ("real", "reserved"))
         if real and reserved >= real:
             yield "slurm_reserved_memory_mb", f"{reserved} leaves nothing of slurm_real_memory_mb ({real})", host
@@ -372,7 +396,8 @@ def ports(site: Inventory) -> Iterator[Problem]:
 
 
 RULES: tuple[Callable[[Inventory], Iterator[Problem]], ...] = (
-    partitions, jobs, accounts, resources, controllers, addresses, endpoints, folders, receivers, versions, ports
+    partitions, jobs, accounts, node_groups, resources, controllers, addresses, endpoints, folders, receivers, versions,
+    ports
 )  # fmt: skip
 
 

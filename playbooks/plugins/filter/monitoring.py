@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import bcrypt
+import yaml
 from ansible.errors import AnsibleFilterError
 
 
@@ -37,12 +38,23 @@ def scrape_targets(hosts: Iterable[str], hostvars: Mapping[str, Any], port: int,
     ]
 
 
+def hosts_with_gpus(hosts: Iterable[str], hostvars: Mapping[str, Any], targets: str) -> list[str]:
+    """Returns the hosts whose GPUs are to be scraped.
+
+    A host that this run has not looked at (it does not answer, or --limit leaves it out) stays as it is in the file of
+    targets that is there.
+    """
+    before = {entry["labels"]["node"] for entry in yaml.safe_load(targets) or []}
+    return [host for host in hosts if hostvars[host].get("dcgm_exporter_present", host in before)]
+
+
 class FilterModule:
     """The filters of this file."""
 
     def filters(self) -> dict[str, Callable[..., Any]]:
         """Returns them by name."""
         return {
+            "hosts_with_gpus": hosts_with_gpus,
             "scrape_targets": scrape_targets,
             "web_password": web_password,
             "web_users": web_users,

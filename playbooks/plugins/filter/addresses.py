@@ -1,0 +1,38 @@
+"""Ansible filters: where a host answers, for the whole repository in one place."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Callable, Mapping
+from typing import Any
+
+
+def host_address(host: str, hostvars: Mapping[str, Any]) -> str:
+    """Returns the address (or name) under which other hosts reach this one.
+
+    It is the host's `ictx_address`, else `ansible_host`, else its name in the inventory, which DNS must know then.
+    """
+    own = hostvars[host]
+    return str(own.get("ictx_address") or own.get("ansible_host") or host)
+
+
+def in_url(address: str) -> str:
+    """Returns an address as it stands in a URL or before a port: IPv6 in brackets."""
+    return f"[{address}]" if is_ip(address) and ":" in address else address
+
+
+def is_ip(text: str) -> bool:
+    """Returns whether the text is an address, not a name."""
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return True
+
+
+class FilterModule:
+    """Filters of this file."""
+
+    def filters(self) -> dict[str, Callable[..., Any]]:
+        """Returns the filters by name."""
+        return {"host_address": host_address, "in_url": in_url, "is_ip": is_ip}

@@ -1,0 +1,219 @@
+"""Ansible filters: what compute nodes are, for SLURM: from the inventory, else as slurmd reports it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import yaml
+from ansible.plugins.loader import filter_loader
+
+Hardware = dict[str, Any]
+"""sockets, cores_per_socket, threads_per_core (or cpus alone), memory_mb; gres, features and weight where declared."""
+
+TOPOLOGY = {
+    "sockets": "Sockets",
+    "cores_per_socket": "CoresPerSocket",
+    "threads_per_core": "ThreadsPerCore",
+    "cpus": "CPUs",
+}
+# Equal machines report memories that differ by some MB; each would be a kind of its own.
+MEASURED_STEP_MB = 1024
+STEPS_FROM_MB = 65536
+BRANDS = {"nvidia", "tesla", "geforce", "quadro"}
+
+
+def _filter(name: str) -> Callable[..., Any]:
+    return filter_loader.get(name).j2_function  # type: ignore[no-any-return]
+
+
+def reported_hardware(report: str) -> Hardware:
+    """Returns the hardware in what `slurmd -C` prints, or in a line NodeName= of slurm.conf; empty when there is none.
+
+    Only numbers are taken over. SLURM refuses a topology that does not make up the number of CPUs, as that of
+    processors with cores of two kinds: such a node has its CPUs alone.
+    """
+    numbers = {key: int(value) for key, value in re.findall(r"(?<!\S)(\w+)=(\d{1,12})(?!\S)", report)}
+    sockets = numbers.get("SocketsPerBoard", numbers.get("Sockets", 0)) * max(numbers.get("Boards", 1), 1)
+    cores, threads = numbers.get("CoresPerSocket", 1), numbers.get("ThreadsPerCore", 1)
+    cpus = numbers.get("CPUs", sockets * cores * threads)
+    if not cpus or "RealMemory" not in numbers:
+        return {}
+    fits = cpus in (sockets * cores * threads, sockets * cores)
+    return (dict(zip(TOPOLOGY, (sockets, cores, threads), strict=False)) if fits else {"cpus": cpus}) | {
+        "memory_mb": numbers["RealMemory"]
+    }
+
+
+def over(lower: Hardware, upper: Hardware) -> Hardware:
+    """Returns one description of a node above another; a topology is taken as a whole."""
+    dropped = TOPOLOGY.keys() if TOPOLOGY.keys() & upper.keys() else ()
+    return {key: value for key, value in lower.items() if key not in dropped} | upper
+
+
+def by_node(entries: Iterable[Mapping[str, Any]]) -> dict[str, Hardware]:
+    """Returns the entries of slurm_node_groups or slurm_measured_nodes by node."""
+    found: dict[str, Hardware] = {}
+    for entry in entries:
+        own = {key: value for key, value in entry.items() if key not in ("name", "nodes")}
+        found |= dict.fromkeys(_listed(entry["nodes"]), own)
+    return found
+
+
+def _listed(nodes: str | Sequence[str]) -> list[str]:
+    return [name for part in ([nodes] if isinstance(nodes, str) else nodes) for name in _filter("expand_nodes")(part)]
+
+
+def _in_force(conf: str) -> dict[str, Hardware]:
+    """Returns the nodes of a slurm.conf; what jobs may use of their memory has been reckoned there."""
+    found: dict[str, Hardware] = {}
+    for line in re.findall(r"^NodeName=.*$", conf, re.MULTILINE):
+        own = reported_hardware(line)
+        if own:
+            own["jobs_memory_mb"] = own.pop("memory_mb")
+            found |= dict.fromkeys(_listed(line.split()[0].partition("=")[2]), own)
+    return found
+
+
+def _memory(hardware: Hardware, reserved_mb: int) -> int:
+    """Returns the memory of jobs; a node with less than twice the reserve keeps none."""
+    if "memory_mb" not in hardware:
+        return int(hardware["jobs_memory_mb"])
+    memory = int(hardware["memory_mb"])
+    return memory - reserved_mb if memory >= 2 * reserved_mb else memory
+
+
+def compute_nodes(
+    names: Iterable[str],
+    hostvars: Mapping[str, Any],
+    groups: Sequence[Mapping[str, Any]],
+    measured: Sequence[Mapping[str, Any]],
+    conf: str,
+    reserved_mb: int,
+) -> dict[str, list[Any]]:
+    """Returns the kinds of nodes, and the names of those about which nothing is known.
+
+    A node's group stands above its `slurm_gres`, above what was measured, above what it reports now, above what it was.
+
+    Args:
+        names: compute nodes by inventory name.
+        hostvars: variables of all hosts; `_slurm_reported` is a registered `slurmd -C`.
+        groups: slurm_node_groups.
+        measured: slurm_measured_nodes.
+        conf: the slurm.conf in force: a node that does not answer and is not declared stays as it is there.
+        reserved_mb: memory kept for the system on a node without slurm_reserved_memory_mb, in MB.
+
+    Returns:
+        `kinds`: nodes and addresses (hostlists in the same order; addresses are empty where all nodes are reached by
+        their names), topology (text), memory_mb (of jobs), gres, features and weight; `unknown`: names.
+    """
+    by_group, by_measure, in_force = by_node(groups), by_node(measured), _in_force(conf)
+    address_of, compress = _filter("host_address"), _filter("compress_nodes")
+    kinds: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    unknown = []
+    for name in _filter("sort_nodes")(names):
+        own = hostvars[name]
+        found = dict(by_measure.get(name, {}))
+        if own.get("slurm_gres"):
+            found["gres"] = own.get("slurm_gres")
+        found = over(found, by_group.get(name, {}))
+        if not (TOPOLOGY.keys() & found.keys() and "memory_mb" in found):
+            reported = reported_hardware(str((own.get("_slurm_reported") or {}).get("stdout", "")))
+            found = over(reported or in_force.get(name, {}), found)
+        memory = int(own.get("slurm_real_memory_mb") or 0)
+        if not TOPOLOGY.keys() & found.keys() or not (memory or {"memory_mb", "jobs_memory_mb"} & found.keys()):
+            unknown.append(name)
+            continue
+        kind = {
+            "topology": " ".join(f"{text}={int(found[key])}" for key, text in TOPOLOGY.items() if key in found),
+            "memory_mb": memory or _memory(found, int(own.get("slurm_reserved_memory_mb") or reserved_mb)),
+            "gres": found.get("gres", []),
+            "features": found.get("features", []),
+            "weight": int(found.get("weight", 1)),
+        }
+        kinds[json.dumps(kind, sort_keys=True)].append((name, address_of(name, hostvars)))
+    return {
+        "kinds": [
+            json.loads(kind)
+            | {
+                "nodes": compress(name for name, _ in nodes),
+                "addresses": compress(at for _, at in nodes) if any(name != at for name, at in nodes) else "",
+            }
+            for kind, nodes in kinds.items()
+        ],
+        "unknown": unknown,
+    }
+
+
+def partition_nodes(nodes: str | Sequence[str], unknown: Sequence[str]) -> str:
+    """Returns a partition's nodes as a hostlist, without those that slurm.conf cannot have yet."""
+    parts = [nodes] if isinstance(nodes, str) else [str(node) for node in nodes]
+    if not unknown or any(part.upper() == "ALL" for part in parts):
+        return ",".join(parts)
+    left = [name for name in _listed(parts) if name not in unknown]
+    return str(_filter("compress_nodes")(left))
+
+
+def gpu_resources(report: str) -> list[dict[str, Any]]:
+    """Returns the GPUs as slurm_gres has them, of `nvidia-smi --query-gpu=index,name --format=csv,noheader`."""
+    kinds: dict[str, list[str]] = defaultdict(list)
+    for index, name in re.findall(r"^(\d+), *(.+?)\s*$", report, re.MULTILINE):
+        kinds[_gpu_type(name)].append(f"/dev/nvidia{index}")
+    return [
+        {"name": "gpu", "type": kind, "count": len(files), "file": _filter("compress_nodes")(files)}
+        for kind, files in kinds.items()
+    ]
+
+
+def _gpu_type(name: str) -> str:
+    """Returns the short name of a model: a100 of NVIDIA A100-SXM4-80GB, rtx4090 of NVIDIA GeForce RTX 4090."""
+    words = [word for word in re.findall(r"[a-z0-9]+", name.lower()) if word not in BRANDS]
+    first = next((number for number, word in enumerate(words) if re.search(r"\d", word)), len(words))
+    return "".join(words[: first + 1]) or "gpu"
+
+
+def measured_nodes(
+    before: Sequence[Mapping[str, Any]],
+    names: Iterable[str],
+    hostvars: Mapping[str, Any],
+    answered: Iterable[str],
+) -> str:
+    """Returns slurm_measured_nodes as YAML: nodes that answered as they are, others as they were before.
+
+    Args:
+        before: slurm_measured_nodes of the file that is there.
+        names: compute nodes of the inventory; others are dropped.
+        hostvars: variables of all hosts, with the registered `_measure_slurmd` and `_measure_gpus`.
+        answered: nodes that did.
+    """
+    found = by_node(before)
+    for name in answered:
+        reports = [str(hostvars[name].get(f"_measure_{part}", {}).get("stdout", "")) for part in ("slurmd", "gpus")]
+        hardware, gpus = reported_hardware(reports[0]), gpu_resources(reports[1])
+        if not hardware:
+            continue
+        if hardware["memory_mb"] >= STEPS_FROM_MB:
+            hardware["memory_mb"] -= hardware["memory_mb"] % MEASURED_STEP_MB
+        found[name] = hardware | ({"gres": gpus} if gpus else {})
+    kinds: dict[str, list[str]] = defaultdict(list)
+    for name in _filter("sort_nodes")(names):
+        if name in found:
+            kinds[json.dumps(found[name])].append(name)
+    entries = [{"nodes": _filter("compress_nodes")(nodes)} | json.loads(kind) for kind, nodes in kinds.items()]
+    return str(yaml.safe_dump({"slurm_measured_nodes": entries}, sort_keys=False, width=130)).rstrip()
+
+
+class FilterModule:
+    """Filters of this file."""
+
+    def filters(self) -> dict[str, Callable[..., Any]]:
+        """Returns the filters by name."""
+        return {
+            "compute_nodes": compute_nodes,
+            "measured_nodes": measured_nodes,
+            "node_hardware": by_node,
+            "partition_nodes": partition_nodes,
+        }
