@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: help lab test test-full check-fast lint unit bench-cpu kernels audit dashboards down clean
+.PHONY: help lab pipeline test test-full check-fast lint unit bench-cpu kernels audit dashboards down clean
 
 help: ## Show every target
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -11,6 +11,10 @@ help: ## Show every target
 lab: ## From nothing to a completion: nodes, platform, images, a trained model, served (TRAIN=again trains anew)
 	@scripts/bootstrap control
 	@scripts/lab
+
+pipeline: ## In the lab, as SLURM jobs: pretrain, extend, SFT, DPO, evaluate, judge, promote; then serve
+	@scripts/bootstrap control
+	@scripts/pipeline
 
 test: ## Run the quick suite: lint, unit, one lab, the main paths and the attacks end to end
 	@scripts/bootstrap test

@@ -114,7 +114,7 @@ def registry() -> Registry:
 def served(lab: Lab, registry: Registry) -> str:
     """The version that is served: the newest that a job of the lab registered, trained first if need be."""
     results = [json.loads(path.read_text()) for path in SHARED.glob("runs/researcher/*/result.json")]
-    if not any(result["model_version"] and result["mlflow_run_id"] for result in results):
+    if not any(result.get("model_version") and result.get("mlflow_run_id") for result in results):
         status, output = lab.follow(lab.submit())
         assert status == 0, output[-3000:]
     lab.user(PROMOTE.format("candidate"))

@@ -26,7 +26,9 @@ SHORT = [
 def trained(lab: Lab) -> str:
     """A job that ran to its end: the newest one of `make lab`, else a new one."""
     results = sorted(SHARED.glob("runs/researcher/*/result.json"), key=lambda path: path.stat().st_mtime)
-    registered = [path.parent.name for path in results if json.loads(path.read_text())["model_name"]]
+    contents = {path.parent.name: json.loads(path.read_text()) for path in results}
+    pretrained = {job: about for job, about in contents.items() if about.get("stage", "pretrain") == "pretrain"}
+    registered = [job for job, about in pretrained.items() if about["model_name"]]
     # Folders outlive the accounts of a lab that was made anew.
     known = [job for job in registered if lab.accounts(job, "State") == "COMPLETED"]
     if known:

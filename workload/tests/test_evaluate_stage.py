@@ -12,7 +12,7 @@ from mlflow import MlflowClient
 from test_evaluate_registered import NAME, TEXT, register
 from test_serve import client, empty_store  # noqa: F401
 
-from ictx.evaluate.stage import Command
+from ictx.evaluate.stage import Command, EvaluationConfig, FolderConfig, planned
 from ictx.registry import EVAL_TAG
 
 
@@ -51,7 +51,22 @@ def test_what_is_wrong_with_one_of_them_shows_before_the_first_is_done(
     with pytest.raises(SystemExit):
         ictx(monkeypatch, *stage, "--set", "evaluations.needle.lenghts=[64]")
     assert "unrecognized arguments: --lenghts 64" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out/evals").exists()
+
+
+def test_an_alias_of_the_model_is_what_it_is_judged_against(
+    stage: list[object], client: MlflowClient, tmp_path: Path  # noqa: F811
+) -> None:
+    def against(alias: str) -> list[object]:
+        evaluations = {"judge": {"against": f"@{alias}"}}
+        config = EvaluationConfig(f"models:/{NAME}/2", FolderConfig(tmp_path / "judged"), evaluations, ("champion",))
+        return [command.options.get("against") for command in planned(config)[1]]
+
+    assert against("champion") == [f"models:/{NAME}/1", None]
+    assert against("candidate") == against("nobody") == [None, None]
+    # A restart compares with the same one.
+    client.set_registered_model_alias(NAME, "champion", "2")
+    assert against("champion") == [f"models:/{NAME}/1", None]
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,8 @@ class EvaluationConfig:
     run: FolderConfig
     """The results."""
     evaluations: dict[str, dict[str, Any]]
-    """Options of the commands `ictx eval NAME`, without dashes, with variables of the environment; {} for none."""
+    """Options of the commands `ictx eval NAME`, without dashes, with variables of the environment; {} for none.
+    `against: "@ALIAS"` is that version of the same model, and left out where there is none, or it is the one itself."""
     also: tuple[str, ...] = ()
     """Aliases whose versions are evaluated alike, such as the champion that the model is compared with later."""
     data: dict[str, Any] = field(default_factory=dict)
@@ -74,18 +75,28 @@ def planned(config: EvaluationConfig) -> tuple[ModelRef | None, list[Command]]:
     """Returns the version, if the model is one, and the commands: the model's first. Raises UserError."""
     with explained():
         ref, model = _found(config.init)
-        others = [
-            (f"{alias}-", str(other))
-            for alias in config.also
-            if ref and (other := _behind(ref, alias)) and other != ref
-        ]
+        behind = _behind(ref, config.run.dir / "aliases.json") if ref else {}
+    others = [(f"{alias}-", behind[alias]) for alias in config.also if alias in behind]
     evals = config.run.dir / "evals"
     commands = []
     for prefix, each in [("", model), *others]:
         for name, given in config.evaluations.items():
             options = {"models": evals / "models", **_on_data(name, given, config.data.get("dir")), **given}
+            if (alias := str(given.get("against", ""))).startswith("@"):
+                other = behind.get(alias[1:])
+                options["against"] = None if other == each else other
             commands.append(Command(name, each, evals / f"{prefix}{name}", options))
     return ref, commands
+
+
+def _behind(ref: ModelRef, note: Path) -> dict[str, str]:
+    """Returns the model's other versions that have an alias, as they were at the first start: an alias moves."""
+    if not note.exists():
+        aliases = new_client().get_registered_model(ref.name).aliases
+        note.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(note, json.dumps({alias: str(version) for alias, version in aliases.items()}) + "\n")
+    noted: dict[str, str] = json.loads(note.read_text())
+    return {alias: str(ModelRef(ref.name, version=each)) for alias, each in noted.items() if each != ref.version}
 
 
 def _on_data(name: str, given: Mapping[str, Any], directory: str | None) -> dict[str, Any]:
@@ -103,12 +114,6 @@ def _found(init: str) -> tuple[ModelRef | None, str]:
     ref = ModelRef.parse(init)
     ref = ModelRef(ref.name, version=str(ref.find(new_client()).version))
     return ref, str(ref)
-
-
-def _behind(ref: ModelRef, alias: str) -> ModelRef | None:
-    """Returns the version that an alias of the same model stands for, if there is one."""
-    version = new_client().get_registered_model(ref.name).aliases.get(alias)
-    return ModelRef(ref.name, version=str(version)) if version else None
 
 
 def main(name: str, assignments: list[str], run: Callable[[list[list[str]]], int]) -> int:
