@@ -66,6 +66,21 @@ SETS: dict[str, dict[str, Case]] = {
         "cp 2 of 2": Case(2, 100, f"{LARGE} --ranks 2 --cp 2 --compile --profile --cap 36"),
         "cp 2, 131072": Case(2, 150, f"{LONG} --seq 131072 --ranks 2 --cp 2 --warm-up 1"),
     },
+    # What `auto` chooses beside what it then takes; linear products in fp8 (requirements/cuda-fp8.txt); exchanges that
+    # overlap with attention, beside `pairs` at an earlier commit.
+    "options": {
+        "auto, cap 36": Case(2, 100, f"{LARGE} --ranks 2 --compile --recompute auto --cap 36"),
+        "auto, cap 76": Case(2, 100, f"{LARGE} --ranks 2 --compile --recompute auto --cap 76"),
+        "auto, 8192": Case(
+            2, 100, "--config ictx-1b --seq 8192 --steps 5 --ranks 2 --compile --recompute auto --cap 36"
+        ),
+        "none": Case(2, 100, f"{LARGE} --ranks 2 --compile --recompute none"),
+        "none, fp8 tensorwise": Case(2, 150, f"{LARGE} --ranks 2 --compile --recompute none --fp8 tensorwise"),
+        "none, fp8 rowwise": Case(2, 150, f"{LARGE} --ranks 2 --compile --recompute none --fp8 rowwise"),
+        "cp 2 of 2": Case(2, 100, f"{LARGE} --ranks 2 --cp 2 --compile --profile --cap 36"),
+        "cp 2, float32": Case(2, 150, f"--config ictx-1b --seq 4096 {CHECK} --dtype float32"),
+        "cp 2, bfloat16": Case(2, 120, f"--config ictx-1b --seq 8192 {CHECK}"),
+    },
     # Issue 15: the longest context on two GPUs of 80 GB. The million takes six to seven minutes.
     "million": {
         "cp 2, 1048576, offload": Case(2, 560, f"{LONG} --seq 1048576 --ranks 2 --cp 2 --offload"),
