@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -92,7 +93,7 @@ def test_hosts_resources_and_networks(tmp_path: Path) -> None:
             },
             "n11": {"ansible_host": "192.0.2.11", "slurm_pam_adopt": True},
         }
-        groups["k3s_server"]["hosts"] |= {"Kube2": {"ansible_host": "192.0.2.41"}}
+        groups["k3s_server"]["hosts"] |= {"Kube_2": {"ansible_host": "192.0.2.41"}}
         groups["k3s_agent"] = {"hosts": {"n10": None}}
         groups["slurm_controller"]["hosts"] |= {"ctl2": {"ansible_host": "192.0.2.12"}}
 
@@ -109,11 +110,25 @@ def test_hosts_resources_and_networks(tmp_path: Path) -> None:
         "slurm_gres (n10): gpu:a100 has the count 8, but /dev/nvidia[0-3] are 4 devices",
         "host n10: has GPUs for jobs (slurm_gres) and is a node of Kubernetes: two schedulers would allocate the same",
         "slurm_pam_adopt (n11): needs cgroups: set slurm_process_tracking: cgroup",
-        "host Kube2: is a node of Kubernetes, whose names are lower case: name it kube2",
+        "host Kube_2: is a node of Kubernetes, whose names have neither capitals nor '_': name it kube-2",
         "group k3s_server: has 2 hosts: etcd survives the loss of fewer than half, so take 1 or 3",
         "slurm_state_dir: /var/lib/slurm/state is not shared, but there are 2 controllers: put it below /shared, or the "
         "backup starts without the jobs",
     }
+
+
+@pytest.mark.parametrize(
+    "address", ["{}", '{ansible_host: "fd00:10::N"}', "{ansible_host: 198.51.100.N, ictx_address: 192.0.2.N}"]
+)
+def test_hosts_may_have_names_alone_ipv6_or_two_addresses(tmp_path: Path, address: str) -> None:
+    copy = shutil.copytree(ROOT / "inventories/example", tmp_path / "inventory")
+    text = re.sub(
+        r"\{ansible_host: 192\.0\.2\.(\d+)\}",
+        lambda found: address.replace("N", found[1]),
+        (copy / "hosts.yml").read_text(),
+    )
+    (copy / "hosts.yml").write_text(text)
+    assert [problem for problem in problems(copy) if "CHANGE-ME" not in problem] == []
 
 
 def test_groups_of_nodes(tmp_path: Path) -> None:

@@ -343,7 +343,7 @@ class ActionModule(ActionBase):
         self._unreadable: set[str] = set()
         known = {name for options in roles.values() for name in options}
         values = {host: self._values(host, known, problems) for host in hosts}
-        check_names(values, schema["variables"], roles, problems)
+        check_names(values, {**schema["variables"], **formats.connection}, roles, problems)
         options = {name: option for entries in roles.values() for name, option in entries.items()} | schema["variables"]
         wrong = check_values(values, options, formats, problems)
         check_same(values, schema["variables"], wrong, problems)

@@ -40,8 +40,8 @@ class Inventory:
         return next((values[name] for values in self._values.values() if values.get(name) is not None), default)
 
     def address(self, host: str) -> str:
-        """Returns where Ansible reaches a host."""
-        return str(self.of(host, "ansible_host", host))
+        """Returns where other hosts reach a host."""
+        return str(self.of(host, "ictx_address") or self.of(host, "ansible_host", host))
 
     def gres(self, host: str) -> list[Mapping[str, Any]]:
         """Returns a node's generic resources: those of its group, its own, or those that were measured."""
@@ -265,8 +265,10 @@ def addresses(site: Inventory) -> Iterator[Problem]:
         if any(len(label) > 63 for label in host.split(".")) or len(host) > 64:
             text = "has a name of more than 64 characters (63 a label), which no certificate can have"
             yield f"host {host}", text, ""
-        if host != host.lower() and host in site.hosts("k3s_server") + site.hosts("k3s_agent"):
-            yield f"host {host}", f"is a node of Kubernetes, whose names are lower case: name it {host.lower()}", ""
+        right = host.lower().replace("_", "-")
+        if host != right and host in site.hosts("k3s_server") + site.hosts("k3s_agent"):
+            text = f"is a node of Kubernetes, whose names have neither capitals nor '_': name it {right}"
+            yield f"host {host}", text, ""
         if (alone := _network(site.address(host))) and (alone.is_multicast or alone.is_unspecified):
             yield "ansible_host", f"{site.address(host)} is no address of a host", host
     for (address, _), hosts in seen.items():

@@ -9,6 +9,7 @@ from typing import Any
 import bcrypt
 import yaml
 from ansible.errors import AnsibleFilterError
+from ansible.plugins.loader import filter_loader
 
 
 def web_password(password: str, salt: str) -> str:
@@ -29,9 +30,10 @@ def web_users(passwords: Mapping[str, str], salt: str, host: str) -> dict[str, s
 
 def scrape_targets(hosts: Iterable[str], hostvars: Mapping[str, Any], port: int, cluster: str) -> list[dict[str, Any]]:
     """Returns the targets of a port on some hosts, each labelled with its host's name in the inventory."""
+    address_of, in_url = (filter_loader.get(name).j2_function for name in ("host_address", "in_url"))
     return [
         {
-            "address": f"{hostvars[host].get('ansible_host', host)}:{port}",
+            "address": f"{in_url(address_of(host, hostvars))}:{port}",
             "labels": {"node": str(host), "cluster": cluster},
         }
         for host in sorted(hosts)
