@@ -181,7 +181,7 @@ def trl(case: AlignCase, ranks: Ranks) -> AlignRow:
             clock.tick()
 
     words = Tokenizer(WordLevel({"<pad>": 0, "<end>": 1}, unk_token="<pad>"))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<end>")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<end>")  # type: ignore[no-untyped-call]
     generator, half = torch.Generator().manual_seed(0), case.sequence // 2
 
     def tokens(count: int) -> list[int]:

@@ -57,6 +57,9 @@ class Batches:
     windows were taken is all that a checkpoint needs.
     """
 
+    rows = 1
+    """Sequences of a window."""
+
     def __init__(
         self,
         data: TokenArray | Mix,

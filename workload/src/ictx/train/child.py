@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, cast
 
 from ictx.errors import UserError
@@ -11,7 +12,7 @@ from ictx.parallel import Layout
 from ictx.settings import build, typed
 from ictx.train.config import RunConfig, StageConfig
 from ictx.train.init import Parent, inherited, take
-from ictx.train.ranks import on_first
+from ictx.train.ranks import Ranks, on_first
 from ictx.train.run import begun, conduct
 from ictx.train.stage import Stage
 
@@ -49,6 +50,10 @@ class Child:
         defaults = {"model_name": parent.name, "experiment": cls.name}
         return {**content, "model": asdict(sizes), "run": {**defaults, **run}}
 
+    def conduct(self, ranks: Ranks, directory: Path) -> int:
+        """Runs the stage among ranks that have joined: see `ictx.train.run.main`."""
+        return conduct(cast("Stage", self), self.config, ranks, directory)
+
 
 def main(kind: type[Child], content: Mapping[str, Any]) -> int:
     """Runs or goes on with a run of such a stage, whose settings come as plain values: see `ictx.train.run.main`.
@@ -62,4 +67,4 @@ def main(kind: type[Child], content: Mapping[str, Any]) -> int:
     with begun(run, given.get("parallel", Layout())) as (ranks, directory):
         parent = on_first(lambda: take(init, directory, run.tracking_patience))
         config = build(kind.settings, kind.completed(content, parent))
-        return conduct(cast("Stage", kind(config, parent)), config, ranks, directory)
+        return kind(config, parent).conduct(ranks, directory)

@@ -31,12 +31,26 @@ examples:
       --set data.dir=data/… --set model.yarn.factor=4 --set train.sequence_length=512
 """
 
+DPO_EXAMPLES = """
+data.dir is what `ictx data prepare --config dpo/…` printed. Up to 32,768 tokens TRL trains (pip install trl), beyond
+that our own loop does; dpo.engine chooses. Rewards are relative to the parent, or to dpo.reference.
+
+examples:
+  ictx train dpo --config dpo/tiny.yaml --set init=models:/ictx-tiny@candidate \\
+      --set run.dir=runs/5 --set data.dir=data/…
+  torchrun --nproc-per-node 4 -m ictx train dpo --config dpo/ictx-1b.yaml --set init=run:/shared/runs/me/18 \\
+      --set run.dir=runs/6 --set data.dir=data/… --set dpo.loss=ipo --set dpo.reference=models:/ictx-1b/7
+  torchrun --nproc-per-node 4 -m ictx train dpo --config dpo/ictx-1b.yaml --set init=models:/ictx-1b/8 \\
+      --set run.dir=runs/7 --set data.dir=data/… --set train.sequence_length=131072 --set parallel.cp=4
+"""
+
 
 def register(areas: Any) -> None:
     """Adds `train` to the areas of the command line."""
     train = areas.add_parser("train", help="training").add_subparsers(metavar="COMMAND", required=True)
     _add(train, "pretrain", run_pretrain, "train a model from the start, export and register it", PRETRAIN_EXAMPLES)
     _add(train, "extend", run_extend, "teach a trained model longer contexts", EXTEND_EXAMPLES)
+    _add(train, "dpo", run_dpo, "make preferred answers likelier than rejected ones", DPO_EXAMPLES)
 
 
 def _add(train: Any, name: str, run: Callable[[argparse.Namespace], int], about: str, examples: str) -> None:
@@ -68,6 +82,14 @@ def run_extend(arguments: argparse.Namespace) -> int:
     from ictx.train.extend import Extension
 
     return _train(arguments, lambda content: main(Extension, content))
+
+
+def run_dpo(arguments: argparse.Namespace) -> int:
+    """`ictx train dpo`."""
+    from ictx.train.child import main
+    from ictx.train.dpo import Preference
+
+    return _train(arguments, lambda content: main(Preference, content))
 
 
 def _train(arguments: argparse.Namespace, stage: Callable[[dict[str, Any]], int]) -> int:

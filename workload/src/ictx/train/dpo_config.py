@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from ictx.data.chat.config import ChatDataConfig
 from ictx.train.config import StageConfig
 
 LONGEST_OF_TRL = 32768
@@ -39,6 +40,8 @@ class DpoConfig(StageConfig):
 
     dpo: PreferenceConfig = field(default_factory=PreferenceConfig)
     """The loss."""
+    data: ChatDataConfig = field(default_factory=lambda: ChatDataConfig("dpo"))
+    """Prompts with a chosen and a rejected answer."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -46,6 +49,8 @@ class DpoConfig(StageConfig):
         for name, wrong in {"recompute": "auto", "z_loss": self.train.z_loss or None}.items():
             if getattr(self.train, name) == wrong:
                 raise ValueError(f"train.{name} is {wrong}: not for preference optimization, leave it out")
+        if self.data.kind != "dpo":
+            raise ValueError(f"data.kind is {self.data.kind}: expected dpo")
         if self.dpo.engine == "trl" and (obstacle := self.obstacle()):
             raise ValueError(f"dpo.engine is trl, which cannot do {obstacle}: leave dpo.engine out, or set it to ictx")
 
@@ -60,15 +65,8 @@ class DpoConfig(StageConfig):
         """Returns the setting that TRL's trainer, as we use it, does not know."""
         loop, defaults = self.train, type(self.train)(1, 1, 1)
         unknown = (
-            "recompute_layers",
-            "offload",
-            "compile",
-            "mask_documents",
-            "reduce_once",
-            "profile",
-            "skip_spikes",
-            "fp8",
-        )
+            "recompute_layers", "offload", "compile", "fp8", "mask_documents", "reduce_once", "profile", "skip_spikes",
+        )  # fmt: skip
         for name in unknown:
             if getattr(loop, name) != getattr(defaults, name):
                 return f"train.{name}: {getattr(loop, name)}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -30,7 +30,7 @@ def arguments(config: DpoConfig, device: torch.device, directory: Path) -> Argum
     loop, on_gpu = config.train, device.type == "cuda"
     half = on_gpu and loop.dtype == "bfloat16"
     again: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
-    if loop.recompute == "selective":
+    if loop.recompute in ("selective", "auto"):
         again["context_fn"] = selective_contexts
     made = Arguments(
         output_dir=str(directory),
@@ -62,7 +62,7 @@ def arguments(config: DpoConfig, device: torch.device, directory: Path) -> Argum
         report_to=[],
         disable_tqdm=True,
         dataloader_pin_memory=on_gpu,
-        full_determinism=False,
+        ddp_find_unused_parameters=False,
     )
     if on_gpu:
         # As in `ictx.parallel`. Otherwise accelerate sums gradients in bfloat16, and rounds log-probabilities to it.
@@ -73,6 +73,11 @@ def arguments(config: DpoConfig, device: torch.device, directory: Path) -> Argum
 
 class PairTrainer(DPOTrainer):
     """TRL's trainer, of pairs that are tokens already."""
+
+    model: Any
+    optimizer: Any
+    lr_scheduler: Any
+    train_dataset: Any
 
     def __init__(self, config: DpoConfig, device: torch.device, **arguments: Any) -> None:
         """Computes the log-probabilities of the reference model, which is let go of then.
@@ -93,7 +98,7 @@ class PairTrainer(DPOTrainer):
         if self.optimizer is None:
             weights = [weight for weight in self.model.parameters() if weight.requires_grad]
             self.optimizer = adamw(weights, self.config.optimizer, self.device_of_run)
-        return self.optimizer
+        return cast(torch.optim.Optimizer, self.optimizer)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LambdaLR:
         """Returns the rates that our own loop has: step n is done with the n-th."""
@@ -101,7 +106,7 @@ class PairTrainer(DPOTrainer):
             rate = functools.partial(_share, steps=num_training_steps, config=self.config)
             self.lr_scheduler = LambdaLR(optimizer or self.optimizer, rate)
             self._created_lr_scheduler = True
-        return self.lr_scheduler
+        return cast(LambdaLR, self.lr_scheduler)
 
 
 def _share(done: int, steps: int, config: DpoConfig) -> float:

@@ -5,29 +5,39 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from ictx.errors import UserError
 from ictx.folder import write_whole
-from ictx.model import Transformer
 from ictx.model.hf import write_pretrained
 from ictx.track.journal import Journal
 from ictx.train.config import StageConfig
 from ictx.train.stage import Stage
 
 
-def publish(stage: Stage, config: StageConfig, model: Transformer, journal: Journal, result: dict[str, Any]) -> None:
-    """Exports and registers the model and writes result.json; every rank calls it, the first one writes."""
+def whole(model: nn.Module) -> dict[str, Tensor]:
+    """Returns a model's weights on the first rank, in its host's memory; every rank calls it."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return cast("dict[str, Tensor]", get_model_state_dict(model, options=options))
+
+
+def publish(
+    stage: Stage, config: StageConfig, weights: Mapping[str, Tensor], journal: Journal, result: dict[str, Any]
+) -> None:
+    """Exports and registers the model and writes result.json; every rank calls it, the first one writes.
+
+    Args:
+        weights: by their names in a `Transformer`, each whole.
+    """
     assert config.run.dir
     for measure in ("final_loss", "val_loss"):
         if not math.isfinite(result[measure]):
             raise UserError(f"{measure} of {config.run.dir} is {result[measure]}: the model is not exported")
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    weights = cast("dict[str, Tensor]", get_model_state_dict(model, options=options))
     tracker = journal.tracker
     if tracker is None:
         return

@@ -28,7 +28,7 @@ from ictx.train.failures import explained
 from ictx.train.lock import locked
 from ictx.train.optimizer import learning_rate
 from ictx.train.profiler import traced
-from ictx.train.publish import publish
+from ictx.train.publish import publish, whole
 from ictx.train.ranks import Ranks, joined, on_all
 from ictx.train.stage import Stage, lineage
 from ictx.train.state import TrainingState
@@ -56,9 +56,7 @@ class Run:
         self.state = TrainingState(stage, config, ranks, directory)
         self.checkpoints = Checkpoints(directory / "checkpoints", loop.keep_checkpoints)
         self.resumed_from = self.state.resume(self.checkpoints)
-        journals: list[Journal] = []
-        on_all(lambda: journals.append(self._new_journal()))
-        self.journal = journals[0]
+        self.journal = new_journal(stage, config, ranks, directory, self.resumed_from)
         # All are here: none has a reason to be late from now on.
         ranks.limit(loop.timeout)
         self.stopwatch = Stopwatch(ranks.device)
@@ -68,19 +66,6 @@ class Run:
         self.step_number = self.saved = self.recorded = self.resumed_from
         self.busy, self.skipped, self.bad_in_a_row, self.roll_backs_in_a_row = 0.0, 0, 0, 0
         self.saving: tuple[int, Future[Path]] | None = None
-
-    def _new_journal(self) -> Journal:
-        run, settings = self.config.run, asdict(self.config)
-        with explained(self.directory):
-            return Journal(
-                self.ranks.first,
-                self.directory,
-                run.experiment,
-                settings,
-                self.resumed_from,
-                run.tracking_patience,
-                lineage=lineage(self.stage),
-            )
 
     def close(self, wait: bool) -> None:
         """Ends threads; `wait` for a checkpoint that is being written, unless a rank is lost that has a part in it."""
@@ -226,6 +211,23 @@ class Run:
         self.saved, self.roll_backs_in_a_row = step, 0
 
 
+def new_journal(stage: Stage, config: StageConfig, ranks: Ranks, directory: Path, resumed_from: int) -> Journal:
+    """Returns a run's journal; every rank calls it. Raises UserError for a tracking server that cannot be used."""
+    run, settings, journals = config.run, asdict(config), list[Journal]()
+
+    def make() -> None:
+        with explained(directory):
+            journals.append(
+                Journal(
+                    ranks.first, directory, run.experiment, settings, resumed_from, run.tracking_patience,
+                    lineage=lineage(stage),
+                )
+            )  # fmt: skip
+
+    on_all(make)
+    return journals[0]
+
+
 def _found(step: int, record: dict[str, float]) -> str:
     return f"the loss is {record['loss']} at step {step} (gradient norm {record['gradient_norm']})"
 
@@ -279,7 +281,7 @@ def conduct(stage: Stage, config: StageConfig, ranks: Ranks, directory: Path) ->
         if result is None:
             journal.finish("KILLED")
             return STOPPED
-        publish(stage, config, run.state.model, journal, result)
+        publish(stage, config, whole(run.state.model), journal, result)
     except BaseException as error:
         lost = isinstance(error, RuntimeError)
         journal.finish("FAILED")

@@ -26,7 +26,9 @@ class Source(Protocol):
     """This rank's batches, without an end."""
 
     windows: int
-    """Sequences of an epoch."""
+    """Windows of an epoch."""
+    rows: int
+    """Sequences of a window: two where it is a pair of answers."""
 
     def next(self) -> Movable:
         """Returns this rank's part of the next batch of all ranks."""

@@ -33,6 +33,7 @@ class TrainingState:
         self.optimizers = new_optimizers(self.model, config.optimizer, ranks.device)
         loop = config.train
         self.tokens_per_step = loop.accumulate * loop.batch_size * ranks.data_count * loop.sequence_length
+        self.tokens_per_step *= self.batches.rows
         self.losses = {"loss": math.nan, "validation_loss": math.nan}
         self.progress = Progress()
 
@@ -74,8 +75,12 @@ class TrainingState:
             self.progress.tokens = self.progress.tokens or step * self.tokens_per_step
             self.batches.load_state_dict(state["batches"])
             self._take(state)
-        elif self.stage.parent:
-            self.stage.parent.load(self.model)
+        else:
+            # Looking at its state made it, as if a step had been done: corrections of biases would be of the second.
+            for optimizer in self.optimizers:
+                optimizer.state.clear()
+            if self.stage.parent:
+                self.stage.parent.load(self.model)
         return step
 
     def roll_back(self, checkpoints: Checkpoints) -> int:

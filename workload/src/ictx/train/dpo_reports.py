@@ -1,0 +1,104 @@
+"""What TRL logs, as records of ours."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+from transformers import TrainerCallback
+
+from ictx.errors import UserError
+from ictx.track.journal import Journal
+from ictx.train.dpo_stage import MARGIN, PAUSE
+from ictx.train.ranks import Ranks
+from ictx.train.run import peak_memory
+
+NAMES = {"grad_norm": "gradient_norm"}
+"""TRL's, where ours is another; its `eval_…` are `validation_…` of ours."""
+TAKEN = ("loss", "learning_rate", "grad_norm", "entropy", "rewards/", "logps/")
+"""What names begin with that are recorded."""
+
+
+class Reports:
+    """TRL's logs as records of ours."""
+
+    def __init__(self, journal: Journal, ranks: Ranks, steps: int) -> None:
+        """Args: `steps` is where the run ends."""
+        self.journal, self.ranks, self.steps = journal, ranks, steps
+        self.waiting: dict[str, float] = {}
+        self.busy, self.began, self.done = 0.0, 0.0, 0
+        self.counted = self.referred = 0
+        self.told = time.monotonic()
+
+    def reference(self, pairs: int) -> None:
+        """Counts pairs that the reference model has seen, and prints now and then how many."""
+        self.referred += pairs
+        if time.monotonic() - self.told > PAUSE:
+            self.told = time.monotonic()
+            self.journal.say(f"log-probabilities of the reference model: {self.referred:,} pairs")
+
+    def begin(self) -> None:
+        """Begins a step; what was logged of the one before is complete."""
+        self.write()
+        self.began = time.monotonic()
+
+    def end(self) -> None:
+        """Ends a step."""
+        self.busy, self.done = self.busy + time.monotonic() - self.began, self.done + 1
+
+    def log(self, step: int, logs: dict[str, Any]) -> None:
+        """Takes what TRL logs at a step. Raises UserError when the loss is not finite."""
+        validation = "eval_loss" in logs
+        if not validation and "loss" not in logs:
+            return  # a summary of the whole training
+        prefix, found = "validation_" if validation else "", dict[str, float]()
+        for name, value in logs.items():
+            bare = name.removeprefix("eval_")
+            if bare.startswith(TAKEN):
+                found[prefix + NAMES.get(bare, bare)] = float(value)
+        loss = found["validation_loss" if validation else "loss"]
+        if not math.isfinite(loss):
+            raise UserError(f"the loss is {loss} at step {step}: lower optimizer.learning_rate; the next start goes on "
+                            "from the last checkpoint")  # fmt: skip
+        if not validation:
+            tokens = int(logs["num_tokens"])
+            found["tokens_per_second"] = (tokens - self.counted) / self.busy
+            found["step_seconds"] = self.busy / self.done
+            self.busy, self.done, self.counted = 0.0, 0, tokens
+        self.waiting |= {"step": step} | found
+
+    def write(self) -> None:
+        """Writes a record of what waits; every rank calls it."""
+        if not self.waiting:
+            return
+        record, self.waiting = self.waiting, {}
+        (record["peak_memory_bytes"],) = self.ranks.largest(peak_memory(self.ranks.device))
+        self.journal.record(record)
+        shown = {"loss": ".3f", "tokens_per_second": ",.0f", "rewards/margins": ".3f", "validation_loss": ".3f"}
+        shown[MARGIN] = ".3f"
+        line = ", ".join(f"{name} {record[name]:{form}}" for name, form in shown.items() if name in record)
+        self.journal.say(f"step {int(record['step'])}/{self.steps}: {line}")
+
+
+class Hooks(TrainerCallback):
+    """Calls for records, and ends the training with a checkpoint where a rank is told to stop."""
+
+    def __init__(self, reports: Reports, ranks: Ranks) -> None:
+        self.reports, self.ranks = reports, ranks
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """A step of the optimizer begins."""
+        self.reports.begin()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """It ends."""
+        self.reports.end()
+        if state.global_step == state.max_steps:
+            control.should_log = control.should_evaluate = control.should_save = True
+        elif self.ranks.total(float(self.ranks.told_to_stop))[0]:
+            control.should_save = control.should_training_stop = True
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        """Measures are there, of training or of validation."""
+        self.reports.log(state.global_step, logs or {})
