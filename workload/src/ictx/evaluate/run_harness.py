@@ -8,18 +8,18 @@ import json
 import math
 import os
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from ictx.errors import UserError
 from ictx.evaluate import common, plots
+from ictx.evaluate.endpoint import Endpoint
 from ictx.evaluate.results import Result
 from ictx.evaluate.samples import open_samples
 from ictx.settings import shown
 
 VERSION = "0.4.13"
 LOCK = "workload/requirements/evals.txt"
-HARNESS_FILE = "harness.json"
-"""What the harness returned, whole."""
 
 
 def harness(arguments: argparse.Namespace) -> int:
@@ -44,12 +44,20 @@ def harness(arguments: argparse.Namespace) -> int:
         "seed": arguments.seed,
         "harness": VERSION,
     }
-    with open_samples(arguments.out, {"kind": "harness", "model": subject.digest, **measured}):
-        file = arguments.out / HARNESS_FILE
-        if not file.exists():
-            found = _evaluate(arguments, str(subject.folder), endpoint.url, endpoint.model, endpoint.key)
-            file.write_text(json.dumps(found, indent=1, default=str) + "\n")
-        results: dict[str, dict[str, Any]] = json.loads(file.read_text())["results"]
+    with open_samples(arguments.out, {"kind": "harness", "model": subject.digest, **measured}) as samples:
+        names = list(dict.fromkeys(arguments.tasks))
+        waiting = [task for task in names if task not in samples.done]
+        if waiting:
+            manager = _known(arguments, waiting)
+            before = f" ({len(names) - len(waiting)} finished before)" if len(waiting) < len(names) else ""
+            print(
+                f"harness: {', '.join(waiting)}{before}; {arguments.samples or 'all'} questions of each, "
+                f"{arguments.batch_size} requests at a time to {endpoint.url}"
+            )
+        for task in waiting:
+            found = _evaluate(arguments, manager, task, str(subject.folder), endpoint)
+            samples.add(task, {"results": json.loads(json.dumps(found["results"], default=str))})
+    results = {name: values for task in names for name, values in samples.done[task]["results"].items()}
     metrics = {
         f"harness.{task}.{name.partition(',')[0]}": float(value)
         for task, values in results.items()
@@ -63,26 +71,32 @@ def harness(arguments: argparse.Namespace) -> int:
     return common.publish(arguments, subject, Result("harness", str(subject), measured, metrics, {"results": results}))
 
 
-def _evaluate(arguments: argparse.Namespace, tokenizer: str, url: str, model: str, key: str) -> dict[str, Any]:
-    """Returns what the harness found. Raises UserError where a task is not known, or its data cannot be had."""
-    if key:
-        # The only place where the harness looks for it.
-        os.environ["OPENAI_API_KEY"] = key
+def _known(arguments: argparse.Namespace, tasks: Sequence[str]) -> Any:
+    """Returns what the harness knows tasks by. Raises UserError for one that it does not know."""
     if arguments.tasks_dir:
         # A task of one's own needs nobody else's data; without this each looks for it on the Hub first.
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager(include_path=str(arguments.tasks_dir) if arguments.tasks_dir else None)
-    unknown = [task for task in arguments.tasks if task not in manager.all_tasks]
+    unknown = [task for task in tasks if task not in manager.all_tasks]
     if unknown:
-        raise UserError(
-            f"task {shown(unknown[0])} is not known to lm-eval {VERSION}: ls its tasks with `lm_eval ls tasks`"
-        )
+        raise UserError(f"task {shown(unknown[0])} is not known to lm-eval {VERSION}: `lm_eval ls tasks` lists them")
+    return manager
+
+
+def _evaluate(
+    arguments: argparse.Namespace, manager: Any, task: str, tokenizer: str, endpoint: Endpoint
+) -> dict[str, Any]:
+    """Returns what the harness finds of a task. Raises UserError where its data cannot be had."""
+    from lm_eval import simple_evaluate
+
+    if endpoint.key:
+        # The only place where the harness looks for it.
+        os.environ["OPENAI_API_KEY"] = endpoint.key
     settings = {
-        "model": model,
-        "base_url": f"{url}/completions",
+        "model": endpoint.model,
+        "base_url": f"{endpoint.url}/completions",
         "tokenizer": tokenizer,
         "tokenizer_backend": "huggingface",
         "num_concurrent": arguments.batch_size,
@@ -90,15 +104,11 @@ def _evaluate(arguments: argparse.Namespace, tokenizer: str, url: str, model: st
         "max_retries": 5,
         "timeout": int(arguments.timeout),
     }
-    print(
-        f"harness: {', '.join(arguments.tasks)}, {arguments.samples or 'all'} questions of each; "
-        f"{arguments.batch_size} requests at a time to {url}"
-    )
     try:
         found = simple_evaluate(
             model="local-completions",
             model_args=settings,
-            tasks=list(arguments.tasks),
+            tasks=[task],
             num_fewshot=arguments.shots,
             limit=arguments.samples or None,
             task_manager=manager,
