@@ -11,6 +11,9 @@ import tempfile
 import types
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 CACHE = Path(os.environ.get("ICTX_CACHE", Path.home() / ".cache/ictx"))
 PACKAGES = {
@@ -51,3 +54,18 @@ def loaded(path: Path) -> types.ModuleType:
     finally:
         sys.dont_write_bytecode = written
     return module
+
+
+def play(folder: Path, tasks: list[dict[str, Any]], variables: dict[str, Any]) -> subprocess.CompletedProcess[str]:
+    """Runs tasks on this machine."""
+    file = folder / "play.yml"
+    told = {**variables, "ansible_python_interpreter": sys.executable}
+    start = {"hosts": "localhost", "connection": "local", "gather_facts": False, "vars": told, "tasks": tasks}
+    file.write_text(yaml.safe_dump([start]))
+    return subprocess.run(
+        ["ansible-playbook", "-i", "localhost,", str(file)],
+        cwd=Path(__file__).resolve().parents[1],
+        capture_output=True,
+        text=True,
+        check=False,
+    )

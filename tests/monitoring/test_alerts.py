@@ -116,8 +116,8 @@ REMOVE = f"umount {FULL}; rm -rf {FULL} {FULL}.img"
 FAULTS: dict[str, tuple[dict[str, str], str]] = {
     "slurmd stops": ({"alertname": "SlurmNodeUnavailable", "node": "n2", "severity": "critical"}, "n2 takes no jobs"),
     "a disk is full": (
-        {"alertname": "NodeFilesystemAlmostFull", "node": "n1", "mountpoint": FULL},
-        f"{FULL} of n1 is ",
+        {"alertname": "NodeFilesystemAlmostFull", "node": "n1"},
+        "/dev/loop",
     ),
     "vLLM is gone": ({"alertname": "ServingDown", "instance": "ictx-serving"}, "No pod of ictx-serving answers"),
 }

@@ -61,6 +61,15 @@ def test_kubelets_are_asked_themselves() -> None:
     assert cadvisor["labels"]["__metrics_path__"] == "/metrics/cadvisor"
 
 
+@pytest.mark.parametrize(("status", "ready"), [("True", 1), ("False", 0), ("Unknown", 0)])
+def test_a_node_is_ready_when_its_condition_is_true(status: str, ready: int) -> None:
+    conditions = [{"type": "MemoryPressure", "status": "True"}, {"type": "Ready", "status": status}]
+    node = {**NODE, "status": {**NODE["status"], "conditions": conditions}}
+    assert list(targets.readiness({"items": [node]}, "lab")) == [
+        f'kubernetes_node_ready{{cluster="lab",node="k3s1"}} {ready}\n'
+    ]
+
+
 def test_every_api_server_is_a_target() -> None:
     endpoints = {"subsets": [{"addresses": [{"ip": "192.0.2.31"}, {"ip": "192.0.2.32"}], "ports": [{"port": 6443}]}]}
     assert [each["targets"] for each in targets.server_targets(endpoints)] == [["192.0.2.31:6443"], ["192.0.2.32:6443"]]
@@ -98,7 +107,16 @@ def run(tmp_path: Path, api: str) -> subprocess.CompletedProcess[str]:
     settings = {"name": "lab", "api_server": api, "namespaces": ["ictx"]}
     settings |= {"token_file": f"{tmp_path}/token", "ca_file": certifi.where()}
     (tmp_path / "lab.json").write_text(json.dumps(settings))
-    command = [sys.executable, PROGRAM, "--output", tmp_path, "--settings", tmp_path / "lab.json"]
+    command = [
+        sys.executable,
+        PROGRAM,
+        "--output",
+        tmp_path,
+        "--metrics",
+        tmp_path / "nodes.prom",
+        "--settings",
+        tmp_path / "lab.json",
+    ]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
@@ -138,6 +156,7 @@ def test_a_cluster_that_does_not_answer_keeps_its_targets(tmp_path: Path, api: s
     before = (tmp_path / "kubernetes-lab-nodes.json").read_text()
     assert json.loads(before)[0]["targets"] == ["192.0.2.31:10250"]
     assert json.loads((tmp_path / "kubernetes-lab-pods.json").read_text()) == []
+    assert 'kubernetes_node_ready{cluster="lab",node="k3s1"} 0\n' in (tmp_path / "nodes.prom").read_text()
     ended = run(tmp_path, "http://127.0.0.1:9")
     assert ended.returncode == 1
     assert "http://127.0.0.1:9 does not tell" in ended.stderr

@@ -200,6 +200,8 @@ def test_services_folders_and_receivers(tmp_path: Path) -> None:
         "storage_nfs_clients: is empty, so that no node can mount the export: list the nodes' networks",
         "nvidia_driver_version: 570.1.2 is not of nvidia_driver_branch 580",
         "prometheus_listen (svc1): alertmanager_listen listens on port 9090 too",
+        "prometheus_runbook_url: must be an address where receivers of alerts can open docs/runbooks, as "
+        "https://git.example.org/docs",
         "alertmanager_receivers: watchdog has slack_url_file, and needs slack_channel",
         "alertmanager_receivers: ops needs webhook_url, slack_url_file or email_to",
         "alertmanager_receivers: mail has email_to, which needs alertmanager_smtp",

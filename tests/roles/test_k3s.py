@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 from cluster import ROOT
+from programs import play
 
 VERSION = yaml.safe_load((ROOT / "roles/k3s/defaults/main.yml").read_text())["k3s_version"]
 NOWHERE = "http://127.0.0.1:1/k3s"
@@ -36,17 +34,6 @@ def mirror(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_address[1]}"
         server.shutdown()
-
-
-def play(folder: Path, tasks: list[dict[str, Any]], variables: dict[str, Any]) -> subprocess.CompletedProcess[str]:
-    """Runs tasks on this machine."""
-    file = folder / "play.yml"
-    told = {**variables, "ansible_python_interpreter": sys.executable}
-    start = {"hosts": "localhost", "connection": "local", "gather_facts": False, "vars": told, "tasks": tasks}
-    file.write_text(yaml.safe_dump([start]))
-    return subprocess.run(
-        ["ansible-playbook", "-i", "localhost,", str(file)], cwd=ROOT, capture_output=True, text=True, check=False
-    )
 
 
 def choose(folder: Path, wanted: str, mirror: str, *, lab: bool, **variables: str) -> tuple[bool, str]:

@@ -372,6 +372,11 @@ def receivers(site: Inventory) -> Iterator[Problem]:
             yield "alertmanager_receivers", f"{name} needs webhook_url, slack_url_file or email_to", ""
         if receiver.get("slack_url_file") and not receiver.get("slack_channel"):
             yield "alertmanager_receivers", f"{name} has slack_url_file, and needs slack_channel", ""
+        if not str(site.get("prometheus_runbook_url", "")).startswith(("https://", "http://")):
+            text = (
+                "must be an address where receivers of alerts can open docs/runbooks, as https://git.example.org/docs"
+            )
+            yield "prometheus_runbook_url", text, ""
         if receiver.get("email_to") and not site.get("alertmanager_smtp"):
             yield "alertmanager_receivers", f"{name} has email_to, which needs alertmanager_smtp", ""
 

@@ -78,6 +78,18 @@ def _in_force(conf: str) -> dict[str, Hardware]:
     return found
 
 
+def defined_nodes(conf: str) -> dict[str, list[str]]:
+    """Returns what a slurm.conf has of each node, however its lines are grouped."""
+    found: dict[str, list[str]] = {}
+    for line in re.findall(r"^NodeName=.*$", conf, re.MULTILINE):
+        words = dict(word.split("=", 1) for word in line.split())
+        names = _listed(words.pop("NodeName"))
+        addresses = _listed(words.pop("NodeAddr")) if "NodeAddr" in words else names
+        rest = sorted("=".join(word) for word in words.items())
+        found |= {name: [address, *rest] for name, address in zip(names, addresses, strict=False)}
+    return found
+
+
 def _memory(hardware: Hardware, reserved_mb: int) -> int:
     """Returns the memory of jobs; a node with less than twice the reserve keeps none."""
     if "memory_mb" not in hardware:
@@ -213,6 +225,7 @@ class FilterModule:
         """Returns the filters by name."""
         return {
             "compute_nodes": compute_nodes,
+            "defined_nodes": defined_nodes,
             "measured_nodes": measured_nodes,
             "node_hardware": by_node,
             "partition_nodes": partition_nodes,

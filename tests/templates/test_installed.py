@@ -1,0 +1,129 @@
+"""What a role writes fits what is there: the release of SLURM, another's settings of Docker, another cluster's helm."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ansible.template import Templar
+from cluster import ROOT, Cluster, trusted
+from programs import loaded
+
+HARDWARE = loaded(ROOT / "playbooks/plugins/filter/node_hardware.py")
+
+
+@pytest.fixture(scope="module")
+def example(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Returns a function: role, host, what tasks have registered → templar."""
+    cluster = Cluster(ROOT / "inventories/example", {"ictx_state_dir": str(tmp_path_factory.mktemp("state"))})
+    uses = {role.get_name(): (role, play) for role, play, _ in cluster.uses("site.yml")}
+
+    def templar(role: str, host: str, **registered: Any) -> Templar:
+        variables = cluster.variables(host, uses[role][1], uses[role][0]) | registered
+        return Templar(cluster.loader, variables=variables)
+
+    return templar
+
+
+def written(templar: Templar, role: str, template: str) -> str:
+    """Returns a role's template as it is written."""
+    text = (ROOT / "roles" / role / "templates" / template).read_text()
+    return str(templar.template(trusted(text), convert_data=False))
+
+
+@pytest.mark.parametrize(
+    ("package", "options"),
+    [
+        ("22.05.8-4+deb12u3", "-D -s"),
+        ("23.11.4-1.2ubuntu5", "--systemd"),
+        ("24.11.5-4", "--systemd"),
+        ("1:25.05.1-1", "--systemd"),
+    ],
+)
+def test_slurmd_is_started_as_its_release_reports_readiness(example: Any, package: str, options: str) -> None:
+    text = written(example("slurm", "gpu1", _slurm_package={"stdout": package}), "slurm", "slurmd.service.conf.j2")
+    assert f"\nExecStart=/usr/sbin/slurmd {options} -N gpu1 " in text
+
+
+BEFORE = """
+NodeName=gpu1 NodeAddr=192.0.2.21 Sockets=2 RealMemory=1000 Gres=gpu:a100:4 State=UNKNOWN
+NodeName=gpu2 NodeAddr=192.0.2.22 Sockets=2 RealMemory=1000 Gres=gpu:a100:4 State=UNKNOWN
+PartitionName=batch Nodes=ALL
+"""
+SAME = "NodeName=gpu[1-2] NodeAddr=192.0.2.[21-22] Sockets=2 RealMemory=1000 Gres=gpu:a100:4 State=UNKNOWN\n"
+
+
+@pytest.mark.parametrize(
+    ("conf", "differs"),
+    [
+        (SAME, False),
+        (f"{SAME}PartitionName=other Nodes=ALL MaxTime=1\n", False),
+        (SAME.replace("[1-2]", "[1-3]").replace("21-22", "21-23"), True),
+        (SAME.replace("a100:4", "a100:8"), True),
+        (SAME.replace("21-22", "22,21"), True),
+    ],
+)
+def test_only_other_nodes_need_a_restart(conf: str, differs: bool) -> None:
+    assert (HARDWARE.defined_nodes(BEFORE) != HARDWARE.defined_nodes(conf)) == differs
+
+
+@pytest.mark.parametrize(
+    ("package", "differ", "changed", "restart"),
+    [
+        ("22.05.8-4", True, False, True),
+        ("22.05.8-4", False, True, True),
+        ("22.05.8-4", False, False, False),
+        ("24.11.5-4", True, True, False),
+    ],
+)
+def test_daemons_restart_for_nodes_until_slurm_reads_them_anew(
+    example: Any, package: str, differ: bool, changed: bool, restart: bool
+) -> None:
+    primary = {
+        "_slurm_nodes_differ": differ,
+        "_slurm_files": {
+            "results": [{"item": "cgroup.conf", "changed": True}, {"item": "gres.conf", "changed": changed}]
+        },
+    }
+    templar = example("slurm", "gpu1", _slurm_package={"stdout": package}, hostvars={"ctl1": primary})
+    assert templar.template(trusted("{{ _slurm_nodes_changed }}")) is restart
+
+
+def test_docker_keeps_what_others_have_set_and_the_second_run_changes_nothing(example: Any) -> None:
+    before = {"data-root": "/data/docker", "runtimes": {"nvidia": {"path": "x"}}, "log-opts": {"labels": "a"}}
+    for text in ("", json.dumps(before)):
+        slurped = {"content": base64.b64encode(text.encode()).decode()} if text else {"msg": "no file", "failed": True}
+        first = written(
+            example("container_engine", "infra1", _container_engine_before=slurped),
+            "container_engine",
+            "daemon.json.j2",
+        )
+        made = json.loads(first)
+        assert made["live-restore"] is True
+        assert made.get("data-root") == (before["data-root"] if text else None)
+        assert made["log-opts"] == ({"labels": "a"} if text else {}) | {"max-size": "50m", "max-file": "3"}
+        slurped = {"content": base64.b64encode(first.encode()).decode()}
+        assert first == written(
+            example("container_engine", "infra1", _container_engine_before=slurped),
+            "container_engine",
+            "daemon.json.j2",
+        )
+
+
+def test_a_roll_that_failed_ends_its_own_helm_and_no_other_cluster_s(example: Any, tmp_path: Path) -> None:
+    play = example("helm_release", "localhost", helm_release_kubeconfig="/state/a/kubeconfig")
+    pattern = str(play.template(trusted("{{ _helm_release_process }}"))).strip()
+
+    def command(cluster: str, *words: str) -> str:
+        return " ".join(["/venv/bin/helm", f"--kubeconfig=/state/{cluster}/kubeconfig", "--namespace=ictx", *words])
+
+    upgrade = ("upgrade", "--install", "--wait", "ictx", "/cache/serving.tgz")
+    name = str(play.template(trusted("{{ helm_release_name }}")))
+    upgrade = tuple(name if word == "ictx" else word for word in upgrade)
+    assert re.search(pattern, command("a", *upgrade))
+    assert not re.search(pattern, command("b", *upgrade))
+    assert not re.search(pattern, command("a", "history", name))
