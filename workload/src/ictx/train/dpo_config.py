@@ -73,6 +73,8 @@ class DpoConfig(StageConfig):
         for axis in ("cp", "dp_replicate"):
             if getattr(self.parallel, axis) != 1:
                 return f"parallel.{axis}: {getattr(self.parallel, axis)}"
+        if self.run.start_from:
+            return f"run.start_from: {self.run.start_from}"
         if self.optimizer.name != "adamw":
             return f"optimizer.name: {self.optimizer.name}"
         return "a model with experts" if self.model.moe else None

@@ -49,11 +49,19 @@ class RunTrainer(PairTrainer):
         self.reports.reference(len(inputs["input_ids"]) // 2 * self.ranks.count)
         return found
 
-    def go(self, step: int, scratch: Path) -> None:
-        """Trains from a checkpoint's step, or from the start (0); `scratch` is an empty folder of this rank's own."""
+    def go(self, step: int, count: int, used: list[int], scratch: Path) -> None:
+        """Trains from a checkpoint's step, or from the start (0).
+
+        Args:
+            count: pairs of an epoch.
+            used: which of them the trainer has.
+            scratch: an empty folder of this rank's own.
+        """
         loop, self.begun_at = self.config.train, step
         self.per_step = loop.accumulate * loop.batch_size * self.ranks.count
-        rest = places(len(self.train_dataset), loop.seed, self.past["taken"], (loop.steps - step) * self.per_step)
+        chosen = places(count, loop.seed, self.past["taken"], (loop.steps - step) * self.per_step)
+        place = {pair: number for number, pair in enumerate(used)}
+        rest = [place[pair] for pair in chosen]
         # transformers passes over the batches of the steps that were done, as many as they are at this number of ranks.
         self.train_dataset = self.train_dataset.select([0] * (step * self.per_step) + rest)
         if step:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ from safetensors.numpy import save_file
 
 from ictx.data.tokenizer import read_tokenizer
 from ictx.errors import UserError
-from ictx.manifest import open_regular
+from ictx.folder import write_whole
+from ictx.manifest import open_regular, read_json
 from ictx.model import Transformer
 from ictx.train import dpo_pairs
 from ictx.train.child import Child
@@ -30,6 +31,8 @@ from ictx.train.sharded import sharded_model
 
 PAIRS, REFERENCE, LOG_PROBS = "pairs", "reference", "reference.safetensors"
 """In a run's folder: pairs as tokens; the model of `dpo.reference`; log-probabilities of the answers."""
+PLAN = "plan.json"
+"""In a run's folder: how many training pairs its starts come to."""
 PAUSE = 10.0
 """Seconds between two lines about progress."""
 MARGIN, ACCURACY = "validation_rewards/margins", "validation_rewards/accuracies"
@@ -60,9 +63,23 @@ class PreferenceStage(Child):
         reference = on_first(self._reference)
         on_first(lambda: dpo_pairs.make(folder, data, vocabulary, length))
         pairs = dpo_pairs.opened(folder, vocabulary, length)
+        self.used = on_first(lambda: self._used(len(pairs.train), ranks))
         self.fingerprint = f"{pairs.fingerprint} {reference.origin}"
         self.reference = reference.origin
         return pairs, reference
+
+    def _used(self, count: int, ranks: Ranks) -> list[int]:
+        """Returns which of `count` training pairs the run comes to: the reference model need not see the others.
+
+        A start with other settings may go on from anywhere in what earlier ones planned, which is noted.
+        """
+        loop, note = self.config.train, self.directory / PLAN
+        total = loop.steps * loop.accumulate * loop.batch_size * ranks.data_count
+        plan = read_json(note) if note.exists() else {"total": 0, "needed": 0}
+        if plan["total"] != total:
+            plan = {"total": total, "needed": plan["needed"] + total}
+            write_whole(note, json.dumps(plan) + "\n")
+        return sorted(dpo_pairs.places(count, loop.seed, 0, min(count, plan["needed"])))
 
     def _reference(self) -> Parent:
         """Returns the model that rewards are relative to. Raises UserError for one of another vocabulary."""
@@ -92,7 +109,7 @@ class PreferenceStage(Child):
         Of `train` and `validation` by the reference model, and as `init` those of validation by the model that the run
         begins with.
         """
-        path, key = self.directory / LOG_PROBS, {"of": self.fingerprint}
+        path, key = self.directory / LOG_PROBS, {"of": self.fingerprint, "pairs": str(len(self.used))}
         if on_first(lambda: path.exists() and _metadata(path) == key):
             with safe_open(path, "np") as file:
                 return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -105,13 +122,17 @@ class PreferenceStage(Child):
             parent.load(model)
             for split in splits:
                 data = self.pairs.train if split == "train" else self.pairs.validation
-                found[split] = self._log_probs(model, data, range(len(data)), ranks, f"log-probabilities, {split}")
+                chosen = self.used if split == "train" else range(len(data))
+                found[split] = np.zeros((len(data), 2), np.float32)
+                found[split][[*chosen]] = self._log_probs(model, data, chosen, ranks, f"log-probabilities, {split}")
             del model
         on_first(lambda: _save(path, found, key))
         return found
 
     @torch.no_grad()
-    def _log_probs(self, model: Transformer, data: Any, chosen: range, ranks: Ranks, about: str | None = None) -> Array:
+    def _log_probs(
+        self, model: Transformer, data: Any, chosen: Sequence[int], ranks: Ranks, about: str | None = None
+    ) -> Array:
         """Returns the model's log-probabilities of both answers of some pairs, (pairs, 2), on every rank.
 
         Args:

@@ -48,6 +48,8 @@ def conduct(stage: PreferenceStage, ranks: Ranks, directory: Path) -> int:
     warnings.filterwarnings("ignore", category=FutureWarning)
     config = stage.config
     loop, attention = config.train, register()
+    if loop.deterministic:
+        torch.use_deterministic_algorithms(True, warn_only=True)
     pairs, reference = stage.open(ranks)
     checkpoints = Checkpoints(directory / "checkpoints", loop.keep_checkpoints)
     # What is known before the model is made: the newest checkpoint that can be used, and how far it had come.
@@ -66,13 +68,15 @@ def conduct(stage: PreferenceStage, ranks: Ranks, directory: Path) -> int:
     past = json.loads(state["trainer"]) if step else {"taken": 0, "tokens": 0}
     journal = new_journal(cast("Stage", stage), config, ranks, directory, step)
     reports = Reports(journal, ranks, loop.steps)
+    trained_on = pairs.train.select(stage.used)
     held_out = pairs.validation.select(stage.held_out(pairs))
     with tempfile.TemporaryDirectory() as scratch:
         given = arguments(config, ranks.device, Path(scratch))
         given.eval_on_start = step == 0
         trainer = RunTrainer(
             config, ranks, checkpoints, reports, past, stage.fingerprint, model=load_model(stage.parent, attention),
-            ref_model=load_model(reference, attention), args=given, train_dataset=pairs.train, eval_dataset=held_out,
+            ref_model=load_model(reference, attention), args=given, train_dataset=trained_on,
+            eval_dataset=held_out,
             processing_class=load_tokenizer(stage.vocabulary),
         )  # fmt: skip
         parameters = sum(weight.numel() for weight in trainer.model.parameters())
@@ -87,7 +91,7 @@ def conduct(stage: PreferenceStage, ranks: Ranks, directory: Path) -> int:
         began = time.monotonic()
         try:
             ranks.limit(loop.timeout)
-            trainer.go(step, Path(scratch))
+            trainer.go(step, len(pairs.train), stage.used, Path(scratch))
             if trainer.state.global_step < loop.steps:
                 journal.say(f"told to stop: ended after step {trainer.state.global_step}")
                 journal.finish("KILLED")
