@@ -57,6 +57,8 @@ def test_root_writes_keys_to_a_folder_of_its_own(tmp_path: Path) -> None:
     _, match, place = (tmp_path / "sshd.conf").read_text().splitlines()
     assert match == "Match User alice,carol"
     assert place.split() == ["AuthorizedKeysFile", f"{tmp_path}/keys/%u"]
+    converge(tmp_path, [{**user, "state": "absent" if user["name"] == "alice" else "present"} for user in users[:3]])
+    assert [file.name for file in (tmp_path / "keys").iterdir()] == ["carol"], "who is gone has no keys"
     converge(tmp_path, [{"name": "bob", "uid": 2002}])
     assert not (tmp_path / "sshd.conf").exists()
 

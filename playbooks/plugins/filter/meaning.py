@@ -170,7 +170,7 @@ def _gpus(site: Inventory, host: str) -> int:
 
 def accounts(site: Inventory) -> Iterator[Problem]:
     """Users of QOS are users."""
-    users = [user["name"] for user in site.get("ictx_users", [])]
+    users = [user["name"] for user in site.get("ictx_users", []) if user.get("state", "present") == "present"]
     for qos in site.get("slurm_qos", []):
         for name in qos.get("users", []):
             if name not in users:

@@ -1,0 +1,79 @@
+"""Users who come and go: `state` present and absent, in every part of the platform."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from ansible.template import Templar
+from cluster import ROOT, Cluster, trusted
+from programs import play
+
+USERS = [
+    {"name": "alice", "uid": 2001, "state": "present", "ssh_keys": ["ssh-ed25519 AAAA a"]},
+    {"name": "bob", "uid": 2002},
+    {"name": "carol", "uid": 2003, "state": "absent", "ssh_keys": ["ssh-ed25519 AAAA c"]},
+]
+
+
+def test_present_is_as_no_state_and_absent_is_nobody() -> None:
+    cluster = Cluster(ROOT / "inventories/example", {"ictx_users": USERS, "ictx_state_dir": "/nonexistent"})
+    found: dict[str, Any] = {}
+    for role, used_in, hosts in cluster.uses("site.yml"):
+        variables = cluster.variables(hosts[0], used_in, role)
+        templar = Templar(cluster.loader, variables=variables)
+        for name in (
+            "storage_users",
+            "slurm_users",
+            "slurm_absent_users",
+            "mlflow_users_people",
+            "mlflow_users_absent",
+        ):
+            if name.startswith(role.get_name()):
+                found[name] = templar.template(trusted(f"{{{{ {name} }}}}"))
+        if role.get_name() == "common":
+            found["keys"] = [user["name"] for user in templar.template(trusted("{{ _common_users_with_keys }}"))]
+    people = ["alice", "bob"]
+    assert found == {
+        "keys": ["alice"],
+        "storage_users": people,
+        "slurm_users": people,
+        "slurm_absent_users": {"carol": 2003},
+        "mlflow_users_people": people,
+        "mlflow_users_absent": ["carol"],
+    }
+
+
+def test_the_jobs_and_the_association_of_a_user_who_is_gone_end(tmp_path: Path) -> None:
+    for name in ("sacctmgr", "scancel"):
+        (tmp_path / name).write_text(f"""#!/bin/sh
+echo {name} "$*" >>{tmp_path}/calls
+case "$*" in
+*"show cluster"*) echo lab ;;
+*"show association"*account=ictx*User) printf 'ictx|\\nictx|bob\\nictx|carol\\n' ;;
+esac
+""")
+        (tmp_path / name).chmod(0o755)
+    variables = {
+        "slurm_absent_users": {"carol": 2003, "dave": 2004},
+        "slurm_users": ["bob"],
+        "slurm_cluster_name": "lab",
+        "slurm_operators": [],
+        "slurm_qos": [],
+    }
+    path = {"environment": {"PATH": f"{tmp_path}:/usr/bin:/bin"}}
+    done = play(tmp_path, [{"include_role": {"name": "slurm", "tasks_from": "accounts", "apply": path}}], variables)
+    assert done.returncode == 0, done.stdout + done.stderr
+    calls = [line for line in (tmp_path / "calls").read_text().splitlines() if " show " not in line]
+    assert calls[:2] == [
+        "scancel --user=2003",
+        "sacctmgr -i delete user where name=carol account=ictx cluster=lab",
+    ]
+    assert "dave" not in str(calls)
+
+
+def test_the_account_s_removal_leaves_the_home() -> None:
+    tasks = yaml.safe_load((ROOT / "roles/common/tasks/users.yml").read_text())
+    (user,) = (task["ansible.builtin.user"] for task in tasks if "ansible.builtin.user" in task)
+    assert "remove" not in user
