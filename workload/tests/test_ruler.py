@@ -7,8 +7,10 @@ import re
 from collections import Counter
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
+from endpoint import Server, serving, text
 from evaluated import export, ictx
 from hypothesis import given
 from hypothesis import strategies as st
@@ -161,3 +163,35 @@ def test_the_command_scores_what_the_model_writes(
         assert ictx(monkeypatch, *command, *words_, "--out", tmp_path / "other") == 2
         told = capsys.readouterr().err
         assert reason in told and told.count("\n") == 1
+
+
+def test_a_model_behind_an_endpoint_answers_each_task_within_its_room(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = export(tmp_path / "model", max_position_embeddings=3000)
+    decode = Vocabulary.load(model).tokenizer.decode
+
+    def answer(body: dict[str, Any]) -> Any:
+        """Repeats every number of seven digits: right for needles, wrong for questions."""
+        return text(" ".join(re.findall(r"[0-9]{7}", decode(body["prompt"]))))
+
+    with serving(Server(answer=answer)) as server:
+        command = [
+            "eval",
+            "ruler",
+            "--model",
+            model,
+            "--tasks",
+            "qa_1",
+            "niah_single_1",
+            "--lengths",
+            1500,
+            "--samples",
+            3,
+        ]
+        command += ["--endpoint", server.url, "--batch-size", 4, "--out", tmp_path / "out"]
+        assert ictx(monkeypatch, *command) == 0
+    assert [body["max_tokens"] for body in server.asked] != [] and {body["model"] for body in server.asked} == {"judge"}
+    assert all(len(body["prompt"]) + body["max_tokens"] <= 1500 for body in server.asked)
+    records = [json.loads(line) for line in (tmp_path / "out/samples.jsonl").read_text().splitlines()]
+    assert [(record["task"], record["score"]) for record in records] == [("niah_single_1", 1)] * 3 + [("qa_1", 0)] * 3

@@ -117,9 +117,12 @@ def ruler(arguments: argparse.Namespace) -> int:
 
     def work(batch: Sequence[tuple[str, int, int]]) -> list[dict[str, Any]]:
         made = [prompts.fitting(name, length, number, sizes[name, length]) for name, length, number in batch]
-        # Together only what writes as many tokens: a batch may go over from one task to the next.
-        most = max(prompts.tasks[name].new_tokens for name, _, _ in batch)
-        written = answers([tokens for tokens, _ in made], most)
+        written = [""] * len(batch)
+        # A batch may go over from one task to the next, which has room for another number of tokens.
+        for most in {prompts.tasks[name].new_tokens for name, _, _ in batch}:
+            places = [place for place, (name, _, _) in enumerate(batch) if prompts.tasks[name].new_tokens == most]
+            for place, text in zip(places, answers([made[place][0] for place in places], most), strict=True):
+                written[place] = text
         return [
             {
                 "task": name,
