@@ -12,7 +12,10 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Rotar
 from ictx.model import ModelConfig
 from ictx.model.hf_config import to_hf
 from ictx.model.rope import attention_factor, inverse_frequencies
-from ictx.train.config import load
+from ictx.settings import build
+from ictx.train.config import ExtendConfig, load, read
+from ictx.train.extend import Extension
+from ictx.train.init import Parent
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -22,6 +25,26 @@ def test_recipes_load(path: Path) -> None:
     config = load(str(path), [])
     assert config.run.model_name == f"ictx-{path.stem}"
     assert config.model == ModelConfig.named(path.stem)
+
+
+@pytest.mark.parametrize(
+    ("name", "parent", "longest"),
+    [
+        ("tiny-256", "tiny", 256),
+        ("tiny", "tiny", 512),
+        ("ictx-1b-128k", "ictx-1b", 1 << 20),
+        ("ictx-1b-1m", "ictx-1b", 1 << 20),
+    ],
+)
+def test_recipes_extend_the_models_that_recipes_pretrain(name: str, parent: str, longest: int) -> None:
+    of = Parent("run:/x", "run:/x", f"ictx-{parent}", "", "", Path(), ModelConfig.named(parent))
+    config = build(ExtendConfig, Extension.completed(read(f"extend/{name}.yaml", ["init=run:/x"]), of))
+    assert config.model.max_position_embeddings == longest >= config.train.sequence_length
+    assert config.model.yarn
+    assert (
+        config.model.yarn.original_max_position_embeddings == load(f"pretrain/{parent}.yaml", []).train.sequence_length
+    )
+    assert (config.run.model_name, config.run.experiment) == (f"ictx-{parent}", "extend")
 
 
 @pytest.mark.parametrize(("name", "ranks"), [("ictx-1b", 4), ("ictx-1b-moe", 8)])

@@ -10,7 +10,7 @@ from typing import Any, cast
 from ictx.errors import UserError
 from ictx.parallel import Layout
 from ictx.settings import build, typed
-from ictx.train.config import RunConfig, StageConfig
+from ictx.train.config import LoopConfig, RunConfig, StageConfig
 from ictx.train.init import Parent, inherited, take
 from ictx.train.ranks import Ranks, on_first
 from ictx.train.run import begun, conduct
@@ -37,18 +37,18 @@ class Child:
 
         Raises UserError for settings that contradict it.
         """
-        model, run = content.get("model") or {}, content.get("run") or {}
+        given, model = _typed(cls, content), content.get("model") or {}
         if not isinstance(model, Mapping):
             raise UserError(f"setting model is {model!r}: expected keys and values")
         sizes = inherited(parent, model, cls.changeable)
-        length = content.get("train", {}).get("sequence_length", 0)
-        if length > sizes.max_position_embeddings:
+        loop: LoopConfig | None = given.get("train")
+        if loop and loop.sequence_length > sizes.max_position_embeddings:
             raise UserError(
-                f"train.sequence_length is {length}: a context longer than the parent's stretch allows, which is "
-                f"{sizes.max_position_embeddings} tokens ({parent.init}): {cls.remedy}"
+                f"train.sequence_length is {loop.sequence_length}: a context longer than the parent's stretch allows, "
+                f"which is {sizes.max_position_embeddings} tokens ({parent.init}): {cls.remedy}"
             )
         defaults = {"model_name": parent.name, "experiment": cls.name}
-        return {**content, "model": asdict(sizes), "run": {**defaults, **run}}
+        return {**content, "model": asdict(sizes), "run": {**defaults, **content.get("run", {})}}
 
     def conduct(self, ranks: Ranks, directory: Path) -> int:
         """Runs the stage among ranks that have joined: see `ictx.train.run.main`."""
@@ -60,7 +60,7 @@ def main(kind: type[Child], content: Mapping[str, Any]) -> int:
 
     Raises UserError also for a parent that cannot be had (`ictx.train.init.take`).
     """
-    given = typed(kind.settings, {name: value for name, value in content.items() if name != "model"})
+    given = _typed(kind, content)
     init, run = given.get("init"), given.get("run", RunConfig())
     if not init:
         raise UserError("init is needed: --set init=models:/NAME@ALIAS, models:/NAME/VERSION or run:/FOLDER")
@@ -68,3 +68,8 @@ def main(kind: type[Child], content: Mapping[str, Any]) -> int:
         parent = on_first(lambda: take(init, directory, run.tracking_patience))
         config = build(kind.settings, kind.completed(content, parent))
         return kind(config, parent).conduct(ranks, directory)
+
+
+def _typed(kind: type[Child], content: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what is given of a stage's settings, but for the model. Raises UserError for what is wrong in it."""
+    return typed(kind.settings, {name: value for name, value in content.items() if name != "model"})
