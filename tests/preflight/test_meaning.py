@@ -140,8 +140,10 @@ def test_groups_of_nodes(tmp_path: Path) -> None:
             {"name": "open", "nodes": "n[1"},
         ],
         "slurm_jobs_gpus_per_node": 4,
+        "slurm_config": {"NodeName": "n3", "SchedulerParameters": "bf_continue,bf_window=2880", "MailProg": None},
     }
     assert found(tmp_path, variables) == {
+        "slurm_config: NodeName has a place of its own: slurm_node_groups",
         "slurm_node_groups: big has the node n3, which is not in slurm_compute",
         "slurm_node_groups: n2 is in big and in small: take it out of one",
         "slurm_node_groups: small needs sockets, cores_per_socket and threads_per_core, or cpus alone",

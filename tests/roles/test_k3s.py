@@ -111,3 +111,28 @@ def test_a_release_without_checksums_is_refused(tmp_path: Path) -> None:
     done = play(tmp_path, [{"include_role": {"name": "k3s", "tasks_from": "preflight"}}], variables)
     assert done.returncode != 0
     assert "k3s_checksums has no checksums of K3s v9.9.9+k3s1" in " ".join((done.stdout + done.stderr).split())
+
+
+@pytest.mark.parametrize(
+    ("have", "refused"), [([], False), (["localhost"], False), (["localhost", "b"], False), (["b", "c"], True)]
+)
+def test_a_first_server_without_the_cluster_that_others_have_is_refused(
+    tmp_path: Path, have: list[str], refused: bool
+) -> None:
+    for name in have:
+        (tmp_path / name / "server").mkdir(parents=True)
+        (tmp_path / name / "server/token").write_text("")
+    others = [{"add_host": {"name": name, "ansible_connection": "local"}} for name in ("b", "c")]
+    role = {
+        "include_role": {"name": "k3s", "tasks_from": "preflight"},
+        "vars": {"_k3s_data": f"{tmp_path}/{{{{ item }}}}"},
+    }
+    variables = {
+        "ansible_facts": {"architecture": "x86_64"},
+        "k3s_role": "server",
+        "k3s_servers": ["localhost", "b", "c"],
+    }
+    done = play(tmp_path, [*others, role], variables)
+    text = " ".join((done.stdout + done.stderr).split())
+    assert ("has no cluster, but b, c have one" in text) == refused, text
+    assert (done.returncode != 0) == refused, text

@@ -199,3 +199,26 @@ def test_a_thousand_nodes_of_four_kinds_are_ten_lines_in_ten_seconds(tmp_path: P
     page = text("prometheus", "targets.yml.j2", {"item": {"name": "node", "targets": targets}})
     assert page.count("- targets:") == 1000
     assert time.process_time() - start < 10
+
+
+def test_a_site_s_own_keys_stand_above_ours_and_null_leaves_one_out(tmp_path: Path) -> None:
+    own = {"schedulertype": "sched/builtin", "MailProg": None, "LaunchParameters": ["a", "b"], "TopologyParam": "x=y"}
+    extra = {"slurm_config": own, "slurm_cgroup_config": {"ConstrainSwapSpace": False, "CgroupPlugin": "cgroup/v2"}}
+    cluster = Cluster(ROOT / "inventories/example", {"ictx_state_dir": str(tmp_path), **extra})
+    role, play = next((role, play) for role, play, _ in cluster.uses("site.yml") if role.get_name() == "slurm")
+    variables = cluster.variables("ctl1", play, role)
+    conf, cgroup = (
+        cluster.render(ROOT / f"roles/slurm/templates/{name}.conf.j2", variables).splitlines()
+        for name in ("slurm", "cgroup")
+    )
+    assert "schedulertype=sched/builtin" in conf
+    assert {"LaunchParameters=a,b", "TopologyParam=x=y", "SelectType=select/cons_tres"} <= set(conf)
+    assert not [line for line in conf if line.startswith(("SchedulerType", "MailProg"))]
+    assert conf.index("LaunchParameters=a,b") < next(n for n, line in enumerate(conf) if line.startswith("NodeName="))
+    assert cgroup[1:] == [
+        "ConstrainCores=yes",
+        "ConstrainDevices=yes",
+        "ConstrainRAMSpace=yes",
+        "ConstrainSwapSpace=no",
+        "CgroupPlugin=cgroup/v2",
+    ]

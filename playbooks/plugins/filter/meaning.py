@@ -233,6 +233,22 @@ def resources(site: Inventory) -> Iterator[Problem]:
             yield f"host {host}", text, ""
 
 
+OWNED = {
+    "nodename": "slurm_node_groups",
+    "partitionname": "slurm_partitions",
+    "slurmctldhost": "the group slurm_controller",
+    "clustername": "ictx_cluster_name",
+    "statesavelocation": "slurm_state_dir",
+}
+
+
+def settings(site: Inventory) -> Iterator[Problem]:
+    """Keys of slurm.conf that other variables have stay with those."""
+    for key in site.get("slurm_config", {}):
+        if key.lower() in OWNED:
+            yield "slurm_config", f"{key} has a place of its own: {OWNED[key.lower()]}", ""
+
+
 def controllers(site: Inventory) -> Iterator[Problem]:
     """Controllers share their state; what tracks processes fits what is built on it."""
     hosts, shared = site.hosts("slurm_controller"), site.get("ictx_shared_dir")
@@ -404,7 +420,7 @@ def ports(site: Inventory) -> Iterator[Problem]:
 
 RULES: tuple[Callable[[Inventory], Iterator[Problem]], ...] = (
     partitions, jobs, accounts, node_groups, resources, controllers, addresses, endpoints, folders, receivers, versions,
-    ports
+    ports, settings
 )  # fmt: skip
 
 
