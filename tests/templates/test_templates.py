@@ -169,6 +169,25 @@ def scripts(inventory: str, host: str) -> dict[str, str]:
     return {about["name"]: cluster.render(template, {**variables, "item": about}) for about in ordered}
 
 
+def sweep_script(inventory: str, host: str) -> str:
+    """Renders the job script of sweeps."""
+    cluster = Cluster(ROOT / "inventories" / inventory, {"ictx_state_dir": "/nonexistent"})
+    role, play, _ = next(use for use in cluster.uses("site.yml") if use[0].get_name() == "slurm_jobs")
+    return cluster.render(ROOT / "roles/slurm_jobs/templates/sweep.sbatch.j2", cluster.variables(host, play, role))
+
+
+@pytest.mark.parametrize(("inventory", "host", "ranks"), [("example", "login1", True), ("lab", "ctl", False)])
+def test_the_script_of_sweeps_is_an_array_of_workers(inventory: str, host: str, ranks: bool, tmp_path: Path) -> None:
+    script = sweep_script(inventory, host)
+    found = options(script)
+    assert (found["array"], found["nodes"]) == ("1-2", "1")
+    assert ("--nproc-per-node=4" in script) == ranks == ("gpus-per-node" in found)
+    (tmp_path / "sweep").write_text(script)
+    command = ["shellcheck", "--shell=bash", "--exclude=SC2050,SC2194", tmp_path / "sweep"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
 def options(script: str) -> dict[str, str]:
     """Returns what a script requests of SLURM."""
     return dict(re.findall(r"^#SBATCH --([a-z-]+)=(\S+)", script, re.MULTILINE))

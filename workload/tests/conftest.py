@@ -19,6 +19,9 @@ settings.register_profile("quick", max_examples=50, deadline=None, derandomize=T
 settings.register_profile("full", max_examples=1000, deadline=None, print_blob=True)
 settings.load_profile(os.environ.get("ICTX_SUITE", "quick"))
 
+# Only the tests of Weights & Biases start it.
+os.environ["WANDB_MODE"] = "disabled"
+
 VOCABULARY = 512
 SETTINGS = f"""
 model: {{vocab_size: {VOCABULARY}, hidden_size: 64, intermediate_size: 96, num_hidden_layers: 2, num_attention_heads: 1,

@@ -17,9 +17,10 @@ from ictx.infer import cli as infer
 from ictx.kernels import cli as kernels
 from ictx.model import cli as model
 from ictx.serve import cli as serve
+from ictx.sweep import cli as sweep
 from ictx.train import cli as train
 
-ROOMS = (data, train, evaluate, serve, model, infer, kernels, bench)
+ROOMS = (data, train, sweep, evaluate, serve, model, infer, kernels, bench)
 """In the order of the help."""
 
 

@@ -14,10 +14,12 @@ from typing import Any, TypeVar
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
+from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
 from ictx.folder import write_whole
 from ictx.registry import IMAGE_TAG, SUMS_TAG, VERSION_TAG, reason, write_sums
 from ictx.settings import flatten
+from ictx.track.config import DEFAULTS, TrackConfig
 from ictx.track.lineage import UNKNOWN, Lineage
 
 T = TypeVar("T")
@@ -121,19 +123,23 @@ class Tracker:
         settings: Mapping[str, Any],
         patience: float,
         lineage: Lineage = UNKNOWN,
+        track: TrackConfig = DEFAULTS,
     ) -> None:
         """Goes on with the run whose id `directory` keeps, or begins one there; waits `patience` seconds to do so.
 
         A run that goes on waits for nobody: what its beginning and its end say is told when the server answers.
         """
         self.client = new_client()
-        self.experiment, self.patience, self.lineage = experiment, patience, lineage
+        self.experiment, self.patience, self.lineage, self.track = experiment, patience, lineage, track
+        self.run_name = track.name or os.environ.get("SLURM_JOB_ID", directory.name)
+        if lineage.parent and not track.name:
+            self.run_name += f" {lineage.stage}"
         self.model = ""
         self._announced = self._uploaded = False
         note = directory / "mlflow_run_id"
         self.run_id = _run_id(note)
         if not self.run_id:
-            self.run_id = self._begin(directory, settings)
+            self.run_id = self._begin(settings)
             write_whole(note, self.run_id + "\n")
             patiently(self._announce, patience)
 
@@ -145,15 +151,25 @@ class Tracker:
         """Returns what went wrong, in one line."""
         return reason(error)
 
-    def _begin(self, directory: Path, settings: Mapping[str, Any]) -> str:
+    @property
+    def tags(self) -> dict[str, str]:
+        """What this start of the run is labelled with."""
+        return {tag: os.environ[name] for tag, name in TAGS.items() if name in os.environ} | self.lineage.tags
+
+    @property
+    def url(self) -> str:
+        """The run's page, where MLflow is a server."""
+        found = re.fullmatch(r"(https?://)(?:[^/]*@)?(.*[^/])/*", os.environ.get("MLFLOW_TRACKING_URI", ""))
+        return f"{found[1]}{found[2]}/#/runs/{self.run_id}" if found else ""
+
+    def _begin(self, settings: Mapping[str, Any]) -> str:
         """Returns the id of a new run with the settings as parameters."""
-        name = os.environ.get("SLURM_JOB_ID", directory.name)
-        if self.lineage.parent:
-            name = f"{name} {self.lineage.stage}"
+        tags = {MLFLOW_PARENT_RUN_ID: self.track.parent} if self.track.parent else {}
 
         def create(experiment: str) -> str:
             number = patiently(lambda: self._experiment_id(experiment), self.patience)
-            return str(patiently(lambda: self.client.create_run(number, run_name=name), self.patience).info.run_id)
+            run = patiently(lambda: self.client.create_run(number, run_name=self.run_name, tags=tags), self.patience)
+            return str(run.info.run_id)
 
         self.experiment, run_id = own(self.experiment, create)
         params = [Param(key, text) for key, text in flatten(settings).items()]
@@ -185,11 +201,14 @@ class Tracker:
         """Says that the run goes on, and where; once a start."""
         if not self._announced:
             self.client.update_run(self.run_id, status="RUNNING")
-            known = {tag: os.environ[name] for tag, name in TAGS.items() if name in os.environ} | self.lineage.tags
-            self.client.log_batch(self.run_id, tags=[RunTag(tag, text) for tag, text in known.items()])
+            self.tag(self.tags)
             if inputs := self.lineage.inputs:
                 self.client.log_inputs(self.run_id, inputs)
             self._announced = True
+
+    def tag(self, tags: Mapping[str, str]) -> None:
+        """Sets tags of the run."""
+        self.client.log_batch(self.run_id, tags=[RunTag(name, text) for name, text in tags.items()])
 
     def log(self, records: list[Mapping[str, float]]) -> None:
         """Logs records, each with its `step` and `time` (seconds since 1970); one that is logged twice counts once."""

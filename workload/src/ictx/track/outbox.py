@@ -34,12 +34,12 @@ class Sink(Protocol):
 
 
 class Outbox:
-    """The records of metrics.jsonl behind the step in `note`, on their way to a sink."""
+    """The records of metrics.jsonl behind the step in `note`, on their way to a sink; without a note, all of them."""
 
-    def __init__(self, sink: Sink, metrics: MetricsFile, note: Path, resumed_from: int) -> None:
+    def __init__(self, sink: Sink, metrics: MetricsFile, note: Path | None, resumed_from: int) -> None:
         """Takes up what an earlier start of the run could not send."""
         self.sink, self.note = sink, note
-        self.sent = min(_step(note), resumed_from)
+        self.sent = min(_step(note), resumed_from) if note else 0
         self.waiting: list[Mapping[str, float]] = [*metrics.after(self.sent)]
         self._away = False
 
@@ -56,7 +56,8 @@ class Outbox:
         self.sent = int(due[-1]["step"])
         self.waiting = self.waiting[len(due) :]
         try:
-            write_whole(self.note, f"{self.sent}\n")
+            if self.note:
+                write_whole(self.note, f"{self.sent}\n")
         except OSError as error:
             # The next start sends them again, which changes nothing.
             print(f"cannot write {self.note}: {error.strerror}", flush=True)

@@ -13,6 +13,14 @@ from ictx.folder import write_whole
 from ictx.manifest import open_regular
 
 
+def read_records(path: Path) -> list[dict[str, float]]:
+    """Returns the records of a run so far; a crash, or a full disk, may have left lines that are none."""
+    if not os.path.lexists(path):
+        return []
+    with open_regular(path) as file:
+        return [record for line in file if (record := _record(line))]
+
+
 class MetricsFile:
     """metrics.jsonl: one record a line, each step once however often the run restarts."""
 
@@ -25,14 +33,7 @@ class MetricsFile:
     def rewind(self, step: int) -> None:
         """Removes the records of later steps."""
         self._late = [record for record in self._late if record["step"] <= step]
-        write_whole(self.path, "".join(_line(record) for record in self._records() if record["step"] <= step))
-
-    def _records(self) -> list[dict[str, float]]:
-        """Returns the records; a crash, or a full disk, may have left lines that are none."""
-        if not os.path.lexists(self.path):
-            return []
-        with open_regular(self.path) as file:
-            return [record for line in file if (record := _record(line))]
+        write_whole(self.path, "".join(_line(record) for record in read_records(self.path) if record["step"] <= step))
 
     def append(self, record: Mapping[str, float]) -> None:
         """Adds a record of finite numbers. On a full disk it waits for the next one: training goes on."""
@@ -48,7 +49,7 @@ class MetricsFile:
 
     def after(self, step: int) -> list[dict[str, float]]:
         """Returns the records of later steps."""
-        return [record for record in self._records() if record["step"] > step]
+        return [record for record in read_records(self.path) if record["step"] > step]
 
 
 def _append(path: Path, content: bytes) -> None:

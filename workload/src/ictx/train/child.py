@@ -10,6 +10,7 @@ from typing import Any, cast
 from ictx.errors import UserError
 from ictx.parallel import Layout
 from ictx.settings import build, typed
+from ictx.track.config import DEFAULTS
 from ictx.train.config import LoopConfig, RunConfig, StageConfig
 from ictx.train.init import Parent, inherited, take
 from ictx.train.ranks import Ranks, on_first
@@ -64,7 +65,7 @@ def main(kind: type[Child], content: Mapping[str, Any]) -> int:
     init, run = given.get("init"), given.get("run", RunConfig())
     if not init:
         raise UserError("init is needed: --set init=models:/NAME@ALIAS, models:/NAME/VERSION or run:/FOLDER")
-    with begun(run, given.get("parallel", Layout())) as (ranks, directory):
+    with begun(run, given.get("parallel", Layout()), given.get("track", DEFAULTS)) as (ranks, directory):
         parent = on_first(lambda: take(init, directory, run.tracking_patience))
         config = build(kind.settings, kind.completed(content, parent))
         return kind(config, parent).conduct(ranks, directory)

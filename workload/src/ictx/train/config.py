@@ -13,6 +13,7 @@ from ictx.model import ModelConfig
 from ictx.parallel import MODES, Layout
 from ictx.parallel.float8 import RECIPES
 from ictx.settings import build, config_path, load_yaml, override, shown
+from ictx.track.config import TrackConfig
 
 DTYPES = ("float32", "bfloat16")
 OPTIMIZERS = ("adamw", "muon")
@@ -203,6 +204,8 @@ class StageConfig:
     """The optimizer."""
     run: RunConfig = field(default_factory=RunConfig)
     """The results."""
+    track: TrackConfig = field(default_factory=TrackConfig)
+    """The run in MLflow and W&B."""
 
     def __post_init__(self) -> None:
         if self.train.sequence_length > self.model.max_position_embeddings:

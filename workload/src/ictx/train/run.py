@@ -21,6 +21,8 @@ from ictx.metrics import flops_per_token, model_flops_utilisation, peak_flops, w
 from ictx.parallel import Layout, float8
 from ictx.parallel.communication import COLLECTIVES
 from ictx.stopwatch import Stopwatch
+from ictx.track import wandb
+from ictx.track.config import TrackConfig
 from ictx.track.journal import Journal
 from ictx.train.checkpoint import MODEL_FILE, Checkpoints
 from ictx.train.config import RunConfig, StageConfig
@@ -220,7 +222,7 @@ def new_journal(stage: Stage, config: StageConfig, ranks: Ranks, directory: Path
             journals.append(
                 Journal(
                     ranks.first, directory, run.experiment, settings, resumed_from, run.tracking_patience,
-                    lineage=lineage(stage),
+                    lineage=lineage(stage), track=config.track,
                 )
             )  # fmt: skip
 
@@ -246,16 +248,17 @@ def main(stage: Stage, config: StageConfig) -> int:
 
     Raises UserError naming a setting, a path or the step at which the loss stopped being a number.
     """
-    with begun(config.run, config.parallel) as (ranks, directory):
+    with begun(config.run, config.parallel, config.track) as (ranks, directory):
         return conduct(stage, config, ranks, directory)
 
 
 @contextmanager
-def begun(settings: RunConfig, layout: Layout) -> Iterator[tuple[Ranks, Path]]:
+def begun(settings: RunConfig, layout: Layout, track: TrackConfig) -> Iterator[tuple[Ranks, Path]]:
     """Joins the ranks and keeps the run's folder for them; yields both. Raises UserError."""
     directory = settings.dir
     if directory is None:
         raise UserError("run.dir is needed: --set run.dir=FOLDER")
+    wandb.check(track)
     with explained(directory), joined(layout) as ranks, locked(directory, ranks.first):
         yield ranks, directory
 

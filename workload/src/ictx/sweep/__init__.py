@@ -1,0 +1,1 @@
+"""Sweeps: many short runs of one stage, whose settings Optuna chooses; any number of workers on any nodes."""

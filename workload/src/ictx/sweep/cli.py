@@ -1,0 +1,142 @@
+"""The command line of sweeps: `ictx sweep`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+from typing import Any
+
+from ictx.errors import UserError
+from ictx.sweep.config import SweepConfig, load
+
+EXAMPLES = """
+`ictx sweep CONFIG` starts the configuration's `parallel` workers here and waits for them. `run` is one worker: start as
+many as you like, where you like, on the same folder. A trial whose worker is lost, and one that crashes, goes on from
+its last checkpoint. SIGTERM saves a checkpoint and ends with status 75. `status` lists the trials, `best` names the
+best one. `trial` trains once, with the settings that somebody else chose: the command of a W&B agent, as in
+sweep/tiny-wandb.yaml.
+
+examples:
+  ictx sweep sweep/tiny.yaml --set dir=sweeps/1 --train data.dir=data/0123456789abcdef
+  ictx sweep run sweep/tiny.yaml --set dir=sweeps/1 --train data.dir=data/0123456789abcdef
+  ictx sweep best sweep/tiny.yaml --set dir=sweeps/1
+  ictx sweep trial sweep/tiny.yaml --set dir=sweeps/1 --train data.dir=data/… optimizer.learning_rate=0.003
+"""
+ACTIONS = ("start", "run", "status", "best", "trial")
+
+
+def register(areas: Any) -> None:
+    """Adds `sweep` to the areas of the command line."""
+    sweep = areas.add_parser(
+        "sweep",
+        help="search for the best settings of a stage of training",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="ictx sweep [run|status|best|trial] CONFIG [--set KEY=VALUE] [--train SECTION.KEY=VALUE …]",
+    )
+    sweep.add_argument("action", nargs="?", choices=ACTIONS, default="start", help="what to do; all of it unless given")
+    sweep.add_argument("config", metavar="CONFIG", help="YAML file, here or below the shipped configs")
+    sweep.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="replace a setting of the sweep")
+    sweep.add_argument(
+        "--train",
+        action="extend",
+        nargs="*",
+        default=[],
+        metavar="SECTION.KEY=VALUE",
+        help="settings of every run, besides those in the configuration",
+    )
+    sweep.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """`ictx sweep`."""
+    action, config = arguments.action, load(arguments.config, arguments.set, arguments.train)
+    if action == "start":
+        given = [*(f"--set={each}" for each in arguments.set), *(f"--train={each}" for each in arguments.train)]
+        return _start(config, [arguments.config, *given])
+    if action == "trial":
+        return _trial(config)
+    # Optuna, MLflow and matplotlib take seconds to import.
+    from ictx.sweep.study import Sweep
+
+    if action == "run":
+        from ictx.sweep.worker import Worker
+
+        return Worker(Sweep(config)).work()
+    from ictx.sweep.report import summary, table
+
+    assert config.dir
+    if not (config.dir / "journal").exists():
+        raise UserError(f"{config.dir} holds no sweep")
+    sweep = Sweep(config, reading=True)
+    if action == "status":
+        print(table(sweep))
+        return 0
+    if not (best := sweep.best()):
+        raise UserError(f"no trial of {config.name} has gone to its end yet")
+    print(summary(sweep, best))
+    return 0
+
+
+def _trial(config: SweepConfig) -> int:
+    """Becomes the training with the values that somebody else chose."""
+    from ictx.sweep.report import Parent
+    from ictx.sweep.study import Sweep
+    from ictx.sweep.worker import training
+
+    sweep = Sweep(config, reading=True)
+    name = os.environ.get("WANDB_RUN_ID") or os.environ.get("SLURM_JOB_ID") or str(os.getpid())
+    with sweep.exclusive():
+        parent = Parent(sweep)
+    command = training(config, sweep.folder / f"agent-{name}", {}, parent.run_id)
+    sys.stdout.flush()
+    os.execvp(command[0], command)
+
+
+def _start(config: SweepConfig, arguments: list[str]) -> int:
+    """Runs the workers of this machine to their end; returns 0, or the first status that is not."""
+    shares = _shares(config.parallel)
+    workers = [_worker(arguments, share) for share in shares]
+
+    def stop(*_: Any) -> None:
+        for worker in workers:
+            worker.send_signal(signal.SIGTERM)
+
+    signal.signal(signal.SIGTERM, stop)
+    left, statuses = config.retries, []
+    while workers:
+        pid, raw = os.wait()
+        number = next(number for number, worker in enumerate(workers) if worker.pid == pid)
+        workers.pop(number).returncode = status = os.waitstatus_to_exitcode(raw)
+        share = shares.pop(number)
+        if status < 0 and left:
+            print(f"a worker ended with signal {-status}: another one goes on", flush=True)
+            left -= 1
+            shares.append(share)
+            workers.append(_worker(arguments, share))
+        else:
+            statuses.append(status)
+    return next((status if status > 0 else 1 for status in statuses if status), 0)
+
+
+def _worker(arguments: list[str], share: str | None) -> subprocess.Popen[bytes]:
+    gpus = {} if share is None else {"CUDA_VISIBLE_DEVICES": share}
+    return subprocess.Popen([sys.executable, "-m", "ictx", "sweep", "run", *arguments], env=os.environ | gpus)
+
+
+def _shares(workers: int) -> list[str | None]:
+    """Returns the GPUs of each worker; None for each where there are none. Raises UserError for too few."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        import torch
+
+        visible = ",".join(map(str, range(torch.cuda.device_count())))
+    gpus = [each for each in visible.split(",") if each]
+    if not gpus:
+        return [None] * workers
+    if len(gpus) < workers:
+        raise UserError(f"parallel is {workers}, but there are {len(gpus)} GPUs: --set parallel={len(gpus)}")
+    return [",".join(gpus[number::workers]) for number in range(workers)]

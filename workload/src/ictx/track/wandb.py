@@ -1,0 +1,264 @@
+"""The Weights & Biases side of a run: one W&B run however often the job restarts. Training never waits for it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import re
+import secrets
+import shutil
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ictx.errors import UserError
+from ictx.folder import write_whole
+from ictx.track.config import MODES, TrackConfig
+
+T = TypeVar("T")
+INIT_SECONDS = 30.0
+"""After so long without an answer to the start of an online run, it becomes an offline one."""
+STOP_SECONDS = 10.0
+"""So long a run that was stopped, or failed, waits for the upload's end: a job's grace period is short."""
+EXIT_CODES = {"FINISHED": 0, "FAILED": 1, "KILLED": 75}
+
+
+def check(track: TrackConfig) -> None:
+    """Raises UserError for `online` without an API key: to be called before a run takes anything."""
+    if _wanted(track) == "online":
+        mode(track)
+
+
+def mode(track: TrackConfig) -> str:
+    """Returns `online`, `offline` or `disabled`. Raises UserError for `online` without an API key."""
+    wanted = _wanted(track)
+    if wanted not in ("auto", "online"):
+        return wanted
+    if _has_key():
+        return "online"
+    if wanted == "online":
+        raise UserError(
+            "track.wandb is online, but there is no W&B API key: set WANDB_API_KEY in the environment, run `wandb "
+            "login`, or give --set track.wandb=offline"
+        )
+    return "offline"
+
+
+def _wanted(track: TrackConfig) -> str:
+    if track.wandb != "auto":
+        return track.wandb
+    wanted = os.environ.get("WANDB_MODE", "auto")
+    return wanted if wanted in MODES else "offline"
+
+
+def _has_key() -> bool:
+    """Returns whether `wandb` finds a key, or token, for its server; it asks nobody for one."""
+    wandb = _library()
+    from wandb.sdk.lib import wbauth
+
+    try:
+        return bool(wbauth.authenticate_session(host=wandb.setup().settings.base_url, source="ictx", prompt=False))
+    except Exception as error:
+        # The message describes the key's form, without the key.
+        raise UserError(f"W&B: {str(error).splitlines()[0]}") from error
+
+
+def _library() -> Any:
+    """Imports `wandb`, which takes a second: only runs that are tracked there wait for it."""
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+    os.environ.setdefault("WANDB_SILENT", "true")
+    import wandb
+
+    return wandb
+
+
+def _end_client() -> None:
+    """Ends W&B's process, which would go on trying: it has the run's output open, and a job waits for that."""
+    from wandb.sdk import wandb_setup
+
+    with contextlib.suppress(AttributeError):  # there is no public way that does not wait for the upload
+        wandb_setup._singleton._connection._proc._process.kill()  # type: ignore[union-attr]
+
+
+def _run_id(note: Path) -> str:
+    """Returns the W&B run that a folder belongs to; a W&B agent chooses it for new ones."""
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        if re.fullmatch("[0-9A-Za-z_-]{1,64}", found := note.read_text().strip()):
+            return found
+    run_id = os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
+    write_whole(note, run_id + "\n")
+    return run_id
+
+
+@dataclass
+class Description:
+    """What W&B shows of a run besides its metrics."""
+
+    name: str
+    experiment: str
+    settings: Mapping[str, Any]
+    """Of the run, nested."""
+    links: Mapping[str, str] = field(default_factory=dict)
+    """To the same run elsewhere."""
+    tags: Mapping[str, str] = field(default_factory=dict)
+
+
+class WandbSink:
+    """Logs to W&B's server, or to a folder that `wandb sync` uploads: the sink of an outbox.
+
+    W&B's client runs in a process of its own, and everything that talks to it in a thread of its own: a server that
+    is slow, blocks or fails costs the run nothing but the upload.
+    """
+
+    name, failure = "W&B", RuntimeError
+
+    def __init__(self, directory: Path, track: TrackConfig, about: Description, patience: float) -> None:
+        """Goes on with the run whose id `directory` keeps, or begins one; `patience` seconds are for its end.
+
+        Raises UserError for `online` without an API key, and for a mode that W&B does not have.
+        """
+        self.mode = mode(track)
+        self.directory, self.track, self.about, self.patience = directory, track, about, patience
+        self.run_id = _run_id(directory / "wandb_run_id")
+        self.url = ""
+        """Of the run's page, once that is known."""
+        self.folder = directory / "wandb"
+        self._run: Any = None
+        self._next_step, self._left = 0, False
+        self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
+        self._calls.put(self._begin)
+        self._thread.start()
+
+    @property
+    def path(self) -> str:
+        """What W&B calls the run: ENTITY/PROJECT/ID, without an entity where that is the key's default."""
+        return "/".join(filter(None, (self._entity, self._project, self.run_id)))
+
+    @property
+    def tags(self) -> dict[str, str]:
+        """What other trackers note about the run here."""
+        return {"wandb.run_id": self.run_id, "wandb.path": self.path} | ({"wandb.url": self.url} if self.url else {})
+
+    @property
+    def _project(self) -> str:
+        return self.track.project or os.environ.get("WANDB_PROJECT") or re.sub(r"[/\\#?%:]", "-", self.about.experiment)
+
+    @property
+    def _entity(self) -> str | None:
+        return self.track.entity or os.environ.get("WANDB_ENTITY")
+
+    def log(self, records: list[Mapping[str, float]]) -> None:
+        """Hands records over, each with its `step` and `time` (seconds since 1970)."""
+        self._calls.put(lambda: self._log(records))
+
+    def finish(self, status: str) -> None:
+        """Ends the run as FINISHED, FAILED or KILLED, and prints where it is."""
+        self._calls.put(lambda: self._run.finish(exit_code=EXIT_CODES[status]))
+        self._calls.put(None)
+        self._thread.join(self.patience if status == "FINISHED" else STOP_SECONDS)
+        if self._thread.is_alive():
+            self._left = True
+            print(f"W&B does not answer: upload what it has not got with: wandb sync {self.folder}", flush=True)
+            _end_client()
+        elif self.url:
+            print(f"W&B: {self.url}", flush=True)
+        elif self._run:
+            print(f"W&B: an offline run; upload it with: wandb sync {self.folder}", flush=True)
+
+    def patiently(self, call: Callable[[], T]) -> T:
+        """Returns the call's result: no call here fails because the server is away."""
+        return call()
+
+    def reason(self, error: Exception) -> str:
+        """Returns what went wrong, in one line."""
+        return str(error).partition("\n")[0] or type(error).__name__
+
+    def _work(self) -> None:
+        """Does one call after the other; after one that fails, none: the next start sends what is missing."""
+        while call := self._calls.get():
+            try:
+                call()
+            except Exception as error:
+                if not self._left:
+                    print(f"W&B: {self.reason(error)}: not tracked there until the next start", flush=True)
+                    _end_client()
+                self._run = None
+                return
+
+    def _begin(self) -> None:
+        try:
+            self._run = self._init()
+        except Exception as error:
+            if self.mode == "offline":
+                raise
+            print(f"W&B does not answer ({self.reason(error)}): the run is tracked offline", flush=True)
+            self.mode = "offline"
+            # The client still holds the run for the server.
+            _end_client()
+            with contextlib.suppress(Exception, SystemExit):  # it exits with the status of the process
+                _library().teardown(1)
+            self._run = self._init()
+        self._next_step = self._run.starting_step
+        self.url = self._run.url or ""
+
+    def _init(self) -> Any:
+        # Its client keeps logs: here rather than in the home directory, which a container may lack.
+        os.environ.setdefault("WANDB_CACHE_DIR", str(self.folder / "client"))
+        wandb = _library()
+        online = self.mode == "online"
+        # An offline run is written anew at each start, from metrics.jsonl: what the end of a process may have cut off
+        # is in it, and uploading it again replaces what was uploaded.
+        for left in self.folder.glob(f"offline-run-*-{self.run_id}"):
+            shutil.rmtree(left, ignore_errors=True)
+        settings = wandb.Settings(
+            mode=self.mode,
+            root_dir=str(self.directory),
+            project=self._project,
+            entity=self._entity,
+            run_id=self.run_id,
+            run_name=self.about.name,
+            run_group=self.track.group,
+            run_notes=" ".join(self.about.links.values()) or None,
+            run_tags=tuple(f"{name}:{value}"[:64] for name, value in self.about.tags.items()),
+            resume="allow" if online else None,
+            reinit="create_new",
+            init_timeout=INIT_SECONDS,
+            finish_timeout=self.patience or STOP_SECONDS,
+            # Metrics and settings, and nothing of the machine, its console, its code and its packages.
+            host="",
+            console="off",
+            silent=True,
+            symlink=False,
+            disable_code=True,
+            disable_git=True,
+            disable_job_creation=True,
+            save_code=False,
+            x_disable_machine_info=True,
+            x_disable_meta=True,
+            x_disable_stats=True,
+            x_save_requirements=False,
+        )
+        config = {**_plain(self.about.settings), "links": dict(self.about.links), "tags": dict(self.about.tags)}
+        return wandb.init(config=config, allow_val_change=True, settings=settings)
+
+    def _log(self, records: list[Mapping[str, float]]) -> None:
+        for record in records:
+            step = int(record["step"])
+            if step < self._next_step:  # the server has it from an earlier start
+                continue
+            metrics = {name: value for name, value in record.items() if name not in ("step", "time")}
+            self._run.log({**metrics, "_timestamp": record["time"]}, step=step)
+            self._next_step = step + 1
+
+
+def _plain(value: Any) -> Any:
+    """Returns settings as JSON has them."""
+    if isinstance(value, Mapping):
+        return {str(name): _plain(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    return value if isinstance(value, int | float | str | None) else str(value)
