@@ -215,7 +215,16 @@ def measured_nodes(
         if name in found:
             kinds[json.dumps(found[name])].append(name)
     entries = [{"nodes": _filter("compress_nodes")(nodes)} | json.loads(kind) for kind, nodes in kinds.items()]
-    return str(yaml.safe_dump({"slurm_measured_nodes": entries}, sort_keys=False, width=130)).rstrip()
+    text = yaml.dump({"slurm_measured_nodes": entries}, Dumper=_Indented, sort_keys=False, width=130)
+    return str(text).rstrip()
+
+
+class _Indented(yaml.SafeDumper):
+    """Indents lists, as this repository's files have them."""
+
+    def increase_indent(self, flow: bool = False, indentless: bool = False) -> None:
+        """Never without an indent."""
+        super().increase_indent(flow, False)
 
 
 class FilterModule:
