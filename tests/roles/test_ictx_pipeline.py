@@ -129,6 +129,18 @@ def test_a_chain_begins_with_a_version_that_exists_already(queue: Queue) -> None
     assert "sft comes after extend, which is not started" in done.stderr
     assert queue("run", "--from", "sft", "--to", "sft", "--set", "sft.init=models:/ictx-1b/7").returncode == 0
     assert queue.submitted() == ["--parsable sft.sbatch init=models:/ictx-1b/7"]
+    # What comes before it is not made up for.
+    queue.ends(11, "COMPLETED", model_name="ictx-1b", model_version="8")
+    (queue.folder / "stages.json").write_text(
+        json.dumps(
+            {
+                "runs": str(queue.folder / "runs"),
+                "stages": [{"name": "extend", "after": ""}, {"name": "sft", "after": "extend"}],
+            }
+        )
+    )
+    assert queue("run").stdout.startswith("extend: not needed, sft began from another model\nsft: done, job 11\n")
+    assert queue.submitted() == []
 
 
 def test_other_settings_run_a_stage_again_unless_its_job_is_on_its_way(queue: Queue) -> None:
