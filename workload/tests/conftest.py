@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -32,6 +34,24 @@ train: {{steps: 120, sequence_length: 32, batch_size: 8, dtype: float32, log_eve
 optimizer: {{learning_rate: 1.0e-2, warmup_steps: 4}}
 run: {{model_name: ictx-test}}
 """
+CHAT_SETTINGS = """
+data: {kind: sft}
+train: {steps: 12, sequence_length: 192, batch_size: 4, dtype: float32, log_every: 1, validate_every: 6,
+        validation_windows: 8, checkpoint_every: 4, recompute: none}
+optimizer: {learning_rate: 3.0e-3, warmup_steps: 2}
+run: {model_name: "", experiment: sft}
+"""
+ANSWERS = ["Yes.", "No, it is not.", "Perhaps; who knows, grün?", "Ask again later, when more is known."]
+
+
+def conversation(number: int) -> dict[str, Any]:
+    turns = [
+        {"role": "user", "content": f"Is {number} even? <|im_end|>"},
+        {"role": "assistant", "content": f"{ANSWERS[number % 4]} {number}"},
+        {"role": "user", "content": "Sure?"},
+        {"role": "assistant", "content": ANSWERS[number % 3]},
+    ]
+    return {"messages": turns[: 2 + 2 * (number % 2)]}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -129,3 +149,44 @@ def prepared(commands: Commands, corpus: Path) -> Path:
     ended = commands.run("data", "prepare", "--config", config, "--corpus", corpus, "--out", out, "--link", link)
     assert ended.status == 0, ended.err
     return link
+
+
+@pytest.fixture(scope="session")
+def parent(commands: Commands, prepared: Path) -> Path:
+    """A run of a few steps, for stages that begin with a trained model."""
+    run = commands.folder / "parent"
+    ended = commands.run(*commands.pretrain(run, prepared, "train.steps=30", "run.model_name="))
+    assert ended.status == 0, ended.err
+    return run
+
+
+@pytest.fixture(scope="session")
+def chats(commands: Commands) -> Path:
+    """Conversations, prepared for fine-tuning with the settings in `sft.yaml`."""
+    config, file = commands.folder / "sft.yaml", commands.folder / "chats.jsonl"
+    config.write_text(CHAT_SETTINGS)
+    file.write_text("".join(json.dumps(conversation(number)) + "\n" for number in range(120)))
+    out, link = commands.folder / "chats", commands.folder / "chats-link"
+    words = ["--config", config, "--corpus", file, "--out", out, "--link", link, "--set=data.validation_share=0.2"]
+    ended = commands.run("data", "prepare", *words)
+    assert ended.status == 0, ended.err
+    return link
+
+
+@pytest.fixture
+def tune(
+    commands: Commands, parent: Path, chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Path]:
+    """Fine-tunes in a folder of its own, which it returns."""
+    from ictx.train.child import main
+    from ictx.train.config import read
+    from ictx.train.sft import Tuning
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", commands.tracking_uri)
+
+    def run(name: str, *settings: str) -> Path:
+        wanted = [f"init=run:{parent}", f"run.dir={tmp_path / name}", f"data.dir={chats}", *settings]
+        assert main(Tuning, read(str(commands.folder / "sft.yaml"), wanted)) == 0
+        return tmp_path / name
+
+    return run

@@ -11,12 +11,16 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from ictx.data.chat.template import Template
 from ictx.errors import UserError
-from ictx.infer.chat import render
 from ictx.infer.vocabulary import Vocabulary
 
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}
 TEXT = 'grün <&> "x"'
+
+
+def render(template: Any, text: str, special: dict[str, str]) -> str:
+    return Template(template, special).render([{"role": "user", "content": text}], add_generation_prompt=True)[0]
 
 
 def theirs(template: Any) -> str:

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -189,13 +190,17 @@ def test_validation_has_the_same_windows_at_any_number_of_ranks(
 ) -> None:
     config = short(commands, prepared, tmp_path, f"train.validation_windows={windows}")
     data, seen = TokenArray.open(prepared, "validation"), set[tuple[int, frozenset[bytes]]]()
+
+    def read(numbers: Sequence[int]) -> Batch:
+        return Batch.of([data.window(number, 32) for number in numbers])
+
     for count in (1, 2, 3, 8):
         batches: list[Batch] = []
 
         totals = [0.0, 0.0]
         for rank in range(count):
             ranks: Any = OneOf(rank, count)
-            Validation(data, config.train, ranks).examine(Transformer(config.model), Sums(batches))
+            Validation(data.windows(32), read, config.train, ranks).examine(Transformer(config.model), Sums(batches))
             totals = [total + own for total, own in zip(totals, ranks.summed, strict=True)]
         rows = [row.numpy().tobytes() for batch in batches for row in batch.input_ids[batch.labels[:, 0] >= 0]]
         assert len(rows) == min(windows, data.windows(32)) == totals[1] / 32

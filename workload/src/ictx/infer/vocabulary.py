@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
@@ -16,6 +16,9 @@ from ictx.folder import read_text
 from ictx.model.hf_config import read_object
 from ictx.model.hf_generation import Generation
 from ictx.settings import shown
+
+if TYPE_CHECKING:
+    from ictx.data.chat.template import Template
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,15 @@ class Vocabulary:
         template = read_text(template_file) if template_file.exists() else settings.get("chat_template")
         return cls(tokenizer, Generation.read(directory).stop, template, special)
 
+    def template(self, file: Path | None = None) -> Template:
+        """Returns the chat template, or that of another file. Raises UserError where there is none."""
+        from ictx.data.chat.template import Template  # jinja2, which few commands need
+
+        source = read_text(file) if file else self.chat_template
+        if source is None:
+            raise UserError("the checkpoint has no chat template: give the file of one as chat_template")
+        return Template(source, self.special)
+
     def encode(self, text: str, chat: bool) -> list[int]:
         """Returns the tokens of a text, or of a chat in which a user has said it. Raises UserError.
 
@@ -52,9 +64,7 @@ class Vocabulary:
         if chat and self.chat_template is None:
             raise UserError("the checkpoint has no chat template: leave --chat out")
         if chat:
-            from ictx.infer.chat import render
-
-            text = render(self.chat_template, text, self.special)
+            text, _ = self.template().render([{"role": "user", "content": text}], add_generation_prompt=True)
         try:
             text.encode()
         except UnicodeEncodeError as error:

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ictx.model.config import MoeConfig
 from ictx.model.context import Context
@@ -43,11 +44,15 @@ class FeedForward(nn.Module):
         if x_bsd.shape[:-1].numel() <= tokens:
             return cast(Tensor, self.down_proj(self.product(self.gate_proj(x_bsd), self.up_proj(x_bsd))))
         x_nd = x_bsd.flatten(0, -2)
-        if torch.is_grad_enabled():
-            weights = self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight
+        projections = self.gate_proj, self.up_proj, self.down_proj
+        if torch.is_grad_enabled() and not any(getattr(each, "adapted", False) for each in projections):
+            weights = [each.weight for each in projections]
             return cast(Tensor, _InParts.apply(x_nd, *weights, tokens)).view_as(x_bsd)  # type: ignore[no-untyped-call]
-        # Through the modules: their magnitudes can be watched.
-        return torch.cat([self(part[None])[0] for part in torch.split(x_nd, tokens)]).view_as(x_bsd)
+        # Through the modules: their magnitudes can be watched, and they may be others than linear ones (LoRA).
+        parts = torch.split(x_nd, tokens)
+        if torch.is_grad_enabled():
+            return torch.cat([checkpoint(self, part, use_reentrant=False) for part in parts]).view_as(x_bsd)
+        return torch.cat([self(part[None])[0] for part in parts]).view_as(x_bsd)
 
 
 class _InParts(torch.autograd.Function):

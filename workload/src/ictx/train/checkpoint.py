@@ -219,6 +219,8 @@ def load_model(path: Path) -> Transformer:
     state: dict[str, Any] = {"model": model.state_dict()}
     reader = SafeReader(path, files, bool(entries))
     reader.open()
+    if any(".lora_" in name for name in reader.index.state_dict_metadata if name.startswith("model.")):
+        raise UserError(f"checkpoint {path} has an adapter (train.lora): take the run's export, where it is merged")
     try:
         load(state, storage_reader=reader, planner=SafePlanner(), no_dist=True)
     except CheckpointException as error:

@@ -31,6 +31,19 @@ examples:
       --set data.dir=data/… --set model.yarn.factor=4 --set train.sequence_length=512
 """
 
+SFT_EXAMPLES = """
+Data is what `ictx data prepare` makes with the same configuration. The loss is that of the answers alone, which the
+chat template marks with {% generation %}; a window holds several conversations that do not see each other. With
+train.lora small matrices are trained; run.dir/export has them merged, run.dir/adapter apart, as PEFT reads them.
+
+examples:
+  ictx data prepare --config sft/tiny.yaml --corpus stdlib --out data --link data/sft
+  ictx train sft --config sft/tiny.yaml --set init=models:/ictx-tiny@candidate --set run.dir=runs/5 \\
+      --set data.dir=data/sft
+  ictx train sft --config sft/ictx-1b.yaml --set init=run:/shared/runs/me/18 --set run.dir=runs/6 \\
+      --set data.dir=data/sft --set train.lora='{rank: 16, alpha: 32}'
+"""
+
 DPO_EXAMPLES = """
 data.dir is what `ictx data prepare --config dpo/…` printed. Up to 32,768 tokens TRL trains (pip install trl), beyond
 that our own loop does; dpo.engine chooses. Rewards are relative to the parent, or to dpo.reference.
@@ -50,6 +63,7 @@ def register(areas: Any) -> None:
     train = areas.add_parser("train", help="training").add_subparsers(metavar="COMMAND", required=True)
     _add(train, "pretrain", run_pretrain, "train a model from the start, export and register it", PRETRAIN_EXAMPLES)
     _add(train, "extend", run_extend, "teach a trained model longer contexts", EXTEND_EXAMPLES)
+    _add(train, "sft", run_sft, "teach a trained model the answers of conversations", SFT_EXAMPLES)
     _add(train, "dpo", run_dpo, "make preferred answers likelier than rejected ones", DPO_EXAMPLES)
 
 
@@ -82,6 +96,14 @@ def run_extend(arguments: argparse.Namespace) -> int:
     from ictx.train.extend import Extension
 
     return _train(arguments, lambda content: main(Extension, content))
+
+
+def run_sft(arguments: argparse.Namespace) -> int:
+    """`ictx train sft`."""
+    from ictx.train.child import main
+    from ictx.train.sft import Tuning
+
+    return _train(arguments, lambda content: main(Tuning, content))
 
 
 def run_dpo(arguments: argparse.Namespace) -> int:

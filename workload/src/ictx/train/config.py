@@ -72,6 +72,36 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True)
+class LoraConfig:
+    """Small matrices that are trained in place of the model's own (arXiv:2106.09685)."""
+
+    rank: int = 16
+    """Width of the matrices."""
+    alpha: float = 32.0
+    """What they add is weighted by alpha / rank."""
+    dropout: float = 0.0
+    """Share of their inputs that is left out in training."""
+    targets: tuple[str, ...] | None = None
+    """Names of the layers' matrices that get them, such as q_b_proj and o_proj; all of attention and feed-forward
+    unless given."""
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"rank is {self.rank}: expected 1 or more")
+        if not 0 < self.alpha < math.inf:
+            raise ValueError(f"alpha is {self.alpha}: expected more than 0")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is {self.dropout}: expected 0 or more, and less than 1")
+        if self.targets == ():
+            raise ValueError("targets is empty: expected names of matrices, or none for all")
+
+    @property
+    def scale(self) -> float:
+        """Factor on what the matrices add."""
+        return self.alpha / self.rank
+
+
+@dataclass(frozen=True)
 class LoopConfig:
     """How long, on how much, how often."""
 
@@ -125,6 +155,8 @@ class LoopConfig:
     """Skip steps whose loss or gradient is so many standard deviations above those of the last ones; 0: none."""
     timeout: float = 600.0
     """Seconds after which a rank that does not take part in a step ends the job; a little before, it is named."""
+    lora: LoraConfig | None = None
+    """Train small matrices beside the frozen ones, with a parent (`init`) only."""
     profile: int = 0
     """Steps to trace, after the first ones, to run.dir/profile."""
 
@@ -145,6 +177,8 @@ class LoopConfig:
         for name, allowed in {"dtype": DTYPES, "recompute": (*MODES, "auto"), "fp8": ("none", *RECIPES)}.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: expected one of {', '.join(allowed)}")
+        if self.lora and self.fp8 != "none":
+            raise ValueError(f"fp8 is {self.fp8}: expected none with train.lora")
         if self.offload and (self.compile or self.recompute == "none" or self.recompute_layers is not None):
             raise ValueError("offload is true: expected compile: false, and all layers to compute again")
         if self.fp8 != "none" and not (self.compile and self.dtype == "bfloat16"):
@@ -214,6 +248,9 @@ class StageConfig:
                 f"model.max_position_embeddings, {self.model.max_position_embeddings}"
             )
         self.parallel.check_model(self.model.num_attention_heads, self.train.sequence_length)
+        lora = self.train.lora
+        if lora and self.parallel.cp > 1 and "kv_b_proj" in (lora.targets or ("kv_b_proj",)):
+            raise ValueError("train.lora.targets has kv_b_proj: expected others, as parallel.cp reads it as one matrix")
 
 
 @dataclass(frozen=True)
@@ -239,6 +276,8 @@ class PretrainConfig(CorpusConfig):
         super().__post_init__()
         if self.init:
             raise ValueError(f"init is {shown(self.init)}: expected none, as pretraining begins with random weights")
+        if self.train.lora:
+            raise ValueError("train.lora is given: expected none, as pretraining begins with random weights")
 
 
 @dataclass(frozen=True)

@@ -81,8 +81,10 @@ class Parent:
         """
         weights: dict[str, Any] = {}
         on_first(lambda: weights.update(load_pretrained(self.directory, dtype=torch.float32).state_dict()))
-        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-        set_model_state_dict(model, weights, options=options)
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
+        keys = set_model_state_dict(model, weights, options=options)
+        # Its own are those of adapters.
+        assert not keys.unexpected_keys and all(".lora_" in name for name in keys.missing_keys)
 
 
 def take(init: str, run: Path, patience: float = 0.0) -> Parent:

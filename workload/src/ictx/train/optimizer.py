@@ -45,10 +45,11 @@ def new_optimizers(model: Transformer, config: OptimizerConfig, device: torch.de
     Muon's updates are made as long as AdamW's: rate and decay are the same. Embedding, head and experts, whose weights
     have three dimensions, are among the rest.
     """
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
     if config.name == "adamw":
-        return [adamw(model.parameters(), config, device)]
+        return [adamw(trained, config, device)]
     layers = {weight for part in (model.model.layers, model.mtp) for weight in part.parameters() if weight.ndim == 2}
-    matrices = [weight for weight in model.parameters() if weight in layers]
-    rest = [weight for weight in model.parameters() if weight not in layers]
+    matrices = [weight for weight in trained if weight in layers]
+    rest = [weight for weight in trained if weight not in layers]
     muon = torch.optim.Muon(matrices, config.learning_rate, config.weight_decay, adjust_lr_fn="match_rms_adamw")
     return [muon, adamw(rest, config, device)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +39,18 @@ class OnCorpus:
                 f"{self.data_dir} was prepared with vocab_size {data.meta['vocab_size']}, but model.vocab_size is "
                 f"{self.config.model.vocab_size}: prepare the corpus with this configuration"
             )
-        if not validation.windows(loop.sequence_length):
+        windows = validation.windows(loop.sequence_length)
+        if not windows:
             raise UserError(
                 f"{self.data_dir} has no validation window of {loop.sequence_length} tokens: raise "
                 "data.validation_share or prepare a larger corpus"
             )
-        self.validation = Validation(validation, loop, ranks)
+
+        def read(numbers: Sequence[int]) -> Batch:
+            return Batch.of([validation.window(number, loop.sequence_length) for number in numbers])
+
+        self.validation = Validation(windows, read, loop, ranks)
+        self.unigram_entropy: float = validation.meta["unigram_entropy"]
         self.fingerprint: str = data.meta["fingerprint"]
         self.end_of_text: str = data.meta["end_of_text"][1]
         shares = ranks.data_rank, ranks.data_count
@@ -64,7 +70,7 @@ class OnCorpus:
 
     def conclude(self, result: dict[str, Any]) -> tuple[dict[str, Any], str]:
         """Returns the loss of a model that knows frequencies alone, and how far this one's is from it."""
-        entropy = self.validation.data.meta["unigram_entropy"]
+        entropy = self.unigram_entropy
         change = result["val_loss"] / entropy - 1
         return {"unigram_entropy": entropy}, (
             f"validation loss {result['val_loss']:.3f} nats per token, {abs(change):.0%} "

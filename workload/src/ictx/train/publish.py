@@ -17,6 +17,7 @@ from ictx.folder import write_whole
 from ictx.model.hf import write_pretrained
 from ictx.track.journal import Journal
 from ictx.train.config import StageConfig
+from ictx.train.lora import ADAPTER, merged, write_adapter
 from ictx.train.stage import Stage
 
 
@@ -41,8 +42,13 @@ def publish(
     tracker = journal.tracker
     if tracker is None:
         return
-    directory = config.run.dir / "export"
     dtype = getattr(torch, config.train.dtype)
+    if lora := config.train.lora:
+        weights, learned = merged(weights, lora)
+        assert stage.parent
+        write_adapter(config.run.dir / ADAPTER, learned, lora, stage.parent.directory, dtype)
+        result["adapter_dir"] = str(config.run.dir / ADAPTER)
+    directory = config.run.dir / "export"
     write_pretrained(directory, config.model, weights, stage.vocabulary, dtype, end_of_text=stage.end_of_text)
     name = config.run.model_name
     version = tracker.register(directory, name, config.run.alias) if name else None

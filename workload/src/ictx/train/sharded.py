@@ -10,6 +10,7 @@ from ictx.model import ModelConfig, Transformer
 from ictx.model.transformer import Layer
 from ictx.parallel import float8, memory, parallelize
 from ictx.train.config import LoopConfig
+from ictx.train.lora import adapt, init_adapter
 from ictx.train.ranks import Ranks
 
 
@@ -17,6 +18,8 @@ def sharded_model(config: ModelConfig, loop: LoopConfig, ranks: Ranks) -> Transf
     """Returns the model with the seed's weights, spread over all ranks."""
     with torch.device("meta"):
         model = Transformer(config)
+        if loop.lora:
+            adapt(model, loop.lora)
     model.z_loss_weight = loop.z_loss
     if loop.fp8 != "none":
         float8.check(loop.fp8, ranks.device)
@@ -38,6 +41,8 @@ def sharded_model(config: ModelConfig, loop: LoopConfig, ranks: Ranks) -> Transf
     # Only now is memory taken, on each rank for its own shards.
     model.to_empty(device=ranks.device)
     model.init_weights(loop.seed)
+    if loop.lora:
+        init_adapter(model, loop.seed)
     return model
 
 

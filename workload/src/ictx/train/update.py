@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import zlib
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -61,6 +63,9 @@ class Updater:
 
     def _gradients(self, number: int) -> dict[str, float]:
         """Leaves the gradient of the mean loss over all tokens of all ranks, and returns means over them."""
+        if self.loop.lora and self.loop.lora.dropout:
+            # A step after a resume leaves out what it would have left out.
+            torch.manual_seed(zlib.crc32(f"{self.loop.seed} {number} {self.ranks.rank}".encode()))
         self.watchdog.at(number, "data")
         self.stopwatch.start()
         # All batches at once: what their losses are divided by is known before the first backward.

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
 
 from ictx.data.loader import Batch
-from ictx.data.mix import Mix
-from ictx.data.shards import TokenArray
 from ictx.model import Transformer
 from ictx.model.float16 import by_layer, tracked_amax, warning
 from ictx.train.config import LoopConfig
@@ -29,8 +28,9 @@ class Scored(Protocol):
 class Validation:
     """Windows spread evenly over the validation data: the same ones each time, and at any number of ranks."""
 
-    def __init__(self, data: TokenArray | Mix, loop: LoopConfig, ranks: Ranks) -> None:
-        self.data, self.loop, self.ranks = data, loop, ranks
+    def __init__(self, windows: int, read: Callable[[Sequence[int]], Batch], loop: LoopConfig, ranks: Ranks) -> None:
+        """Args: `read` returns those of `windows` windows that have these numbers."""
+        self.windows, self.read, self.loop, self.ranks = windows, read, loop, ranks
 
     def examine(self, model: Transformer, stage: Scored) -> dict[str, float]:
         """Returns `validation_loss`, the mean over all tokens, and `activation_amax/LAYER`."""
@@ -45,15 +45,14 @@ class Validation:
 
     def _mean(self, model: Transformer, stage: Scored) -> float:
         loop, ranks = self.loop, self.ranks
-        available = self.data.windows(loop.sequence_length)
-        count = min(available, loop.validation_windows)
+        count = min(self.windows, loop.validation_windows)
         each = -(-count // ranks.data_count)
         total, tokens = 0.0, 0.0
         for first in range(0, each, loop.batch_size):
             places = range(first, min(first + loop.batch_size, each))
             numbers = [place * ranks.data_count + ranks.data_rank for place in places]
-            starts = [number % count * (available // count) for number in numbers]
-            batch = Batch.of([self.data.window(start, loop.sequence_length) for start in starts])
+            starts = [number % count * (self.windows // count) for number in numbers]
+            batch = self.read(starts)
             # Every rank does the same number of batches: a sharded forward needs all of them. What is left over is done
             # again, and does not count.
             batch.labels[torch.tensor(numbers) >= count] = -1

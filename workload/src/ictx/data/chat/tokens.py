@@ -1,0 +1,92 @@
+"""Conversations as tokens: what the model reads, and which of it are answers, which it learns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from tokenizers import Encoding, Tokenizer
+
+from ictx.data.chat.forms import Row
+from ictx.data.chat.template import Span, Template
+from ictx.errors import UserError
+
+Tokens = npt.NDArray[np.int32]
+"""A conversation, shape (tokens,): an answer's token as its number, any other token `t` as `-1 - t`."""
+BATCH = 512
+"""Conversations that the library encodes at a time, on all cores."""
+TYPE = np.dtype("<i4")
+
+
+def numbers(tokens: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+    """Returns the tokens' numbers, int64, whichever are answers."""
+    wide = tokens.astype(np.int64)
+    return np.where(wide < 0, -1 - wide, wide)
+
+
+def encoded(rows: Iterable[Row], tokenizer: Tokenizer, template: Template) -> Iterator[Tokens]:
+    """Yields each conversation's tokens, as transformers' `apply_chat_template` gives them and the answers' mask.
+
+    Raises UserError where the template fails, or does not say which parts the model writes.
+    """
+    rest = iter(rows)
+    while batch := list(islice(rest, BATCH)):
+        rendered = [template.render(row["messages"]) for row in batch]
+        encodings = tokenizer.encode_batch([text for text, _ in rendered], add_special_tokens=False)
+        for (_, spans), encoding in zip(rendered, encodings, strict=True):
+            if not spans:
+                raise UserError(
+                    "the chat template does not mark the answers: put {% generation %} and {% endgeneration %} around "
+                    "what the model writes, and give the file as chat_template"
+                )
+            yield _tokens(encoding, spans)
+
+
+def _tokens(encoding: Encoding, spans: list[Span]) -> Tokens:
+    ids, offsets = np.array(encoding.ids, np.int32), np.array(encoding.offsets, np.int64).reshape(-1, 2)
+    answers = np.zeros(len(ids), bool)
+    for start, end in spans:
+        answers |= (offsets[:, 0] < end) & (offsets[:, 1] > start)
+    return np.where(answers, ids, -1 - ids)
+
+
+class Conversations:
+    """Encoded conversations in a file, memory-mapped."""
+
+    def __init__(self, tokens: npt.NDArray[Any], ends: npt.NDArray[np.int64]) -> None:
+        """Args: `tokens` of all, one after the other; `ends` says where each ends."""
+        self.tokens, self.ends = tokens, ends
+        self.sizes = np.diff(ends, prepend=0)
+
+    @classmethod
+    def open(cls, file: Path) -> Conversations:
+        """Maps what `write` wrote."""
+        return cls(np.memmap(file, TYPE, "r"), np.load(file.with_suffix(".ends.npy")))
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, number: int) -> npt.NDArray[Any]:
+        end = int(self.ends[number])
+        return self.tokens[end - int(self.sizes[number]) : end]
+
+
+def write(file: Path, conversations: Iterable[Tokens], longest: int) -> tuple[int, int, int]:
+    """Writes those of at most `longest` tokens; returns how many these and the others are, and the longest one's
+    tokens."""
+    ends, total, dropped, most = [], 0, 0, 0
+    with file.open("wb") as out:
+        for tokens in conversations:
+            most = max(most, len(tokens))
+            if len(tokens) > longest:
+                dropped += 1
+                continue
+            total += len(tokens)
+            ends.append(total)
+            out.write(tokens.astype(TYPE).tobytes())
+    np.save(file.with_suffix(".ends.npy"), np.array(ends, np.int64))
+    return len(ends), dropped, most

@@ -1,0 +1,138 @@
+"""LoRA (arXiv:2106.09685): small matrices beside frozen ones learn what is added to them."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from ictx.errors import UserError
+from ictx.folder import replacing
+from ictx.model import Transformer
+from ictx.train.config import LoraConfig
+
+ADAPTER = "adapter"
+"""In a run's folder: what it learned, as PEFT reads it."""
+A, B = ".lora_A", ".lora_B"
+"""End the names of the small matrices in state dicts."""
+FEED_FORWARD = {"gate_proj", "up_proj", "down_proj"}
+
+
+class LoraLinear(nn.Linear):
+    """A linear layer whose result has α/r · B·A·x added; only A, (rank, in), and B, (out, rank), are trained."""
+
+    enabled = True
+    adapted = True
+    """Whoever multiplies with `weight` leaves something out."""
+
+    def __init__(self, linear: nn.Linear, config: LoraConfig) -> None:
+        device = linear.weight.device
+        super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
+        self.weight = linear.weight.requires_grad_(False)
+        self.lora_A = nn.Parameter(torch.empty(config.rank, linear.in_features, device=device))
+        self.lora_B = nn.Parameter(torch.empty(linear.out_features, config.rank, device=device))
+        self.scale, self.dropout = config.scale, config.dropout
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Returns the sum."""
+        out = F.linear(input, self.weight)
+        if not self.enabled:
+            return out
+        # A validation is in training mode too, as far as modules know.
+        kept = F.dropout(input, self.dropout, self.training and torch.is_grad_enabled())
+        return out + F.linear(F.linear(kept, self.lora_A), self.lora_B) * self.scale
+
+
+def adapt(model: Transformer, config: LoraConfig) -> None:
+    """Freezes a model, before it is sharded, and puts the small matrices in. Raises UserError for a wrong target."""
+    model.requires_grad_(False)
+    layers = [module for module in model.model.layers.modules() if not isinstance(module, nn.Linear)]
+    places = [(parent, name, child) for parent in layers for name, child in parent.named_children()]
+    linear = [(parent, name, child) for parent, name, child in places if isinstance(child, nn.Linear)]
+    known = sorted({name for _, name, _ in linear})
+    for target in config.targets or ():
+        if target not in known:
+            raise UserError(f"train.lora.targets has {target}: expected some of {', '.join(known)}")
+    for parent, name, child in linear:
+        if config.targets is None or name in config.targets:
+            setattr(parent, name, LoraLinear(child, config))
+
+
+@torch.no_grad()
+def init_adapter(model: Transformer, seed: int) -> None:
+    """Fills A uniformly in ±in^-½, as PEFT does, and B with zeros, so that nothing is added at first.
+
+    A seed gives the same numbers however the matrices are sharded.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLinear):
+            weight = module.lora_A
+            generator = torch.Generator(weight.device).manual_seed(zlib.crc32(f"{seed} {name}{A}".encode()))
+            full = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+            full.uniform_(-(module.in_features**-0.5), module.in_features**-0.5, generator=generator)
+            if isinstance(weight, DTensor):
+                full = distribute_tensor(full, weight.device_mesh, weight.placements, src_data_rank=None)
+            weight.copy_(full)
+            module.lora_B.zero_()
+
+
+@contextmanager
+def disabled(model: Transformer) -> Iterator[None]:
+    """Makes the model the one that it began as: the reference of a preference loss."""
+    adapted = [module for module in model.modules() if isinstance(module, LoraLinear)]
+    for module in adapted:
+        module.enabled = False
+    try:
+        yield
+    finally:
+        for module in adapted:
+            module.enabled = True
+
+
+def merged(weights: Mapping[str, Tensor], config: LoraConfig) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Returns a whole state dict with what was learned added to the frozen weights, and what was learned alone."""
+    learned = {name: weight for name, weight in weights.items() if name.endswith((A, B))}
+    result = {name: weight for name, weight in weights.items() if name not in learned}
+    for name, a in learned.items():
+        if name.endswith(A):
+            stem = name.removesuffix(A)
+            frozen = result[f"{stem}.weight"]
+            result[f"{stem}.weight"] = frozen + (learned[f"{stem}{B}"].float() @ a.float() * config.scale).to(
+                frozen.dtype
+            )
+    return result, learned
+
+
+def write_adapter(
+    directory: Path, learned: Mapping[str, Tensor], config: LoraConfig, base: Path, dtype: torch.dtype
+) -> None:
+    """Writes what was learned as PEFT's `PeftModel.from_pretrained` reads it, for the model in the folder `base`."""
+    targets = {name.split(".")[-2] for name in learned}
+    settings: dict[str, Any] = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": str(base),
+        "r": config.rank,
+        "lora_alpha": config.alpha,
+        "lora_dropout": 0.0,  # which is for training; with target_parameters PEFT takes no other
+        "target_modules": sorted(targets - FEED_FORWARD),
+        # As modules PEFT (0.21) takes these for experts' (its `_convert_peft_config_moe`), and leaves dense layers out.
+        "target_parameters": [f"{name}.weight" for name in sorted(targets & FEED_FORWARD)],
+        "bias": "none",
+        "inference_mode": True,
+    }
+    tensors = {
+        f"base_model.model.{name}.weight": weight.to("cpu", dtype).contiguous() for name, weight in learned.items()
+    }
+    with replacing(directory) as draft:
+        (draft / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+        save_file(tensors, draft / "adapter_model.safetensors", metadata={"format": "pt"})
