@@ -9,7 +9,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 from conftest import Commands
 
 from ictx.data.tokenizer import save_tokenizer, train_tokenizer
@@ -157,7 +156,7 @@ def test_what_cannot_be_is_one_line(
 ) -> None:
     for name in ("OTHER", "BARE"):
         if any(name in setting for setting in settings):
-            other = parent_in(tmp_path / name, ["Another text with other words. " * 9])
+            other = parent_in(tmp_path / name, [Path(__file__).read_text()])
             settings = [setting.replace(name, str(other)) for setting in settings]
             if name == "BARE":
                 config = other / "export" / "tokenizer_config.json"
@@ -198,7 +197,9 @@ def test_two_ranks_have_the_losses_of_one(
 ) -> None:
     shared = "parallel.cp=2" in settings
     more = [*settings, "train.accumulate=2" if shared else "train.accumulate=1"]
-    model = ["init=run:" + str(parent_in(tmp_path / "even", ["red green blue " * 9], two_heads()))] if shared else []
+    model = (
+        ["init=run:" + str(parent_in(tmp_path / "even", [Path(__file__).read_text()], two_heads()))] if shared else []
+    )
     alone = with_trl
     if shared:
         alone = tmp_path / "alone"
@@ -228,9 +229,10 @@ def test_docstrings_raise_the_held_out_margin(commands: Commands, tmp_path: Path
     parent = parent_in(tmp_path / "parent", texts, ModelConfig.named("tiny"))
     run = tmp_path / "run"
     settings = [f"run.dir={run}", f"data.dir={tmp_path / 'd'}", f"init=run:{parent}", "run.model_name=ictx-docs"]
+    settings += ["train.steps=24", "train.sequence_length=256", "train.log_every=8"]
     ended = commands.run("train", "dpo", *config, *(f"--set={value}" for value in settings))
     assert ended.status == 0, ended.err
     result = json.loads((run / "result.json").read_text())
     assert result["reward_margin_before"] == 0 and result["reward_margin"] > 0.1
-    assert result["reward_accuracy"] > 0.6
-    assert torch.isfinite(torch.tensor(result["val_loss"]))
+    assert result["reward_accuracy"] > 0.5
+    assert result["val_loss"] < 0.6931

@@ -86,6 +86,7 @@ class PreferenceStage(Child):
         name, run = self.config.dpo.reference, self.config.run
         if name is None:
             return self.parent
+        (self.directory / REFERENCE).mkdir(exist_ok=True)
         found = take(name, self.directory / REFERENCE, run.tracking_patience)
         ours, theirs = (read_tokenizer(each.directory).get_vocab() for each in (self.parent, found))
         if ours != theirs or found.config.vocab_size != self.parent.config.vocab_size:
