@@ -85,6 +85,14 @@ def test_a_training_job_is_reported_by_its_last_whole_record(tmp_path: Path) -> 
     assert skipped(metrics, tmp_path) == {}
 
 
+def test_rewards_of_preferences_are_reported_by_names_that_prometheus_takes(runs: Path, folder: Path) -> None:
+    record = {"step": 1, "rewards/margins": 0.25, "validation_rewards/accuracies": 0.75}
+    (folder / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+    found = values(gathered(runs))
+    assert found[f"ictx_training_reward_margin{{{WHO}}}"] == 0.25
+    assert found[f"ictx_training_validation_reward_accuracy_ratio{{{WHO}}}"] == 0.75
+
+
 def test_a_loss_that_is_no_number_is_reported_as_such(runs: Path, folder: Path) -> None:
     (folder / "metrics.jsonl").write_text('{"step": 1, "loss": NaN}\n')
     loss = values(gathered(runs))[LOSS]

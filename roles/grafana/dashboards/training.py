@@ -70,6 +70,25 @@ def build() -> Dashboard:
         ),
         graph("Learning rate", "Of the optimizer.", "none", {BY: f"ictx_training_learning_rate{{{ME}}}"}),
         graph(
+            "Reward margin",
+            "DPO: how much more reward chosen answers get than rejected ones, relative to the first model.",
+            "none",
+            {
+                BY: f"ictx_training_reward_margin{{{ME}}}",
+                f"{BY} held out": f"ictx_training_validation_reward_margin{{{ME}}}",
+            },
+        ),
+        graph(
+            "Reward accuracy",
+            "DPO: share of pairs whose chosen answer has the higher reward; 0.5 is chance.",
+            "percentunit",
+            {
+                BY: f"ictx_training_reward_accuracy_ratio{{{ME}}}",
+                f"{BY} held out": f"ictx_training_validation_reward_accuracy_ratio{{{ME}}}",
+            },
+            top=1,
+        ),
+        graph(
             "Steps",
             "Steps done. A step back is a restart from a checkpoint.",
             "none",

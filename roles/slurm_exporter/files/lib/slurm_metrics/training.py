@@ -38,6 +38,13 @@ FIELDS = {
     "step": ("step", "Optimizer steps done."),
     "loss": ("loss", "Training loss of the last record, nats per token."),
     "validation_loss": ("validation_loss", "Validation loss, nats per token."),
+    "rewards/margins": (
+        "reward_margin",
+        "DPO: reward of chosen answers less that of rejected ones, of the last record.",
+    ),
+    "rewards/accuracies": ("reward_accuracy_ratio", "DPO: share of pairs whose chosen answer has the higher reward."),
+    "validation_rewards/margins": ("validation_reward_margin", "DPO: margin of held-out pairs."),
+    "validation_rewards/accuracies": ("validation_reward_accuracy_ratio", "DPO: the share, of held-out pairs."),
     "gradient_norm": ("gradient_norm", "Norm of the whole gradient before clipping."),
     "learning_rate": ("learning_rate", "Learning rate."),
     "tokens_per_second": ("tokens_per_second", "Tokens of all ranks a second."),
