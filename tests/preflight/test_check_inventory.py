@@ -115,7 +115,7 @@ def test_the_example_asks_only_for_what_nobody_else_can_know() -> None:
         pytest.param(
             "slurm_users: [x]",
             "slurm_users (ctl, n1, n2): has no effect: playbooks/slurm.yml sets it to "
-            "{{ ictx_users | rejectattr('state', 'defined') | map(attribute='name') }}",
+            "{{ ictx_users | present_users | map(attribute='name') }}",
             id="no effect",
         ),
         pytest.param(
