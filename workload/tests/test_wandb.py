@@ -147,7 +147,7 @@ def test_a_server_that_does_not_answer_leaves_an_offline_run(
     out = end(start(run, 1, 9, environment(commands, server, tmp_path)))
     assert "W&B does not answer" in out and f"wandb sync {run / 'wandb'}" in out
     seconds = [float(line.split()[2]) for line in out.splitlines() if line.startswith("step ")]
-    assert len(seconds) == 50 and sum(seconds) < 10, "the server costs no step anything"
+    assert len(seconds) == 9 and max(seconds) < 4, "no step waits for the server's answer, which never comes"
     assert [*(run / "wandb").glob("offline-run-*/*.wandb")]
 
 

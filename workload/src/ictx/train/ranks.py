@@ -124,12 +124,15 @@ def on_first(call: Callable[[], T], group: dist.ProcessGroup | None = None) -> T
     return cast("T", on_all(lambda: call() if dist.get_rank() == 0 else None, group)[0])
 
 
+ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+"""What torchrun sets, for a process that runs without it."""
+
+
 @contextmanager
 def joined(layout: Layout = ALL_SHARD) -> Iterator[Ranks]:
     """Joins the process group: NCCL on GPUs, Gloo without. Raises UserError for a layout of another number of ranks."""
-    for name, alone in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
-        os.environ.setdefault(name, alone)
-    os.environ.setdefault("MASTER_PORT", "0")
+    alone = {name: value for name, value in ALONE.items() if name not in os.environ}
+    os.environ.update(alone)
     # Memory that grows in place: without it a tenth of a long sequence's lies in gaps (docs/training.md).
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     if torch.cuda.is_available():
@@ -140,12 +143,16 @@ def joined(layout: Layout = ALL_SHARD) -> Iterator[Ranks]:
     # The last collectives, which a rank that hangs leaves behind.
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
     on_gpu = device.type == "cuda"
-    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=START, device_id=device if on_gpu else None)
     try:
+        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=START, device_id=device if on_gpu else None)
         layout = layout.of(dist.get_world_size())
         mesh, context = layout.sharding(device.type), layout.context(device.type)
         ranks = Ranks(dist.get_rank(), dist.get_world_size(), device, mesh, context)
         signal.signal(signal.SIGTERM, ranks._stop)
         yield ranks
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        # Libraries that are used afterwards (accelerate) take them for a launcher's, and join a group of their own.
+        for name in alone:
+            os.environ.pop(name, None)
