@@ -306,6 +306,19 @@ def test_a_token_beyond_the_vocabulary_is_named(prepared: Path, tmp_path: Path) 
             Stream(data, 10, 0).read(0, len(data))
 
 
+def test_settings_of_a_model_that_is_named_may_be_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "text.jsonl").write_text(
+        "".join(f'{{"text": "{n} bottles of beer on the wall"}}\n' for n in range(300))
+    )
+    settings = [f"--set={part}.vocab_size=300" for part in ("data", "model")]
+    words = ["data", "prepare", "--config", "pretrain/tiny.yaml", "--corpus", str(tmp_path / "text.jsonl")]
+    monkeypatch.setattr("sys.argv", ["ictx", *words, "--out", str(tmp_path), "--set=data.min_bytes=1", *settings])
+    assert main() == 0
+    assert (Path(capsys.readouterr().out.split()[-1]) / "meta.json").exists()
+
+
 @pytest.mark.parametrize("name", ["train-00000.bin", "validation-00000.idx", "tokenizer.json", "tokenizer_config.json"])
 def test_a_single_bit_that_is_wrong_is_found(
     prepared: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

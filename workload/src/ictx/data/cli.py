@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import signal
 import sys
 from dataclasses import replace
@@ -77,8 +78,9 @@ def run_prepare(arguments: argparse.Namespace) -> int:
 
 def _prepared(arguments: argparse.Namespace) -> Path:
     """Prepares what the configuration is for."""
-    content = override(load_yaml(config_path(arguments.config)), arguments.set)
-    data = content.get("data")
+    # The model may be a name here, of which nothing can be set; it is read below.
+    own = [each for each in arguments.set if re.match(r"data\b", each)]
+    data = override(load_yaml(config_path(arguments.config)), own).get("data")
     if isinstance(data, dict) and data.get("kind"):
         from ictx.data.chat import prepare as chat
         from ictx.data.chat.config import ChatDataConfig
