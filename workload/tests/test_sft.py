@@ -207,7 +207,7 @@ BARE = CHAT_TEMPLATE.replace("{%- generation -%}", "").replace("{%- endgeneratio
     ("settings", "message"),
     [
         (["train.sequence_length=8"], r"no train conversation of .* has at most 8 tokens .*: the longest has \d+"),
-        (["train.sequence_length=512"], "a context longer than the parent's stretch allows, which is 280 tokens"),
+        (["train.sequence_length=512"], "a context longer than the parent's stretch allows, which is 256 tokens"),
         (["chat_template=FOLDER/bare.jinja"], "does not mark the answers: put {% generation %}"),
         (["chat_template=FOLDER/none.jinja"], "none.jinja: No such file"),
         (["chat_template=FOLDER/broken.jinja"], "the chat template fails: TemplateSyntaxError"),
