@@ -209,7 +209,7 @@ BARE = CHAT_TEMPLATE.replace("{%- generation -%}", "").replace("{%- endgeneratio
         (["train.sequence_length=8"], r"no train conversation of .* has at most 8 tokens .*: the longest has \d+"),
         (["train.sequence_length=512"], "a context longer than the parent's stretch allows, which is 256 tokens"),
         (["chat_template=FOLDER/bare.jinja"], "does not mark the answers: put {% generation %}"),
-        (["chat_template=FOLDER/none.jinja"], "none.jinja: No such file"),
+        (["chat_template=FOLDER/none.jinja"], "No such file or directory: .*/none.jinja"),
         (["chat_template=FOLDER/broken.jinja"], "the chat template fails: TemplateSyntaxError"),
         (["data.kind=dpo"], "data.kind is dpo: expected sft"),
         (["data.dir=PREPARED"], "holds pretrain data, not sft"),
@@ -234,13 +234,8 @@ def test_what_does_not_fit_is_one_line(
     (tmp_path / "broken.jinja").write_text("{% if %}")
     wanted = [f"init=run:{parent}", f"run.dir={tmp_path}/run", f"data.dir={chats}"]
     wanted += [each.replace("FOLDER", str(tmp_path)).replace("PREPARED", str(prepared)) for each in settings]
-    with pytest.raises((UserError, OSError)) as raised:
+    with pytest.raises((UserError, FileNotFoundError), match=message):
         main(Tuning, read(str(commands.folder / "sft.yaml"), wanted))
-    import re
-
-    assert re.search(
-        message, str(raised.value) + f"{getattr(raised.value, 'filename', '')}: No such file"
-    ), raised.value
 
 
 def test_a_template_of_one_s_own_is_exported(tune: Callable[..., Path], tmp_path: Path) -> None:
