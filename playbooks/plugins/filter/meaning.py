@@ -398,7 +398,7 @@ def receivers(site: Inventory) -> Iterator[Problem]:
 
 
 def versions(site: Inventory) -> Iterator[Problem]:
-    """A pinned driver is of the branch that is asked for."""
+    """A pinned driver is of the configured branch."""
     branch, version = (str(site.get(f"nvidia_driver_{part}") or "") for part in ("branch", "version"))
     if branch and version and version.split(".")[0] != branch:
         yield "nvidia_driver_version", f"{version} is not of nvidia_driver_branch {branch}", ""

@@ -80,7 +80,7 @@ class DataConfig:
     trusted_owners: tuple[int, ...] = ()
     """Numbers of users whose prepared data is used, besides one's own and root's."""
     trusted_dirs: tuple[Path, ...] = field(default_factory=trusted_by_environment)
-    """Folders of prepared data that are used whoever owns them; in containers owners cannot be told apart."""
+    """Folders of prepared data that are used whoever owns them; in containers owners cannot be distinguished."""
 
     def __post_init__(self) -> None:
         if not SMALLEST_VOCABULARY <= self.vocab_size <= 1 << 31:

@@ -32,7 +32,7 @@ class ChatDataConfig:
     trusted_owners: tuple[int, ...] = ()
     """Numbers of users whose prepared data is used, besides one's own and root's."""
     trusted_dirs: tuple[Path, ...] = field(default_factory=trusted_by_environment)
-    """Folders of prepared data that are used whoever owns them; in containers owners cannot be told apart."""
+    """Folders of prepared data that are used whoever owns them; in containers owners cannot be distinguished."""
 
     def __post_init__(self) -> None:
         if not 0 < self.validation_share < 1:
