@@ -16,7 +16,7 @@ REPORT = (
 )
 
 
-def measure(folder: Path) -> str:
+def measure(folder: Path, status: int = 4) -> str:
     """Runs the playbook; returns what was printed."""
     command = [
         "ansible-playbook",
@@ -29,7 +29,7 @@ def measure(folder: Path) -> str:
     environment = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     # 4: a host cannot be reached.
-    assert done.returncode == 4, done.stdout + done.stderr
+    assert done.returncode == status, done.stdout + done.stderr
     return done.stdout
 
 
@@ -56,3 +56,21 @@ def test_nodes_that_answer_are_written_and_others_stay(tmp_path: Path) -> None:
     ]
     assert "changed=0" in measure(tmp_path).replace("changed=0    unreachable=1", "")
     assert file.read_text() == text
+
+
+@pytest.mark.full
+def test_a_driver_that_fails_loses_no_gpus(tmp_path: Path) -> None:
+    local = {"ansible_connection": "local", "ansible_python_interpreter": sys.executable}
+    (tmp_path / "hosts.yml").write_text(
+        yaml.safe_dump({"all": {"children": {"slurm_compute": {"hosts": {"n1": local, "n2": local}}}}})
+    )
+    (tmp_path / "slurmd").write_text(f"#!/bin/sh\ncat <<E\n{REPORT}\nE\n")
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho NVIDIA-SMI has failed\nexit 9\n")
+    for name in ("slurmd", "nvidia-smi"):
+        (tmp_path / name).chmod(0o755)
+    file = tmp_path / "group_vars/all/slurm_nodes.yml"
+    file.parent.mkdir(parents=True)
+    before = {"nodes": "n[1-2]", "cpus": 2, "memory_mb": 1000, "gres": [{"name": "gpu", "type": "a100", "count": 4}]}
+    file.write_text(yaml.safe_dump({"slurm_measured_nodes": [before]}))
+    assert "NVIDIA-SMI has failed" in measure(tmp_path, status=2)
+    assert yaml.safe_load(file.read_text())["slurm_measured_nodes"] == [before]
