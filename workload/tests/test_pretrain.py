@@ -368,7 +368,9 @@ def test_what_cannot_be_trained_is_refused_by_name(
 def test_a_full_disk_leaves_the_last_good_checkpoint(commands: Commands, prepared: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     arguments = commands.pretrain(run, prepared, "train.steps=15", "train.checkpoint_every=15", "run.model_name=")
-    ended = commands.run(*arguments, prefix=("prlimit", "--fsize=4000000"))
+    store = f"sqlite:///{tmp_path}/mlflow.db"  # its own: the one that tests share may be larger than the limit by now
+    limit = ("prlimit", "--fsize=4000000")
+    ended = commands.end(commands.start(*arguments, prefix=limit, env={"MLFLOW_TRACKING_URI": store}))
     assert ended.status == 2, ended
     assert f"ictx: cannot write checkpoint {run}/checkpoints/step-00000015: " in ended.err
     assert "Traceback" not in ended.err
