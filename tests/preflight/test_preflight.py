@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from pathlib import Path
 
@@ -110,3 +111,25 @@ def test_passwords_in_clear_text_and_promoters_who_are_no_users_are_refused(tmp_
     assert "- ictx_promoters: eve is not one of ictx_users" in output
     assert preflight(tmp_path, ictx_mlflow_uri=uri, ictx_mlflow_plain_http=True).returncode == 0
     assert preflight(tmp_path, ictx_mlflow_uri="http://127.0.0.1:5000").returncode == 0
+
+
+def test_more_hardware_than_there_is_is_refused_and_less_is_not(tmp_path: Path) -> None:
+    """Compares with this machine itself."""
+    card = {"name": "nic", "type": "ib", "count": 2, "file": "/dev/nonexistent[0-1]"}
+    group = {"name": "big", "nodes": "here", "sockets": 64, "cores_per_socket": 512, "threads_per_core": 1}
+    done = preflight(tmp_path, slurm_node_groups=[{**group, "memory_mb": 1 << 30, "gres": [card]}])
+    assert done.returncode != 0
+    output = done.stdout + done.stderr
+    remedy = "correct it, or let playbooks/measure-nodes.yml write what the node has"
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 20
+    for line in (
+        f"memory_mb is 1073741824, but the node has {memory}: {remedy}",
+        f"count of nic:ib is 2, but the node has 0: {remedy}",
+    ):
+        assert f"- slurm_node_groups (here): {line}\n" in output
+    assert "- slurm_node_groups (here): cores_per_socket is 512, but the node has " in output
+
+    card = {**card, "count": 1, "file": "/dev/null"}
+    less = {"name": "small", "nodes": "here", "cpus": 1, "memory_mb": 64, "gres": [card]}
+    done = preflight(tmp_path, slurm_node_groups=[less], slurm_measured_nodes=[{"nodes": "here", "memory_mb": 1 << 30}])
+    assert done.returncode == 0, done.stdout + done.stderr

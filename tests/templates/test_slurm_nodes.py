@@ -224,3 +224,60 @@ def test_a_site_s_own_keys_stand_above_ours_and_null_leaves_one_out(tmp_path: Pa
         "ConstrainSwapSpace=no",
         "CgroupPlugin=cgroup/v2",
     ]
+
+
+LSCPU = """\
+CPU(s):                16
+Thread(s) per core:    2
+Core(s) per socket:    8
+Socket(s):             1
+MemTotal:       65809408 kB
+gpus 0
+"""
+UNDRIVEN = "".join(f"missing /dev/nvidia{n}\n" for n in range(4))
+SHAPE = {"sockets": 1, "cores_per_socket": 8, "threads_per_core": 2}
+
+
+@pytest.mark.parametrize(
+    ("declared", "there", "problems"),
+    [
+        ({**SHAPE, "memory_mb": 64267}, LSCPU, []),
+        ({**SHAPE, "memory_mb": 64268}, LSCPU, [("memory_mb", 64268, 64267)]),
+        ({**SHAPE, "cores_per_socket": 9}, LSCPU, [("cores_per_socket", 9, 8)]),
+        ({**SHAPE, "threads_per_core": 4}, LSCPU, [("threads_per_core", 4, 2)]),
+        # As many cores, which SLURM takes.
+        ({**SHAPE, "sockets": 2, "cores_per_socket": 4}, LSCPU, []),
+        ({"cpus": "17"}, LSCPU, [("cpus", 17, 16)]),
+        ({"cpus": 16}, LSCPU, []),
+        # slurmd's word counts: a report of the kernel after it is not read.
+        ({"cpus": 16}, report(8, 1, 8, 1, 1000)["stdout"] + "\n" + LSCPU, [("cpus", 16, 8)]),
+        (SHAPE, report(24, 1, 16, 2, 1000)["stdout"], []),
+        ({**SHAPE, "sockets": 2}, report(24, 1, 16, 2, 1000)["stdout"], [(" * ".join(SHAPE), 32, 24)]),
+        # A node that reports nothing is not compared.
+        ({**SHAPE, "memory_mb": 10**9}, "", []),
+        ({"gres": [A100]}, LSCPU, []),
+        ({"gres": [A100]}, "missing /dev/nvidia3\n" + LSCPU, [("count of gpu:a100", 4, 3)]),
+        # The driver is yet to come.
+        ({"gres": [A100]}, f"{UNDRIVEN}gpus 4\n", []),
+        ({"gres": [A100]}, f"{UNDRIVEN}gpus 2\n", [("count of gpu:a100", 4, 2)]),
+        ({"gres": [{"name": "gpu", "type": "fake", "count": 9}]}, LSCPU, []),
+    ],
+)  # fmt: skip
+def test_what_is_declared_and_is_not_there(declared: dict[str, Any], there: str, problems: list[Any]) -> None:
+    assert HARDWARE.hardware_problems(declared, there) == problems
+
+
+def test_what_is_declared_of_a_node_counts_once() -> None:
+    measured = {**SHAPE, "memory_mb": 1000, "gres": [A100]}
+    own = {"slurm_gres": [], "slurm_real_memory_mb": 0}
+    assert HARDWARE.declared_hardware(own, {"cpus": 4}, measured) == {
+        "slurm_node_groups": {"cpus": 4},
+        "slurm_measured_nodes": {"memory_mb": 1000, "gres": [A100]},
+    }
+    own = {"slurm_gres": [A100], "slurm_real_memory_mb": "900"}
+    assert HARDWARE.declared_hardware(own, {"memory_mb": 800, "weight": 2}, measured) == {
+        "slurm_real_memory_mb": {"memory_mb": 900},
+        "slurm_node_groups": {"weight": 2},
+        "slurm_gres": {"gres": [A100]},
+        "slurm_measured_nodes": SHAPE,
+    }

@@ -350,7 +350,8 @@ class ActionModule(ActionBase):
         check_required(values, schema["variables"], roles, uses, problems)
         check_needs(values, schema["variables"], groups, problems)
         check_given(values, uses, set(load_extra_vars(self._loader)), problems)
-        check_meaning(completed(values, wrong, uses, Path(arguments["roles_dir"])), groups, problems)
+        right = completed(values, wrong, uses, Path(arguments["roles_dir"]))
+        check_meaning(right, groups, problems)
         self._unreadable |= {host for host, name in wrong if name in formats.connection}
         accepted = {
             name: values[host][name]
@@ -364,6 +365,7 @@ class ActionModule(ActionBase):
             "problems": problems.lines(),
             "unreadable": sorted(self._unreadable),
             "accepted": accepted,
+            "hardware": filter_loader.get("declared_by_node").j2_function(right, groups),
         }
 
     def _uses(self, playbook: Path) -> Iterator[Use]:

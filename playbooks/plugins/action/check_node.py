@@ -1,21 +1,24 @@
-"""Ansible action: does a node answer, can it be managed, and has the shared directory room?"""
+"""Ansible action: does a node answer, can it be managed, and has it the room and the hardware that it should have?"""
 
 from __future__ import annotations
 
 import shlex
+from collections.abc import Iterator
 from typing import Any
 
 from ansible.errors import AnsibleConnectionFailure, AnsibleError
 from ansible.plugins.action import ActionBase
+from ansible.plugins.loader import filter_loader
 
 DOCUMENTATION = r"""
 action: check_node
-short_description: Checks that a node answers, has Python and has room in the shared directory
+short_description: Checks that a node answers, has Python, room in the shared directory and what is declared of it
 description:
   - Reads only. A node that does not answer is not dropped from the play; every problem is one line of RV(problems).
 options:
   shared_dir: {type: path, required: true, description: The shared directory; it is looked at once it is mounted.}
   min_free_gb: {type: float, required: true, description: Least free space of the shared directory in GB.}
+  hardware: {type: dict, default: {}, description: "What it is declared to have, by variable (declared_by_node)."}
 author: [InfiniteContext]
 """
 
@@ -24,6 +27,29 @@ SCRIPT = """
 command -v python3 >/dev/null && echo python
 ! mountpoint -q {path} || timeout 10 df -Pk {path} | tail -n 1 || echo stuck
 """
+# What a node has, as slurmd sees it, which SLURM compares with slurm.conf; without slurmd, as the kernel does.
+HARDWARE = """
+timeout 10 env PATH="$PATH:/usr/sbin" slurmd -C 2>/dev/null || LC_ALL=C lscpu; grep ^MemTotal: /proc/meminfo
+for device in {devices}; do [ -e "$device" ] || echo "missing $device"; done
+nvidia=$(grep -lx 0x10de /sys/bus/pci/devices/*/vendor 2>/dev/null | sed s/vendor$/class/)
+echo gpus "$(cat /dev/null $nvidia | grep -c '^0x030[02]')"
+"""
+REMEDY = "correct it, or let playbooks/measure-nodes.yml write what the node has"
+
+
+def devices(hardware: dict[str, Any]) -> list[str]:
+    """Returns the device files of the generic resources that the node is declared to have."""
+    expand = filter_loader.get("expand_nodes").j2_function
+    resources = [gres for layer in hardware.values() for gres in layer.get("gres", [])]
+    return [name for gres in resources for name in expand(gres.get("file") or "")]
+
+
+def missing(node: str, hardware: dict[str, Any], report: list[str]) -> Iterator[str]:
+    """Yields a line for each thing of which more is declared than there is."""
+    compare = filter_loader.get("hardware_problems").j2_function
+    for variable, layer in hardware.items():
+        for key, declared, found in compare(layer, "\n".join(report)):
+            yield f"{variable} ({node}): {key} is {declared}, but the node has {found}: {REMEDY}"
 
 
 class ActionModule(ActionBase):
@@ -33,13 +59,19 @@ class ActionModule(ActionBase):
         """Returns the node's problems; finding some is no failure of the task."""
         result = super().run(tmp, task_vars)
         _, arguments = self.validate_argument_spec(
-            {"shared_dir": {"type": "path", "required": True}, "min_free_gb": {"type": "float", "required": True}}
+            {
+                "shared_dir": {"type": "path", "required": True},
+                "min_free_gb": {"type": "float", "required": True},
+                "hardware": {"type": "dict", "default": {}},
+            }
         )
         variables = task_vars or {}
         node = variables["inventory_hostname"]
         shown = f"host {node} ({self._templar.template(variables.get('ansible_host', node))})"
         shared = arguments["shared_dir"]
         script = SCRIPT.format(path=shlex.quote(shared))
+        if hardware := arguments["hardware"]:
+            script += HARDWARE.format(devices=" ".join(map(shlex.quote, devices(hardware))))
         try:
             done = self._low_level_execute_command(f"/bin/sh -c {shlex.quote(script)}")
         except AnsibleConnectionFailure as error:
@@ -49,7 +81,8 @@ class ActionModule(ActionBase):
         except AnsibleError as error:
             text = f"{shown}: cannot be managed ({str(error).strip().splitlines()[0]})"
             return {**result, "changed": False, "problems": [text]}
-        return {**result, "changed": False, "problems": self._problems(shown, done, shared, arguments["min_free_gb"])}
+        found = self._problems(shown, done, shared, arguments["min_free_gb"])
+        return {**result, "changed": False, "problems": found or list(missing(node, hardware, done["stdout_lines"]))}
 
     @staticmethod
     def _problems(shown: str, done: dict[str, Any], shared: str, min_free_gb: float) -> list[str]:

@@ -43,6 +43,13 @@ class Inventory:
         """Returns where other hosts reach a host."""
         return str(self.of(host, "ictx_address") or self.of(host, "ansible_host", host))
 
+    def hardware(self, host: str) -> dict[str, dict[str, Any]]:
+        """Returns what a compute node is declared to have, by the variable that has it."""
+        by_group, by_measure = self._described
+        declared = filter_loader.get("declared_hardware").j2_function
+        own = {name: self.of(host, name) for name in ("slurm_gres", "slurm_real_memory_mb")}
+        return dict(declared(own, by_group.get(host, {}), by_measure.get(host, {})))
+
     def gres(self, host: str) -> list[Mapping[str, Any]]:
         """Returns a node's generic resources: those of its group, its own, or those that were measured."""
         by_group, by_measure = self._described
@@ -438,9 +445,24 @@ def meaning_problems(values: Mapping[str, Mapping[str, Any]], groups: Mapping[st
     return found
 
 
+def declared_by_node(
+    values: Mapping[str, Mapping[str, Any]], groups: Mapping[str, Sequence[str]]
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """Returns what each compute node is declared to have, by variable; nothing where one has another form."""
+    site = Inventory(values, groups)
+    try:
+        found = {host: site.hardware(host) for host in site.hosts("slurm_compute")}
+        for layer in (layer for layers in found.values() for layer in layers.values()):
+            for gres in layer.get("gres", []):
+                nodes(gres.get("file") or "")
+        return found
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return {}
+
+
 class FilterModule:
     """Filters of this file."""
 
     def filters(self) -> dict[str, Callable[..., Any]]:
         """Returns the filters by name."""
-        return {"meaning_problems": meaning_problems}
+        return {"declared_by_node": declared_by_node, "meaning_problems": meaning_problems}

@@ -63,6 +63,82 @@ def by_node(entries: Iterable[Mapping[str, Any]]) -> dict[str, Hardware]:
     return found
 
 
+def declared_hardware(own: Mapping[str, Any], group: Hardware, measured: Hardware) -> dict[str, Hardware]:
+    """Returns what a node is declared to have, by the variable that has it; what one above has counts alone.
+
+    Args:
+        own: the node's variables.
+        group: its entry of slurm_node_groups, as by_node returns them.
+        measured: its entry of slurm_measured_nodes.
+    """
+    memory = int(own.get("slurm_real_memory_mb") or 0)
+    layers = {
+        "slurm_real_memory_mb": {"memory_mb": memory} if memory else {},
+        "slurm_node_groups": group,
+        "slurm_gres": {"gres": own["slurm_gres"]} if own.get("slurm_gres") else {},
+        "slurm_measured_nodes": measured,
+    }
+    found, above = {}, set[str]()
+    for variable, layer in layers.items():
+        hidden = above | (TOPOLOGY.keys() if above & TOPOLOGY.keys() else set())
+        found[variable] = {key: value for key, value in layer.items() if key not in hidden}
+        above |= layer.keys()
+    return {variable: layer for variable, layer in found.items() if layer}
+
+
+def hardware_problems(declared: Mapping[str, Any], report: str) -> list[tuple[str, Any, Any]]:
+    """Returns the keys of which a node is declared to have more than it reports, each with both values.
+
+    Fewer are allowed, as are sockets and cores that come to the same number of cores: SLURM counts them alike.
+
+    Args:
+        declared: its hardware in the inventory.
+        report: what `slurmd -C` prints there, else `lscpu` and the line MemTotal of /proc/meminfo; `missing DEVICE` for
+            each device of its generic resources that does not exist, and `gpus NUMBER`, what is on its PCI bus.
+    """
+    there = reported_hardware(report) or _listed_hardware(report)
+    cores, found_cores = (int(one.get("sockets", 0)) * int(one.get("cores_per_socket", 0)) for one in (declared, there))
+    there.setdefault("cpus", found_cores * there.get("threads_per_core", 1))
+    found = []
+    for key in (*TOPOLOGY, "memory_mb"):
+        value, limit = int(declared.get(key, 0)), there.get(key, 0)
+        same = key in ("sockets", "cores_per_socket") and cores <= found_cores
+        if limit and value > limit and not same:
+            found.append((key, value, limit))
+    threads = int(declared.get("threads_per_core", 1))
+    if not found_cores and there["cpus"] and cores * threads > there["cpus"]:
+        found.append(("sockets * cores_per_socket * threads_per_core", cores * threads, there["cpus"]))
+    return found + _gres_problems(declared.get("gres", []), report)
+
+
+def _listed_hardware(report: str) -> Hardware:
+    """Returns the hardware in what `lscpu` prints and in MemTotal."""
+    names = dict(zip(TOPOLOGY, ("Socket(s)", "Core(s) per socket", "Thread(s) per core"), strict=False))
+    found = {key: re.search(rf"^{re.escape(name)}: +(\d+)$", report, re.MULTILINE) for key, name in names.items()}
+    memory = re.search(r"^MemTotal: +(\d+) kB$", report, re.MULTILINE)
+    numbers = {key: int(match[1]) for key, match in found.items() if match}
+    # Processors with clusters of cores, and some virtual machines, have no sockets there.
+    if len(numbers) < len(names):
+        cpus = re.search(r"^CPU\(s\): +(\d+)$", report, re.MULTILINE)
+        numbers = {"cpus": int(cpus[1])} if cpus else {}
+    return numbers | ({"memory_mb": int(memory[1]) // 1024} if memory else {})
+
+
+def _gres_problems(resources: Iterable[Mapping[str, Any]], report: str) -> list[tuple[str, Any, Any]]:
+    missing = set(re.findall(r"^missing (\S+)$", report, re.MULTILINE))
+    # A driver makes the devices of GPUs, and may be yet to come.
+    undriven = int((re.findall(r"^gpus (\d+)$", report, re.MULTILINE) or [0])[0])
+    found = []
+    for gres in resources:
+        files = _listed(gres.get("file") or [])
+        gone = [file for file in files if file in missing]
+        gpus = all(re.fullmatch(r"/dev/nvidia\d+", file) for file in files)
+        if gone and not (gpus and undriven >= len(files)):
+            have = max(len(files) - len(gone), undriven if gpus else 0)
+            found.append((f"count of {gres['name']}:{gres['type']}", len(files), have))
+    return found
+
+
 def _listed(nodes: str | Sequence[str]) -> list[str]:
     return [name for part in ([nodes] if isinstance(nodes, str) else nodes) for name in _filter("expand_nodes")(part)]
 
@@ -234,7 +310,9 @@ class FilterModule:
         """Returns the filters by name."""
         return {
             "compute_nodes": compute_nodes,
+            "declared_hardware": declared_hardware,
             "defined_nodes": defined_nodes,
+            "hardware_problems": hardware_problems,
             "measured_nodes": measured_nodes,
             "node_hardware": by_node,
             "partition_nodes": partition_nodes,
