@@ -211,6 +211,32 @@ def test_services_folders_and_receivers(tmp_path: Path) -> None:
     }
 
 
+def test_jobs_of_prometheus(tmp_path: Path) -> None:
+    plays = yaml.safe_load((ROOT / "playbooks/monitoring.yml").read_text())
+    (own,) = (play["vars"] for play in plays if play["name"] == "Prometheus")
+    named = own["monitoring_scrapes"] + own["monitoring_mlflow_scrapes"]
+    assert {scrape["name"] for scrape in named} == set(meaning.OWN_JOBS)
+
+    static = {"static_configs": [{"targets": ["192.0.2.1:9100"]}]}
+    variables = {
+        "prometheus_extra_scrapes": [{"name": "http", "targets": []}, {"name": "dcgm", "targets": []}],
+        "prometheus_extra_scrape_configs": [
+            {"job_name": "node", **static},
+            {"job_name": "http", "file_sd_configs": [{"files": ["/etc/x.json"]}]},
+            {"job_name": "none", "scheme": "https"},
+            static,
+        ],
+    }
+    native = "prometheus_extra_scrape_configs"
+    assert found(tmp_path, variables) == {
+        f"{native}: 2 jobs have the name node, which is one of ours: give each another",
+        f"{native}: 2 jobs have the name http: give each another",
+        f"{native}: each item needs a job_name",
+        f"{native}: none finds no targets: add static_configs, or one of the *_sd_configs",
+        "prometheus_extra_scrapes: 2 jobs have the name dcgm, which is one of ours: give each another",
+    }
+
+
 def test_values_that_yaml_reads_as_others_and_names_that_programs_change(tmp_path: Path) -> None:
     copy = shutil.copytree(ROOT / "inventories/lab", tmp_path / "inventory")
     (copy / "group_vars/all/zz_test.yml").write_text("""

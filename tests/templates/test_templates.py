@@ -13,6 +13,7 @@ import yaml
 from ansible.errors import AnsibleError
 from ansible.template import Templar
 from cluster import ROOT, Cluster, trusted
+from programs import program
 
 # What a role's tasks register before they write a template.
 REGISTERED: dict[str, dict[str, Any]] = {
@@ -350,6 +351,37 @@ def test_prometheus_scrapes_kubernetes_with_the_token_that_its_play_keeps(tmp_pa
         assert job["tls_config"] == {"ca_file": "/etc/prometheus/kubernetes/example.crt"}, "never skipped"
         assert job["authorization"] == {"credentials_file": "/etc/prometheus/kubernetes/example.token"}
         assert job["file_sd_configs"] == [{"files": [f"/var/lib/prometheus/kubernetes/{name}.json"]}]
+
+
+def test_native_scrape_configs_are_taken_over_as_they_are_and_validated(tmp_path: Path) -> None:
+    job = {
+        "job_name": "switches: all",
+        "honor_timestamps": False,
+        "authorization": {"credentials_file": str(tmp_path / "token")},
+        "params": {"match[]": ['{job="node"}', "up"]},
+        "metric_relabel_configs": [
+            {"source_labels": ["__name__"], "regex": "(.*)_{{x}}", "target_label": "x", "replacement": "${1}"}
+        ],
+        "static_configs": [{"targets": ["192.0.2.1:9100"], "labels": {"zone": "1"}}],
+    }
+    tasks = yaml.safe_load((ROOT / "roles/prometheus/tasks/configure.yml").read_text())
+    (task,) = (task for task in tasks if task["name"] == "Configure Prometheus")
+    validate = task["ansible.builtin.template"]["validate"]
+    (tmp_path / "token").touch()
+    for extra, status in (([job, job], 1), ([{**job, "relabel_config": []}], 1), ([job], 0)):
+        given = {"ictx_state_dir": str(tmp_path), "prometheus_tls_dir": str(tmp_path)}
+        cluster = Cluster(ROOT / "inventories/example", {**given, "prometheus_extra_scrape_configs": extra})
+        role, play = next((r, p) for r, p, _ in cluster.uses("site.yml") if r.get_name() == "prometheus")
+        template = ROOT / "roles/prometheus/templates/prometheus.yml.j2"
+        file = tmp_path / "prometheus.yml"
+        file.write_text(cluster.render(template, cluster.variables("infra1", play, role)))
+        assert yaml.safe_load(file.read_text())["scrape_configs"][-len(extra) :] == extra
+        command = [program("promtool"), *(validate % file).split()[1:]]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == status, done.stdout + done.stderr
+    (tmp_path / "token").unlink()
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1, "a file that is not there"
 
 
 def test_a_single_alertmanager_does_not_look_for_others(written: Any) -> None:

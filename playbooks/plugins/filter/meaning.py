@@ -404,6 +404,27 @@ def receivers(site: Inventory) -> Iterator[Problem]:
             yield "alertmanager_receivers", f"{name} has email_to, which needs alertmanager_smtp", ""
 
 
+# Those of playbooks/monitoring.yml.
+OWN_JOBS = ("node", "mysqld", "dcgm", "blackbox", "prometheus", "alertmanager", "endpoints", "mlflow-endpoints")
+
+
+def scrapes(site: Inventory) -> Iterator[Problem]:
+    """Jobs of Prometheus have names of their own, and find targets."""
+    native = [{"job_name": "", **job} for job in site.get("prometheus_extra_scrape_configs", [])]
+    if not all(job["job_name"] for job in native):
+        yield "prometheus_extra_scrape_configs", "each item needs a job_name", ""
+    names = [*OWN_JOBS, *(scrape["name"] for scrape in site.get("prometheus_extra_scrapes", []))]
+    for name, count in Counter([*names, *(job["job_name"] for job in native)]).items():
+        if name and count > 1:
+            text = f"{count} jobs have the name {name}" + (", which is one of ours" if name in OWN_JOBS else "")
+            where = "_scrape_configs" if name in (job["job_name"] for job in native) else "_scrapes"
+            yield f"prometheus_extra{where}", f"{text}: give each another", ""
+    for job in native:
+        if not any(key == "static_configs" or key.endswith("_sd_configs") for key in job):
+            text = f"{job['job_name']} finds no targets: add static_configs, or one of the *_sd_configs"
+            yield "prometheus_extra_scrape_configs", text, ""
+
+
 def versions(site: Inventory) -> Iterator[Problem]:
     """A pinned driver is of the configured branch."""
     branch, version = (str(site.get(f"nvidia_driver_{part}") or "") for part in ("branch", "version"))
@@ -427,7 +448,7 @@ def ports(site: Inventory) -> Iterator[Problem]:
 
 RULES: tuple[Callable[[Inventory], Iterator[Problem]], ...] = (
     partitions, jobs, accounts, node_groups, resources, controllers, addresses, endpoints, folders, receivers, versions,
-    ports, settings
+    ports, settings, scrapes
 )  # fmt: skip
 
 
