@@ -84,10 +84,8 @@ class Cluster:
 
     def render(self, template: Path, variables: Mapping[str, Any]) -> str:
         """Returns the template as `ansible.builtin.template` would write it; a variable that is missing is an error."""
-        text = template.read_text()
-        return Templar(self.loader, variables=dict(variables)).template(
-            trusted(text), preserve_trailing_newlines=True, convert_data=False
-        )
+        templar = Templar(self.loader, variables=dict(variables)).copy_with_new_env(searchpath=[str(template.parent)])
+        return templar.template(trusted(template.read_text()), preserve_trailing_newlines=True, convert_data=False)
 
     def act(self, action: str, **arguments: Any) -> dict[str, Any]:
         """Runs an action plug-in on the control host and returns its result."""

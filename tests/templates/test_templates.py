@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import yaml
 from ansible.errors import AnsibleError
-from ansible.template import Templar
 from cluster import ROOT, Cluster, trusted
 from programs import program
 
@@ -37,7 +36,7 @@ REGISTERED: dict[str, dict[str, Any]] = {
     },
     # A task's loop gives the name: this one has an account in every inventory.
     "mlflow_users": {"item": "serving"},
-    # A script a stage; `scripts` below has all of them.
+    # A script a stage; test_job_scripts.py has all of them.
     "slurm_jobs": {"item": trusted("{{ _slurm_jobs_stages | first }}")},
     "nvidia_driver": {"_nvidia_driver_pci": {"gpus": ["0000:07:00.0"], "nvswitches": [], "nouveau": False}},
 }
@@ -151,84 +150,6 @@ def test_the_lab_advertises_no_gpu_unless_asked(written: Any) -> None:
     assert "ProctrackType=proctrack/linuxproc" in conf
 
 
-@cache
-def scripts(inventory: str, host: str) -> dict[str, str]:
-    """Returns the job script of each stage, the chain of another inventory besides its own."""
-    stages = {
-        "promote-128k": {"kind": "promote", "after": "judge", "alias": "long", "time": "00:05:00"},
-        "judge": {"config": "eval/b.yaml", "after": "eval"},
-        "eval": {"config": "eval/a.yaml", "after": "dpo"},
-        "extend": {"config": "extend/a.yaml", "after": "pretrain"},
-        "sft": {"config": "sft/a.yaml", "after": "extend", "settings": ["train.steps=887", "a=b*"]},
-        "dpo": {"config": "dpo/a.yaml", "after": "sft"},
-    }
-    cluster = Cluster(ROOT / "inventories" / inventory, {"slurm_jobs_stages": stages, "ictx_state_dir": "/nonexistent"})
-    role, play, _ = next(use for use in cluster.uses("site.yml") if use[0].get_name() == "slurm_jobs")
-    variables = cluster.variables(host, play, role)
-    ordered = Templar(cluster.loader, variables=variables).template(trusted("{{ _slurm_jobs_stages }}"))
-    template = ROOT / "roles/slurm_jobs/templates/stage.sbatch.j2"
-    return {about["name"]: cluster.render(template, {**variables, "item": about}) for about in ordered}
-
-
-def sweep_script(inventory: str, host: str) -> str:
-    """Renders the job script of sweeps."""
-    cluster = Cluster(ROOT / "inventories" / inventory, {"ictx_state_dir": "/nonexistent"})
-    role, play, _ = next(use for use in cluster.uses("site.yml") if use[0].get_name() == "slurm_jobs")
-    return cluster.render(ROOT / "roles/slurm_jobs/templates/sweep.sbatch.j2", cluster.variables(host, play, role))
-
-
-@pytest.mark.parametrize(("inventory", "host", "ranks"), [("example", "login1", True), ("lab", "ctl", False)])
-def test_the_script_of_sweeps_is_an_array_of_workers(inventory: str, host: str, ranks: bool, tmp_path: Path) -> None:
-    script = sweep_script(inventory, host)
-    found = options(script)
-    assert (found["array"], found["nodes"]) == ("1-2", "1")
-    assert ("--nproc-per-node=4" in script) == ranks == ("gpus-per-node" in found)
-    (tmp_path / "sweep").write_text(script)
-    command = ["shellcheck", "--shell=bash", "--exclude=SC2050,SC2194", tmp_path / "sweep"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout
-
-
-def options(script: str) -> dict[str, str]:
-    """Returns what a script requests of SLURM."""
-    return dict(re.findall(r"^#SBATCH --([a-z-]+)=(\S+)", script, re.MULTILINE))
-
-
-def test_the_job_script_requests_what_the_inventory_has() -> None:
-    example = options(scripts("example", "login1")["pretrain"])
-    assert example.items() >= {"nodes": "4", "gpus-per-node": "4", "partition": "batch", "time": "1-00:00:00"}.items()
-    lab = options(scripts("lab", "ctl")["pretrain"])
-    assert lab["nodes"] == "2"
-    assert "gpus-per-node" not in lab
-
-
-def test_stages_are_in_order_and_what_does_not_train_is_one_task() -> None:
-    found = {name: options(script) for name, script in scripts("example", "login1").items()}
-    assert list(found) == ["pretrain", "extend", "sft", "dpo", "eval", "judge", "promote-128k"]
-    single = {name: about["nodes"] for name, about in found.items() if about["nodes"] != "4"}
-    assert single == {"eval": "1", "judge": "1", "promote-128k": "1"}
-    assert found["promote-128k"]["time"] == "00:05:00"
-    assert {name: about["job-name"] for name, about in found.items()} == dict(zip(found, found, strict=True))
-
-
-def test_settings_of_the_inventory_come_before_those_of_the_command_line() -> None:
-    found = scripts("example", "login1")
-    assert "\nsettings=(train.steps=887 'a=b*' \"$@\")\n" in found["sft"]
-    assert '\nsettings=("$@")\n' in found["dpo"]
-
-
-@pytest.mark.parametrize(("inventory", "host"), [("example", "login1"), ("lab", "ctl")])
-def test_every_stage_s_script_is_sound(inventory: str, host: str, tmp_path: Path) -> None:
-    for name, script in scripts(inventory, host).items():
-        (tmp_path / name).write_text(script)
-        assert "{{" not in script
-        assert "{%" not in script
-    # What stands for a value of the inventory may be a constant.
-    command = ["shellcheck", "--shell=bash", "--exclude=SC2050,SC2194", *sorted(tmp_path.iterdir())]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout
-
-
 @pytest.mark.attack(
     "M6",
     "root of a host that mounts the shared directory writes there as root",
@@ -297,13 +218,6 @@ def test_the_lab_cannot_track_processes_and_so_shares_tmp(written: Any) -> None:
     conf = written("lab", "slurm", "slurm.conf.j2", "ctl")
     assert "JobContainerType=job_container/none" in conf
     assert "PrologFlags=Alloc" in conf
-
-
-def test_what_others_may_not_know_is_on_no_command_line_of_a_job_script() -> None:
-    for name, script in scripts("example", "login1").items():
-        assert "--master-port" not in script, name
-        assert "--rdzv-id" not in script, name
-        assert not re.search(r"^[^#]*\bsource ", script, re.MULTILINE), "passwords are read inside the container"
 
 
 def test_the_driver_stays_on_the_branch_of_the_inventory(written: Any) -> None:
