@@ -77,6 +77,47 @@ def test_partitions_and_the_jobs_that_go_there(tmp_path: Path) -> None:
     }
 
 
+def test_accounts_name_what_exists(tmp_path: Path) -> None:
+    variables = {
+        "slurm_qos": [
+            {"name": "normal"},
+            {"name": "High", "preempt": ["Normal", "nrmal"]},
+            {"name": "high"},
+            {"name": "old", "state": "absent"},
+        ],
+        "slurm_accounts": [
+            {"name": "Physics", "parent": "Optics", "qos": ["HIGH", "old"]},
+            {"name": "optics", "parent": "physics"},
+            {"name": "chemistry", "parent": "science"},
+            {"name": "science", "state": "absent"},
+        ],
+        "slurm_associations": [
+            {"user": "researcher", "account": "PHYSICS", "default": True, "default_qos": "lw"},
+            {"user": "researcher", "account": "optics", "default": True},
+            {"user": "researchr", "account": "ictx"},
+            {"user": "researcher", "account": "science"},
+        ],
+        "slurm_partitions": [
+            {"name": "batch", "default": True, "allow_qos": ["HIGH"], "allow_accounts": ["Optics", "art"]},
+        ],
+    }
+    accounts, associations = "slurm_accounts: ", "slurm_associations: "
+    assert found(tmp_path, variables) == {
+        "slurm_qos: High preempts nrmal, which is not in slurm_qos; did you mean normal?",
+        "slurm_qos: High has preempt, which counts with slurm_preempt_type: qos only",
+        "slurm_qos: 2 items have the name high",
+        f"{accounts}Physics has the QOS old, which is not in slurm_qos",
+        f"{accounts}chemistry is below science, which is not in slurm_accounts",
+        f"{accounts}physics is below itself",
+        f"{accounts}optics is below itself",
+        f"{associations}researcher PHYSICS has the QOS lw, which is not in slurm_qos",
+        f"{associations}one is of researchr, who is not one of ictx_users; did you mean researcher?",
+        f"{associations}researcher is in science, which is not in slurm_accounts",
+        f"{associations}researcher has 2 default accounts: let one be",
+        "slurm_partitions: batch allows the account art, which is not in slurm_accounts",
+    }
+
+
 def test_hosts_resources_and_networks(tmp_path: Path) -> None:
     def hosts(groups: Any) -> None:
         groups["slurm_compute"]["hosts"] |= {

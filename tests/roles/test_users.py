@@ -51,7 +51,7 @@ def test_the_jobs_and_the_association_of_a_user_who_is_gone_end(tmp_path: Path) 
 echo {name} "$*" >>{tmp_path}/calls
 case "$*" in
 *"show cluster"*) echo lab ;;
-*"show association"*account=ictx*User) printf 'ictx|\\nictx|bob\\nictx|carol\\n' ;;
+*"show association"*) printf '%s||1|||||||||||\\n' 'ictx|' 'ictx|bob' 'ictx|carol' ;;
 esac
 """)
         (tmp_path / name).chmod(0o755)
@@ -66,10 +66,8 @@ esac
     done = play(tmp_path, [{"include_role": {"name": "slurm", "tasks_from": "accounts", "apply": path}}], variables)
     assert done.returncode == 0, done.stdout + done.stderr
     calls = [line for line in (tmp_path / "calls").read_text().splitlines() if " show " not in line]
-    assert calls[:2] == [
-        "scancel --user=2003",
-        "sacctmgr -i delete user where name=carol account=ictx cluster=lab",
-    ]
+    assert "scancel --user=2003" in calls
+    assert calls[-1] == "sacctmgr -i delete user where name=carol cluster=lab"
     assert "dave" not in str(calls)
 
 

@@ -118,6 +118,43 @@ def test_slurm_conf_describes_the_compute_nodes_as_slurmd_does(written: Any) -> 
     assert "AccountingStorageTRES=gres/gpu" in conf
 
 
+def conf_of(host: str = "ctl1", inventory: str = "example", **variables: Any) -> list[str]:
+    """Returns the lines of slurm.conf with other variables."""
+    cluster = Cluster(ROOT / "inventories" / inventory, {"ictx_state_dir": "/nonexistent", **variables})
+    role, play, _ = next(use for use in cluster.uses("site.yml") if use[0].get_name() == "slurm")
+    known = {"_slurm_package": {"stdout": "24.11.5-1"}, **cluster.variables(host, play, role)}
+    return cluster.render(ROOT / "roles/slurm/templates/slurm.conf.j2", known).splitlines()
+
+
+def test_preempted_jobs_get_a_signal_and_time(written: Any) -> None:
+    conf = written("example", "slurm", "slurm.conf.j2", "ctl1")
+    assert {"PreemptType=preempt/partition_prio", "PreemptMode=REQUEUE", "PriorityWeightQOS=5000"} <= set(conf)
+    # Without it a job that chose its own signal gets none when it is preempted.
+    assert "SlurmctldParameters=enable_configless,preempt_send_user_signal" in conf
+    partitions = {line.split()[0]: line.split() for line in conf if line.startswith("PartitionName=")}
+    assert {"PreemptMode=REQUEUE", "GraceTime=120"} <= set(partitions["PartitionName=batch"])
+    assert "PreemptMode=OFF" in partitions["PartitionName=urgent"]
+
+
+def test_preemption_and_priority_follow_their_variables() -> None:
+    partition = {"name": "A", "allow_qos": ["HIGH"], "allow_accounts": ["Optics"], "grace_seconds": 7}
+    conf = conf_of(
+        slurm_preempt_type="qos",
+        slurm_preempt_mode="CANCEL",
+        slurm_priority_weights={"age": 5, "partition": 3},
+        slurm_partitions=[partition],
+    )
+    assert {"PreemptType=preempt/qos", "PreemptMode=CANCEL", "PriorityWeightAge=5", "PriorityWeightPartition=3"} <= {
+        *conf
+    }
+    assert "PriorityWeightFairshare=10000" in conf
+    (line,) = (line for line in conf if line.startswith("PartitionName="))
+    assert {"AllowQos=high", "AllowAccounts=optics", "GraceTime=7", "PreemptMode=CANCEL"} <= set(line.split())
+    conf = conf_of(slurm_preempt_type="none")
+    assert "PreemptMode=OFF" in conf
+    assert all("PreemptMode=OFF" in line for line in conf if line.startswith("PartitionName="))
+
+
 def test_every_controller_and_login_node_writes_the_same_slurm_conf(rendered: Any) -> None:
     texts = rendered["example"][Path("roles/slurm/templates/slurm.conf.j2")]
     assert {texts[host] for host in ("ctl1", "ctl2", "login1")} == {texts["ctl1"]}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ipaddress
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from functools import cached_property
 from typing import Any
@@ -100,7 +100,7 @@ def partition_nodes(partition: Mapping[str, Any], compute: list[str]) -> list[st
 
 def partitions(site: Inventory) -> Iterator[Problem]:
     """Partitions have nodes that exist; one is the default; their QOS exist."""
-    compute, known = site.hosts("slurm_compute"), {qos["name"] for qos in site.get("slurm_qos", [])}
+    compute, known = site.hosts("slurm_compute"), {qos["name"].lower() for qos in kept(site, "slurm_qos")}
     given = site.get("slurm_partitions", [])
     for partition in given:
         name = partition["name"]
@@ -119,7 +119,7 @@ def partitions(site: Inventory) -> Iterator[Problem]:
             if count > 1:
                 yield "slurm_partitions", f"{name} has the node {node} {count} times", ""
         for qos in partition.get("allow_qos", []) if known else []:
-            if qos not in known:
+            if qos.lower() not in known:
                 hint = close(qos, [*known])
                 yield "slurm_partitions", f"{name} allows the QOS {qos}, which is not in slurm_qos{hint}", ""
     defaults = [partition["name"] for partition in given if partition.get("default") in (True, "true", "yes")]
@@ -175,17 +175,71 @@ def _gpus(site: Inventory, host: str) -> int:
     return sum(int(gres["count"]) for gres in site.gres(host) if gres["name"] == "gpu")
 
 
+def kept(site: Inventory, name: str) -> list[Mapping[str, Any]]:
+    """Returns a list's entries without those that are to be removed."""
+    return [entry for entry in site.get(name, []) if entry.get("state") != "absent"]
+
+
 def accounts(site: Inventory) -> Iterator[Problem]:
-    """Users of QOS are users."""
+    """What QOS, accounts, associations and partitions name exists, once; SLURM keeps names in small letters."""
     users = [user["name"] for user in site.get("ictx_users", []) if user.get("state", "present") == "present"]
-    for qos in site.get("slurm_qos", []):
-        for name in qos.get("users", []):
-            if name not in users:
-                yield "slurm_qos", f"{qos['name']} is for {name}, who is not one of ictx_users{close(name, users)}", ""
-    names = [qos["name"] for qos in site.get("slurm_qos", [])]
-    for name, count in Counter(names).items():
+    qos = [entry["name"].lower() for entry in kept(site, "slurm_qos")]
+    everybody = str(site.get("slurm_account", "ictx")).lower()
+    named = [everybody, *(entry["name"].lower() for entry in kept(site, "slurm_accounts"))]
+
+    def unknown(where: str, what: str, names: Iterable[str], known: list[str], source: str = "") -> Iterator[Problem]:
+        for name in names:
+            if name not in known:
+                text = "who is not one of ictx_users" if known is users else f"which is not in {source}"
+                yield where, f"{what} {name}, {text}{close(name, known)}", ""
+
+    for entry in kept(site, "slurm_qos"):
+        yield from unknown("slurm_qos", f"{entry['name']} is for", entry.get("users", []), users)
+        others = [name.lower() for name in entry.get("preempt", [])]
+        yield from unknown("slurm_qos", f"{entry['name']} preempts", others, qos, "slurm_qos")
+        if others and site.get("slurm_preempt_type") != "qos":
+            yield "slurm_qos", f"{entry['name']} has preempt, which counts with slurm_preempt_type: qos only", ""
+    for entry in kept(site, "slurm_accounts"):
+        parents = [str(entry.get("parent", "root")).lower()]
+        yield from unknown("slurm_accounts", f"{entry['name']} is below", parents, ["root", *named], "slurm_accounts")
+    for entry in kept(site, "slurm_associations"):
+        yield from unknown("slurm_associations", "one is of", [entry["user"]], users)
+        account = [entry["account"].lower()]
+        yield from unknown("slurm_associations", f"{entry['user']} is in", account, named, "slurm_accounts")
+    for name in ("slurm_accounts", "slurm_associations"):
+        for entry in kept(site, name) if qos else []:
+            wanted = [one.lower() for one in [*entry.get("qos", []), *filter(None, [entry.get("default_qos")])]]
+            who = f"{entry.get('user', '')} {entry.get('name') or entry.get('account')}".strip()
+            yield from unknown(name, f"{who} has the QOS", wanted, qos, "slurm_qos")
+    for partition in site.get("slurm_partitions", []):
+        allowed = [name.lower() for name in partition.get("allow_accounts", [])]
+        yield from unknown(
+            "slurm_partitions", f"{partition['name']} allows the account", allowed, named, "slurm_accounts"
+        )
+    names = [(name, entry["name"].lower()) for name in ("slurm_qos", "slurm_accounts") for entry in site.get(name, [])]
+    names += [
+        ("slurm_associations", f"{entry['user']} in {entry['account'].lower()}")
+        for entry in site.get("slurm_associations", [])
+    ]
+    for (where, name), count in Counter(names).items():
         if count > 1:
-            yield "slurm_qos", f"{count} items have the name {name}", ""
+            yield where, f"{count} items have the name {name}", ""
+    for user, count in Counter(e["user"] for e in kept(site, "slurm_associations") if e.get("default")).items():
+        if count > 1:
+            yield "slurm_associations", f"{user} has {count} default accounts: let one be", ""
+    yield from _ancestors(
+        {e["name"].lower(): str(e.get("parent", "root")).lower() for e in kept(site, "slurm_accounts")}
+    )
+
+
+def _ancestors(parents: Mapping[str, str]) -> Iterator[Problem]:
+    for name in parents:
+        above, seen = parents[name], {name}
+        while above in parents and above not in seen:
+            seen.add(above)
+            above = parents[above]
+        if above == name:
+            yield "slurm_accounts", f"{name} is below itself", ""
 
 
 def node_groups(site: Inventory) -> Iterator[Problem]:
