@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import pwd
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -173,7 +174,7 @@ def test_the_tree_shows_what_has_become_of_each_stage(queue: Queue) -> None:
     queue.ends(13, "CANCELLED")
     shown = [line.split() for line in queue("status").stdout.splitlines()[1:]]
     assert shown == [
-        ["pretrain", "done", "job", "11", "models:/ictx-tiny/4"],
+        ["pretrain", "done", "job", "11", "models:/ictx-tiny/4", "1:00"],
         ["├─", "extend", "failed", "job", "12", "FAILED,", f"{queue.user}/12.log"],
         ["│", "└─", "sft", "cancelled", "job", "13", "CANCELLED"],
         ["│", "└─", "dpo", "waiting", "job", "14", "Dependency"],
@@ -196,6 +197,25 @@ def test_waiting_ends_with_the_last_job_and_its_status_says_how(queue: Queue) ->
     # The queue's stand-in does not end jobs by itself.
     (queue.folder / "squeue").write_text("#!/bin/sh\necho '12|FAILED|1:00|(NonZeroExitCode)'\n")
     assert queue("run", "--from", "pretrain", "--to", "pretrain", "--wait").returncode == 1
+
+
+def test_waiting_prints_a_line_for_each_change_and_the_tree_at_both_ends(queue: Queue) -> None:
+    states = "PENDING PENDING PENDING" + " RUNNING" * 9 + " FAILED"
+    (queue.folder / "squeue").write_text(f"""#!/bin/sh
+set -- {states}
+echo >>looks; shift $(($(wc -l <looks) > $# ? $# - 1 : $(wc -l <looks) - 1))
+echo "11|$1|1:00|(Priority)"
+""")
+    (queue.user / "11.log").write_text("step 1/9\rstep\x1b 2/9\nstep 3")
+    done = queue("run", "--to", "pretrain", "--wait", "--interval=0.1")
+    lines = [re.sub(r"^\[[0-9:]{8}\] ", "", line) for line in done.stdout.splitlines()]
+    assert [line for line in lines if line.startswith("pretrain: ")] == [
+        "pretrain: submitted job 11",
+        "pretrain: running, job 11",
+        "pretrain: step 2/9",
+        f"pretrain: failed, job 11, FAILED, {queue.user}/11.log",
+    ]
+    assert len([line for line in lines if line.startswith("pipeline default")]) == 2
 
 
 @pytest.mark.parametrize(
