@@ -144,7 +144,7 @@ class Job:
         return (self.folder / "queue").read_text().strip() or str(done.returncode)
 
 
-BEGAN, SAVED = "touch $run/about.json", "mkdir -p $run/checkpoints/step-00000005"
+BEGAN, SAVED = "sleep 0.02; touch $run/about.json", "mkdir -p $run/checkpoints/step-00000005"
 ANSWERED = "mkdir -p $run/evals/needle; echo >>$run/evals/needle/samples.jsonl"
 
 
@@ -155,31 +155,40 @@ ANSWERED = "mkdir -p $run/evals/needle; echo >>$run/evals/needle/samples.jsonl"
         ("sft", 1, "", "1"),
         ("sft", 1, BEGAN, "requeued"),
         ("sft", 137, "", "requeued"),
-        ("eval", 1, ANSWERED, "requeued"),
-        ("eval", 1, "", "1"),
+        ("eval", 137, ANSWERED, "requeued"),
+        ("eval", 143, "", "requeued"),
+        ("eval", 1, ANSWERED, "1"),
         ("eval", 2, ANSWERED, "2"),
         ("promote-128k", 137, "", "requeued"),
         ("promote-128k", 3, "", "3"),
     ],
 )
-def test_a_job_that_got_further_or_was_killed_has_another_start(
+def test_a_job_that_trained_or_was_killed_has_another_start(
     tmp_path: Path, stage: str, status: int, inside: str, becomes: str
 ) -> None:
     assert Job(tmp_path, stage).start(status, inside) == becomes
 
 
-def test_a_job_that_gets_no_further_ends(tmp_path: Path) -> None:
+def test_a_job_that_saves_nothing_any_more_ends(tmp_path: Path) -> None:
     job = Job(tmp_path, "dpo")
-    assert job.start(1, f"{BEGAN}; {SAVED}") == "requeued"
-    assert job.start(1, BEGAN, restarts=1) == "1"
-    assert job.start(137, restarts=3) == "137"
+    assert job.start(1, BEGAN) == "requeued"
+    assert job.start(1, f"{BEGAN}; {SAVED}", restarts=1) == "requeued"
+    assert job.start(1, BEGAN, restarts=2) == "requeued"
+    assert job.start(137, restarts=3) == "requeued"
+    assert job.start(1, BEGAN, restarts=4) == "1"
+
+
+def test_a_start_that_does_not_train_is_the_last_one(tmp_path: Path) -> None:
+    job = Job(tmp_path, "dpo")
+    assert job.start(1, BEGAN) == "requeued"
+    assert job.start(1, restarts=1) == "1"
 
 
 def test_a_job_goes_back_to_the_queue_so_often_and_no_more(tmp_path: Path) -> None:
     job = Job(tmp_path, "extend")
     job.run.mkdir()
     assert job.start(1, BEGAN, restarts=19) == "requeued"
-    assert job.start(1, SAVED, restarts=20) == "1"
+    assert job.start(1, BEGAN, restarts=20) == "1"
 
 
 def test_a_folder_that_was_there_before_the_job_is_not_used(tmp_path: Path) -> None:
