@@ -206,7 +206,7 @@ set -- {states}
 echo >>looks; shift $(($(wc -l <looks) > $# ? $# - 1 : $(wc -l <looks) - 1))
 echo "11|$1|1:00|(Priority)"
 """)
-    (queue.user / "11.log").write_text("step 1/9\rstep\x1b 2/9\nstep 3")
+    (queue.user / "11.log").write_text("step 1/9\rstep\x1b 2/9\nsaved\nstep 3/9")
     done = queue("run", "--to", "pretrain", "--wait", "--interval=0.1")
     lines = [re.sub(r"^\[[0-9:]{8}\] ", "", line) for line in done.stdout.splitlines()]
     assert [line for line in lines if line.startswith("pretrain: ")] == [
