@@ -17,7 +17,7 @@ from cluster import ROOT, Cluster, trusted
 COMMANDS = {
     "srun": 'case "$*" in *"data prepare"*) exit 0;; esac; sh ./inside; exit "$(cat status)"',
     "scontrol": """case $1 in
-requeue) echo requeued >queue; kill -KILL "$PPID" ;;
+requeue) echo requeued >queue; kill -TERM "$PPID" ;;
 show) echo n1 ;;
 *) echo NodeAddr=192.0.2.1 ;;
 esac""",
