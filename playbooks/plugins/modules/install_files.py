@@ -1,0 +1,194 @@
+#!/usr/bin/python
+"""Ansible module: makes folders and files, and removes others, in one run; replaces nothing before all of it is valid."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from contextlib import ExitStack
+from typing import Any
+
+from ansible.module_utils.basic import AnsibleModule
+
+DOCUMENTATION = r"""
+module: install_files
+short_description: Makes folders and text files, and removes others, in one run
+description:
+  - What P(ansible.builtin.file#module), P(ansible.builtin.template#module) and P(ansible.builtin.copy#module) do in a
+    loop, with one start of Python on the node, and without a state in between. All files are written beside their
+    places, with their owners and modes, and validated; only then do they replace the ones there.
+  - Folders come first, removals last. A check run needs neither the folders nor the programs that validate.
+options:
+  folders:
+    description: Folders to make, each a path or what follows. Parents are made too, with mode 0755.
+    type: list
+    elements: raw
+    default: []
+    suboptions:
+      path: {type: path, required: true}
+      owner: {type: str, default: root}
+      group: {type: str, default: root}
+      mode: {type: str, default: "0755"}
+  files:
+    description: Text files in UTF-8. The action takes RV(content) from one of O(files[].template) and O(files[].src).
+    type: list
+    elements: dict
+    default: []
+    suboptions:
+      dest: {type: path, required: true}
+      template: {type: path, description: "Template of the role, or of the playbook."}
+      vars: {type: dict, default: {}, description: Variables of this template alone.}
+      src: {type: path, description: "File of the role, of the playbook, or of the control host."}
+      content: {type: str, description: "The text itself."}
+      owner: {type: str, default: root}
+      group: {type: str, default: root}
+      mode: {type: str, default: "0644"}
+      validate: {type: str, description: "Command that must accept the file, whose path stands for %s."}
+  absent:
+    description: Files that must not be there.
+    type: list
+    elements: path
+    default: []
+attributes:
+  check_mode: {support: full}
+  diff_mode: {support: full}
+author: [InfiniteContext]
+"""
+
+EXAMPLES = r"""
+- name: Configure the exporter
+  install_files:
+    folders: [/etc/prometheus]
+    files:
+      - {template: default.j2, dest: /etc/default/prometheus-node-exporter}
+      - {template: web.yml.j2, dest: /etc/prometheus/web.yml, group: prometheus, mode: "0640"}
+    absent: [/etc/prometheus/old.yml]
+  notify: Restart the exporter
+"""
+
+RETURN = r"""
+changes: {type: list, elements: path, description: Paths that are new, different or removed., returned: always}
+"""
+
+RIGHTS = {"owner": {"default": "root"}, "group": {"default": "root"}}
+FOLDER = RIGHTS | {"path": {"type": "path", "required": True}, "mode": {"default": "0755"}}
+FILE = RIGHTS | {
+    "dest": {"type": "path", "required": True},
+    "content": {"required": True},
+    "mode": {"default": "0644"},
+    "validate": {},
+}
+
+
+class Installation:
+    """One run of the module; temporary files go with `undo` whatever happens."""
+
+    def __init__(self, module: AnsibleModule, undo: ExitStack) -> None:
+        self.module, self.undo = module, undo
+        self.changes: list[str] = []
+        self.diffs: list[dict[str, Any]] = []
+
+    def changed(self, path: str, before: str = "", after: str = "") -> None:
+        """Notes a path, once, with what it holds before and after."""
+        if path not in self.changes:
+            self.changes.append(path)
+            self.diffs.append({"before_header": path, "after_header": path, "before": before, "after": after})
+
+    def rights(self, path: str, entry: dict[str, Any]) -> bool:
+        """Gives a path its owner, group and mode; returns whether it had others."""
+        wanted = self.module.load_file_common_arguments(entry | {"path": path, "attributes": None}, path=path)
+        return bool(self.module.set_fs_attributes_if_different(wanted, False))
+
+    def folder(self, entry: dict[str, Any]) -> None:
+        """Makes a folder."""
+        path = entry["path"]
+        if os.path.lexists(path) and not os.path.isdir(path):
+            self.module.fail_json(msg=f"{path} is not a folder: move it away", path=path)
+        new = not os.path.isdir(path)
+        if new and not self.module.check_mode:
+            os.makedirs(path, 0o755)
+        if new or self.rights(path, entry):
+            self.changed(path)
+        if new and not self.module.check_mode:
+            self.rights(path, entry)
+
+    def present(self, dest: str) -> str | None:
+        """Returns what a file holds, None where there is none; what is not UTF-8 differs from every text."""
+        if os.path.isdir(dest):
+            self.module.fail_json(msg=f"{dest} is a folder: move it away", path=dest)
+        if os.path.islink(dest) or not os.path.exists(dest):
+            return None
+        with open(dest, encoding="utf-8", errors="surrogateescape", newline="") as file:
+            return file.read()
+
+    def stage(self, entry: dict[str, Any]) -> str:
+        """Returns the path of a new file beside the one that it will replace, valid and with its owner and mode."""
+        dest = entry["dest"]
+        try:
+            handle, path = tempfile.mkstemp(prefix=".ictx-", dir=os.path.dirname(dest))
+        except FileNotFoundError:
+            self.module.fail_json(msg=f"{os.path.dirname(dest)} is not there: list it under folders", path=dest)
+        self.undo.callback(lambda: os.path.exists(path) and os.unlink(path))
+        with open(handle, "w", encoding="utf-8", newline="") as file:
+            file.write(entry["content"])
+        self.rights(path, entry)
+        if entry["validate"]:
+            command = entry["validate"].replace("%s", path)
+            status, out, err = self.module.run_command(command)
+            if status:
+                self.module.fail_json(
+                    msg=f"{dest} is left as it is, for its new text is not valid: {(err or out).strip()}",
+                    path=dest,
+                    command=command,
+                    rc=status,
+                )
+        return path
+
+    def files(self, entries: list[dict[str, Any]]) -> None:
+        """Replaces the files that differ, after all of them are valid."""
+        staged: dict[str, str] = {}
+        for entry in entries:
+            dest, before = entry["dest"], self.present(entry["dest"])
+            if before != entry["content"]:
+                self.changed(dest, before or "", entry["content"])
+                if not self.module.check_mode:
+                    staged[dest] = self.stage(entry)
+            elif self.rights(dest, entry):
+                self.changed(dest)
+        for dest, path in staged.items():
+            os.replace(path, dest)
+            self.module.set_default_selinux_context(dest, False)
+
+    def remove(self, path: str) -> None:
+        """Removes a file."""
+        if os.path.lexists(path):
+            self.changed(path, self.present(path) or "")
+            if not self.module.check_mode:
+                os.unlink(path)
+
+
+def main() -> None:
+    """Runs the module."""
+    module = AnsibleModule(
+        {
+            "folders": {"type": "list", "elements": "dict", "default": [], "options": FOLDER},
+            "files": {"type": "list", "elements": "dict", "default": [], "options": FILE},
+            "absent": {"type": "list", "elements": "path", "default": []},
+        },
+        # Texts may be secrets: nothing of them in the node's journal.
+        no_log=True,
+        supports_check_mode=True,
+    )
+    with ExitStack() as undo:
+        done = Installation(module, undo)
+        for entry in module.params["folders"]:
+            done.folder(entry)
+        done.files(module.params["files"])
+        for path in module.params["absent"]:
+            done.remove(path)
+        shown = {"diff": done.diffs} if module._diff else {}
+        module.exit_json(changed=bool(done.changes), changes=done.changes, **shown)
+
+
+if __name__ == "__main__":
+    main()
