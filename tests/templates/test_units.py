@@ -113,3 +113,16 @@ def test_a_sandbox_has_differences_and_no_second_line() -> None:
     for wrong in ("/a\nExecStart=/bin/sh", True, ["/a"]):
         with pytest.raises(AnsibleFilterError):
             FILTER.sandbox({"ReadWritePaths": wrong})
+
+
+def test_units_that_do_not_run_or_are_not_enabled_are_named() -> None:
+    shown = (
+        "Id=a.service\nActiveState=active\nUnitFileState=enabled\n\n"
+        "Id=b.timer\nActiveState=failed\nUnitFileState=enabled\n\n"
+        "Id=c.path\nActiveState=active\nUnitFileState=disabled\n\n"
+        "Id=d.service\nActiveState=inactive\nUnitFileState="
+    )
+    assert FILTER.unready(["a.service", "b.timer", "c.path", "d.service"], shown) == ["b.timer", "c.path", "d.service"]
+    assert FILTER.unready(["a.service"], shown.split("\n\n")[0]) == []
+    with pytest.raises(AnsibleFilterError, match="2 units and 1 blocks"):
+        FILTER.unready(["a.service", "b.timer"], shown.split("\n\n")[0])

@@ -1,8 +1,8 @@
-"""Ansible filter: how services of ours are shut in, in one place."""
+"""Ansible filters: how services of ours are shut in, in one place, and which units do not run as they should."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ansible.errors import AnsibleFilterError
@@ -49,9 +49,22 @@ def sandbox(differences: Mapping[str, Any]) -> str:
     return "\n".join(f"{name}={value}" for name, value in sorted(directives.items()) if value is not None)
 
 
+def unready(units: Sequence[str], shown: str) -> list[str]:
+    """Returns those of the units that do not run or that a boot would not start.
+
+    Args:
+        shown: what `systemctl show --property=Id,ActiveState,UnitFileState UNITS` prints, a block a unit.
+    """
+    blocks = [dict(line.split("=", 1) for line in block.splitlines() if "=" in line) for block in shown.split("\n\n")]
+    if len(blocks) != len(units):
+        raise AnsibleFilterError(f"unready_units: {len(units)} units and {len(blocks)} blocks of systemctl show")
+    right = {"ActiveState": "active", "UnitFileState": "enabled"}
+    return [unit for unit, block in zip(units, blocks, strict=True) if not right.items() <= block.items()]
+
+
 class FilterModule:
     """The filters of this file."""
 
     def filters(self) -> dict[str, Callable[..., Any]]:
         """Returns them by name."""
-        return {"sandbox": sandbox}
+        return {"sandbox": sandbox, "unready_units": unready}

@@ -1,5 +1,5 @@
 #!/usr/bin/python
-"""Ansible module: makes folders and files, and removes others, in one run; replaces nothing before all of it is valid."""
+"""Ansible module: makes folders and files and removes others in one run; replaces nothing before all is valid."""
 
 from __future__ import annotations
 
