@@ -22,7 +22,8 @@ class Place:
         self.folder, self.root, self.results = folder, folder / "root", folder / "results.json"
         self.root.mkdir()
         (folder / "templates").mkdir()
-        (folder / "templates/greeting.j2").write_text("{% if loud %}\nHELLO {{ name }}\n{% endif %}\n\u00fc\n")
+        (folder / "templates/greeting.j2").write_text("{% include 'loud.j2' %}\u00fc\n")
+        (folder / "templates/loud.j2").write_text("{% if loud %}\nHELLO {{ name }}\n{% endif %}\n")
 
     def run(self, *wanted: dict[str, Any]) -> list[dict[str, Any]]:
         """Returns what the module returns for each of the arguments, in one play; `root/` in paths is this folder."""
