@@ -98,6 +98,32 @@ def test_job_script_says_what_the_inventory_says() -> None:
     assert "gpus-per-node" not in script
 
 
+def test_a_sick_node_is_drained_with_the_reason_and_resumed_once_it_is_well() -> None:
+    n2, state = node("n2"), "scontrol --oneliner show node n2"
+    well = n2.file("/etc/slurm/health.json").content_string
+    sick = well.replace('"mounts": [', '"mounts": ["/nowhere", ')
+    try:
+        n2.check_output("printf %%s %s >/etc/slurm/health.json", sick)
+        n2.check_output("/opt/ictx/bin/ictx-node-health")
+        shown = n2.check_output(state)
+        assert "DRAIN" in shown
+        assert "Reason=ictx-health: /nowhere is not mounted [root@" in shown
+        # A reason of somebody else's is left alone, whether the node is well or not.
+        node("ctl").check_output("scontrol update nodename=n2 state=drain reason='new disk'")
+        n2.check_output("/opt/ictx/bin/ictx-node-health")
+        n2.check_output("printf %%s %s >/etc/slurm/health.json", well)
+        n2.check_output("/opt/ictx/bin/ictx-node-health")
+        assert "Reason=new disk [root@" in n2.check_output(state)
+        node("ctl").check_output(
+            "scontrol update nodename=n2 state=drain reason='ictx-health: /nowhere is not mounted'"
+        )
+        n2.check_output("/opt/ictx/bin/ictx-node-health")
+        assert "DRAIN" not in n2.check_output(state)
+    finally:
+        n2.check_output("printf %%s %s >/etc/slurm/health.json", well)
+        node("ctl").run("scontrol update nodename=n2 state=undrain")
+
+
 def test_a_check_run_finds_nothing_to_change() -> None:
     command = ["ansible-playbook", "--check", "--inventory=inventories/lab", "--limit=slurm:localhost"]
     done = subprocess.run(
