@@ -14,7 +14,8 @@ DOCUMENTATION = r"""
 action: check_node
 short_description: Checks that a node answers, has Python, room in the shared directory and what is declared of it
 description:
-  - Reads only. A node that does not answer is not dropped from the play; every problem is one line of RV(problems).
+  - Reads only. A node that does not answer is not dropped from the play, but RV(reached) is false then; every problem
+    is one line of RV(problems).
 options:
   shared_dir: {type: path, required: true, description: The shared directory; it is looked at once it is mounted.}
   min_free_gb: {type: float, required: true, description: Least free space of the shared directory in GB.}
@@ -77,7 +78,8 @@ class ActionModule(ActionBase):
         except AnsibleConnectionFailure as error:
             reason = str(error).strip().splitlines()[-1].removeprefix("Failed to connect to the host via ssh: ")
             remedy = "start it, or correct ansible_host, ansible_user and the SSH key"
-            return {**result, "changed": False, "problems": [f"{shown}: cannot be reached ({reason}): {remedy}"]}
+            text = f"{shown}: cannot be reached ({reason}): {remedy}"
+            return {**result, "changed": False, "reached": False, "problems": [text]}
         except AnsibleError as error:
             text = f"{shown}: cannot be managed ({str(error).strip().splitlines()[0]})"
             return {**result, "changed": False, "problems": [text]}

@@ -1,0 +1,116 @@
+"""Ansible filters: the states of SLURM's nodes, and which releases of SLURM follow each other."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from ansible.errors import AnsibleFilterError
+from ansible.plugins.loader import filter_loader
+
+# Every nine months until 23.11, every six since.
+EARLY = ("20.02", "20.11", "21.08", "22.05", "23.02", "23.11")
+# https://slurm.schedmd.com/upgrades.html: how many releases back a daemon reads databases, state files and messages.
+WINDOW, WINDOW_UNTIL_24_05 = 3, 2
+
+
+def chosen_nodes(chosen: str | Sequence[str], compute: Iterable[str]) -> dict[str, Any]:
+    """Returns the `names` in a hostlist, or a list of them, and the `problem` where they are no compute nodes."""
+    expand = filter_loader.get("expand_nodes").j2_function
+    try:
+        names = [name for part in ([chosen] if isinstance(chosen, str) else chosen) for name in expand(part)]
+    except ValueError as error:
+        return {"names": [], "problem": f"nodes: {error}: give -e nodes= a hostlist, as gpu3 or gpu[1-4,7]"}
+    known = list(compute)
+    unknown = [name for name in names if name not in known]
+    return {
+        "names": names,
+        "problem": f"nodes: {', '.join(unknown)}: no compute node; there are {', '.join(known)}" if unknown else "",
+    }
+
+
+def node_states(text: str) -> dict[str, dict[str, Any]]:
+    """Returns what `scontrol --oneliner show node` prints, by node: `flags`, `reason`, `version` and `partitions`."""
+    found = {}
+    for line in text.splitlines():
+        words = dict(re.findall(r"(?<!\S)(NodeName|State|Version|Partitions)=(\S*)", line))
+        if "NodeName" not in words:
+            continue
+        reason = re.search(r"(?<!\S)Reason=(.*?)(?: \[\S+@\S+\])?\s*(?:Comment=.*)?$", line)
+        found[words["NodeName"]] = {
+            "flags": re.split(r"\W+", words.get("State", "").rstrip("*~#!%$@^-")),
+            "reason": reason[1] if reason else "",
+            "version": words.get("Version", ""),
+            "partitions": [name for name in words.get("Partitions", "").split(",") if name],
+        }
+    return found
+
+
+def release(version: str) -> str:
+    """Returns the release of a version, as 24.11 of 24.11.5-4+deb13u1. Raises AnsibleFilterError."""
+    found = re.match(r"(?:\d+:)?(\d\d\.\d\d)(?!\d)", version)
+    if not found:
+        raise AnsibleFilterError(f"{version!r} is no version of SLURM")
+    return found[1]
+
+
+def _number(name: str) -> int:
+    """Returns the place of a release among all. Raises AnsibleFilterError."""
+    year, month = (int(part) for part in name.split("."))
+    if name in EARLY:
+        return EARLY.index(name)
+    if year < 24 or month not in (5, 11):
+        raise AnsibleFilterError(f"{name} is no release of SLURM that this playbook knows")
+    return len(EARLY) + (year - 24) * 2 + month // 11
+
+
+def _name(number: int) -> str:
+    if number < len(EARLY):
+        return EARLY[number]
+    years, second = divmod(number - len(EARLY), 2)
+    return f"{24 + years}.{'11' if second else '05'}"
+
+
+def _reads(new: int, old: int) -> bool:
+    """Returns whether a release reads what an earlier one has left."""
+    return new - old <= (WINDOW if new >= _number("24.11") else WINDOW_UNTIL_24_05)
+
+
+def upgrade_problem(before: str, after: str) -> str:
+    """Returns why one version of SLURM cannot become another in one step, and what to do; empty when it can."""
+    old, new = _number(release(before)), _number(release(after))
+    if new < old:
+        return f"SLURM {before} cannot become {after}: databases and state files of a later release are not read"
+    if _reads(new, old):
+        return ""
+    reached = [number for number in range(old + 1, new) if _reads(number, old)]
+    through = [number for number in reached if _reads(new, number)] or reached[-1:]
+    return (
+        f"SLURM {before} cannot become {after} in one step: databases, state files and messages of a release so far "
+        f"back are not read. Upgrade to {' or '.join(_name(number) for number in through)} first (docs/operations.md)"
+    )
+
+
+def planned_packages(simulation: str) -> dict[str, dict[str, str]]:
+    """Returns the packages that `apt-get --simulate install` would upgrade, with both versions, and remove."""
+    upgraded = re.findall(r"^Inst (\S+) \[(\S+)\] \((\S+)", simulation, re.MULTILINE)
+    return {
+        "before": {name: before for name, before, _ in upgraded},
+        "after": {name: after for name, _, after in upgraded},
+        "removed": dict(re.findall(r"^Remv (\S+) \[(\S+)\]", simulation, re.MULTILINE)),
+    }
+
+
+class FilterModule:
+    """Filters of this file."""
+
+    def filters(self) -> dict[str, Callable[..., Any]]:
+        """Returns the filters by name."""
+        return {
+            "chosen_nodes": chosen_nodes,
+            "node_states": node_states,
+            "planned_packages": planned_packages,
+            "slurm_release": release,
+            "upgrade_problem": upgrade_problem,
+        }
