@@ -119,6 +119,7 @@ def state(name: str, flags: str, reason: str = "") -> str:
     return f"NodeName={name} Version=24.11.5 State={flags} Partitions=batch,urgent  {shown}\n"
 
 
+@pytest.mark.full
 def test_nodes_in_service_are_drained_and_others_keep_their_reason(tmp_path: Path) -> None:
     shown = state("n1", "MIXED") + state("n2", "IDLE+DRAIN", "disk")
     done, calls = run(tmp_path, "drain_nodes.yml", states=shown, jobs="12\n", lifecycle_nodes=["n1", "n2"])
