@@ -84,6 +84,24 @@ def test_the_plan_is_what_apt_would_do() -> None:
     }
 
 
+def test_hosts_are_upgraded_together_or_not_at_all() -> None:
+    def host(before: str, after: str, *removed: str) -> dict[str, Any]:
+        plan = {"after": {}, "removed": dict.fromkeys(removed, before)}
+        return {
+            "upgrade_version": before,
+            "upgrade_to": after,
+            "upgrade_packages": ["slurmd", "slurm-client"],
+            "upgrade_plan": plan,
+        }
+
+    assert LIFECYCLE.upgrade_problems([host("22.05.8", "23.11.10"), host("23.11.10", "23.11.10", "libssl3")]) == []
+    problems = LIFECYCLE.upgrade_problems([host("22.05.8", "24.11.5"), host("22.05.8", "22.05.8", "slurmd")])
+    assert len(problems) == 3
+    assert "cannot become 24.11.5 in one step" in problems[0]
+    assert "different releases of SLURM, 22.05, 24.11" in problems[1]
+    assert problems[2] == "apt would remove slurmd"
+
+
 # The states of nodes and the jobs there, in files of the test; what is run is noted.
 FAKE = """#!/bin/sh
 cd {folder}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from ansible.errors import AnsibleFilterError
@@ -102,6 +102,29 @@ def planned_packages(simulation: str) -> dict[str, dict[str, str]]:
     }
 
 
+def upgrade_problems(hosts: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Returns why hosts cannot be upgraded together.
+
+    Args:
+        hosts: variables of each: `upgrade_version` and `upgrade_to`, versions of SLURM before and after;
+            `upgrade_packages`, names of SLURM's packages; `upgrade_plan`, as of `planned_packages`.
+    """
+    plans = list(hosts)
+    steps = {upgrade_problem(host["upgrade_version"], host["upgrade_to"]) for host in plans} - {""}
+    releases = sorted({release(host["upgrade_to"]) for host in plans})
+    removed = sorted(
+        {name for host in plans for name in host["upgrade_packages"] if name in host["upgrade_plan"]["removed"]}
+    )
+    problems = sorted(steps)
+    if len(releases) > 1:
+        problems.append(
+            f"the hosts would have different releases of SLURM, {', '.join(releases)}: give all the same apt sources"
+        )
+    if removed:
+        problems.append(f"apt would remove {', '.join(removed)}")
+    return problems
+
+
 class FilterModule:
     """Filters of this file."""
 
@@ -111,6 +134,5 @@ class FilterModule:
             "chosen_nodes": chosen_nodes,
             "node_states": node_states,
             "planned_packages": planned_packages,
-            "slurm_release": release,
-            "upgrade_problem": upgrade_problem,
+            "upgrade_problems": upgrade_problems,
         }
