@@ -84,8 +84,10 @@ class Chain:
         return bool(self.checkpoints(stage) if stage in TRAINING else self.samples(stage) or stage == "promote")
 
 
-# What computes on a node, without srun and the shells that start it.
-RANK = r"^[^ ]*python[^ ]* (-u -m ictx train|[^ ]*/ictx (eval|promote)) "
+def ranks(job: str) -> str:
+    """Returns a pattern of what computes on a node for a job, or promotes; not of srun and the shells around it."""
+    own = f"run[.]dir=/shared/runs/[a-z]+/{job} "
+    return f"^[^ ]*python[^ ]* ((-u -m ictx train|[^ ]*/ictx eval) .*{own}|[^ ]*/ictx promote )"
 
 
 def stop(lab: Lab, job: str, _: str) -> None:
@@ -93,9 +95,9 @@ def stop(lab: Lab, job: str, _: str) -> None:
     lab.user(f"scancel --batch --signal=TERM {job}")
 
 
-def kill(lab: Lab, _: str, node: str) -> None:
+def kill(lab: Lab, job: str, node: str) -> None:
     """A rank dies."""
-    assert lab.run(node, f"pkill --signal KILL --full '{RANK}'").returncode == 0
+    assert lab.run(node, f"pkill --signal KILL --full '{ranks(job)}'").returncode == 0
 
 
 def lose(lab: Lab, _: str, node: str) -> None:
@@ -110,7 +112,7 @@ def harm(chain: Chain, stage: str, fault: Callable[[Lab, str, str], None]) -> No
     wait_for(f"{stage}, job {job}, under way", lambda: chain.under_way(stage), 900)
     wait_for(f"a node of {stage}", lambda: bool(nodes(lab, job)), 900)
     node = nodes(lab, job)[-1]
-    found = lab.run(node, f"timeout 300 sh -c \"until pgrep --full '{RANK}' >/dev/null; do sleep 0.1; done\"")
+    found = lab.run(node, f"timeout 300 sh -c \"until pgrep --full '{ranks(job)}' >/dev/null; do sleep 0.1; done\"")
     assert found.returncode == 0, f"nothing computes on {node}: {lab.folder(job).with_suffix('.log').read_text()}"
     fault(lab, job, node)
 
@@ -140,7 +142,7 @@ def check_the_chain_ends_well(chain: Chain, *faults: Callable[[Lab, str, str], N
         else:
             samples = chain.samples(stage)
             assert len(samples) == len(set(samples))
-            assert samples[: len(finished)] == finished or stage == "judge"
+            assert not finished or "of them finished before" in output
     assert f"job {chain.jobs[chain.last]}" in lab.user(f"{PIPELINE} status --name {chain.name}")
     # Nothing is left to do.
     again = lab.user(f"{PIPELINE} run --name {chain.name} --to {chain.last}")
@@ -178,14 +180,14 @@ def test_a_folder_of_another_user_is_no_parent(lab: Lab, parent: str) -> None:
         lab.run("ctl", f"rm -rf {theirs} {link}")
 
 
-def test_a_stage_is_told_to_stop_then_loses_a_rank_and_what_waits_for_it_runs(lab: Lab, pretrained: str) -> None:
+def test_a_stage_is_stopped_and_then_loses_a_rank_and_what_waits_for_it_runs(lab: Lab, pretrained: str) -> None:
     chain = Chain(lab, "extend", "extend", pretrained)
     command = (
         f"sbatch --parsable --dependency=afterok:{chain.jobs['extend']} --kill-on-invalid-dep=yes --output=/dev/null"
     )
     waiting = lab.user(f"{command} --wrap=true")
     check_the_chain_ends_well(chain, stop, kill)
-    assert lab.follow(waiting)[0] == 0
+    wait_for("the end of what waited", lambda: lab.accounts(waiting, "State") == "COMPLETED", 60)
 
 
 @pytest.mark.full

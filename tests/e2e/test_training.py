@@ -129,18 +129,6 @@ def test_a_job_that_loses_a_node_resumes_and_its_curve_goes_on(lab: Lab, trained
     assert lab.user("srun --nodelist=n2 --immediate=120 hostname") == "n2"
 
 
-def test_a_job_that_is_told_to_stop_saves_and_resumes(lab: Lab, trained: str) -> None:
-    # What the controller sends some time before the limit (#SBATCH --signal=B:TERM@…).
-    job = lab.submit("pretrain/tiny.yaml", *SHORT, "train.checkpoint_every=1000")
-    lab.wait_in(job, "the first record", lambda: bool(lab.records(job)))
-    lab.user(f"scancel --batch --signal=TERM {job}")
-    status, output = lab.follow(job)
-    assert status == 0, output[-3000:]
-    assert "told to stop: ended after step" in output
-    assert lab.restarts(job) == 1
-    assert_resumed(lab, job)
-
-
 def assert_resumed(lab: Lab, job: str) -> None:
     """The run went on from a checkpoint: every step is there once, and the loss goes on falling."""
     assert 0 < lab.result(job)["resumed_from_step"] < STEPS_OF_A_SHORT_RUN

@@ -188,6 +188,9 @@ def test_states_of_jobs_that_the_controller_forgot_are_those_of_the_accounts(que
     (queue.folder / "old").write_text("11 TIMEOUT\n")
     assert "pretrain" in queue("status").stdout
     assert "TIMEOUT" in queue("status").stdout
+    (queue.user / "11").mkdir()
+    (queue.user / "11/result.json").write_text("{}")
+    assert queue("status").stdout.splitlines()[1].split() == ["pretrain", "done", "job", "11", "1:00"]
 
 
 def test_waiting_ends_with_the_last_job_and_its_status_says_how(queue: Queue) -> None:
