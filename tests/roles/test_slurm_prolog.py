@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import subprocess
 from pathlib import Path
 
@@ -20,13 +22,13 @@ def state(tmp_path: Path) -> Path:
     return tmp_path / "oci/nobody"
 
 
-def prolog(state: Path, uid: int = NOBODY) -> subprocess.CompletedProcess[str]:
+def prolog(state: Path, uid: int = NOBODY, job: str = "17") -> subprocess.CompletedProcess[str]:
     """Runs the prolog of a job."""
     text = (ROOT / "roles/slurm/templates/prolog.j2").read_text()
     script = state.parents[1] / "prolog"
     text = text.replace("{{ _slurm_marks_dir | quote }}", str(state.parents[1] / "marks"))
     script.write_text(text.replace("{{ _slurm_oci_state_dir | quote }}", str(state.parent)))
-    environment = {"SLURM_JOB_UID": str(uid), "SLURM_JOB_ID": "17", "SLURM_JOB_USER": "../../etc"}
+    environment = {"SLURM_JOB_UID": str(uid), "SLURM_JOB_ID": job, "SLURM_JOB_USER": "../../etc"}
     return subprocess.run(["sh", script], env=environment, capture_output=True, text=True, check=False)
 
 
@@ -108,3 +110,41 @@ def test_the_path_is_also_that_of_what_is_run(name: str) -> None:
     # SLURM gives a prolog or an epilog no PATH: `timeout` would look for a program in /bin and /usr/bin only.
     lines = (ROOT / "roles/slurm" / name).read_text().splitlines()
     assert "export PATH=/usr/sbin:/usr/bin:/sbin:/bin" in lines
+
+
+@pytest.mark.parametrize(("queue", "stays"), [("17 COMPLETING", False), ("18 PENDING", True), ("18 RUNNING", True)])
+def test_the_folder_stays_for_a_job_that_was_lost_with_the_node_and_comes_back(
+    state: Path, queue: str, stays: bool
+) -> None:
+    """SLURM starts such a job on the same node without another prolog."""
+    top = state.parents[1]
+    for job in ("17", "18"):
+        assert prolog(state, job=job).returncode == 0
+    programs = {"squeue": f'case "$*" in *{queue.split()[1]}*) echo {queue.split()[0]};; esac', "scontrol": "true"}
+    for name, text in programs.items():
+        (top / name).write_text(f"#!/bin/sh\n{text}\n")
+        (top / name).chmod(0o755)
+    text = (ROOT / "roles/slurm/templates/epilog.j2").read_text().replace("export PATH=", f"export PATH={top}:")
+    text = text.replace("{{ _slurm_marks_dir | quote }}", str(top / "marks"))
+    text = text.replace("{{ _slurm_oci_state_dir | quote }}", str(state.parent)).replace("/dev/shm /tmp", str(state))
+    (top / "epilog").write_text(re.sub(r"(?s)\{% if.*?endif %\}", "", text))
+    top.chmod(0o711)
+    job = {"SLURM_JOB_UID": str(NOBODY), "SLURM_JOB_ID": "17", "SLURMD_NODENAME": "n1"}
+    done = subprocess.run(["sh", top / "epilog"], env=job, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert state.exists() == stays
+
+
+@pytest.mark.parametrize("booted", [True, False])
+def test_slurmd_forgets_which_jobs_had_a_prolog_when_a_boot_removed_what_it_made(tmp_path: Path, booted: bool) -> None:
+    text = (ROOT / "roles/slurm/templates/slurmd.service.conf.j2").read_text()
+    (command,) = re.findall(r"^ExecStartPre=(/bin/sh -c '.*')$", text, re.MULTILINE)
+    command = command.replace("{{ _slurm_marks_dir }}", str(tmp_path / "marks"))
+    for name in ("cred_state", "cred_state.old"):
+        (tmp_path / name).touch()
+    if not booted:
+        (tmp_path / "marks").mkdir()
+    subprocess.run(shlex.split(command.replace("/var/spool/slurmd", str(tmp_path))), check=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == (
+        [] if booted else ["cred_state", "cred_state.old", "marks"]
+    )
