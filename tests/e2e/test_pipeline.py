@@ -8,7 +8,9 @@ import os
 import re
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -19,6 +21,7 @@ pytestmark = pytest.mark.lab
 PIPELINE = "/opt/ictx/bin/ictx-pipeline"
 TRAINING = ("pretrain", "extend", "sft", "dpo")
 STAGES = (*TRAINING, "eval", "judge", "promote")
+COMPUTE = ("n1", "n2")
 SHORT = ("train.steps=40", "train.checkpoint_every=5", "train.validate_every=40", "train.validation_windows=8")
 
 
@@ -105,16 +108,32 @@ def lose(lab: Lab, _: str, node: str) -> None:
     assert lab.run(node, "systemctl kill --signal=KILL slurmd").returncode == 0
 
 
+@contextmanager
+def frozen(lab: Lab, job: str) -> Iterator[None]:
+    """Lets a held job go that takes seconds, and stops what it computes as it begins, until this ends."""
+    stopping = f"until pkill --signal STOP --full '{ranks(job)}'; do sleep 0.05; done"
+    with ThreadPoolExecutor() as pool:
+        for node in COMPUTE:
+            pool.submit(lab.run, node, f'timeout 300 sh -c "{stopping}"')
+        lab.user(f"scontrol release {job}")
+        try:
+            yield
+        finally:
+            for node in COMPUTE:
+                lab.run(node, f"pkill --full '[u]ntil pkill'; pkill --signal CONT --full '{ranks(job)}'")
+
+
 def harm(chain: Chain, stage: str, fault: Callable[[Lab, str, str], None]) -> None:
     """Does harm to a stage, on its last node, once it is under way."""
     lab, job = chain.lab, chain.jobs[stage]
-    # The stages before are done, or this one waits.
-    wait_for(f"{stage}, job {job}, under way", lambda: chain.under_way(stage), 900)
-    wait_for(f"a node of {stage}", lambda: bool(nodes(lab, job)), 900)
-    node = nodes(lab, job)[-1]
-    found = lab.run(node, f"timeout 300 sh -c \"until pgrep --full '{ranks(job)}' >/dev/null; do sleep 0.1; done\"")
-    assert found.returncode == 0, f"nothing computes on {node}: {lab.folder(job).with_suffix('.log').read_text()}"
-    fault(lab, job, node)
+    with frozen(lab, job) if stage == "promote" else nullcontext():
+        # The stages before are done, or this one waits.
+        wait_for(f"{stage}, job {job}, under way", lambda: chain.under_way(stage), 900)
+        wait_for(f"a node of {stage}", lambda: bool(nodes(lab, job)), 900)
+        node = nodes(lab, job)[-1]
+        found = lab.run(node, f"timeout 300 sh -c \"until pgrep --full '{ranks(job)}' >/dev/null; do sleep 0.1; done\"")
+        assert found.returncode == 0, f"nothing computes on {node}: {lab.folder(job).with_suffix('.log').read_text()}"
+        fault(lab, job, node)
 
 
 def nodes(lab: Lab, job: str) -> list[str]:
@@ -125,6 +144,8 @@ def nodes(lab: Lab, job: str) -> list[str]:
 def check_the_chain_ends_well(chain: Chain, *faults: Callable[[Lab, str, str], None]) -> None:
     """Does harm to each stage; each goes on under its number, and what waits for it too."""
     lab = chain.lab
+    if "promote" in chain.jobs:
+        lab.user(f"scontrol hold {chain.jobs['promote']}")
     for stage, job in chain.jobs.items():
         finished: list[str] = []
         for number, fault in enumerate(faults):
