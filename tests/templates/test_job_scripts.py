@@ -118,7 +118,8 @@ class Job:
         self.run = folder / f"runs/{self.user}/17"
         for path in (self.run.parent, folder / f"bundles/{self.user}", folder / "data"):
             path.mkdir(parents=True)
-        script = scripts("lab", "ctl")[stage].replace("/opt/ictx/bin/", "").replace("=/shared\n", f"={folder}\n")
+        script = sweep_script("lab", "ctl") if stage == "sweep" else scripts("lab", "ctl")[stage]
+        script = script.replace("/opt/ictx/bin/", "").replace("=/shared\n", f"={folder}\n")
         (folder / "script").write_text(script)
         for name, text in COMMANDS.items():
             (folder / name).write_text(f"#!/bin/sh\n{text}\n")
@@ -129,12 +130,13 @@ class Job:
         (self.folder / "status").write_text(str(status))
         (self.folder / "inside").write_text(f"run={self.run}\n{inside}\n")
         (self.folder / "queue").write_text("")
+        array = {"SLURM_ARRAY_JOB_ID": "17", "SLURM_ARRAY_TASK_ID": "1"}
         job = {"SLURM_JOB_ID": "17", "SLURM_JOB_NODELIST": "n1", "SLURM_JOB_NUM_NODES": "1", "SLURM_CPUS_PER_TASK": "1"}
         environment = {"PATH": f"{self.folder}:/usr/bin:/bin", "SLURM_RESTART_COUNT": str(restarts), "USER": self.user}
         done = subprocess.run(
             ["bash", "script", "init=models:/m/3"],
             cwd=self.folder,
-            env=job | environment,
+            env=array | job | environment,
             capture_output=True,
             text=True,
             check=False,
@@ -161,6 +163,9 @@ ANSWERED = "mkdir -p $run/evals/needle; echo >>$run/evals/needle/samples.jsonl"
         ("eval", 2, ANSWERED, "2"),
         ("promote-128k", 137, "", "requeued"),
         ("promote-128k", 3, "", "3"),
+        ("sweep", 0, "", "0"),
+        ("sweep", 1, "", "requeued"),
+        ("sweep", 2, "", "2"),
     ],
 )
 def test_a_job_that_trained_or_was_killed_has_another_start(
