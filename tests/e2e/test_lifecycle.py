@@ -140,3 +140,41 @@ def test_site_goes_on_without_a_node_that_is_dead(lab: Lab, dead: str) -> None:
     assert kept() == before
     assert lab.accounts(job, "State") == "RUNNING"
     lab.user(f"touch {GO}")
+
+
+@pytest.fixture
+def later(lab: Lab) -> Iterator[str]:
+    """Debian's next release among the apt sources of SLURM's nodes, which takes nothing from it by itself."""
+    source = "/etc/apt/sources.list.d/later.list"
+    nodes = ("ctl", "n1", "n2")
+    for node in nodes:
+        lab.run(node, f"echo 'deb http://deb.debian.org/debian trixie main' >{source}")
+        lab.run(
+            node, "printf 'Package: *\\nPin: release n=trixie\\nPin-Priority: 100\\n' >/etc/apt/preferences.d/later"
+        )
+    yield "trixie"
+    for node in nodes:
+        lab.run(node, f"rm -f {source} /etc/apt/preferences.d/later && apt-get update")
+
+
+@pytest.mark.full
+def test_an_upgrade_that_would_lose_the_queue_is_refused_and_changes_nothing(lab: Lab, later: str) -> None:
+    def installed() -> str:
+        return "".join(lab.run(node, "dpkg-query --show 'slurm*' libc6").stdout for node in ("ctl", "n1", "n2"))
+
+    before, job = installed(), waiting(lab, "n1", GO)
+    assert "22.05.8" in before
+    refused = " ".join(played("playbooks/upgrade.yml", "-e", f"upgrade_release={later}", status=2).split())
+    assert "cannot become 24.11.5" in refused
+    assert "Upgrade to 23.02 or 23.11 first" in refused
+    assert installed() == before
+    assert lab.accounts(job, "State") == "RUNNING"
+    assert states(lab)["n2"] == "idle"
+    lab.user(f"touch {GO}")
+
+
+@pytest.mark.full
+def test_an_upgrade_to_what_is_installed_changes_nothing(lab: Lab) -> None:
+    output = played("playbooks/upgrade.yml")
+    assert "nothing newer" in output
+    assert changed(output) == 0

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -13,8 +15,8 @@ from cluster import ROOT
 GROUPS = yaml.safe_load((ROOT / "playbooks/plugins/inventory_schema.yml").read_text())["groups"]
 
 
-def preflight(folder: Path, *arguments: str, **variables: object) -> subprocess.CompletedProcess[str]:
-    """Runs preflight on a cluster whose only node is this machine, with `gone` as one more where the test adds it."""
+def preflight(folder: Path, *arguments: str, **variables: Any) -> subprocess.CompletedProcess[str]:
+    """Runs preflight on a cluster whose only node is this machine; `gone` is one more, `groups` have other hosts."""
     inventory = {
         "all": {
             "vars": {
@@ -34,7 +36,9 @@ def preflight(folder: Path, *arguments: str, **variables: object) -> subprocess.
         }
     }
     for name, value in variables.items():
-        if name == "gone":
+        if name == "groups":
+            inventory["all"]["children"] |= {group: {"hosts": dict.fromkeys(hosts)} for group, hosts in value.items()}
+        elif name == "gone":
             inventory["all"]["hosts"]["gone"] = value
         else:
             inventory["all"]["vars"][name] = value
@@ -77,6 +81,21 @@ def test_every_problem_is_one_line_and_all_are_told_at_once(tmp_path: Path) -> N
     refused = "- host gone (127.0.0.1): cannot be reached (ssh: connect to host 127.0.0.1 port 1: Connection refused): "
     assert [line for line in found if line.startswith(refused)]
     assert "unreachable=0" in done.stdout
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_a_host_that_is_down_is_left_out_when_asked_unless_others_depend_on_it(tmp_path: Path, first: bool) -> None:
+    gone = {"ansible_host": "127.0.0.1", "ansible_port": 1}
+    groups = {"slurm_controller": ["gone", "here"]} if first else {}
+    done = preflight(tmp_path, "--extra-vars", "ictx_skip_unreachable=true", groups=groups, gone=gone)
+    output = done.stdout + done.stderr
+    if first:
+        assert done.returncode == 2
+        assert "host gone: cannot be reached, and not be left out: it is the first of slurm_controller" in output
+    else:
+        assert done.returncode == 4, output
+        assert re.search(r"^gone .* unreachable=1 .*failed=0", output, re.MULTILINE)
+        assert re.search(r"^here .* unreachable=0 .*failed=0", output, re.MULTILINE)
 
 
 def test_a_host_whose_address_cannot_be_evaluated_is_told_with_the_rest(tmp_path: Path) -> None:
