@@ -69,7 +69,7 @@ def test_nodes_that_take_no_jobs_are_reported_with_the_reason() -> None:
     found = values(metrics)
     assert found['slurm_node_available{node="n1"}'] == 1
     assert found['slurm_node_allocated_gpus{node="n1"}'] == 1
-    assert found['slurm_node_memory_bytes{node="n1"}'] == 4096 * 2**20
+    assert found['slurm_node_total_memory_bytes{node="n1"}'] == 4096 * 2**20
     assert found['slurm_node_available{node="n2"}'] == 0
     assert found['slurm_node_available{node="n4"}'] == 1, "it is kept free for a job that starts soon"
     since = 'slurm_node_unavailable_since_seconds{node="n3",state="drained",reason="disk, by alice"}'
@@ -90,7 +90,7 @@ def test_a_reason_with_a_newline_costs_no_other_node(tmp_path: Path) -> None:
 def test_jobs_are_reported_with_their_nodes_and_reasons() -> None:
     found = values(with_jobs(f"{RUNNING}name with | in it", PENDING))
     assert found['slurm_job_node{job_id="7",user="ann",node="n2",job_name="name with | in it"}'] == 1
-    assert found['slurm_jobs{partition="batch",user="ben",state="pending"}'] == 1
+    assert found['slurm_queue_jobs{partition="batch",user="ben",state="pending"}'] == 1
     waiting = 'slurm_job_pending_since_seconds{job_id="8",user="ben",partition="batch",reason="Resources"}'
     assert found[waiting] == 1700000200
 
@@ -108,15 +108,15 @@ def test_jobs_are_reported_with_their_nodes_and_reasons() -> None:
 def test_the_name_of_a_job_is_its_own_row_only(name: str, tmp_path: Path) -> None:
     metrics = with_jobs(RUNNING + name, PENDING)
     found = values(metrics)
-    assert found['slurm_jobs{partition="batch",user="ann",state="running"}'] == 1
-    assert found['slurm_jobs{partition="batch",user="ben",state="pending"}'] == 1
+    assert found['slurm_queue_jobs{partition="batch",user="ann",state="running"}'] == 1
+    assert found['slurm_queue_jobs{partition="batch",user="ben",state="pending"}'] == 1
     assert len([key for key in found if key.startswith("slurm_job_node{")]) == 2
     assert skipped(metrics, tmp_path) == {}
 
 
 def test_a_record_without_all_its_fields_costs_that_record(tmp_path: Path) -> None:
     metrics = with_jobs("9|9|ann|2001|batch|RUNNING", "10|10|ann|nobody|batch|RUNNING|1|1|1|None|n1|x", PENDING)
-    assert values(metrics)['slurm_jobs{partition="batch",user="ben",state="pending"}'] == 1
+    assert values(metrics)['slurm_queue_jobs{partition="batch",user="ben",state="pending"}'] == 1
     assert skipped(metrics, tmp_path) == {"jobs": 2}
 
 
@@ -125,7 +125,7 @@ def test_of_a_user_with_very_many_jobs_some_have_series_of_their_own(tmp_path: P
     jobs = [PENDING.replace("8|8", f"{number}|{number}", 1) for number in range(100, 100 + many)]
     metrics = with_jobs(*jobs, f"{RUNNING}x")
     found = values(metrics)
-    assert found['slurm_jobs{partition="batch",user="ben",state="pending"}'] == many
+    assert found['slurm_queue_jobs{partition="batch",user="ben",state="pending"}'] == many
     assert len([key for key in found if key.startswith("slurm_job_nodes{")]) == slurm.JOBS_PER_USER + 1
     assert skipped(metrics, tmp_path) == {"limits": 20}
 
@@ -243,3 +243,13 @@ def test_output_that_is_no_utf_8_costs_nothing(tmp_path: Path, monkeypatch: pyte
     (tmp_path / "squeue").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     assert slurm.query("squeue") == "a\N{REPLACEMENT CHARACTER}b"
+
+
+def test_no_name_is_one_of_schedmd_s() -> None:
+    # Of src/plugins/metrics/openmetrics/openmetrics.c, SLURM 26.05; users and accounts have prefixes.
+    theirs = set((ROOT / "tests/monitoring/recorded/schedmd-metrics.txt").read_text().split())
+    assert {"slurm_jobs", "slurm_node_cpus", "slurm_node_gpus", "slurm_node_memory_bytes"} <= theirs
+    ours = {metric.name for metric in PROGRAM.declared().registry.collect()}
+    assert "slurm_queue_jobs" in ours
+    assert not ours & theirs
+    assert not [name for name in ours if name.startswith(("slurm_user_", "slurm_account_", "slurm_partition_"))]

@@ -118,6 +118,26 @@ def test_accounts_name_what_exists(tmp_path: Path) -> None:
     }
 
 
+def test_a_topology_has_each_node_once(tmp_path: Path) -> None:
+    variables = {
+        "slurm_topology": [
+            {"name": "spine", "switches": ["leaf1", "leaf3"]},
+            {"name": "leaf1", "nodes": "n[1,9]"},
+            {"name": "leaf2", "nodes": ["n1"], "switches": ["leaf1"]},
+            {"name": "leaf4"},
+        ],
+    }
+    assert found(tmp_path, variables) == {
+        "slurm_topology: spine is above leaf1, which is not listed before it",
+        "slurm_topology: spine is above leaf3, which is not listed before it",
+        "slurm_topology: leaf1 has the node n9, which is not in slurm_compute",
+        "slurm_topology: leaf2 needs nodes or switches, and not both",
+        "slurm_topology: n1 is at leaf1 and at leaf2: take it out of one",
+        "slurm_topology: leaf4 needs nodes or switches, and not both",
+        "slurm_topology: n2 is at no switch: no job would have it together with another node",
+    }
+
+
 def test_hosts_resources_and_networks(tmp_path: Path) -> None:
     def hosts(groups: Any) -> None:
         groups["slurm_compute"]["hosts"] |= {

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 from cluster import ROOT
+from programs import loaded
 
 GROUPS = yaml.safe_load((ROOT / "playbooks/plugins/inventory_schema.yml").read_text())["groups"]
 
@@ -52,6 +53,24 @@ def preflight(folder: Path, *arguments: str, **variables: Any) -> subprocess.Com
         check=False,
         timeout=120,
     )
+
+
+@pytest.mark.parametrize(
+    ("system", "reason"),
+    [
+        ("debian 12", ""),
+        ("debian 13", ""),
+        ("ubuntu 24.04", ""),
+        ("ubuntu 22.04", "its SLURM 21.08, Prometheus 2.31"),
+        ("rocky 9.4", "nothing of this platform is known to run there"),
+    ],
+)
+def test_a_system_that_is_not_supported_is_refused_with_the_reason(system: str, reason: str) -> None:
+    check = loaded(ROOT / "playbooks/plugins/action/check_node.py")
+    answer = {"stdout": f"python\nsystem {system}\n", "stderr": "", "rc": 0}
+    problems = check.ActionModule._problems("host n1 (192.0.2.1)", answer, "/shared", 5)
+    assert bool(problems) == bool(reason)
+    assert all(f"host n1 (192.0.2.1): {system} is not supported ({reason}" in line for line in problems)
 
 
 def test_a_sound_cluster_passes(tmp_path: Path) -> None:

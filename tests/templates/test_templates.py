@@ -118,12 +118,12 @@ def test_slurm_conf_describes_the_compute_nodes_as_slurmd_does(written: Any) -> 
     assert "AccountingStorageTRES=gres/gpu" in conf
 
 
-def conf_of(host: str = "ctl1", inventory: str = "example", **variables: Any) -> list[str]:
-    """Returns the lines of slurm.conf with other variables."""
-    cluster = Cluster(ROOT / "inventories" / inventory, {"ictx_state_dir": "/nonexistent", **variables})
+def conf_of(template: str = "slurm.conf", version: str = "24.11.5-1", **variables: Any) -> list[str]:
+    """Returns the lines of a file of SLURM's for the example with other variables."""
+    cluster = Cluster(ROOT / "inventories/example", {"ictx_state_dir": "/nonexistent", **variables})
     role, play, _ = next(use for use in cluster.uses("site.yml") if use[0].get_name() == "slurm")
-    known = {"_slurm_package": {"stdout": "24.11.5-1"}, **cluster.variables(host, play, role)}
-    return cluster.render(ROOT / "roles/slurm/templates/slurm.conf.j2", known).splitlines()
+    known = {"_slurm_package": {"stdout": version}, **cluster.variables("ctl1", play, role)}
+    return cluster.render(ROOT / f"roles/slurm/templates/{template}.j2", known).splitlines()
 
 
 def test_preempted_jobs_get_a_signal_and_time(written: Any) -> None:
@@ -153,6 +153,27 @@ def test_preemption_and_priority_follow_their_variables() -> None:
     conf = conf_of(slurm_preempt_type="none")
     assert "PreemptMode=OFF" in conf
     assert all("PreemptMode=OFF" in line for line in conf if line.startswith("PartitionName="))
+
+
+@pytest.mark.parametrize(("version", "there"), [("24.11.5-1", False), ("25.11.1-1", True), ("26.05.3-1", True)])
+def test_slurm_s_own_metrics_are_served_where_the_release_has_them(version: str, there: bool) -> None:
+    assert ("MetricsType=metrics/openmetrics" in conf_of(version=version, slurm_native_metrics=True)) == there
+    assert not [line for line in conf_of(version=version) if line.startswith("Metrics")]
+
+
+def test_a_topology_is_switches_or_blocks() -> None:
+    switches = [{"name": "leaf1", "nodes": "gpu[1-2]"}, {"name": "leaf2", "nodes": ["gpu3", "gpu4"]}]
+    spine = {"name": "spine", "switches": ["leaf1", "leaf2"]}
+    assert "TopologyPlugin=topology/tree" in conf_of(slurm_topology=switches)
+    assert conf_of("topology.conf", slurm_topology=[*switches, spine])[1:] == [
+        "SwitchName=leaf1 Nodes=gpu[1-2]",
+        "SwitchName=leaf2 Nodes=gpu3,gpu4",
+        "SwitchName=spine Switches=leaf1,leaf2",
+    ]
+    assert conf_of("topology.conf", slurm_topology=switches[:1], slurm_topology_type="block")[1:] == [
+        "BlockName=leaf1 Nodes=gpu[1-2]"
+    ]
+    assert not [line for line in conf_of() if line.startswith("Topology")]
 
 
 def test_every_controller_and_login_node_writes_the_same_slurm_conf(rendered: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from ansible.errors import AnsibleConnectionFailure, AnsibleError
@@ -26,6 +26,7 @@ author: [InfiniteContext]
 # A mount whose server is gone would hang for ever.
 SCRIPT = """
 command -v python3 >/dev/null && echo python
+(. /etc/os-release && echo "system $ID $VERSION_ID")
 ! mountpoint -q {path} || timeout 10 df -Pk {path} | tail -n 1 || echo stuck
 """
 # What a node has, as slurmd sees it, which SLURM compares with slurm.conf; without slurmd, as the kernel does.
@@ -35,6 +36,9 @@ for device in {devices}; do [ -e "$device" ] || echo "missing $device"; done
 nvidia=$(grep -lx 0x10de /sys/bus/pci/devices/*/vendor 2>/dev/null | sed s/vendor$/class/)
 echo gpus "$(cat /dev/null $nvidia | grep -c '^0x030[02]')"
 """
+# README has the same table, with what is tested on each.
+SUPPORTED = {"debian 12", "debian 13", "ubuntu 24.04"}
+TOO_OLD = {"ubuntu 22.04": "its SLURM 21.08, Prometheus 2.31 and node_exporter 1.3.1 lack what the configuration uses"}
 REMEDY = "correct it, or let playbooks/measure-nodes.yml write what the node has"
 
 
@@ -43,6 +47,15 @@ def devices(hardware: dict[str, Any]) -> list[str]:
     expand = filter_loader.get("expand_nodes").j2_function
     resources = [gres for layer in hardware.values() for gres in layer.get("gres", [])]
     return [name for gres in resources for name in expand(gres.get("file") or "")]
+
+
+def unsupported(report: Iterable[str]) -> str:
+    """Returns what is wrong with the node's system, empty when nothing is."""
+    name = next((line.removeprefix("system ").strip() for line in report if line.startswith("system ")), "unknown")
+    if name in SUPPORTED:
+        return ""
+    why = TOO_OLD.get(name, "nothing of this platform is known to run there")
+    return f"{name} is not supported ({why}): install Debian 12 or 13, or Ubuntu 24.04"
 
 
 def missing(node: str, hardware: dict[str, Any], report: list[str]) -> Iterator[str]:
@@ -94,6 +107,8 @@ class ActionModule(ActionBase):
             return [
                 f"{shown}: Python cannot be run ({reason if done['rc'] else 'python3 is missing'}): install python3"
             ]
+        if text := unsupported(answer):
+            return [f"{shown}: {text}"]
         if "stuck" in answer:
             return [f"{shown}: the shared directory {shared} does not answer: look after its server"]
         for line in answer:

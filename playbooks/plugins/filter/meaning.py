@@ -294,6 +294,38 @@ def resources(site: Inventory) -> Iterator[Problem]:
             yield f"host {host}", text, ""
 
 
+def topology(site: Inventory) -> Iterator[Problem]:
+    """Each node is at one switch (or in one block), and switches above others exist and come after them."""
+    compute, seen = site.hosts("slurm_compute"), {}
+    given = site.get("slurm_topology", [])
+    names: list[str] = []
+    for item in given:
+        name, below = item["name"], item.get("switches", [])
+        if bool(item.get("nodes")) == bool(below):
+            yield "slurm_topology", f"{name} needs nodes or switches, and not both", ""
+        if below and site.get("slurm_topology_type") == "block":
+            yield "slurm_topology", f"{name} has switches, which slurm_topology_type: block has not", ""
+        for switch in below:
+            if switch not in names:
+                yield "slurm_topology", f"{name} is above {switch}, which is not listed before it", ""
+        names.append(name)
+        try:
+            listed = partition_nodes(item, compute) if item.get("nodes") else []
+        except ValueError as error:
+            yield "slurm_topology", f"{name}: {error}", ""
+            continue
+        for node in listed:
+            if node not in compute:
+                hint = close(node, compute)
+                yield "slurm_topology", f"{name} has the node {node}, which is not in slurm_compute{hint}", ""
+            elif node in seen:
+                yield "slurm_topology", f"{node} is at {seen[node]} and at {name}: take it out of one", ""
+            seen[node] = name
+    left = [node for node in compute if node not in seen]
+    if given and left:
+        yield "slurm_topology", f"{one_of(left)} is at no switch: no job would have it together with another node", ""
+
+
 OWNED = {
     "nodename": "slurm_node_groups",
     "partitionname": "slurm_partitions",
@@ -502,7 +534,7 @@ def ports(site: Inventory) -> Iterator[Problem]:
 
 RULES: tuple[Callable[[Inventory], Iterator[Problem]], ...] = (
     partitions, jobs, accounts, node_groups, resources, controllers, addresses, endpoints, folders, receivers, versions,
-    ports, settings, scrapes
+    ports, settings, topology, scrapes
 )  # fmt: skip
 
 

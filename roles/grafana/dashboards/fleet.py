@@ -65,13 +65,13 @@ def build() -> Dashboard:
             "Jobs running",
             "Jobs that run now.",
             "none",
-            'sum(slurm_jobs{cluster="$cluster",state="running"}) or vector(0)',
+            'sum(slurm_queue_jobs{cluster="$cluster",state="running"}) or vector(0)',
         ),
         number(
             "Jobs waiting",
             "Jobs in the queue.",
             "none",
-            'sum(slurm_jobs{cluster="$cluster",state="pending"}) or vector(0)',
+            'sum(slurm_queue_jobs{cluster="$cluster",state="pending"}) or vector(0)',
         ),
         number(
             "CPUs held",

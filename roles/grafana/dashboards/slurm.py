@@ -54,12 +54,12 @@ def build() -> Dashboard:
     made = row(
         made,
         "Queue",
-        graph("Jobs by state", "Jobs in the queue.", "none", {"{{state}}": f"sum by (state) (slurm_jobs{{{ME}}})"}),
+        graph("Jobs by state", "Jobs in the queue.", "none", {"{{state}}": f"sum by (state) (slurm_queue_jobs{{{ME}}})"}),
         graph(
             "Jobs by user",
             "Jobs of each user that wait or run.",
             "none",
-            {"{{user}} {{state}}": f"sum by (user, state) (slurm_jobs{{{ME}}})"},
+            {"{{user}} {{state}}": f"sum by (user, state) (slurm_queue_jobs{{{ME}}})"},
         ),
         graph(
             "Why jobs wait",
@@ -84,7 +84,7 @@ def build() -> Dashboard:
             "none",
             {
                 "held on {{node}}": f'slurm_node_allocated_cpus{{{ME},node=~"$node"}}',
-                "all": f'sum(slurm_node_cpus{{{ME},node=~"$node"}})',
+                "all": f'sum(slurm_node_total_cpus{{{ME},node=~"$node"}})',
             },
         ),
         graph(

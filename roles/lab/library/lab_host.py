@@ -46,7 +46,7 @@ quirks: {type: dict, returned: always, description: What to adapt to; cgroup ver
 containers: {type: dict, returned: always, description: State of each existing container of the lab by name.}
 """
 
-SUPPORTED = {"debian": ("12", "13"), "ubuntu": ("22.04", "24.04")}
+SUPPORTED = {"debian": ("12", "13"), "ubuntu": ("24.04",)}
 GB = 1e9
 
 
@@ -162,7 +162,7 @@ def check(params: dict) -> dict:
     if release.get("VERSION_ID") not in versions:
         problems.append(
             f"operating system {release.get('PRETTY_NAME', 'unknown')} is not supported: "
-            "use Debian 12 or 13, or Ubuntu 22.04 or 24.04"
+            "use Debian 12 or 13, or Ubuntu 24.04"
         )
     if os.geteuid() != 0:
         problems.append("root is needed to run system containers: run as root, or as a user who may sudo")

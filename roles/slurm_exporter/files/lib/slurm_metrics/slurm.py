@@ -50,9 +50,9 @@ def declare(metrics: Metrics) -> None:
     metrics.declare("slurm_node_available", "Whether jobs can start on the node.", "node")
     metrics.declare("slurm_node_unavailable_since_seconds", "When the reason was given.", "node", "state", "reason")
     for kind in ("cpus", "gpus", "memory_bytes"):
-        metrics.declare(f"slurm_node_{kind}", f"What the node has of {kind}.", "node")
+        metrics.declare(f"slurm_node_total_{kind}", f"What the node has of {kind}.", "node")
         metrics.declare(f"slurm_node_allocated_{kind}", f"What jobs hold of the node's {kind}.", "node")
-    metrics.declare("slurm_jobs", "Jobs in the queue.", "partition", "user", "state")
+    metrics.declare("slurm_queue_jobs", "Jobs in the queue.", "partition", "user", "state")
     metrics.declare("slurm_jobs_pending_reason", "Jobs that wait, by reason.", "partition", "reason")
     who = ("job_id", "user", "partition")
     metrics.declare("slurm_job_pending_since_seconds", "When a waiting job came.", *who, "reason")
@@ -148,7 +148,7 @@ def node_samples(line: str) -> Iterator[Sample]:
         ("gpus", gpus(row["Gres"]), gpus(row["GresUsed"])),
         ("memory_bytes", number(row["Memory"]) * 2**20, number(row["AllocMem"]) * 2**20),
     ):
-        yield f"slurm_node_{kind}", has, (node,)
+        yield f"slurm_node_total_{kind}", has, (node,)
         yield f"slurm_node_allocated_{kind}", held, (node,)
 
 
@@ -212,7 +212,7 @@ def job_samples(job: Job) -> Iterator[Sample]:
 def gather_jobs(metrics: Metrics, jobs: Sequence[Job]) -> None:
     """Sets what squeue reports about jobs that wait and run."""
     for labels, count in Counter((job.partition, job.user, job.state.lower()) for job in jobs).items():
-        metrics.set("slurm_jobs", count, *labels)
+        metrics.set("slurm_queue_jobs", count, *labels)
     waiting = Counter((job.partition, job.reason) for job in jobs if job.state == "PENDING")
     for labels, count in waiting.items():
         metrics.set("slurm_jobs_pending_reason", count, *labels)
