@@ -118,11 +118,18 @@ def test_slurm_conf_describes_the_compute_nodes_as_slurmd_does(written: Any) -> 
     assert "AccountingStorageTRES=gres/gpu" in conf
 
 
+@cache
+def slurm_variables() -> tuple[Cluster, dict[str, Any]]:
+    """Returns the example, and what the role slurm sees on its controller."""
+    cluster = Cluster(ROOT / "inventories/example", {"ictx_state_dir": "/nonexistent"})
+    role, play, _ = next(use for use in cluster.uses("playbooks/slurm.yml") if use[0].get_name() == "slurm")
+    return cluster, cluster.variables("ctl1", play, role)
+
+
 def conf_of(template: str = "slurm.conf", version: str = "24.11.5-1", **variables: Any) -> list[str]:
     """Returns the lines of a file of SLURM's for the example with other variables."""
-    cluster = Cluster(ROOT / "inventories/example", {"ictx_state_dir": "/nonexistent", **variables})
-    role, play, _ = next(use for use in cluster.uses("site.yml") if use[0].get_name() == "slurm")
-    known = {"_slurm_package": {"stdout": version}, **cluster.variables("ctl1", play, role)}
+    cluster, known = slurm_variables()
+    known = {**known, **variables, "_slurm_package": {"stdout": version}}
     return cluster.render(ROOT / f"roles/slurm/templates/{template}.j2", known).splitlines()
 
 

@@ -54,7 +54,12 @@ def build() -> Dashboard:
     made = row(
         made,
         "Queue",
-        graph("Jobs by state", "Jobs in the queue.", "none", {"{{state}}": f"sum by (state) (slurm_queue_jobs{{{ME}}})"}),
+        graph(
+            "Jobs by state",
+            "Jobs in the queue.",
+            "none",
+            {"{{state}}": f"sum by (state) (slurm_queue_jobs{{{ME}}})"},
+        ),
         graph(
             "Jobs by user",
             "Jobs of each user that wait or run.",
