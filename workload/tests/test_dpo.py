@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import json
 import signal
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from accelerate.state import AcceleratorState
 from conftest import Commands
+from safetensors.torch import load_file
 
+from ictx.cli import parser
 from ictx.data.tokenizer import save_tokenizer, train_tokenizer
 from ictx.model import ModelConfig, Transformer
 from ictx.model.hf import save_pretrained
+from ictx.train.child import main
+from ictx.train.config import read
+from ictx.train.dpo import Preference
 from ictx.train.dpo_pairs import load_tokenizer, places, tokenized
 
 MODEL = ModelConfig(
@@ -72,18 +81,39 @@ def records(run: Path, name: str) -> dict[int, float]:
 
 
 @pytest.fixture(scope="session")
-def with_trl(commands: Commands, start: Any) -> Path:
-    """A run with TRL that nothing interrupted."""
-    run = commands.folder / "dpo" / "trl"
-    ended = commands.run(*start(run))
-    assert ended.status == 0, ended.err
+def train(commands: Commands, start: Any) -> Callable[..., Path]:
+    """Returns what does a run in this process, which imports TRL once for all of them, and returns the run's folder."""
+
+    def run(folder: Path, *settings: str) -> Path:
+        words, threads = parser().parse_args([*map(str, start(folder, *settings))]), torch.get_num_threads()
+        torch.set_num_threads(1)  # as the processes that `commands` starts
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("MLFLOW_TRACKING_URI", commands.tracking_uri)
+            patch.setenv("TQDM_DISABLE", "1")
+            try:
+                assert main(Preference, read(words.config, words.set)) == 0
+            finally:
+                AcceleratorState._reset_state(reset_partial_state=True)  # for other tests' trainers
+                torch.set_num_threads(threads)
+        return folder
+
     return run
 
 
-def test_our_loop_has_the_losses_of_trl(commands: Commands, start: Any, with_trl: Path) -> None:
-    ours = with_trl.parent / "ictx"
-    ended = commands.run(*start(ours, "dpo.engine=ictx"))
-    assert ended.status == 0, ended.err
+@pytest.fixture(scope="session")
+def with_trl(commands: Commands, train: Callable[..., Path]) -> Path:
+    """A run with TRL that nothing interrupted."""
+    return train(commands.folder / "dpo" / "trl")
+
+
+@pytest.fixture(scope="session")
+def with_ictx(commands: Commands, train: Callable[..., Path]) -> Path:
+    """The same with our own loop."""
+    return train(commands.folder / "dpo" / "ictx", "dpo.engine=ictx")
+
+
+def test_our_loop_has_the_losses_of_trl(with_trl: Path, with_ictx: Path) -> None:
+    ours = with_ictx
     for name in ("loss", "validation_loss", "rewards/margins", "gradient_norm"):
         wanted = records(with_trl, name)
         wanted.pop(0, None)
@@ -96,23 +126,115 @@ def test_our_loop_has_the_losses_of_trl(commands: Commands, start: Any, with_trl
     assert results[0]["reward_margin"] == pytest.approx(results[1]["reward_margin"], abs=1e-4)
 
 
-def test_sigterm_saves_and_a_restart_goes_on(commands: Commands, start: Any, with_trl: Path) -> None:
+def test_an_adapter_is_the_same_of_both_engines_and_exported_merged_and_as_peft_reads_it(
+    train: Callable[..., Path], tmp_path: Path
+) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    lora = ["train.lora={rank: 4, alpha: 8}", "optimizer.learning_rate=0.02"]
+    runs = [train(tmp_path / engine, f"dpo.engine={engine}", *lora) for engine in ("trl", "ictx")]
+    for name in ("loss", "validation_loss", "rewards/margins", "gradient_norm"):
+        wanted = records(runs[0], name)
+        wanted.pop(0, None)
+        assert records(runs[1], name) == pytest.approx(wanted, abs=1e-4, rel=1e-4), name
+    tokens = torch.arange(40)[None]
+    for run in runs:
+        base, merged = (
+            AutoModelForCausalLM.from_pretrained(run / folder, dtype=torch.float32) for folder in ("init", "export")
+        )
+        with torch.no_grad():
+            before, wanted = base(tokens).logits, merged(tokens).logits
+            found = PeftModel.from_pretrained(base, run / "adapter")(tokens).logits
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+        assert (found - before).abs().max() > 0.1
+    kept, learned = (
+        load_file(runs[0] / name) for name in ("export/model.safetensors", "adapter/adapter_model.safetensors")
+    )
+    first = load_file(runs[0] / "init" / "model.safetensors")
+    names = {name.rpartition(".lora_")[0].removeprefix("base_model.model.") for name in learned}
+    assert len(names) == 2 * 8, "q_a, q_b, kv_a, kv_b, o, gate, up and down of two layers"
+    for name, weight in kept.items():
+        assert torch.equal(weight, first[name]) == (name.removesuffix(".weight") not in names), name
+
+
+def test_sigterm_saves_and_a_restart_goes_on(
+    commands: Commands, start: Any, train: Callable[..., Path], with_trl: Path
+) -> None:
     run = with_trl.parent / "stopped"
     process = commands.start(*start(run, "train.checkpoint_every=100"))
-    assert process.stdout
-    for line in process.stdout:
-        if line.startswith("step 1/"):
-            process.send_signal(signal.SIGTERM)
-            break
+    printed(process, "step 1/")
+    process.send_signal(signal.SIGTERM)
     assert commands.end(process).status == 75
     assert not (run / "result.json").exists()
     (saved,) = (run / "checkpoints").iterdir()
     assert saved.name in ("step-00000001", "step-00000002", "step-00000003")
-    ended = commands.run(*start(run))
-    assert ended.status == 0, ended.err
-    assert f"resuming after step {int(saved.name[-8:])}" in ended.out
+    train(run)
+    assert json.loads((run / "result.json").read_text())["resumed_from_step"] == int(saved.name[-8:])
     for name in ("loss", "validation_loss", "rewards/margins", "learning_rate"):
         assert records(run, name) == records(with_trl, name), name
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("engine", ["trl", "ictx"])
+@pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGTERM])
+def test_a_run_that_ends_early_goes_on_as_if_it_had_not(
+    commands: Commands, start: Any, train: Callable[..., Path], tmp_path: Path, engine: str, blow: signal.Signals
+) -> None:
+    """With an adapter that drops inputs, which takes random numbers, and a backward that computes them again."""
+    settings = [f"dpo.engine={engine}", "train.steps=6", "train.lora={rank: 4, dropout: 0.2}", "train.recompute=full"]
+    process = commands.start(*start(tmp_path / "run", *settings))
+    printed(process, "saved ")
+    process.send_signal(blow)
+    assert commands.end(process).status == (75 if blow == signal.SIGTERM else -signal.SIGKILL)
+    assert not (tmp_path / "run" / "result.json").exists()
+    for name in ("run", "whole"):
+        train(tmp_path / name, *settings)
+    results = [json.loads((tmp_path / name / "result.json").read_text()) for name in ("run", "whole")]
+    assert results[0]["resumed_from_step"] >= 2 and results[1]["resumed_from_step"] == 0
+    for name in ("final_loss", "val_loss", "reward_margin", "tokens"):
+        assert results[0][name] == results[1][name], name
+    for name in ("loss", "gradient_norm"):
+        assert records(tmp_path / "run", name) == records(tmp_path / "whole", name), name
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("engine", ["trl", "ictx"])
+def test_a_lost_rank_ends_the_job_and_the_next_start_goes_on(
+    commands: Commands, start: Any, tmp_path: Path, engine: str
+) -> None:
+    settings = [f"dpo.engine={engine}", "train.accumulate=1", "train.steps=6", "train.timeout=60"]
+    ranks = commands.ranks(2, *start(tmp_path / "run", *settings))
+    printed(ranks[0], "saved ")
+    ranks[1].kill()
+    left, lost = (commands.end(rank) for rank in ranks)
+    assert (left.status, lost.status) == (2, -signal.SIGKILL), left.err
+    assert left.err.splitlines()[-1].startswith("ictx: a rank has ended or does not answer"), left.err
+    for name in ("run", "whole"):
+        for ended in [commands.end(rank) for rank in commands.ranks(2, *start(tmp_path / name, *settings))]:
+            assert ended.status == 0, ended.err
+    assert records(tmp_path / "run", "loss") == records(tmp_path / "whole", "loss")
+
+
+def printed(process: subprocess.Popen[str], text: str) -> None:
+    """Waits until a process has printed something."""
+    assert process.stdout
+    while text not in (line := process.stdout.readline()):
+        assert line, process.communicate()
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("engine", ["trl", "ictx"])
+def test_rewards_are_relative_to_another_model(train: Callable[..., Path], tmp_path: Path, engine: str) -> None:
+    """A reference that has learned other answers: rewards of the model that begins are not 0."""
+    other = train(tmp_path / "other", "train.steps=8", "optimizer.learning_rate=1e-2", "run.model_name=")
+    train(tmp_path / "run", f"dpo.engine={engine}", f"dpo.reference=run:{other}")
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    learned = json.loads((other / "result.json").read_text())
+    assert result["reference"] == f"run:{other}"
+    # What the reference gained over the parent the parent lacks.
+    assert result["reward_margin_before"] == pytest.approx(-learned["reward_margin"], abs=1e-4)
+    assert result["reward_margin"] > result["reward_margin_before"]
 
 
 def test_pairs_are_the_tokens_that_trl_makes(with_trl: Path) -> None:
@@ -179,13 +301,13 @@ def test_without_trl_there_is_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.full
+@pytest.mark.parametrize("lora", ["null", "{rank: 4}"])
 @pytest.mark.parametrize("loss", ["sigmoid", "ipo", "hinge"])
-def test_twenty_steps_have_the_losses_of_trl(commands: Commands, start: Any, tmp_path: Path, loss: str) -> None:
+def test_twenty_steps_have_the_losses_of_trl(train: Callable[..., Path], tmp_path: Path, loss: str, lora: str) -> None:
     # With IPO's target of 5 nats a token, which 0.1 means, rounding grows from step to step.
-    settings = (f"dpo.loss={loss}", f"dpo.beta={1.0 if loss == 'ipo' else 0.1}", "train.steps=20")
+    settings = (f"dpo.loss={loss}", f"dpo.beta={1.0 if loss == 'ipo' else 0.1}", "train.steps=20", f"train.lora={lora}")
     for engine in ("trl", "ictx"):
-        ended = commands.run(*start(tmp_path / engine, f"dpo.engine={engine}", "train.recompute=selective", *settings))
-        assert ended.status == 0, ended.err
+        train(tmp_path / engine, f"dpo.engine={engine}", "train.recompute=selective", *settings)
     wanted = records(tmp_path / "trl", "loss")
     assert len(wanted) == 20
     assert records(tmp_path / "ictx", "loss") == pytest.approx(wanted, abs=1e-4)
@@ -194,7 +316,7 @@ def test_twenty_steps_have_the_losses_of_trl(commands: Commands, start: Any, tmp
 @pytest.mark.full
 @pytest.mark.parametrize("settings", [["dpo.engine=trl"], ["dpo.engine=ictx"], ["parallel.cp=2"]], ids=str)
 def test_two_ranks_have_the_losses_of_one(
-    commands: Commands, start: Any, tmp_path: Path, with_trl: Path, settings: list[str]
+    commands: Commands, start: Any, train: Callable[..., Path], tmp_path: Path, with_trl: Path, settings: list[str]
 ) -> None:
     shared = "parallel.cp=2" in settings
     more = [*settings, "train.accumulate=2" if shared else "train.accumulate=1"]
@@ -203,9 +325,7 @@ def test_two_ranks_have_the_losses_of_one(
     )
     alone = with_trl
     if shared:
-        alone = tmp_path / "alone"
-        ended = commands.run(*start(alone, "dpo.engine=ictx", *model))
-        assert ended.status == 0, ended.err
+        alone = train(tmp_path / "alone", "dpo.engine=ictx", *model)
     run = tmp_path / "run"
     for ended in [commands.end(process) for process in commands.ranks(2, *start(run, *more, *model))]:
         assert ended.status == 0, ended.err

@@ -17,7 +17,8 @@ from ictx.errors import UserError
 from ictx.model import ModelConfig, Transformer
 from ictx.parallel import MODES, parallelize, recompute
 from ictx.settings import shipped
-from ictx.train.config import load
+from ictx.train.config import LoraConfig, load
+from ictx.train.lora import adapt, init_adapter
 
 TOKENS = torch.randint(97, (2, 33), generator=torch.Generator().manual_seed(6))
 DOCUMENTS = torch.tensor([[0] * 9 + [1] * 23, [0] * 32])
@@ -131,6 +132,27 @@ def attention_calls(mode: str) -> int:
 
 def test_attention_is_not_computed_again_unless_all_is() -> None:
     assert {mode: attention_calls(mode) for mode in MODES} == {"none": 2, "selective": 2, "full": 4}
+
+
+def adapter_gradients(mode: str) -> list[Tensor]:
+    """Returns the gradients of an adapter that drops half of its inputs."""
+    model = small(num_hidden_layers=2).train()
+    adapt(model, LoraConfig(rank=4, dropout=0.5))
+    init_adapter(model, 3)
+    learned = [weight for weight in model.parameters() if weight.requires_grad]
+    with torch.no_grad():
+        for weight in learned:
+            weight.add_(0.1)
+    for layer in model.model.layers:
+        recompute.recompute(layer, mode)
+    torch.manual_seed(3)
+    model(TOKENS[:, :-1], labels=TOKENS[:, 1:]).backward()
+    return [weight.grad for weight in learned]
+
+
+@pytest.mark.parametrize("mode", ["selective", "full"])
+def test_what_an_adapter_drops_it_drops_again_where_it_is_computed_again(mode: str) -> None:
+    torch.testing.assert_close(adapter_gradients(mode), adapter_gradients("none"))
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,10 @@ from ictx.data.chat.template import Template
 from ictx.data.chat.tokens import Conversations, encoded, numbers
 from ictx.data.tokenizer import CHAT_TEMPLATE, read_tokenizer
 from ictx.errors import UserError
-from ictx.model.hf import load_pretrained
+from ictx.model import Transformer
+from ictx.model.config import MoeConfig
+from ictx.model.hf import load_pretrained, save_pretrained
+from ictx.model.hf_config import read_hf_config
 from ictx.train.checkpoint import load_model
 from ictx.train.child import main
 from ictx.train.config import read
@@ -188,6 +192,37 @@ def test_an_adapter_is_exported_merged_and_as_peft_reads_it(tune: Callable[..., 
     assert len(names) == 2 * 8, "q_a, q_b, kv_a, kv_b, o, gate, up and down of two layers"
     with pytest.raises(UserError, match="has an adapter"):
         load_model(next((run / "checkpoints").iterdir()))
+
+
+def test_an_adapter_leaves_routed_experts_and_routers_as_they_are(
+    tune: Callable[..., Path], parent: Path, tmp_path: Path
+) -> None:
+    """Attention, dense layers and shared experts get one; what PEFT computes with it is what the export does."""
+    from peft import PeftModel
+
+    experts = MoeConfig(n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, n_group=1, topk_group=1)
+    config = replace(read_hf_config(parent / "export")[0], moe=experts, num_hidden_layers=2)
+    model = Transformer(config)
+    model.init_weights(5)
+    save_pretrained(model, tmp_path / "experts" / "export", parent / "export")
+    (tmp_path / "experts" / "result.json").write_text("{}")
+    lora = ["train.lora={rank: 4, alpha: 8}", "optimizer.learning_rate=0.02", "train.steps=4"]
+    run = tune("run", f"init=run:{tmp_path}/experts", *lora)
+    kept, first = (load_pretrained(run / folder).state_dict() for folder in ("export", "init"))
+    changed = {name for name, weight in kept.items() if not torch.equal(weight, first[name])}
+    assert not [name for name in changed if ".mlp.experts." in name or ".mlp.gate." in name]
+    assert {name for name in changed if ".shared_experts." in name}, "what all tokens go through learns"
+    base, merged = (
+        AutoModelForCausalLM.from_pretrained(run / name, dtype=torch.float32) for name in ("init", "export")
+    )
+    tokens = torch.arange(40)[None]
+    with torch.no_grad():
+        wanted = merged(tokens).logits
+        torch.testing.assert_close(
+            PeftModel.from_pretrained(base, run / "adapter")(tokens).logits, wanted, rtol=1e-4, atol=1e-4
+        )
+    with pytest.raises(UserError, match=r"train.lora.targets has gate_up_proj: expected some of down_proj, gate_proj"):
+        tune("other", f"init=run:{tmp_path}/experts", "train.lora={targets: [gate_up_proj]}")
 
 
 def test_long_conversations_are_left_out_and_reported(

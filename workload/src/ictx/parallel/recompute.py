@@ -70,8 +70,9 @@ def recompute(layer: Layer, mode: str, offloaded: bool = False) -> None:
     if mode == "none":
         return
     forward = layer.forward
-    # A layer draws no random numbers whose state would have to be kept.
-    run = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+    # Only an adapter's dropout draws random numbers (`ictx.train.lora`): both times the same ones.
+    random = any(getattr(module, "dropout", 0) for module in layer.modules())
+    run = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=random)
     routers = [module for module in layer.modules() if isinstance(module, Router)]
     keeping = functools.partial(create_selective_checkpoint_contexts, _policy)
     if offloaded:

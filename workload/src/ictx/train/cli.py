@@ -46,7 +46,8 @@ examples:
 
 DPO_EXAMPLES = """
 data.dir is what `ictx data prepare --config dpo/…` printed. Up to 32,768 tokens TRL trains (pip install trl), beyond
-that our own loop does; dpo.engine chooses. Rewards are relative to the parent, or to dpo.reference.
+that our own loop does; dpo.engine chooses. Rewards are relative to the parent, or to dpo.reference. With train.lora
+small matrices are trained, as in `ictx train sft`.
 
 examples:
   ictx train dpo --config dpo/tiny.yaml --set init=models:/ictx-tiny@candidate \\

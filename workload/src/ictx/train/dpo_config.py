@@ -66,7 +66,6 @@ class DpoConfig(StageConfig):
         loop, defaults = self.train, type(self.train)(1, 1, 1)
         unknown = (
             "recompute_layers", "offload", "compile", "fp8", "mask_documents", "reduce_once", "profile", "skip_spikes",
-            "lora",
         )  # fmt: skip
         for name in unknown:
             if getattr(loop, name) != getattr(defaults, name):

@@ -10,7 +10,9 @@ from transformers import TrainerCallback
 
 from ictx.errors import UserError
 from ictx.track.journal import Journal
+from ictx.train.config import LoopConfig
 from ictx.train.dpo_stage import MARGIN, PAUSE
+from ictx.train.lora import seed_dropout
 from ictx.train.ranks import Ranks
 from ictx.train.run import peak_memory
 
@@ -84,12 +86,13 @@ class Reports:
 class Hooks(TrainerCallback):
     """Calls for records, and ends the training with a checkpoint where a rank is told to stop."""
 
-    def __init__(self, reports: Reports, ranks: Ranks) -> None:
-        self.reports, self.ranks = reports, ranks
+    def __init__(self, reports: Reports, ranks: Ranks, loop: LoopConfig) -> None:
+        self.reports, self.ranks, self.loop = reports, ranks, loop
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """A step of the optimizer begins."""
         self.reports.begin()
+        seed_dropout(self.loop, state.global_step + 1, self.ranks.rank)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """It ends."""

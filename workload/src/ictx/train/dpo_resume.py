@@ -40,7 +40,7 @@ class RunTrainer(PairTrainer):
         """Args: `past` is what the newest checkpoint noted, `fingerprint` of what the run trains on."""
         self.ranks, self.checkpoints, self.reports, self.past = ranks, checkpoints, reports, past
         self.fingerprint, self.begun_at = fingerprint, 0
-        super().__init__(config, ranks.device, callbacks=[Hooks(reports, ranks)], **arguments)
+        super().__init__(config, ranks.device, callbacks=[Hooks(reports, ranks, config.train)], **arguments)
         self.remove_callback(PrinterCallback)
 
     def compute_ref_log_probs(self, model: Any, inputs: Any) -> Any:
@@ -118,7 +118,7 @@ class RunTrainer(PairTrainer):
         """Weights come with the optimizer."""
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        """Nothing here draws random numbers: the order of pairs is the run's."""
+        """The order of pairs is the run's, and each step seeds what its dropout draws."""
 
     def result(self, last: Mapping[str, float]) -> dict[str, Any]:
         """Returns what result.json begins with; `last` is the last record."""

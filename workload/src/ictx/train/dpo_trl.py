@@ -22,22 +22,32 @@ from ictx.folder import write_whole
 from ictx.metrics import write_about
 from ictx.model.hf_attention import register
 from ictx.train.checkpoint import MODEL_FILE, Checkpoints
+from ictx.train.config import LoopConfig
 from ictx.train.dpo_pairs import load_tokenizer
 from ictx.train.dpo_reports import Reports
 from ictx.train.dpo_resume import RunTrainer
 from ictx.train.dpo_stage import PreferenceStage, recorded
 from ictx.train.dpo_trainer import arguments
 from ictx.train.init import Parent
+from ictx.train.lora import adapt, init_adapter
 from ictx.train.publish import publish, whole
 from ictx.train.ranks import Ranks, on_first
 from ictx.train.run import STOPPED, new_journal
 from ictx.train.stage import Stage
 
 
-def load_model(parent: Parent, attention: str) -> Any:
-    """Returns transformers' model of a parent, float32, in the host's memory."""
+def load_model(parent: Parent, attention: str, adapter: LoopConfig | None = None) -> Any:
+    """Returns transformers' model of a parent, float32, in the host's memory.
+
+    Args:
+        adapter: settings of one that trains; with `lora` it gets the same adapter as in our own loop.
+    """
     disable_progress_bar()  # type: ignore[no-untyped-call]
-    return DeepseekV3ForCausalLM.from_pretrained(parent.directory, dtype=torch.float32, attn_implementation=attention)
+    model = DeepseekV3ForCausalLM.from_pretrained(parent.directory, dtype=torch.float32, attn_implementation=attention)
+    if adapter and adapter.lora:
+        adapt(model, adapter.lora)
+        init_adapter(model, adapter.seed)
+    return model
 
 
 def conduct(stage: PreferenceStage, ranks: Ranks, directory: Path) -> int:
@@ -74,9 +84,9 @@ def conduct(stage: PreferenceStage, ranks: Ranks, directory: Path) -> int:
         given = arguments(config, ranks.device, Path(scratch))
         given.eval_on_start = step == 0
         trainer = RunTrainer(
-            config, ranks, checkpoints, reports, past, stage.fingerprint, model=load_model(stage.parent, attention),
-            ref_model=load_model(reference, attention), args=given, train_dataset=trained_on,
-            eval_dataset=held_out,
+            config, ranks, checkpoints, reports, past, stage.fingerprint,
+            model=load_model(stage.parent, attention, loop), ref_model=load_model(reference, attention), args=given,
+            train_dataset=trained_on, eval_dataset=held_out,
             processing_class=load_tokenizer(stage.vocabulary),
         )  # fmt: skip
         parameters = sum(weight.numel() for weight in trainer.model.parameters())

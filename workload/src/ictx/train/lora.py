@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ictx.errors import UserError
 from ictx.folder import replacing
-from ictx.model import Transformer
-from ictx.train.config import LoraConfig
+from ictx.train.config import LoopConfig, LoraConfig
 
 ADAPTER = "adapter"
 """In a run's folder: what it learned, as PEFT reads it."""
@@ -30,7 +28,6 @@ FEED_FORWARD = {"gate_proj", "up_proj", "down_proj"}
 class LoraLinear(nn.Linear):
     """A linear layer whose result has α/r · B·A·x added; only A, (rank, in), and B, (out, rank), are trained."""
 
-    enabled = True
     adapted = True
     """Whoever multiplies with `weight` leaves something out."""
 
@@ -45,17 +42,19 @@ class LoraLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """Returns the sum."""
         out = F.linear(input, self.weight)
-        if not self.enabled:
-            return out
         # A validation is in training mode too, as far as modules know.
         kept = F.dropout(input, self.dropout, self.training and torch.is_grad_enabled())
         return out + F.linear(F.linear(kept, self.lora_A), self.lora_B) * self.scale
 
 
-def adapt(model: Transformer, config: LoraConfig) -> None:
-    """Freezes a model, before it is sharded, and puts the small matrices in. Raises UserError for a wrong target."""
+def adapt(model: nn.Module, config: LoraConfig) -> None:
+    """Freezes a model, before it is sharded, and puts the small matrices in. Raises UserError for a wrong target.
+
+    Args:
+        model: a `Transformer`, or transformers' `DeepseekV3ForCausalLM`, whose modules have the same names.
+    """
     model.requires_grad_(False)
-    layers = [module for module in model.model.layers.modules() if not isinstance(module, nn.Linear)]
+    layers = [module for module in model.get_submodule("model.layers").modules() if not isinstance(module, nn.Linear)]
     places = [(parent, name, child) for parent in layers for name, child in parent.named_children()]
     linear = [(parent, name, child) for parent, name, child in places if isinstance(child, nn.Linear)]
     known = sorted({name for _, name, _ in linear})
@@ -68,7 +67,7 @@ def adapt(model: Transformer, config: LoraConfig) -> None:
 
 
 @torch.no_grad()
-def init_adapter(model: Transformer, seed: int) -> None:
+def init_adapter(model: nn.Module, seed: int) -> None:
     """Fills A uniformly in ±in^-½, as PEFT does, and B with zeros, so that nothing is added at first.
 
     A seed gives the same numbers however the matrices are sharded.
@@ -85,17 +84,10 @@ def init_adapter(model: Transformer, seed: int) -> None:
             module.lora_B.zero_()
 
 
-@contextmanager
-def disabled(model: Transformer) -> Iterator[None]:
-    """Makes the model the one that it began as: the reference of a preference loss."""
-    adapted = [module for module in model.modules() if isinstance(module, LoraLinear)]
-    for module in adapted:
-        module.enabled = False
-    try:
-        yield
-    finally:
-        for module in adapted:
-            module.enabled = True
+def seed_dropout(loop: LoopConfig, step: int, rank: int) -> None:
+    """Makes a step leave out what it would have left out without the resume before it."""
+    if loop.lora and loop.lora.dropout:
+        torch.manual_seed(zlib.crc32(f"{loop.seed} {step} {rank}".encode()))
 
 
 def merged(weights: Mapping[str, Tensor], config: LoraConfig) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

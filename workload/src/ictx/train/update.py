@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-import zlib
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from ictx.stopwatch import Stopwatch
+from ictx.train.lora import seed_dropout
 from ictx.train.loss import Counts
 from ictx.train.optimizer import learning_rate
 from ictx.train.state import TrainingState
@@ -47,7 +46,8 @@ class Updater:
             if good:
                 optimizer.step()
             optimizer.zero_grad()
-        violation = self.model.after_step(good)
+        # With an adapter all else stays as it is, the routers' biases too.
+        violation = self.model.after_step(good and not self.loop.lora)
         self.stopwatch.lap("optimizer")
         if violation is not None:
             record["expert_max_violation"] = violation.item()
@@ -63,9 +63,7 @@ class Updater:
 
     def _gradients(self, number: int) -> dict[str, float]:
         """Leaves the gradient of the mean loss over all tokens of all ranks, and returns means over them."""
-        if self.loop.lora and self.loop.lora.dropout:
-            # A step after a resume leaves out what it would have left out.
-            torch.manual_seed(zlib.crc32(f"{self.loop.seed} {number} {self.ranks.rank}".encode()))
+        seed_dropout(self.loop, number, self.ranks.rank)
         self.watchdog.at(number, "data")
         self.stopwatch.start()
         # All batches at once: what their losses are divided by is known before the first backward.
