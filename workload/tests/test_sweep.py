@@ -18,7 +18,7 @@ from mlflow import MlflowClient
 from optuna.trial import TrialState
 from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
-from ictx.cli import parser
+from ictx.cli import parser, with_agents_settings
 from ictx.errors import UserError
 from ictx.sweep.config import SweepConfig, load
 from ictx.sweep.study import STOPPED_FILE, Sweep
@@ -124,6 +124,16 @@ def test_a_wandb_agent_s_command_is_one_of_ours(tmp_path: Path, monkeypatch: pyt
     command = training(found, tmp_path / "agent-1", {}, "parent")
     for setting in ("data.dir=data/1", "optimizer.learning_rate=0.003", "optimizer.warmup_steps=7"):
         assert f"--set={setting}" in command
+
+
+def test_settings_of_an_agent_s_args_are_those_of_the_run() -> None:
+    given = ["--optimizer.learning_rate=0.003", "--train.lora.rank=4"]
+    train = parser().parse_args(with_agents_settings(["train", "sft", "--config", "sft/tiny.yaml", *given]))
+    assert train.set == ["optimizer.learning_rate=0.003", "train.lora.rank=4"]
+    words = ["sweep", "trial", "sweep/tiny.yaml", "--set=dir=a", "--train", "data.dir=b", *given]
+    assert parser().parse_args(with_agents_settings(words)).train == ["data.dir=b", *train.set]
+    for others in (["data", "prepare", *given], ["train", "sft", "--profile=3"], []):
+        assert with_agents_settings(others) == others
 
 
 def test_values_of_any_kind_reach_the_training_as_they_are(tmp_path: Path) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import io
 import os
+import re
 import signal
 import sys
+from collections.abc import Sequence
 
 from ictx import __version__
 from ictx.bench import cli as bench
@@ -22,6 +24,8 @@ from ictx.train import cli as train
 
 ROOMS = (data, train, sweep, evaluate, serve, model, infer, kernels, bench)
 """In the order of the help."""
+SETTINGS_OF_RUNS = {"train": "--set", "sweep": "--train"}
+"""Options that take settings of runs of training, by area."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -34,9 +38,15 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+def with_agents_settings(words: Sequence[str]) -> list[str]:
+    """Returns a command's words with what a W&B agent's `${args}` adds (`--SECTION.KEY=VALUE`) as settings."""
+    option = SETTINGS_OF_RUNS.get(words[0]) if words else None
+    return [f"{option}={word[2:]}" if option and re.match(r"--\w+(\.\w+)+=", word) else word for word in words]
+
+
 def main() -> int:
     """Runs the command line."""
-    arguments = parser().parse_args()
+    arguments = parser().parse_args(with_agents_settings(sys.argv[1:]))
     # Paths need not be UTF-8: whoever reads them gets the bytes that they have.
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="surrogateescape")
