@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import Commands
+from conftest import CHAT_SETTINGS, Commands
 from models import MOE, SMALL
+from test_extend import STAGE
 from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 
@@ -182,8 +183,12 @@ def records(commands: Commands, data: Path, ranks: int, steps: int, *settings: s
         "train.mask_documents=true",
         "optimizer.learning_rate=3.0e-4",
     ]
-    given = commands.pretrain(run, data, *limits, *fixed, *settings)
-    ended = [commands.end(rank) for rank in commands.ranks(ranks, *given)]
+    return recorded(commands, run, ranks, *commands.pretrain(run, data, *limits, *fixed, *settings))
+
+
+def recorded(commands: Commands, run: Path, ranks: int, *words: object) -> list[dict[str, Any]]:
+    """Runs a command as ranks, and returns what it recorded in a run's folder."""
+    ended = [commands.end(rank) for rank in commands.ranks(ranks, *words)]
     assert [rank.status for rank in ended] == [0] * ranks, ended
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
@@ -202,6 +207,29 @@ def test_a_run_that_shares_out_windows_is_that_of_one_process(commands: Commands
     for record in found:
         assert 0 < record["communication_seconds"] < record["step_seconds"]
     assert not [record for record in wanted if "communication_seconds" in record], "one rank has none to talk to"
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("stage", ["extend", "sft"])
+def test_a_stage_with_a_parent_shares_out_windows_too(
+    commands: Commands, prepared: Path, chats: Path, tmp_path: Path, stage: str
+) -> None:
+    """Four times the parent's context, and conversations that do not see each other."""
+    records(commands, prepared, 1, 2)
+    data = prepared if stage == "extend" else chats
+    (tmp_path / "stage.yaml").write_text(STAGE if stage == "extend" else CHAT_SETTINGS)
+    same = [f"init=run:{commands.folder / 'context-2-1'}", f"data.dir={data}", "optimizer.learning_rate=3.0e-4"]
+    same += ["train.steps=6", "train.validate_every=6"]
+    same += ["model.yarn.factor=4", "train.sequence_length=128"] if stage == "extend" else []
+    found, wanted = (
+        recorded(
+            commands, run, ranks, "train", stage, "--config", tmp_path / "stage.yaml",
+            *(f"--set={each}" for each in [*same, f"run.dir={run}", f"parallel.cp={ranks}"]),
+        )
+        for ranks, run in ((2, tmp_path / "shared"), (1, tmp_path / "alone"))
+    )  # fmt: skip
+    assert len(found) == 6
+    close(found, wanted)
 
 
 @pytest.mark.full
