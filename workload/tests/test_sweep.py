@@ -16,7 +16,9 @@ import yaml
 from conftest import Commands
 from mlflow import MlflowClient
 from optuna.trial import TrialState
+from test_wandb import environment
 from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
+from wandb_server import WandbServer
 
 from ictx.cli import parser, with_agents_settings
 from ictx.errors import UserError
@@ -134,6 +136,34 @@ def test_settings_of_an_agent_s_args_are_those_of_the_run() -> None:
     assert parser().parse_args(with_agents_settings(words)).train == ["data.dir=b", *train.set]
     for others in (["data", "prepare", *given], ["train", "sft", "--profile=3"], []):
         assert with_agents_settings(others) == others
+
+
+@pytest.mark.full
+def test_a_wandb_agent_trains_what_its_server_hands_out(commands: Commands, prepared: Path, tmp_path: Path) -> None:
+    """`wandb agent` itself, as a user starts it; only W&B's server, which no test can reach, is `WandbServer`."""
+    trial = [*map(str, sweep_of(commands, prepared, tmp_path / "sweep")), "--set=settings=[train.steps=6]"]
+    with WandbServer() as server:
+        server.sweep = yaml.safe_dump({"command": ["${env}", "ictx", "sweep", "trial", *trial, "${args}"]})
+        server.trials = {"one": {"optimizer.learning_rate": 0.003}, "two": {"optimizer.learning_rate": 1e-06}}
+        rates = {run: values["optimizer.learning_rate"] for run, values in server.trials.items()}
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        agent = subprocess.run(
+            [sys.executable, "-m", "wandb", "agent", "team/project/s"],
+            env=environment(commands, server, tmp_path) | {"PATH": path},
+            cwd=tmp_path, capture_output=True, text=True, timeout=600, check=False,
+        )  # fmt: skip
+        server.shutdown()
+    assert agent.returncode == 0, agent
+    assert server.exit_codes == {"one": [0], "two": [0]}, agent
+    for run, rate in rates.items():
+        metrics = read_records(tmp_path / "sweep" / f"agent-{run}" / "metrics.jsonl")
+        assert [row["loss"] for row in server.history[run]] == [record["loss"] for record in metrics]
+        assert len(metrics) == 6 and max(record["learning_rate"] for record in metrics) == pytest.approx(rate)
+        assert server.upserts[run]["sweep"] == "s" and server.upserts[run]["project"] == "project"
+    client, parent = MlflowClient(commands.tracking_uri), (tmp_path / "sweep" / "mlflow_run_id").read_text().strip()
+    experiments = [client.get_run(parent).info.experiment_id]
+    below = client.search_runs(experiments, f"tags.`mlflow.parentRunId` = '{parent}'")
+    assert sorted(run.data.tags["wandb.run_id"] for run in below) == ["one", "two"]
 
 
 def test_values_of_any_kind_reach_the_training_as_they_are(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -21,6 +22,10 @@ class WandbServer(ThreadingHTTPServer):
         self.upserts: dict[str, dict[str, Any]] = {}
         """What each run is described by."""
         self.exit_codes: dict[str, list[int]] = {}
+        self.sweep = ""
+        """Definition of the sweep that agents work on, in YAML."""
+        self.trials: dict[str, dict[str, Any]] = {}
+        """Its runs that no agent has yet: values by setting."""
         self.blocked = False
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
         threading.Thread(target=self.serve_forever, daemon=True).start()
@@ -42,7 +47,28 @@ class WandbServer(ThreadingHTTPServer):
         if name == "CreateRunFiles":
             files = [{"name": file, "uploadUrl": f"{self.url}/file"} for file in values["files"]]
             return {"createRunFiles": {"runID": "1", "uploadHeaders": [], "files": files}}
+        if name in ("Viewer", "GetViewer") and self.sweep:
+            names = dict.fromkeys(("id", "name", "username", "entity", "email"), "team")
+            lists = {"apiKeys": {"edges": []}, "teams": {"edges": []}}
+            return {"viewer": {**names, **lists, "admin": False, "flags": "{}", "deletedAt": None}}
+        if name == "SweepWithRuns":
+            return {"project": {"sweep": {"id": "1", "name": "s", "config": self.sweep, "runs": {"edges": []}}}}
+        if name == "CreateAgent":
+            return {"createAgent": {"agent": {"id": "1"}}}
+        if name == "Heartbeat":
+            commands = self.next_trial(json.loads(values["runState"]))
+            return {"agentHeartbeat": {"agent": {"id": "1"}, "commands": json.dumps(commands)}}
         return {}
+
+    def next_trial(self, running: dict[str, Any]) -> list[dict[str, Any]]:
+        """Returns what an agent is to do: the next run once the one before has ended, and to leave after the last."""
+        if running:
+            return []
+        if not self.trials:
+            return [{"type": "exit"}]
+        run = next(iter(self.trials))
+        values = {setting: {"value": value} for setting, value in self.trials.pop(run).items()}
+        return [{"type": "run", "run_id": run, "program": None, "args": values}]
 
     def resumable(self, rows: list[dict[str, Any]] | None) -> dict[str, Any] | None:
         """Returns what a resumed run goes on from; nothing where there is no such run."""
@@ -81,7 +107,9 @@ class Handler(BaseHTTPRequestHandler):
         result: dict[str, Any] = {}
         if self.path == "/graphql":
             request = json.loads(body)
-            result = {"data": self.server.query(request.get("operationName") or "", request.get("variables") or {})}
+            stated = re.match(r"\s*(?:query|mutation)\s+(\w+)", request.get("query") or "")
+            name = request.get("operationName") or (stated[1] if stated else "")
+            result = {"data": self.server.query(name, request.get("variables") or {})}
         elif self.path.endswith("/file_stream"):
             self.server.stream(self.path.split("/")[-2], json.loads(body))
         text = json.dumps(result).encode()
