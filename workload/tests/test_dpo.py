@@ -342,7 +342,7 @@ def two_heads() -> ModelConfig:
 
 @pytest.mark.full
 def test_docstrings_raise_the_held_out_margin(commands: Commands, tmp_path: Path) -> None:
-    """With the shipped recipe, on the standard library."""
+    """With the shipped recipe, on the standard library, in fewer and shorter steps, from random weights."""
     config = ["--config", "dpo/tiny.yaml"]
     ended = commands.run("data", "prepare", *config, "--corpus", "stdlib", "--out", tmp_path, "--link", tmp_path / "d")
     assert ended.status == 0, ended.err
@@ -354,6 +354,7 @@ def test_docstrings_raise_the_held_out_margin(commands: Commands, tmp_path: Path
     ended = commands.run("train", "dpo", *config, *(f"--set={value}" for value in settings))
     assert ended.status == 0, ended.err
     result = json.loads((run / "result.json").read_text())
-    assert result["reward_margin_before"] == 0 and result["reward_margin"] > 0.1
-    assert result["reward_accuracy"] > 0.5
-    assert result["val_loss"] < 0.6931
+    # At the recipe's rate so few steps are worth about 0.07; its own 60, from a pretrained model, 0.3.
+    assert result["reward_margin_before"] == 0 and result["reward_margin"] > 0.04
+    assert result["reward_accuracy"] > 0.55
+    assert result["val_loss"] < 0.685, "that of a coin is ln 2"
