@@ -298,6 +298,100 @@ def test_jobs_of_prometheus(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("ours", "external", "lines"),
+    [
+        (True, {}, {"ictx_registry_external: has no effect: svc1 in the group registry is ours: empty the group, or remove this"}),
+        (
+            False,
+            None,
+            {
+                "group registry: has no host: add one, or set ictx_registry_external to how the registry at ictx_registry is used "
+                "({} if by everybody)"
+            },
+        ),
+        (False, {}, set()),
+        (
+            False,
+            {"user": "robot$ictx+pull", "push_password_file": "/nonexistent/push", "ca_file": "/nonexistent/ca.crt"},
+            {
+                "ictx_registry_external: needs both user and password_file, or neither",
+                "ictx_registry_external: needs both push_user and push_password_file, or neither",
+                "ictx_registry_external: push_password_file /nonexistent/push is not on the control host: put it there",
+                "ictx_registry_external: ca_file /nonexistent/ca.crt is not on the control host: put it there",
+            },
+        ),
+    ],
+)  # fmt: skip
+def test_a_registry_that_somebody_else_runs(tmp_path: Path, ours: bool, external: Any, lines: set[str]) -> None:
+    def hosts(groups: Any) -> None:
+        groups["registry"] = {"hosts": {"svc1": None} if ours else {}}
+
+    variables = {} if ours else {"ictx_registry": "harbor.example.org"}
+    variables |= {} if external is None else {"ictx_registry_external": external}
+    assert found(tmp_path, variables, hosts) == lines
+
+
+def test_settings_of_units(tmp_path: Path) -> None:
+    dropins = {
+        "slurmd": {"Service": {"LimitNOFILE": 1048576, "Environment": ["A=1", "B=2"], "MemoryMax": None}},
+        "ictx-backup.timer": {"Timer": {"OnCalendar": ["", "daily"]}, "Service": {"Nice": 5}},
+        "slurmdb": {"Service": {"Nice": 5}},
+        "nginx": {"Service": {"Nice": 5}},
+        "slurmctld": {"LimitNOFILE": 5, "Service": {}},
+        "munge": "LimitNOFILE=5",
+        "docker": {"Service": {"Environment": ["A=b\\", "C=d"]}},
+        "k3s": {"Service": {"limit": 5, "Nice": {"x": 1}}, "Install": {"WantedBy": "x"}},
+    }
+    assert found(tmp_path, {"ictx_unit_dropins": dropins}) == {
+        "ictx_unit_dropins: ictx-backup.timer has the section Service, which must be Unit or Timer",
+        "ictx_unit_dropins: slurmdb is no unit of ours; did you mean slurmdbd?",
+        "ictx_unit_dropins: nginx is no unit of ours",
+        "ictx_unit_dropins: slurmctld has the section LimitNOFILE, which must be Unit or Service",
+        "ictx_unit_dropins: slurmctld Service must be a dictionary of directives, as {LimitNOFILE: 1048576}",
+        "ictx_unit_dropins: munge must be a dictionary of sections, as {Service: {LimitNOFILE: 1048576}}",
+        "ictx_unit_dropins: docker Service Environment ends with a backslash, which would take in the next line",
+        "ictx_unit_dropins: k3s Service has limit, which no directive is called",
+        "ictx_unit_dropins: k3s Service Nice must be text, a number or a list of them",
+        "ictx_unit_dropins: k3s has the section Install, which must be Unit or Service",
+    }
+
+
+def test_proxies_and_versions_of_packages(tmp_path: Path) -> None:
+    variables = {
+        "ictx_proxy": {"http": "http://proxy.example.org", "no_proxy": [".example.org"]},
+        "common_apt_pins": [
+            {"packages": ["slurmctld", "slurmd"], "version": "22.05.8*"},
+            {"packages": ["slurmd", "grafana"], "version": "11*"},
+        ],
+    }
+    assert found(tmp_path, variables) == {
+        "ictx_proxy: http: http://proxy.example.org has no port, of which programs take different ones: add it, as :3128",
+        "common_apt_pins (all hosts): slurmd has 2 pins, of which apt takes the first: leave one",
+        "common_apt_pins (all hosts): grafana has a variable of its own: grafana_version",
+    }
+
+
+@pytest.mark.parametrize(
+    ("value", "problem"),
+    [
+        ("http://proxy:3128", "must be a dictionary, got 'http://proxy:3128'"),
+        ({"http": "proxy:3128"}, "http must be http(s)://HOST[:PORT][/PATH] without a user or password, got 'proxy:3128'"),
+        ({"http": "http://a:b@proxy:1"}, "http must be http(s)://HOST[:PORT][/PATH] without a user or password, got 'http://a:b@proxy:1'"),
+        ({"http": "http://proxy:1", "no_proxy": "a,b"}, "no_proxy must be a list, got 'a,b'"),
+        (
+            {"http": "http://proxy:1", "no_proxy": ["https://x.example.org/"]},
+            "no_proxy each item must be a host, address, domain (.example.org) or network (192.0.2.0/24), got 'https://x.example.org/'",
+        ),
+        ({"no_proxy": ["x"]}, "has neither http nor https: set one, as {http: http://proxy.example.org:3128}"),
+    ],
+)  # fmt: skip
+def test_proxies_of_another_form(tmp_path: Path, value: Any, problem: str) -> None:
+    assert {text.replace(" (all hosts)", "") for text in found(tmp_path, {"ictx_proxy": value})} == {
+        f"ictx_proxy: {problem}"
+    }
+
+
 def test_values_that_yaml_reads_as_others_and_names_that_programs_change(tmp_path: Path) -> None:
     copy = shutil.copytree(ROOT / "inventories/lab", tmp_path / "inventory")
     (copy / "group_vars/all/zz_test.yml").write_text("""

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import os
 import re
+import ssl
 import subprocess
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -124,6 +128,102 @@ def test_a_host_whose_address_cannot_be_evaluated_is_told_with_the_rest(tmp_path
     assert "nothing was changed, problems: 2\n" in output
     assert "- ansible_host (gone): cannot be evaluated: 'nowhere' is undefined\n" in output
     assert output.count("[ERROR]") == 1, "the host is told about once, and not tried"
+
+
+class Registry(BaseHTTPRequestHandler):
+    """Answers as a registry whose only user is robot$ictx."""
+
+    def do_GET(self) -> None:
+        """Lets the user in."""
+        right = base64.b64encode(b"robot$ictx:right").decode()
+        self.send_response(200 if self.headers.get("Authorization") == f"Basic {right}" else 401)
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        """Nothing is told."""
+
+
+def test_a_registry_that_somebody_else_runs_must_let_its_users_in(tmp_path: Path) -> None:
+    certificate = [
+        "-subj",
+        "/CN=localhost",
+        "-addext",
+        "subjectAltName=DNS:localhost",
+        "-keyout",
+        "key.pem",
+        "-out",
+        "ca.pem",
+    ]
+    command = [
+        "openssl",
+        "req",
+        "-x509",
+        "-newkey",
+        "ec",
+        "-pkeyopt",
+        "ec_paramgen_curve:prime256v1",
+        "-nodes",
+        *certificate,
+    ]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    for name in ("right", "wrong"):
+        (tmp_path / name).write_text(f"{name}\n")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "ca.pem", tmp_path / "key.pem")
+    with ThreadingHTTPServer(("localhost", 0), Registry) as server:
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+        Thread(target=server.serve_forever, daemon=True).start()
+        registry = f"localhost:{server.server_port}"
+        pulls = {"user": "robot$ictx", "password_file": str(tmp_path / "right"), "ca_file": str(tmp_path / "ca.pem")}
+        pushes = {"push_user": "pusher", "push_password_file": str(tmp_path / "wrong")}
+        given: dict[str, Any] = {"groups": {"registry": []}, "ictx_registry": registry}
+        done = preflight(tmp_path, **given, ictx_registry_external=pulls)
+        assert done.returncode == 0, done.stdout + done.stderr
+        done = preflight(tmp_path, **given, ictx_registry_external=pulls | pushes)
+        server.shutdown()
+    output = done.stdout + done.stderr
+    assert "nothing was changed, problems: 1\n" in output
+    assert (
+        f"- ictx_registry: https://{registry}/v2/ refuses the user pusher (401): correct ictx_registry_external\n"
+        in output
+    )
+    assert "wrong" not in output.replace(str(tmp_path), "")
+
+
+@pytest.mark.parametrize(
+    ("answer", "text"),
+    [
+        ({"status": 200}, ""),
+        ({"status": 401}, "refuses who has no user (401): correct ictx_registry_external"),
+        (
+            {"status": 401, "www_authenticate": 'Bearer realm="https://x"'},
+            "wants tokens (Bearer), and must take passwords as they are (Basic)",
+        ),
+        (
+            {"status": -1, "msg": "Status code was -1 and not [200]: Request failed: <urlopen error refused>"},
+            "does not answer as a registry does (Request failed: <urlopen error refused>): correct it, or ca_file of "
+            "ictx_registry_external",
+        ),
+    ],
+)
+def test_what_is_wrong_with_such_a_registry(answer: dict[str, object], text: str) -> None:
+    problems = loaded(ROOT / "playbooks/plugins/filter/registries.py").registry_problems
+    expected = [f"ictx_registry: https://r:5000/v2/ {text}"] if text else []
+    assert problems([answer], {"ictx_registry": "r:5000"}) == expected
+
+
+def test_versions_that_no_repository_has_are_refused(tmp_path: Path) -> None:
+    pins = [{"packages": ["slurmd", "slurm-of-nobody"], "version": "1.0*"}, {"packages": ["bash"], "version": "5*"}]
+    done = preflight(tmp_path, common_apt_pins=pins)
+    assert done.returncode != 0
+    remedy = "pin another version, add a repository, or run apt-get update there\n"
+    output = done.stdout + done.stderr
+    assert re.search(
+        rf"- common_apt_pins \(here\): slurmd 1\.0\*: the node's repositories have \d\S+(, \S+)*: {remedy}", output
+    )
+    absent = "- common_apt_pins (here): slurm-of-nobody 1.0*: the node's repositories do not have it at all: "
+    assert f"{absent}{remedy}" in output
+    assert "bash" not in output
 
 
 @pytest.mark.lab

@@ -34,6 +34,10 @@ REGISTERED: dict[str, dict[str, Any]] = {
             "namespaces": ["ictx"],
         }
     },
+    "unit_dropins": {
+        "item": "/etc/systemd/system/slurmd.service.d/zz-site.conf",
+        "unit_dropins_units": {"slurmd.service": {"Service": {"LimitNOFILE": 1}}},
+    },
     # A task's loop gives the name: this one has an account in every inventory.
     "mlflow_users": {"item": "serving"},
     # A script a stage; test_job_scripts.py has all of them.

@@ -22,6 +22,14 @@ def node(name: str) -> Host:
     return testinfra.get_host(f"ssh://{name}", ssh_config=str(SSH_CONFIG))
 
 
+def test_a_unit_has_the_site_s_own_settings() -> None:
+    for name in COMPUTE:
+        host = node(name)
+        process = host.check_output("systemctl show --property=MainPID --value slurmd")
+        assert "ICTX_SITE=1" in host.file(f"/proc/{process}/environ").content_string.split("\0")
+    assert not node("ctl").file("/etc/systemd/system/slurmd.service.d/zz-site.conf").exists
+
+
 def as_user(command: str) -> str:
     """Returns what a command prints that an ordinary user runs on the controller; it must succeed."""
     return str(node("ctl").check_output(f"runuser -l researcher -c {shlex.quote(command)}"))

@@ -352,6 +352,8 @@ class ActionModule(ActionBase):
         check_given(values, uses, set(load_extra_vars(self._loader)), problems)
         right = completed(values, wrong, uses, Path(arguments["roles_dir"]))
         check_meaning(right, groups, problems)
+        units = read(Path(arguments["playbook"]).parent / "playbooks/vars/units.yml")["cluster_units"]
+        check_dropins(right, units, problems)
         self._unreadable |= {host for host, name in wrong if name in formats.connection}
         accepted = {
             name: values[host][name]
@@ -365,6 +367,7 @@ class ActionModule(ActionBase):
             "problems": problems.lines(),
             "unreadable": sorted(self._unreadable),
             "accepted": accepted,
+            "apt_pins": {host: own["common_apt_pins"] for host, own in right.items() if own.get("common_apt_pins")},
             "hardware": filter_loader.get("declared_by_node").j2_function(right, groups),
         }
 
@@ -434,6 +437,13 @@ def check_meaning(values: Values, groups: Mapping[str, list[str]], problems: Pro
     """Checks what the values mean together (filter/meaning.py)."""
     for subject, text, host in filter_loader.get("meaning_problems").j2_function(values, groups):
         problems.add(subject, text, host)
+
+
+def check_dropins(values: Values, units: Mapping[str, Any], problems: Problems) -> None:
+    """Checks that settings of units are about units of ours (filter/unit_dropins.py)."""
+    dropins = next((own["ictx_unit_dropins"] for own in values.values() if own.get("ictx_unit_dropins")), {})
+    for text in filter_loader.get("dropin_problems").j2_function(dropins, units):
+        problems.add("ictx_unit_dropins", text)
 
 
 def check_names(values: Values, cluster: Options, roles: Mapping[str, Options], problems: Problems) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Iterable, Iterator
+from fnmatch import fnmatchcase
 from typing import Any
 
 from ansible.errors import AnsibleConnectionFailure, AnsibleError
@@ -19,6 +21,7 @@ description:
 options:
   shared_dir: {type: path, required: true, description: The shared directory; it is looked at once it is mounted.}
   min_free_gb: {type: float, required: true, description: Least free space of the shared directory in GB.}
+  apt_pins: {type: list, elements: dict, default: [], description: "Versions of packages to install (common_apt_pins)."}
   hardware: {type: dict, default: {}, description: "What it is declared to have, by variable (declared_by_node)."}
 author: [InfiniteContext]
 """
@@ -39,6 +42,10 @@ echo gpus "$(cat /dev/null $nvidia | grep -c '^0x030[02]')"
 # README has the same table, with what is tested on each.
 SUPPORTED = {"debian 12", "debian 13", "ubuntu 24.04"}
 TOO_OLD = {"ubuntu 22.04": "its SLURM 21.08, Prometheus 2.31 and node_exporter 1.3.1 lack what the configuration uses"}
+# Versions that apt knows; a node whose lists of packages have been removed, as those of containers, knows none.
+VERSIONS = """
+ls /var/lib/apt/lists/*_Packages* >/dev/null 2>&1 && echo apt && apt-cache madison {packages}
+"""
 REMEDY = "correct it, or let playbooks/measure-nodes.yml write what the node has"
 
 
@@ -66,6 +73,21 @@ def missing(node: str, hardware: dict[str, Any], report: list[str]) -> Iterator[
             yield f"{variable} ({node}): {key} is {declared}, but the node has {found}: {REMEDY}"
 
 
+def unknown_versions(node: str, pins: list[dict[str, Any]], report: list[str]) -> Iterator[str]:
+    """Yields a line for each pinned package of which the node's repositories do not have the version."""
+    known: dict[str, list[str]] = {}
+    for line in report:
+        if match := re.fullmatch(r" *(\S+) \| (\S+) \| .*", line):
+            known.setdefault(match[1], []).append(match[2])
+    for pin in pins if "apt" in report else []:
+        for name in pin["packages"]:
+            versions = list(dict.fromkeys(known.get(name, [])))
+            if not any(fnmatchcase(version, pin["version"]) for version in versions):
+                there = f"have {', '.join(versions)}" if versions else "do not have it at all"
+                remedy = "pin another version, add a repository, or run apt-get update there"
+                yield f"common_apt_pins ({node}): {name} {pin['version']}: the node's repositories {there}: {remedy}"
+
+
 class ActionModule(ActionBase):
     """See DOCUMENTATION."""
 
@@ -76,6 +98,7 @@ class ActionModule(ActionBase):
             {
                 "shared_dir": {"type": "path", "required": True},
                 "min_free_gb": {"type": "float", "required": True},
+                "apt_pins": {"type": "list", "elements": "dict", "default": []},
                 "hardware": {"type": "dict", "default": {}},
             }
         )
@@ -84,6 +107,10 @@ class ActionModule(ActionBase):
         shown = f"host {node} ({self._templar.template(variables.get('ansible_host', node))})"
         shared = arguments["shared_dir"]
         script = SCRIPT.format(path=shlex.quote(shared))
+        pins = arguments["apt_pins"]
+        if pins:
+            packages = " ".join(shlex.quote(name) for pin in pins for name in pin["packages"])
+            script += VERSIONS.format(packages=packages)
         if hardware := arguments["hardware"]:
             script += HARDWARE.format(devices=" ".join(map(shlex.quote, devices(hardware))))
         try:
@@ -97,7 +124,9 @@ class ActionModule(ActionBase):
             text = f"{shown}: cannot be managed ({str(error).strip().splitlines()[0]})"
             return {**result, "changed": False, "problems": [text]}
         found = self._problems(shown, done, shared, arguments["min_free_gb"])
-        return {**result, "changed": False, "problems": found or list(missing(node, hardware, done["stdout_lines"]))}
+        report = done["stdout_lines"]
+        found = found or [*missing(node, hardware, report), *unknown_versions(node, pins, report)]
+        return {**result, "changed": False, "problems": found}
 
     @staticmethod
     def _problems(shown: str, done: dict[str, Any], shared: str, min_free_gb: float) -> list[str]:

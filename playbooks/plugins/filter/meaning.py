@@ -8,6 +8,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from ansible.plugins.loader import filter_loader
@@ -445,6 +446,25 @@ def endpoints(site: Inventory) -> Iterator[Problem]:
             yield "ictx_mlflow_uri", f"its port is {uri[1] or 'not given'}, but MLflow's nodePort is {node_port}", ""
 
 
+def registries(site: Inventory) -> Iterator[Problem]:
+    """There is one registry, ours or another, and what opens it is there."""
+    hosts, other = site.hosts("registry"), site.get("ictx_registry_external")
+    if hosts and other is not None:
+        text = f"has no effect: {one_of(hosts)} in the group registry is ours: empty the group, or remove this"
+        yield "ictx_registry_external", text, ""
+    if "registry" in site.groups and not hosts and other is None:
+        text = "has no host: add one, or set ictx_registry_external to how the registry at ictx_registry is used"
+        yield "group registry", f"{text} ({{}} if by everybody)", ""
+    for prefix in ("", "push_"):
+        user, password = ((other or {}).get(f"{prefix}{part}") for part in ("user", "password_file"))
+        if bool(user) != bool(password):
+            yield "ictx_registry_external", f"needs both {prefix}user and {prefix}password_file, or neither", ""
+    for name in ("ca_file", "password_file", "push_password_file"):
+        file = (other or {}).get(name)
+        if file and not Path(file).is_file():
+            yield "ictx_registry_external", f"{name} {file} is not on the control host: put it there", ""
+
+
 def folders(site: Inventory) -> Iterator[Problem]:
     """The platform's folders are its own, and secrets are not on shared storage."""
     shared, state, cache = (site.get(f"ictx_{kind}_dir") for kind in ("shared", "state", "cache"))
@@ -488,6 +508,33 @@ def receivers(site: Inventory) -> Iterator[Problem]:
             yield "prometheus_runbook_url", text, ""
         if receiver.get("email_to") and not site.get("alertmanager_smtp"):
             yield "alertmanager_receivers", f"{name} has email_to, which needs alertmanager_smtp", ""
+
+
+def proxies(site: Inventory) -> Iterator[Problem]:
+    """A proxy is one, and every program finds the same."""
+    proxy = site.get("ictx_proxy")
+    if proxy is not None and not (proxy.get("http") or proxy.get("https")):
+        yield "ictx_proxy", "has neither http nor https: set one, as {http: http://proxy.example.org:3128}", ""
+    for scheme in ("http", "https"):
+        address = str((proxy or {}).get(scheme) or "")
+        if address and not re.fullmatch(r"https?://[^/]+:\d+/?", address):
+            text = f"{scheme}: {address} has no port, of which programs take different ones: add it, as :3128"
+            yield "ictx_proxy", text, ""
+
+
+# Of packages whose version a variable of their role has.
+PINNED = {"grafana": "grafana_version", "nvidia-": "nvidia_driver_version"}
+
+
+def pins(site: Inventory) -> Iterator[Problem]:
+    """A package has one pin, and none beside a variable of its own."""
+    for host in site.hosts("all"):
+        given = [name for pin in site.of(host, "common_apt_pins") or [] for name in pin["packages"]]
+        for name, count in Counter(given).items():
+            if count > 1:
+                yield "common_apt_pins", f"{name} has {count} pins, of which apt takes the first: leave one", host
+            if own := next((variable for start, variable in PINNED.items() if name.startswith(start)), ""):
+                yield "common_apt_pins", f"{name} has a variable of its own: {own}", host
 
 
 # Those of playbooks/monitoring.yml.
@@ -534,7 +581,7 @@ def ports(site: Inventory) -> Iterator[Problem]:
 
 RULES: tuple[Callable[[Inventory], Iterator[Problem]], ...] = (
     partitions, jobs, accounts, node_groups, resources, controllers, addresses, endpoints, folders, receivers, versions,
-    ports, settings, topology, scrapes
+    ports, settings, topology, scrapes, proxies, pins, registries
 )  # fmt: skip
 
 

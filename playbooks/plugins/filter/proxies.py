@@ -1,0 +1,74 @@
+"""Ansible filters: the environment by which programs go out through a proxy, and what they reach without it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from ansible.plugins.loader import filter_loader
+
+# Of every host, and of the services in Kubernetes.
+ALWAYS_DIRECT = ("localhost", "127.0.0.1", "::1", ".svc", ".cluster.local")
+# The defaults of K3s, and of the role kube_lab.
+NETWORKS = {"cluster-cidr": "10.42.0.0/16", "service-cidr": "10.43.0.0/16"}
+LAB_NETWORKS = {"kube_lab_pod_network": "10.244.0.0/24", "kube_lab_service_network": "10.96.0.0/24"}
+
+
+def proxy_environment(
+    proxy: Mapping[str, Any],
+    groups: Mapping[str, Sequence[str]],
+    hostvars: Mapping[str, Any],
+    without: Iterable[str] = (),
+) -> dict[str, str]:
+    """Returns the variables, in small letters and in capitals as programs differ; none without a proxy.
+
+    Args:
+        proxy: ictx_proxy.
+        groups: hosts by group; each is reached without the proxy, by its name and its address.
+        hostvars: variables of all hosts.
+        without: hosts to leave out: a list for each of a thousand nodes would have all of them.
+    """
+    found = {f"{scheme}_proxy": str(proxy[scheme]) for scheme in ("http", "https") if proxy.get(scheme)}
+    if not found:
+        return {}
+    found["no_proxy"] = ",".join(
+        dict.fromkeys([*ALWAYS_DIRECT, *_internal(groups, hostvars, set(without)), *proxy.get("no_proxy", [])])
+    )
+    return found | {name.upper(): value for name, value in found.items()}
+
+
+def _internal(groups: Mapping[str, Sequence[str]], hostvars: Mapping[str, Any], without: set[str]) -> Iterable[str]:
+    address_of = filter_loader.get("host_address").j2_function
+    for host in groups["all"]:
+        if host not in without and host != "localhost":
+            yield from (host, address_of(host, hostvars))
+    for host in groups.get("k3s_server", [])[:1]:
+        own = hostvars[host]
+        config = own.get("k3s_config") or {}
+        yield from (text for key, default in NETWORKS.items() for text in str(config.get(key, default)).split(","))
+        yield from (str(own.get(name, default)) for name, default in LAB_NETWORKS.items())
+        yield from filter(None, [own.get("k3s_api_address")])
+
+
+def direct_hosts(environment: Mapping[str, str]) -> list[str]:
+    """Returns the hosts of no_proxy as apt knows them: names and IPv4 addresses, no domains and networks."""
+    listed = environment.get("no_proxy", "").split(",")
+    return [entry for entry in listed if entry and not set(entry) & set(":/*") and not entry.startswith(".")]
+
+
+def environment_lines(environment: Mapping[str, str]) -> str:
+    """Returns the lines of a unit's section [Service] that set variables."""
+    escaped = {name: value.replace("%", "%%").replace('"', '\\"') for name, value in environment.items()}
+    return "".join(f'Environment="{name}={value}"\n' for name, value in sorted(escaped.items()))
+
+
+class FilterModule:
+    """Filters of this file."""
+
+    def filters(self) -> dict[str, Callable[..., Any]]:
+        """Returns the filters by name."""
+        return {
+            "direct_hosts": direct_hosts,
+            "environment_lines": environment_lines,
+            "proxy_environment": proxy_environment,
+        }
