@@ -85,9 +85,7 @@ def test_daemons_restart_for_nodes_until_slurm_reads_them_anew(
 ) -> None:
     primary = {
         "_slurm_nodes_differ": differ,
-        "_slurm_files": {
-            "results": [{"item": "cgroup.conf", "changed": True}, {"item": "gres.conf", "changed": changed}]
-        },
+        "_slurm_files": {"changes": ["/etc/slurm/cgroup.conf", *(["/etc/slurm/gres.conf"] if changed else [])]},
     }
     templar = example("slurm", "gpu1", _slurm_package={"stdout": package}, hostvars={"ctl1": primary})
     assert templar.template(trusted("{{ _slurm_nodes_changed }}")) is restart
