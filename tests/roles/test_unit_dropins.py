@@ -91,6 +91,7 @@ def test_every_unit_that_a_role_runs_may_have_settings() -> None:
             named.add(name.partition(":")[2].strip())
     fixed = {SYSTEMD.whole_name(name) for name in named if name and "{{" not in name}
     assert fixed >= {"slurmctld.service", "prometheus.service", "ictx-backup.timer"}
-    assert fixed <= UNITS.keys()
+    # systemd-run makes this one, for a minute.
+    assert fixed - {"ictx-firewall-undo.timer"} <= UNITS.keys()
     groups = {group for listed in UNITS.values() for group in listed}
     assert groups <= {*SCHEMA["groups"], "all"}
