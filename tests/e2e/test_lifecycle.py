@@ -148,7 +148,8 @@ def later(lab: Lab) -> Iterator[str]:
     source = "/etc/apt/sources.list.d/later.list"
     nodes = ("ctl", "n1", "n2")
     for node in nodes:
-        lab.run(node, f"echo 'deb http://deb.debian.org/debian trixie main' >{source}")
+        # From the mirror that the node has its own packages from.
+        lab.run(node, f"sed -n 's/ bookworm main/ trixie main/p' /etc/apt/sources.list >{source}")
         lab.run(
             node, "printf 'Package: *\\nPin: release n=trixie\\nPin-Priority: 100\\n' >/etc/apt/preferences.d/later"
         )
