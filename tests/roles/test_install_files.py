@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +52,11 @@ class Place:
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Place:
-    return Place(tmp_path)
+def place(tmp_path: Path) -> Iterator[Place]:
+    # A site's own umask decides nothing.
+    before = os.umask(0o077)
+    yield Place(tmp_path)
+    os.umask(before)
 
 
 def mode(path: Path) -> str:
@@ -97,16 +101,23 @@ def test_repairs_what_differs_and_replaces_nothing_unless_all_is_valid(place: Pl
     greeting.unlink()
     (place.root / "other").write_text("mine")
     greeting.symlink_to(place.root / "other")
+    # Nobody writes into this one: whoever reads it waits for ever.
+    os.mkfifo(place.root / "pipe")
+    (place.root / "latin").write_bytes(b"caf\xe9")
+    odd = [{"content": "text\n", "dest": f"root/{name}"} for name in ("pipe", "latin")]
     new = {"content": "new\n", "dest": "root/etc/one/a"}
     bad = {"content": "worse\n", "dest": "root/etc/secret/key", "validate": "grep -q better %s"}
-    repaired, refused, accepted = place.run(
+    repaired, replaced, refused, accepted = place.run(
         wanted(),
+        {"files": odd},
         {"files": [new, bad]},
         {"files": [bad | {"content": "better\n"}]},
     )
     assert repaired["changes"] == [str(greeting), str(key)]
     assert repaired["diff"][0]["after"] == GREETING
     assert (greeting.is_symlink(), (place.root / "other").read_text()) == (False, "mine")
+    assert replaced["changes"] == [str(place.root / name) for name in ("pipe", "latin")]
+    assert {(place.root / name).read_text() for name in ("pipe", "latin")} == {"text\n"}
     assert refused["msg"].startswith(f"{key} is left as it is, for its new text is not valid")
     assert greeting.read_text() == GREETING, "the valid one is not replaced either"
     assert accepted["changed"]

@@ -80,6 +80,15 @@ FILE = RIGHTS | {
 }
 
 
+def make(folder: str) -> None:
+    """Makes a folder and the parents that are not there, with mode 0755 whatever the umask is."""
+    parent = os.path.dirname(folder)
+    if not os.path.isdir(parent):
+        make(parent)
+    os.mkdir(folder)
+    os.chmod(folder, 0o755)
+
+
 class Installation:
     """One run of the module; temporary files go with `undo` whatever happens."""
 
@@ -88,11 +97,12 @@ class Installation:
         self.changes: list[str] = []
         self.diffs: list[dict[str, Any]] = []
 
-    def changed(self, path: str, before: str = "", after: str = "") -> None:
+    def changed(self, path: str, before: bytes | None = None, after: str = "") -> None:
         """Notes a path, once, with what it holds before and after."""
         if path not in self.changes:
             self.changes.append(path)
-            self.diffs.append({"before_header": path, "after_header": path, "before": before, "after": after})
+            shown = (before or b"").decode(errors="replace")
+            self.diffs.append({"before_header": path, "after_header": path, "before": shown, "after": after})
 
     def rights(self, path: str, entry: dict[str, Any]) -> bool:
         """Gives a path its owner, group and mode; returns whether it had others."""
@@ -106,19 +116,17 @@ class Installation:
             self.module.fail_json(msg=f"{path} is not a folder: move it away", path=path)
         new = not os.path.isdir(path)
         if new and not self.module.check_mode:
-            os.makedirs(path, 0o755)
-        if new or self.rights(path, entry):
+            make(path)
+        if (self.module.check_mode and new) or self.rights(path, entry) or new:
             self.changed(path)
-        if new and not self.module.check_mode:
-            self.rights(path, entry)
 
-    def present(self, dest: str) -> str | None:
-        """Returns what a file holds, None where there is none; what is not UTF-8 differs from every text."""
+    def present(self, dest: str) -> bytes | None:
+        """Returns what a file holds; None where there is none, or a link or a pipe, which is replaced unread."""
         if os.path.isdir(dest):
             self.module.fail_json(msg=f"{dest} is a folder: move it away", path=dest)
-        if os.path.islink(dest) or not os.path.exists(dest):
+        if os.path.islink(dest) or not os.path.isfile(dest):
             return None
-        with open(dest, encoding="utf-8", errors="surrogateescape", newline="") as file:
+        with open(dest, "rb") as file:
             return file.read()
 
     def stage(self, entry: dict[str, Any]) -> str:
@@ -149,8 +157,8 @@ class Installation:
         staged: dict[str, str] = {}
         for entry in entries:
             dest, before = entry["dest"], self.present(entry["dest"])
-            if before != entry["content"]:
-                self.changed(dest, before or "", entry["content"])
+            if before != entry["content"].encode():
+                self.changed(dest, before, entry["content"])
                 if not self.module.check_mode:
                     staged[dest] = self.stage(entry)
             elif self.rights(dest, entry):
@@ -162,7 +170,7 @@ class Installation:
     def remove(self, path: str) -> None:
         """Removes a file."""
         if os.path.lexists(path):
-            self.changed(path, self.present(path) or "")
+            self.changed(path, self.present(path))
             if not self.module.check_mode:
                 os.unlink(path)
 
