@@ -108,6 +108,7 @@ cd {folder}
 echo $(basename "$0") "$*" >>calls
 case "$(basename "$0") $*" in
 "scontrol --oneliner show node"*) cat states ;;
+"scontrol update"*) [ ! -e lost ] || rm states ;;
 squeue*) cat jobs; : >jobs ;;
 srun*) echo "srun: error: Unable to allocate resources" >&2; exit $(cat status) ;;
 "timeout 600"*) shift; exec "$@" ;;
@@ -164,6 +165,15 @@ def test_only_nodes_that_are_out_of_service_are_resumed(tmp_path: Path) -> None:
     done, calls = run(tmp_path, "resume_nodes.yml", states=shown, lifecycle_nodes=["n1", "n2", "n3"])
     assert done.returncode == 0, done.stdout
     assert calls == ["scontrol update NodeName=n1 State=RESUME"]
+
+
+@pytest.mark.full
+def test_a_controller_that_is_lost_is_no_node_that_answers(tmp_path: Path) -> None:
+    (tmp_path / "lost").touch()
+    names = {"lifecycle_nodes": ["n1"], "lifecycle_retries": 1}
+    done, calls = run(tmp_path, "resume_nodes.yml", states=state("n1", "IDLE+DRAIN"), **names)
+    assert (done.returncode, calls) == (2, ["scontrol update NodeName=n1 State=RESUME"])
+    assert "scontrol: cat: states: No such file" in done.stdout
 
 
 @pytest.mark.full
