@@ -17,29 +17,36 @@ import yaml
 
 CACHE = Path(os.environ.get("ICTX_CACHE", Path.home() / ".cache/ictx"))
 PACKAGES = {
-    "amtool": "prometheus-alertmanager",
-    "prometheus": "prometheus",
-    "promtool": "prometheus",
-    "restic": "restic",
+    "amtool": ["prometheus-alertmanager"],
+    "nft": ["nftables", "libnftables1", "libnftnl11", "libjansson4", "libmnl0"],
+    "prometheus": ["prometheus"],
+    "promtool": ["prometheus"],
+    "restic": ["restic"],
 }
 
 
 def program(name: str) -> str:
-    """Returns the path of a program. Nothing is installed: a package is unpacked into the cache."""
+    """Returns the path of a program. Nothing is installed: packages are unpacked into the cache (`libraries`)."""
     found = shutil.which(name)
     if found:
         return found
-    folder = CACHE / "packages" / PACKAGES[name]
-    path = folder / "usr/bin" / name
-    if not path.exists():
+    packages = PACKAGES[name]
+    folder = CACHE / "packages" / packages[0]
+    if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as draft:
-            subprocess.run(["apt-get", "download", "-qq", PACKAGES[name]], cwd=draft, check=True, capture_output=True)
-            (package,) = Path(draft).glob("*.deb")
-            subprocess.run(["dpkg", "-x", package, f"{draft}/root"], check=True)
-            shutil.rmtree(folder, ignore_errors=True)
+            subprocess.run(["apt-get", "download", "-qq", *packages], cwd=draft, check=True, capture_output=True)
+            for package in Path(draft).glob("*.deb"):
+                subprocess.run(["dpkg", "-x", package, f"{draft}/root"], check=True)
             Path(draft, "root").rename(folder)
+    (path,) = (path for place in ("usr/bin", "usr/sbin") if (path := folder / place / name).exists())
     return str(path)
+
+
+def libraries(path: str) -> dict[str, str]:
+    """Returns the environment in which a program that was unpacked with its libraries finds them."""
+    found = [str(folder) for folder in Path(path).parents[1].glob("lib/*-linux-gnu")]
+    return {**os.environ, "LD_LIBRARY_PATH": ":".join(found)} if str(CACHE) in path else {**os.environ}
 
 
 def loaded(path: Path) -> types.ModuleType:

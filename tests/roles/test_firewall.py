@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
 import sys
 from functools import cache
@@ -13,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 from cluster import ROOT, Cluster
-from programs import loaded
+from programs import libraries, loaded, program
 
 FILTERS = loaded(ROOT / "playbooks/plugins/filter/firewall.py")
 PORTS = yaml.safe_load((ROOT / "playbooks/vars/ports.yml").read_text())["open_ports"]
@@ -73,11 +72,12 @@ def test_only_tables_of_its_own_are_touched() -> None:
     assert re.findall(r"hook (\w+)", text) == ["input"], "what is forwarded to containers and pods is theirs"
 
 
-@pytest.mark.skipif(shutil.which("nft") is None, reason="nft is not installed")
 @pytest.mark.parametrize("host", ["gpu1", "ctl1", "nas1", "infra1", "db1"])
 def test_nft_takes_the_rules(tmp_path: Path, host: str) -> None:
     (tmp_path / "rules").write_text(rules(host))
-    done = subprocess.run(["nft", "--check", "--file", tmp_path / "rules"], capture_output=True, text=True, check=False)
+    nft = program("nft")
+    command = [nft, "--check", "--file", tmp_path / "rules"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=libraries(nft))
     if "Operation not permitted" in done.stderr:
         pytest.skip("no rules can be checked here")
     assert done.returncode == 0, done.stderr

@@ -66,11 +66,11 @@ def firewall_rules(openings: Sequence[Opening]) -> list[str]:
             rules.append(f"{match} {what}")
             continue
         networks = {network for name in opening["from"] for network in _addresses(name)}
-        for version, family in ((4, "ip"), (6, "ip6")):
-            # Networks that overlap are refused in a set of nftables.
-            own = list(ipaddress.collapse_addresses([one for one in networks if one.version == version]))  # type: ignore[type-var]
-            if own:
-                listed = ", ".join(str(one).removesuffix("/32" if version == 4 else "/128") for one in own)
+        # Networks that overlap are refused in a set of nftables.
+        old = ipaddress.collapse_addresses(one for one in networks if isinstance(one, ipaddress.IPv4Network))
+        new = ipaddress.collapse_addresses(one for one in networks if isinstance(one, ipaddress.IPv6Network))
+        for family, own in (("ip", map(str, old)), ("ip6", map(str, new))):
+            if listed := ", ".join(one.removesuffix("/32" if family == "ip" else "/128") for one in own):
                 rules.append(f"{family} saddr {{ {listed} }} {match} {what}")
     return rules
 
