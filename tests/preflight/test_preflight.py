@@ -140,7 +140,7 @@ class Registry(BaseHTTPRequestHandler):
         self.end_headers()
 
     def log_message(self, *_: object) -> None:
-        """Nothing is told."""
+        """Logs nothing."""
 
 
 def test_a_registry_that_somebody_else_runs_must_let_its_users_in(tmp_path: Path) -> None:
