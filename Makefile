@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: help lab pipeline test test-full check-fast lint unit bench-cpu kernels audit dashboards down clean
+.PHONY: help lab pipeline test test-full check-fast lint unit bench-cpu kernels audit dashboards docs down clean
 
 help: ## Show every target
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -53,6 +53,10 @@ dashboards: ## Write the dashboards' JSON, and draw every panel with the lab's d
 	@scripts/bootstrap test
 	@.venv/bin/python scripts/dashboards write
 	@.venv/bin/python scripts/dashboards preview
+
+docs: ## Build the documentation site into build/site: static files, broken links are errors
+	@scripts/bootstrap test
+	@NO_MKDOCS_2_WARNING=1 mkdocs build --strict --clean
 
 down: ## Remove the lab and everything it started; caches stay
 	@scripts/bootstrap control
