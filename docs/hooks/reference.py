@@ -59,7 +59,7 @@ def code(value: Any) -> str:
     if value is None:
         return ""
     text = value if isinstance(value, str) and value else yaml.safe_dump(value, default_flow_style=True, width=10**6)
-    text = " ".join(text.removesuffix("...\n").split()).replace("|", "\\|").replace("`", "'")
+    text = " ".join(text.removesuffix("...\n").split()).replace("`", "'")
     return f"`{text if len(text) <= 80 else text[:77] + '...'}`"
 
 
@@ -126,7 +126,7 @@ def fields(node: ast.ClassDef) -> list[tuple[str, ...]]:
             if field.value is None
             else code(re.sub(r"field\(default_factory=(\w+)\)", r"\1()", ast.unparse(field.value)))
         )
-        kind = ast.unparse(field.annotation).replace("|", "\\|")
+        kind = ast.unparse(field.annotation)
         rows.append((f"`{field.target.id}`", f"`{kind}`", default, cell(text)))
     return rows
 
