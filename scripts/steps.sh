@@ -11,7 +11,7 @@ fail() {
   exit 1
 }
 
-# step TITLE COMMAND…: runs the command, says how long it took; ends the script when it fails.
+# step TITLE COMMAND…: runs the command, prints how long it took; ends the script when it fails.
 step() {
   local title=$1 start=$SECONDS
   shift
@@ -20,7 +20,7 @@ step() {
   _steps+=("$(printf '%5d s  %s' $((SECONDS - start)) "$title")")
 }
 
-# skip TITLE REASON: says that a step has nothing to do.
+# skip TITLE REASON: prints that a step has nothing to do.
 skip() {
   printf '\n=== %s: skipped (%s)\n' "$1" "$2"
   _steps+=("$(printf '      -  %s: %s' "$1" "$2")")

@@ -1,4 +1,4 @@
-"""Tells what the server's processes count, without a password: only an administrator may ask the server itself.
+"""Exposes what the server's processes count, without a password: the server itself answers administrators only.
 
 Arguments: folder of the counts, port.
 """

@@ -139,7 +139,7 @@ def copy_artifacts(source, target, previous, shared):
 
 
 def backup():
-    """Makes the backup under a name that says it is unfinished, and renames it last."""
+    """Makes the backup under the name of an unfinished one, and renames it last."""
     root = Path(os.environ["BACKUP_DIR"])
     done = sorted(path.parent for path in root.glob(f"*Z/{MANIFEST}"))
     name = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())

@@ -66,7 +66,7 @@ app.kubernetes.io/part-of: infinitecontext
 {{- end }}
 {{- end }}
 
-{{/* Both are asked: `helm template --kube-version` changes the version only, never the list of APIs. */}}
+{{/* Both are checked: `helm template --kube-version` changes the version only, never the list of APIs. */}}
 {{- define "mlflow.pdbApiVersion" -}}
 {{- if and (.Capabilities.APIVersions.Has "policy/v1") (semverCompare ">=1.21-0" .Capabilities.KubeVersion.Version) -}}
 policy/v1
@@ -104,7 +104,7 @@ capabilities:
 {{- end }}
 
 {{- define "mlflow.cronJobApiVersion" -}}
-{{- /* Jobs were in batch/v1 before CronJobs were, so the group's version alone says nothing. */}}
+{{- /* Jobs were in batch/v1 before CronJobs were, so the group's version alone is no proof. */}}
 {{- if or (.Capabilities.APIVersions.Has "batch/v1/CronJob") (semverCompare ">=1.21-0" .Capabilities.KubeVersion.Version) -}}
 batch/v1
 {{- else -}}
@@ -129,7 +129,7 @@ batch/v1beta1
 {{- if or (eq .Values.database.type "sqlite") (eq .Values.artifacts.type "pvc") }}true{{ end }}
 {{- end }}
 
-{{/* A volume that one node mounts at a time, as SQLite's locks ask for: whoever uses it runs where the server runs. */}}
+{{/* A volume that one node mounts at a time, as SQLite's locks require: whoever uses it runs where the server runs. */}}
 {{- define "mlflow.besideServer" -}}
 {{- if and (include "mlflow.hasVolume" .) (not (has "ReadWriteMany" .Values.persistence.accessModes)) }}true{{ end }}
 {{- end }}

@@ -117,7 +117,7 @@ models:/{{ .Values.model.name }}@{{ .Values.model.alias }}
 {{- end }}
 {{- end }}
 
-{{/* Both are asked: `helm template --kube-version` changes the version only, never the list of APIs. */}}
+{{/* Both are checked: `helm template --kube-version` changes the version only, never the list of APIs. */}}
 {{- define "serving.pdbApiVersion" -}}
 {{- if and (.Capabilities.APIVersions.Has "policy/v1") (semverCompare ">=1.21-0" .Capabilities.KubeVersion.Version) -}}
 policy/v1
@@ -162,7 +162,7 @@ capabilities:
   value: ictx
 {{- end }}
 
-{{/* What the schema cannot say. */}}
+{{/* What the schema cannot express. */}}
 {{- define "serving.check" -}}
 {{- if and (gt (int .Values.gpu.count) 0) (gt (int .Values.vllm.tensorParallelSize) (int .Values.gpu.count)) }}
 {{- fail (printf "vllm.tensorParallelSize is %d, but gpu.count gives a pod %d" (int .Values.vllm.tensorParallelSize) (int .Values.gpu.count)) }}

@@ -1,4 +1,4 @@
-"""Ansible action: compares a whole inventory with what the roles and the schema ask for, and reports every problem."""
+"""Ansible action: validates an inventory against the roles' argument specs and the schema; reports every problem."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ansible.utils.vars import load_extra_vars
 
 DOCUMENTATION = r"""
 action: check_inventory
-short_description: Compares a whole inventory with what the roles and the schema ask for
+short_description: Compares a whole inventory with the roles' argument specs and the schema
 description:
   - Reads only, and on the control host only. Every problem is one line of RV(problems) that names the variable or
     group, the hosts and what is allowed.
@@ -56,7 +56,7 @@ class Use(NamedTuple):
 
 
 class Problems:
-    """Collects problems; one that many hosts share is told once."""
+    """Collects problems; one that many hosts share is reported once."""
 
     def __init__(self, all_hosts: Iterable[str]) -> None:
         self._all = set(all_hosts)
@@ -65,7 +65,7 @@ class Problems:
     def add(self, subject: str, text: str, host: str = "") -> None:
         """Notes that something is wrong with `subject` (on one host, or everywhere)."""
         hosts = self._found[printable(subject), printable(text)]
-        # A role that several plays run on a host asks as often.
+        # A role that several plays run on a host is validated as often.
         if host not in hosts:
             hosts.append(host)
 
@@ -264,7 +264,7 @@ def placeholder(value: Any, depth: int = 0) -> str:
 
 
 def check_groups(wanted: Mapping[str, Any], groups: Mapping[str, list[str]], problems: Problems) -> None:
-    """Checks that groups exist, have enough hosts and contain each other as the schema says."""
+    """Checks that groups exist, have enough hosts and contain each other as the schema requires."""
     unused = [group for group in groups if group not in wanted]
     for group, rule in wanted.items():
         subject = f"group {group} ({rule['description']})"

@@ -27,7 +27,7 @@ class ActionModule(ActionBase):
         ]
         arguments["files"] = [self._complete(dict(entry), variables) for entry in arguments.get("files") or []]
         result.update(self._execute_module("install_files", module_args=arguments, task_vars=variables))
-        # With -v, texts as long as all files together say nothing.
+        # With -v, texts as long as all files together are unreadable.
         result.pop("invocation", None)
         return result
 

@@ -85,7 +85,7 @@ def _circles(stages: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
 def ordered_stages(stages: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Returns every stage with all its options, each after the one that it comes after.
 
-    What does not train is one task on one node unless the stage says otherwise.
+    What does not train is one task on one node unless the stage sets otherwise.
     """
     if found := stage_problems(stages):
         raise AnsibleFilterError(f"slurm_jobs_stages: {'; '.join(found)}")

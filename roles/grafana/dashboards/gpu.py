@@ -1,4 +1,4 @@
-"""GPU fleet, as dcgm-exporter tells."""
+"""GPU fleet, from dcgm-exporter."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def build() -> Dashboard:
         "Work",
         graph(
             "Utilisation",
-            "Share of time in which a kernel ran. It says nothing about how well it used the GPU.",
+            "Share of time in which a kernel ran. It is no measure of how well it used the GPU.",
             "percent",
             {EACH: f"DCGM_FI_DEV_GPU_UTIL{{{ME}}}"},
             top=100,
@@ -108,7 +108,7 @@ def build() -> Dashboard:
         ),
         listing(
             "Last error (Xid)",
-            "Number of the last Xid of each GPU, 0 for none. docs/runbooks/GpuXidError.md says what they mean.",
+            "Number of the last Xid of each GPU, 0 for none. docs/runbooks/GpuXidError.md has their meanings.",
             f"DCGM_FI_DEV_XID_ERRORS{{{ME}}}",
             width=12,
         ),

@@ -7,7 +7,7 @@ from grafana_foundation_sdk.builders.dashboard import Dashboard
 from .panels import RED, graph, listing, number, row, start
 
 EACH = "{{namespace}}/{{pod}}"
-# K3s runs everything in one process: its kubelets tell the API server's metrics too.
+# K3s runs everything in one process: its kubelets expose the API server's metrics too.
 REQUESTS = 'apiserver_request_total{job=~"kubernetes-.*-apiserver"'
 PODS = 'namespace=~"$namespace",pod=~"$pod",container!=""'
 

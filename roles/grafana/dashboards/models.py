@@ -57,7 +57,7 @@ def build() -> Dashboard:
         "Image registry",
         number(
             "Registry",
-            "1 while it tells its metrics.",
+            "1 while it exposes its metrics.",
             "none",
             f"min(registry_up{{{ME}}})",
             [(float("-inf"), RED), (1.0, "green")],
@@ -89,13 +89,13 @@ def build() -> Dashboard:
         ),
         graph(
             "Requests of images",
-            "Requests a second, by what is asked for and the answer: blobs are layers.",
+            "Requests a second, by what is requested and the answer: blobs are layers.",
             "reqps",
             {"{{handler}} {{code}}": f"sum by (handler, code) (rate(registry_http_requests_total{{{ME}}}[5m]))"},
         ),
         graph(
             "Time of a request of images",
-            "Mean, by what is asked for.",
+            "Mean, by what is requested.",
             "s",
             {"{{handler}}": mean("registry_http_request_duration_seconds", "handler", ME)},
         ),

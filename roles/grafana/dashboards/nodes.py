@@ -124,7 +124,7 @@ def build() -> Dashboard:
         graph(
             "Newest line",
             "How long ago each node wrote the newest line that the central logs have. It grows for a silent node too: "
-            "the alert NodeLogsMissing tells when lines are missing.",
+            "the alert NodeLogsMissing fires when lines are missing.",
             "s",
             {EACH: f"time() - ictx_logs_received_timestamp_seconds{{{ME}}}"},
         ),

@@ -6,7 +6,7 @@ from grafana_foundation_sdk.builders.dashboard import Dashboard
 
 from .panels import RED, YELLOW, graph, mean, number, row, start
 
-# Without requests a ratio is not a number; `>= 0` leaves nothing then, and the panel says "none".
+# Without requests a ratio is not a number; `>= 0` leaves nothing then, and the panel shows "none".
 ME = 'cluster="$cluster",model_name=~"$model"'
 QUANTILES = ("p50", "p95", "p99")
 

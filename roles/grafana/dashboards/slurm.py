@@ -45,7 +45,7 @@ def build() -> Dashboard:
         ),
         number(
             "Messages for slurmdbd",
-            "What the controller still has to tell the accounting database.",
+            "Records that the controller has not sent to the accounting database yet.",
             "none",
             f"max(slurm_scheduler_dbd_queue_size{{{ME}}})",
             [(100, YELLOW), (1000, RED)],

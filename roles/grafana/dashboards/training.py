@@ -39,7 +39,7 @@ def build() -> Dashboard:
         ),
         number(
             "Last step",
-            "How long ago the job told about a step.",
+            "How long ago the job logged a step.",
             "s",
             f"min(job:training_record_age:seconds{{{ME}}})",
             [(600, RED)],

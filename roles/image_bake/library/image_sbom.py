@@ -87,7 +87,7 @@ def list_image(options: dict[str, Any]) -> str:
             components.append(Component(name=name, version=version, purl=url, bom_ref=str(url)))
         else:
             url = PackageURL("pypi", None, normal(name), version)
-            # A build for CPUs calls itself 2.13.0+cpu; the lock says 2.13.0.
+            # A build for CPUs calls itself 2.13.0+cpu; the lock has 2.13.0.
             sums = known.get((normal(name), version)) or known.get((normal(name), version.split("+")[0]), [])
             # With several, any of these files may have been installed.
             allowed = [HashType(alg=HashAlgorithm.SHA_256, content=sums[0])] if len(sums) == 1 else []

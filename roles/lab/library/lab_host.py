@@ -68,7 +68,7 @@ def occupied(paths: list[str]) -> dict[int, float]:
     """Returns how many GB the folders take up, by the device of their file system; what does not exist takes none."""
     used: dict[int, float] = {}
     for path in filter(os.path.exists, paths):
-        # Files come and go below a lab that runs: du says so with its exit status, and still counts the rest.
+        # Files come and go below a lab that runs: du reports it by its exit status, and still counts the rest.
         done = subprocess.run(["du", "-sx", "--block-size=1", path], capture_output=True, text=True, check=False)
         device = os.stat(path).st_dev
         used[device] = used.get(device, 0) + int((done.stdout.split() or ["0"])[0]) / GB

@@ -283,7 +283,7 @@ class Database:
         self.module = module
 
     def show(self, *what: str, columns: Iterable[str]) -> list[Row]:
-        """Returns rows of a table by the names of the columns that were asked for; sacctmgr's headings differ."""
+        """Returns rows of a table by the names of the columns that were requested; sacctmgr's headings differ."""
         names = list(columns)
         _, text, _ = self.module.run_command(
             ["sacctmgr", "--parsable2", "--noheader", "show", *what, f"format={','.join(names)}"], check_rc=True
