@@ -44,21 +44,37 @@ def scripts(inventory: str, host: str) -> dict[str, str]:
     return {about["name"]: cluster.render(template, {**variables, "item": about}) for about in ordered}
 
 
-def sweep_script(inventory: str, host: str) -> str:
-    """Renders the job script of sweeps."""
+def script_of(name: str, inventory: str, host: str) -> str:
+    """Renders a job script that is no stage's."""
     cluster = Cluster(ROOT / "inventories" / inventory, {"ictx_state_dir": "/nonexistent"})
     role, play, _ = next(use for use in cluster.uses("site.yml") if use[0].get_name() == "slurm_jobs")
-    return cluster.render(ROOT / "roles/slurm_jobs/templates/sweep.sbatch.j2", cluster.variables(host, play, role))
+    return cluster.render(ROOT / f"roles/slurm_jobs/templates/{name}.sbatch.j2", cluster.variables(host, play, role))
 
 
 @pytest.mark.parametrize(("inventory", "host", "ranks"), [("example", "login1", True), ("lab", "ctl", False)])
 def test_the_script_of_sweeps_is_an_array_of_workers(inventory: str, host: str, ranks: bool, tmp_path: Path) -> None:
-    script = sweep_script(inventory, host)
+    script = script_of("sweep", inventory, host)
     found = options(script)
     assert (found["array"], found["nodes"]) == ("1-2", "1")
     assert ("--nproc-per-node=4" in script) == ranks == ("gpus-per-node" in found)
-    (tmp_path / "sweep").write_text(script)
-    command = ["shellcheck", "--shell=bash", "--exclude=SC2050,SC2194", tmp_path / "sweep"]
+    check(tmp_path / "sweep", script)
+
+
+@pytest.mark.parametrize(("inventory", "host", "gpus"), [("example", "login1", True), ("lab", "ctl", False)])
+def test_the_script_that_validates_nodes_measures_every_gpu(
+    inventory: str, host: str, gpus: bool, tmp_path: Path
+) -> None:
+    script = script_of("validate", inventory, host)
+    assert ("--nproc-per-node=4" in script) == gpus == ("for gpu in {0..3}" in script)
+    assert "--master-port" not in script
+    assert "--rdzv-id" not in script
+    check(tmp_path / "validate", script)
+
+
+def check(file: Path, script: str) -> None:
+    """Fails where shellcheck finds something; what stands for a value of the inventory may be a constant."""
+    file.write_text(script)
+    command = ["shellcheck", "--shell=bash", "--exclude=SC2050,SC2194", file]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
 
@@ -118,7 +134,7 @@ class Job:
         self.run = folder / f"runs/{self.user}/17"
         for path in (self.run.parent, folder / f"bundles/{self.user}", folder / "data"):
             path.mkdir(parents=True)
-        script = sweep_script("lab", "ctl") if stage == "sweep" else scripts("lab", "ctl")[stage]
+        script = script_of("sweep", "lab", "ctl") if stage == "sweep" else scripts("lab", "ctl")[stage]
         script = script.replace("/opt/ictx/bin/", "").replace("=/shared\n", f"={folder}\n")
         (folder / "script").write_text(script)
         for name, text in COMMANDS.items():

@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -113,14 +113,22 @@ class Commands:
         wanted = [f"run.dir={run}", f"data.dir={data}", *settings]
         return ["train", "pretrain", "--config", self.folder / "test.yaml", *(f"--set={value}" for value in wanted)]
 
-    def ranks(self, count: int, *arguments: object) -> list[subprocess.Popen[str]]:
-        """Starts a command as the ranks of one job, without torchrun between, so that their statuses can be seen."""
+    def ranks(
+        self, count: int, *arguments: object, each: Sequence[Mapping[str, str]] | None = None
+    ) -> list[subprocess.Popen[str]]:
+        """Starts a command as the ranks of one job, without torchrun between, so that their statuses can be seen.
+
+        `each` has further variables of every rank's environment.
+        """
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         job = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         job |= {"ICTX_IMAGE_DIGEST": "sha256:feed", "SLURM_JOB_ID": "4711"}
-        return [self.start(*arguments, env=job | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(count)]
+        return [
+            self.start(*arguments, env=job | {"RANK": str(rank), "LOCAL_RANK": str(rank)} | own)
+            for rank, own in enumerate(each or [{}] * count)
+        ]
 
 
 @pytest.fixture(scope="session")

@@ -47,6 +47,22 @@ def node_states(text: str) -> dict[str, dict[str, Any]]:
     return found
 
 
+def pod_problem(pods: Sequence[Mapping[str, Any]], log: str) -> str:
+    """Returns why the only one of `pods` has not succeeded, with the last line of its log; empty where it has."""
+    if not pods:
+        return "the pod is gone"
+    status = pods[0].get("status", {})
+    if status.get("phase") == "Succeeded":
+        return ""
+    causes = [status.get("reason"), status.get("message")]
+    for container in status.get("containerStatuses", []):
+        waiting, ended = (container.get("state", {}).get(name, {}) for name in ("waiting", "terminated"))
+        causes += [waiting.get("reason"), waiting.get("message")]
+        causes += [f"exit status {ended['exitCode']}" if "exitCode" in ended else None, ended.get("message")]
+    causes += log.strip().splitlines()[-1:]
+    return ": ".join([f"the pod is {status.get('phase', 'Unknown')}", *(str(cause) for cause in causes if cause)])
+
+
 def release(version: str) -> str:
     """Returns the release of a version, as 24.11 of 24.11.5-4+deb13u1. Raises AnsibleFilterError."""
     found = re.match(r"(?:\d+:)?(\d\d\.\d\d)(?!\d)", version)
@@ -133,6 +149,7 @@ class FilterModule:
         return {
             "chosen_nodes": chosen_nodes,
             "node_states": node_states,
+            "pod_problem": pod_problem,
             "planned_packages": planned_packages,
             "upgrade_problems": upgrade_problems,
         }

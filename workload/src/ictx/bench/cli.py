@@ -1,4 +1,4 @@
-"""The command line of whole-model benchmarks: `ictx bench decode|train|align`."""
+"""The command line of whole-model benchmarks: `ictx bench decode|train|align|links`."""
 
 from __future__ import annotations
 
@@ -26,6 +26,12 @@ examples:
   ictx bench align --config ictx-1b --task dpo --seq 8192
   ictx bench align --config ictx-1b --task sft --seq 32768 --compile --out align.json
   ictx bench align --config tiny --task dpo --seq 256 --only ictx trl+ictx
+"""
+
+LINKS_EXAMPLES = """
+examples:
+  torchrun --nproc-per-node 4 -m ictx bench links
+  torchrun --nnodes 4 --nproc-per-node 8 --rdzv-endpoint gpu1:29500 -m ictx bench links --out links.json
 """
 
 
@@ -111,6 +117,16 @@ def register(areas: Any) -> None:
     )  # fmt: skip
     align.add_argument("--out", type=Path, metavar="FILE", help="save the rows as JSON")
     align.set_defaults(run=run_align)
+    links = commands.add_parser(
+        "links",
+        help="all-reduce of every two nodes and of all, on several ranks: NCCL, or Gloo without GPUs",
+        epilog=LINKS_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    links.add_argument("--size-mb", type=int, default=256, metavar="MB", help="10^6 bytes that are summed (256)")
+    links.add_argument("--times", type=int, default=5, metavar="N", help="sums that are timed (5)")
+    links.add_argument("--out", type=Path, metavar="FILE", help="save what was found as JSON")
+    links.set_defaults(run=run_links)
 
 
 def run_decode(arguments: argparse.Namespace) -> int:
@@ -223,4 +239,25 @@ def run_align(arguments: argparse.Namespace) -> int:
         print(row.line(), flush=True)
     if arguments.out:
         arguments.out.write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n", "utf-8")
+    return 0
+
+
+def run_links(arguments: argparse.Namespace) -> int:
+    """`ictx bench links`."""
+    import json
+    from dataclasses import asdict
+
+    from ictx.bench.pairs import lines, measure
+    from ictx.errors import UserError
+    from ictx.train.ranks import joined
+
+    for name, value in (("size-mb", arguments.size_mb), ("times", arguments.times)):
+        if value < 1:
+            raise UserError(f"--{name} is {value}: expected 1 or more")
+    with joined() as ranks:
+        found = measure(ranks, arguments.size_mb * 10**6, arguments.times)
+        ranks.say("\n".join(lines(found)))
+        if arguments.out and ranks.first:
+            arguments.out.parent.mkdir(parents=True, exist_ok=True)
+            arguments.out.write_text(json.dumps(asdict(found), indent=2) + "\n", "utf-8")
     return 0
