@@ -1,0 +1,65 @@
+"""The scenario's nodes, as administrators and users reach them."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import testinfra
+from testinfra.host import Host
+
+SSH_CONFIG = Path(os.environ["ICTX_LAB_STATE"]) / "ssh/config"
+COMPUTE = ["n1", "n2"]
+
+
+def node(name: str) -> Host:
+    """Returns a node as testinfra reaches it."""
+    return testinfra.get_host(f"ssh://{name}", ssh_config=str(SSH_CONFIG))
+
+
+def as_user(command: str, user: str = "researcher") -> str:
+    """Returns what a command prints that an ordinary user runs on the controller; it must succeed."""
+    return str(node("ctl").check_output(f"cd /tmp && runuser -l {user} -c {shlex.quote(command)}"))
+
+
+def accounts(job: str, fields: str) -> str:
+    """Returns fields of a job's own line in the accounts, empty before there is one."""
+    return as_user(f"sacct --noheader --allocations --parsable2 --jobs={job} --format={fields}")
+
+
+def states() -> dict[str, str]:
+    """Returns the state of each node."""
+    lines = node("ctl").check_output("sinfo --noheader --Node --format='%N %T' --partition=batch").splitlines()
+    return dict(line.split() for line in lines)
+
+
+def wait_for(what: str, condition: Callable[[], bool], seconds: float = 120) -> None:
+    """Waits until the condition holds; fails naming `what` when it does not."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"{what} did not happen within {seconds:.0f} s"
+        time.sleep(1)
+
+
+def played(*arguments: str, status: int = 0) -> str:
+    """Runs ansible-playbook on the scenario's inventory; returns what it printed, without the breaks of its lines."""
+    done = subprocess.run(
+        ["ansible-playbook", f"--inventory={os.environ['MOLECULE_INVENTORY']}", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=os.environ["MOLECULE_PROJECT_DIRECTORY"],
+        env={**os.environ, "ANSIBLE_FORCE_COLOR": "0", "ANSIBLE_NOCOLOR": "1"},
+        check=False,
+    )
+    assert done.returncode == status, done.stdout[-4000:] + done.stderr[-1000:]
+    return done.stdout
+
+
+def changed(output: str) -> int:
+    """Returns how many tasks of a playbook's run changed something."""
+    return sum(int(number) for number in re.findall(r" changed=(\d+) ", output))

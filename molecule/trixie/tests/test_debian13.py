@@ -1,0 +1,66 @@
+"""What Debian 13's packages make of SLURM's tier and its metrics."""
+
+from __future__ import annotations
+
+import os
+import re
+
+import pytest
+from nodes import COMPUTE, accounts, as_user, node, played, states, wait_for
+
+
+def test_the_nodes_are_what_the_scenario_is_about() -> None:
+    for name in ("ctl", *COMPUTE):
+        assert (node(name).system_info.distribution, node(name).system_info.codename) == ("debian", "trixie")
+        assert node(name).package("slurm-client").version.startswith("24.11.")
+
+
+@pytest.mark.parametrize(
+    ("name", "service"),
+    [("ctl", name) for name in ("munge", "mariadb", "slurmdbd", "slurmctld", "prometheus", "prometheus-node-exporter")]
+    + [(name, service) for name in COMPUTE for service in ("munge", "slurmd", "prometheus-node-exporter")],
+)
+def test_service_runs_and_starts_at_boot(name: str, service: str) -> None:
+    found = node(name).service(service)
+    assert found.is_running
+    assert found.is_enabled
+    assert not node(name).check_output("systemctl --failed --no-legend --plain")
+
+
+@pytest.mark.parametrize("name", COMPUTE)
+def test_systemd_knows_when_slurmd_is_ready(name: str) -> None:
+    shown = node(name).check_output("systemctl show --property=Type,NotifyAccess,StatusText,Delegate slurmd")
+    assert "Type=notify\n" in f"{shown}\n"
+    assert "Delegate=yes" in shown
+
+
+def test_a_user_s_job_runs_on_every_node_and_is_in_the_accounts() -> None:
+    assert states() == {"n1": "idle", "n2": "idle"}
+    job = as_user(
+        "sbatch --parsable --wait --nodes=2 --output=/shared/runs/researcher/hostnames --wrap='srun hostname'"
+    )
+    assert sorted(node("ctl").file("/shared/runs/researcher/hostnames").content_string.split()) == COMPUTE
+    wait_for("the job in the accounts", lambda: accounts(job, "State") == "COMPLETED")
+    assert accounts(job, "User,Account,NodeList,ExitCode") == "researcher|ictx|n[1-2]|0:0"
+
+
+def test_prometheus_reaches_every_target_and_has_the_jobs() -> None:
+    password = os.path.join(os.environ["ICTX_LAB_STATE"], "secrets/prometheus_password")
+    with open(password, encoding="utf-8") as file:
+        opened = f"curl --silent --fail --cacert /etc/ictx/tls/ca.crt --user admin:{file.read().strip()}"
+    address = node("ctl").check_output("hostname --ip-address").split()[0]
+
+    def down() -> str:
+        query = f"{opened} --get --data-urlencode 'query=up == 0 or mysql_up == 0' https://{address}:9090/api/v1/query"
+        found = node("ctl").check_output(query)
+        assert '"status":"success"' in found
+        return ",".join(re.findall(r'"job":"([^"]+)"', found))
+
+    wait_for("every target up", lambda: down() == "")
+
+
+def test_a_check_run_finds_nothing_to_change() -> None:
+    recap = dict(
+        re.findall(r"^(\w+) +: ok=\d+ +changed=(\d+)", played("--check", os.environ["MOLECULE_CHECK"]), re.MULTILINE)
+    )
+    assert recap == dict.fromkeys(["ctl", "localhost", "n1", "n2"], "0")
