@@ -128,23 +128,23 @@ def test_packed_equals_unpacked(tune: Callable[..., Path], parent: Path, chats: 
     assert found[True] == pytest.approx(found[False], rel=2e-5)
 
 
-def test_the_loss_is_that_of_held_out_answers_alone(tune: Callable[..., Path], chats: Path) -> None:
-    """As transformers computes it with the exported model, one conversation at a time."""
+def test_the_loss_is_that_of_held_out_answers_alone(tune: Callable[..., Path], parent: Path, chats: Path) -> None:
+    """As transformers computes it with the exported model, one conversation at a time; with the parent, before."""
     run = tune("run", "train.validation_windows=1000")
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(run / "export"), AutoTokenizer.from_pretrained(
-        run / "export"
-    )
-    total = count = 0.0
-    for row in read_rows(chats, "validation"):
-        one = tokenizer.apply_chat_template(row["messages"], return_dict=True, return_assistant_tokens_mask=True)
-        with torch.no_grad():
-            logits = model(torch.tensor([one["input_ids"]])).logits[0, :-1]
-        labels = torch.tensor([i if m else -100 for i, m in zip(one["input_ids"], one["assistant_masks"], strict=True)])
-        total += cross_entropy(logits, labels[1:], reduction="sum").item()
-        count += sum(one["assistant_masks"])
-    result = result_of(run)
-    assert result["val_loss"] == pytest.approx(total / count, rel=1e-5)
-    assert result["val_loss"] < records(run)[0]["loss"] - 0.5, "it learns"
+    result, tokenizer = result_of(run), AutoTokenizer.from_pretrained(run / "export")
+    for folder, name in ((run, "val_loss"), (parent, "val_loss_before")):
+        model = AutoModelForCausalLM.from_pretrained(folder / "export")
+        total = count = 0.0
+        for row in read_rows(chats, "validation"):
+            one = tokenizer.apply_chat_template(row["messages"], return_dict=True, return_assistant_tokens_mask=True)
+            with torch.no_grad():
+                logits = model(torch.tensor([one["input_ids"]])).logits[0, :-1]
+            masked = zip(one["input_ids"], one["assistant_masks"], strict=True)
+            labels = torch.tensor([i if m else -100 for i, m in masked])
+            total += cross_entropy(logits, labels[1:], reduction="sum").item()
+            count += sum(one["assistant_masks"])
+        assert result[name] == pytest.approx(total / count, rel=1e-5), name
+    assert result["val_loss"] < result["val_loss_before"] - 0.5, "it learns"
 
 
 @pytest.mark.full

@@ -20,6 +20,8 @@ class Progress:
     """Steps that changed no weights."""
     roll_backs: int = 0
     """Times that the run went back to a checkpoint."""
+    parent_loss: float | None = None
+    """Validation loss before the first step, in nats a token, of a stage that begins with a parent."""
     recent: list[tuple[float, float]] = field(default_factory=list)
     """Loss and gradient norm of the last steps that had finite ones, skipped ones among them."""
 

@@ -77,6 +77,10 @@ class Run:
     def train(self) -> dict[str, Any] | None:
         """Trains to the last step and returns the result, or None when told to stop (a checkpoint is saved then)."""
         loop, began, due = self.config.train, time.monotonic(), False
+        if self.stage.parent and not self.step_number:
+            self.state.progress.parent_loss = self._examine(0)["validation_loss"]
+            COLLECTIVES.read()
+            self.journal.say(f"validation loss of {self.stage.parent.init}: {self.state.progress.parent_loss:.3f}")
         with traced(loop.profile, self.directory / "profile", self.ranks.rank) as tick:
             while self.step_number < loop.steps:
                 self.step_number += 1
@@ -102,6 +106,7 @@ class Run:
         progress, losses = self.state.progress, self.state.losses
         return {
             "final_loss": losses["loss"],
+            **({} if progress.parent_loss is None else {"val_loss_before": progress.parent_loss}),
             "val_loss": losses["validation_loss"],
             "steps": loop.steps,
             "tokens": progress.tokens,

@@ -92,7 +92,9 @@ class Tuning(Child):
 
     def conclude(self, result: dict[str, Any]) -> tuple[dict[str, Any], str]:
         """Returns nothing more, and the loss on held-out answers."""
-        return {}, f"validation loss {result['val_loss']:.3f} nats per token of held-out answers"
+        # Runs of versions that did not measure it go on without.
+        before = f" ({result['val_loss_before']:.3f} before)" if "val_loss_before" in result else ""
+        return {}, f"validation loss {result['val_loss']:.3f} nats per token of held-out answers{before}"
 
     def _encoded(self, folder: Path) -> tuple[Path, Path]:
         """Returns the folder with the conversations as tokens, made unless it is there, and the vocabulary's."""
