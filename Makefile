@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: help lab pipeline test test-full check-fast lint unit bench-cpu kernels audit dashboards docs down clean
+.PHONY: help lab pipeline status test test-full check-fast lint unit bench-cpu kernels audit dashboards docs down clean
 
 help: ## Show every target
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -15,6 +15,10 @@ lab: ## From nothing to a completion: nodes, platform, images, a trained model, 
 pipeline: ## In the lab, as SLURM jobs: pretrain, extend, SFT, DPO, evaluate, judge, promote; then serve
 	@scripts/bootstrap control
 	@scripts/pipeline
+
+status: ## Show the lab on one screen: nodes, queue, served model, alerts, addresses
+	@scripts/bootstrap control
+	@scripts/status
 
 test: ## Run the quick suite: lint, unit, one lab, the main paths and the attacks end to end
 	@scripts/bootstrap test

@@ -20,6 +20,20 @@ step() {
   _steps+=("$(printf '%5d s  %s' $((SECONDS - start)) "$title")")
 }
 
+# watched TITLE COMMAND…: as step, with one line about how far it is in place of its output, which the log has; ICTX_VERBOSE=1
+# prints it. On failure: host, task, cause and the log.
+watched() {
+  local title=$1 start=$SECONDS
+  shift
+  : "${ICTX_LOG:=${ICTX_LAB_STATE%/*}/logs/${0##*/}-$(date +%Y%m%d-%H%M%S).log}"
+  if [ ! -t 1 ]; then printf '\n=== %s\n' "$title"; fi
+  "$@" 2>&1 | scripts/progress --log "$ICTX_LOG" "$title" || {
+    scripts/progress --log "$ICTX_LOG" --why "$title" >&2
+    fail "step failed after $((SECONDS - start)) s: $title"
+  }
+  _steps+=("$(printf '%5d s  %s' $((SECONDS - start)) "$title")")
+}
+
 # skip TITLE REASON: prints that a step has nothing to do.
 skip() {
   printf '\n=== %s: skipped (%s)\n' "$1" "$2"
