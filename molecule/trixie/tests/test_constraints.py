@@ -46,6 +46,12 @@ def test_a_job_has_no_more_cores_than_it_asked_for() -> None:
     )
 
 
+def test_a_job_has_no_device_that_it_did_not_ask_for() -> None:
+    reads = "srun --nodelist=n1 --mem=50 {options} sh -c 'head --bytes=1 /dev/full | wc --bytes'"
+    assert as_user(reads.format(options="")) == "0"
+    assert as_user(reads.format(options="--gres=card:1")) == "1"
+
+
 def test_each_job_has_a_tmp_of_its_own_which_is_gone_with_it() -> None:
     name = "left-by-a-job"
     assert (
