@@ -37,7 +37,7 @@ def test_states_are_read_with_their_reasons() -> None:
     [
         ("n[1-2]", ["n1", "n2"], ""),
         (["n1", "n2"], ["n1", "n2"], ""),
-        ("n1,n9", ["n1", "n9"], "n9: no compute node; there are n1, n2"),
+        ("n1,n9", ["n1", "n9"], "n9: no such node; there are n1, n2"),
         ("", [], "is no list of nodes"),
         ("n[2-1]", [], "is no range"),
     ],
@@ -194,3 +194,109 @@ def test_a_node_is_resumed_for_our_job_alone_and_drained_when_it_fails(tmp_path:
         assert "n1 stays drained" in done.stdout
     else:
         assert (done.returncode, rest) == (0, [ended]), done.stdout
+
+
+def kubernetes(name: str, cordoned: bool = False, reason: str = "", ready: str = "True") -> dict[str, Any]:
+    """Returns a node as Kubernetes' API has it."""
+    annotations = {"ictx/out-of-service": reason} if reason else {}
+    return {
+        "metadata": {"name": name, **({"annotations": annotations} if reason else {})},
+        "spec": {"unschedulable": True} if cordoned else {},
+        "status": {"conditions": [{"type": "DiskPressure", "status": "False"}, {"type": "Ready", "status": ready}]},
+    }
+
+
+NODES = [
+    kubernetes("n1"),
+    kubernetes("n2", True, "upgrade.yml: 1 to 2"),
+    kubernetes("n3", True),
+    kubernetes("n4", True, "lend.yml: x"),
+]
+
+
+def test_cordoned_nodes_have_their_reasons_and_lent_ones_are_not_resumed() -> None:
+    cordoned = LIFECYCLE.cordons(NODES)
+    assert cordoned == {"n1": None, "n2": "upgrade.yml: 1 to 2", "n3": "", "n4": "lend.yml: x"}
+    names = ["N1", "N2", "N3", "N4"]
+    assert LIFECYCLE.uncordoned(cordoned, names, r"(?!lend\.yml)") == ["n2", "n3"]
+    assert LIFECYCLE.uncordoned(cordoned, names, r"lend\.yml") == ["n4"]
+    assert LIFECYCLE.not_ready([*NODES, kubernetes("n5", ready="Unknown")], ["N1", "n5", "n6"]) == ["n5", "n6"]
+
+
+@pytest.mark.parametrize(
+    ("slurm", "cordoned", "mine"),
+    [
+        (("IDLE", ""), None, {"slurm": True, "kubernetes": True, "unfinished": False}),
+        (("IDLE+DRAIN", "a fan"), "", {"slurm": False, "kubernetes": False, "unfinished": False}),
+        (
+            ("IDLE+DRAIN", "lend.yml: lent to Kubernetes"),
+            None,
+            {"slurm": False, "kubernetes": True, "unfinished": False},
+        ),
+        (("MIXED", ""), "lend.yml: lent to SLURM", {"slurm": True, "kubernetes": False, "unfinished": False}),
+        (("IDLE+DRAIN", "upgrade.yml: 1"), "upgrade.yml: 1", {"slurm": True, "kubernetes": True, "unfinished": True}),
+        (("IDLE+DRAIN", "a fan"), "upgrade.yml: 1", {"slurm": False, "kubernetes": True, "unfinished": True}),
+    ],
+)
+def test_a_node_is_put_back_only_where_the_playbook_took_it_out(
+    slurm: tuple[str, str], cordoned: str | None, mine: dict[str, bool]
+) -> None:
+    states = LIFECYCLE.node_states(state("GPU1", *slurm))
+    assert LIFECYCLE.whose_node("GPU1", states, {"gpu1": cordoned}, "upgrade.yml") == mine
+
+
+def test_a_node_of_one_of_both_is_put_back_there_alone() -> None:
+    assert LIFECYCLE.whose_node("n1", {}, {"n1": None}, "x") == {
+        "slurm": False,
+        "kubernetes": True,
+        "unfinished": False,
+    }
+    states = LIFECYCLE.node_states(state("n1", "IDLE"))
+    assert LIFECYCLE.whose_node("n1", states, {}, "x") == {"slurm": True, "kubernetes": False, "unfinished": False}
+
+
+@pytest.mark.parametrize(
+    ("slurm", "cordoned", "problem"),
+    [
+        (("IDLE", ""), {"n1": None}, ""),
+        (("IDLE", ""), {"n1": "lend.yml: lent to SLURM"}, ""),
+        (("MIXED+DRAIN", "lend.yml: lent to Kubernetes"), {"n1": None}, ""),
+        # A run that was cut off between the two.
+        (("IDLE+DRAIN", "lend.yml: x"), {"n1": "lend.yml: x"}, ""),
+        (("IDLE+DRAIN", "a fan"), {"n1": None}, "n1 is IDLE+DRAIN in SLURM (a fan)"),
+        (("DOWN*+NOT_RESPONDING", ""), {"n1": None}, "n1 is DOWN+NOT_RESPONDING in SLURM (no reason)"),
+        (("IDLE", ""), {"n1": ""}, "n1 is cordoned in Kubernetes (no reason)"),
+        (("IDLE", ""), {}, "n1: Kubernetes has no such node"),
+    ],
+)
+def test_a_node_that_something_else_keeps_out_is_not_lent(
+    slurm: tuple[str, str], cordoned: dict[str, str | None], problem: str
+) -> None:
+    found = LIFECYCLE.lend_problems(["n1"], LIFECYCLE.node_states(state("n1", *slurm)), cordoned)
+    assert len(found) == bool(problem)
+    assert problem in "".join(found)
+
+
+def test_why_pods_stay_and_why_one_failed_are_one_line() -> None:
+    late = {"item": "n1", "warnings": ["Ignoring DaemonSet", "timeout reached while pods were still running."]}
+    budget = {"item": "n2", "failed": True, "msg": "Cannot evict pod: disruption budget"}
+    assert LIFECYCLE.not_evicted([{"item": "n3"}, late, budget]) == (
+        "n1: timeout reached while pods were still running.; n2: Cannot evict pod: disruption budget"
+    )
+    ended = {"status": {"phase": "Failed", "containerStatuses": [{"state": {"terminated": {"exitCode": 9}}}]}}
+    assert LIFECYCLE.pod_problem([ended], "a\nno devices\n") == "the pod is Failed: exit status 9: no devices"
+    waiting = {
+        "status": {"phase": "Pending", "containerStatuses": [{"state": {"waiting": {"reason": "ErrImagePull"}}}]}
+    }
+    assert LIFECYCLE.pod_problem([waiting], "") == "the pod is Pending: ErrImagePull"
+    assert LIFECYCLE.pod_problem([{"status": {"phase": "Succeeded"}}], "n1\n") == ""
+    assert LIFECYCLE.pod_problem([], "") == "the pod is gone"
+
+
+@pytest.mark.full
+def test_a_node_that_is_lent_is_resumed_by_the_lending_alone(tmp_path: Path) -> None:
+    shown = state("n1", "IDLE+DRAIN", "lend.yml: lent to Kubernetes")
+    done, calls = run(tmp_path, "resume_nodes.yml", states=shown, lifecycle_nodes=["n1"])
+    assert (done.returncode, calls) == (0, []), done.stdout
+    done, calls = run(tmp_path, "resume_nodes.yml", states=shown, lifecycle_nodes=["n1"], lifecycle_only=r"lend\.yml")
+    assert (done.returncode, calls) == (0, ["scontrol update NodeName=n1 State=RESUME"]), done.stdout

@@ -14,9 +14,14 @@ EARLY = ("20.02", "20.11", "21.08", "22.05", "23.02", "23.11")
 # https://slurm.schedmd.com/upgrades.html: how many releases back a daemon reads databases, state files and messages.
 WINDOW, WINDOW_UNTIL_24_05 = 3, 2
 
+# Annotation of a cordoned node of Kubernetes: what the reason of a drained one is to SLURM.
+OUT_OF_SERVICE = "ictx/out-of-service"
+# How the reason of a node begins that the other of both has.
+LENT = "lend.yml"
+
 
 def chosen_nodes(chosen: str | Sequence[str], compute: Iterable[str]) -> dict[str, Any]:
-    """Returns the `names` in a hostlist, or a list of them, and the `problem` where they are no compute nodes."""
+    """Returns the `names` in a hostlist, or a list of them, and the `problem` where they are not of `compute`."""
     expand = filter_loader.get("expand_nodes").j2_function
     try:
         names = [name for part in ([chosen] if isinstance(chosen, str) else chosen) for name in expand(part)]
@@ -26,7 +31,7 @@ def chosen_nodes(chosen: str | Sequence[str], compute: Iterable[str]) -> dict[st
     unknown = [name for name in names if name not in known]
     return {
         "names": names,
-        "problem": f"nodes: {', '.join(unknown)}: no compute node; there are {', '.join(known)}" if unknown else "",
+        "problem": f"nodes: {', '.join(unknown)}: no such node; there are {', '.join(known)}" if unknown else "",
     }
 
 
@@ -45,6 +50,79 @@ def node_states(text: str) -> dict[str, dict[str, Any]]:
             "partitions": [name for name in words.get("Partitions", "").split(",") if name],
         }
     return found
+
+
+def cordons(nodes: Iterable[Mapping[str, Any]]) -> dict[str, str | None]:
+    """Returns why each of Kubernetes' nodes is cordoned: empty where nobody gave a reason; None where it is not."""
+    return {
+        node["metadata"]["name"]: (
+            (node["metadata"].get("annotations") or {}).get(OUT_OF_SERVICE, "")
+            if node["spec"].get("unschedulable")
+            else None
+        )
+        for node in nodes
+    }
+
+
+def uncordoned(cordoned: Mapping[str, str | None], names: Iterable[str], only: str) -> list[str]:
+    """Returns those of `names` that are cordoned (as of `cordons`) with a reason that the expression `only` matches."""
+    reasons = {name.lower(): cordoned.get(name.lower()) for name in names}
+    return [name for name, reason in reasons.items() if reason is not None and re.match(only, reason)]
+
+
+def whose_node(
+    name: str, states: Mapping[str, Mapping[str, Any]], cordoned: Mapping[str, str | None], mark: str
+) -> dict[str, bool]:
+    """Returns where a playbook may put a node back that it takes out of service with reasons that begin with `mark`.
+
+    That is `slurm` and `kubernetes`, where the node is in service, or out of it for a run of the playbook that was cut
+    off; `unfinished`: there was such a run.
+    """
+    state, why = states.get(name), cordoned.get(name.lower())
+    left = state is not None and "DRAIN" in state["flags"] and state["reason"].startswith(mark)
+    left_pods = why is not None and why.startswith(mark)
+    return {
+        "slurm": state is not None and ("DRAIN" not in state["flags"] or left),
+        "kubernetes": name.lower() in cordoned and (why is None or left_pods),
+        "unfinished": left or left_pods,
+    }
+
+
+def lend_problems(
+    names: Iterable[str], states: Mapping[str, Mapping[str, Any]], cordoned: Mapping[str, str | None]
+) -> list[str]:
+    """Returns what keeps nodes out of service besides that they are lent; `states` and `cordoned` as above."""
+    problems = []
+    for name in names:
+        flags, reason = set(states[name]["flags"]), states[name]["reason"]
+        if flags & {"DRAIN", "DOWN", "NOT_RESPONDING"} and not (reason.startswith(LENT) and "DRAIN" in flags):
+            problems.append(f"{name} is {'+'.join(states[name]['flags'])} in SLURM ({reason or 'no reason'})")
+        if name.lower() not in cordoned:
+            problems.append(f"{name}: Kubernetes has no such node (playbooks/k3s.yml adds those of the inventory)")
+        elif (why := cordoned[name.lower()]) is not None and not why.startswith(LENT):
+            problems.append(f"{name} is cordoned in Kubernetes ({why or 'no reason'})")
+    return problems
+
+
+def not_ready(nodes: Iterable[Mapping[str, Any]], names: Iterable[str]) -> list[str]:
+    """Returns those of `names` whose kubelet does not report that it is ready."""
+    ready = {
+        node["metadata"]["name"]
+        for node in nodes
+        for condition in node.get("status", {}).get("conditions", [])
+        if (condition["type"], condition["status"]) == ("Ready", "True")
+    }
+    return [name for name in names if name.lower() not in ready]
+
+
+def not_evicted(results: Iterable[Mapping[str, Any]]) -> str:
+    """Returns why pods stayed, from the results of the module k8s_drain; empty where none did."""
+    problems = []
+    for result in results:
+        late = [text for text in result.get("warnings", []) if text.startswith("timeout reached")]
+        if result.get("failed") or late:
+            problems.append(f"{result.get('item', '')}: {result.get('msg') if result.get('failed') else late[0]}")
+    return "; ".join(problems)
 
 
 def pod_problem(pods: Sequence[Mapping[str, Any]], log: str) -> str:
@@ -148,8 +226,14 @@ class FilterModule:
         """Returns the filters by name."""
         return {
             "chosen_nodes": chosen_nodes,
+            "cordons": cordons,
+            "lend_problems": lend_problems,
             "node_states": node_states,
-            "pod_problem": pod_problem,
+            "not_evicted": not_evicted,
+            "not_ready": not_ready,
             "planned_packages": planned_packages,
+            "pod_problem": pod_problem,
+            "uncordoned": uncordoned,
             "upgrade_problems": upgrade_problems,
+            "whose_node": whose_node,
         }

@@ -1,0 +1,212 @@
+"""drain.yml, resume.yml and lend.yml on a node of both: a real Kubernetes API, programs that stand for SLURM's."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from cluster import ROOT
+from programs import CACHE, program
+
+pytestmark = pytest.mark.full
+
+# SLURM's nodes and jobs are files of a folder.
+SCONTROL = """#!/bin/sh
+cd {folder}
+case "$*" in
+"--oneliner show node "*) echo "NodeName=GPU1 State=$(cat state) Reason=$(cat reason) [root@x]" ;;
+"update NodeName=GPU1 State=DRAIN Reason="*) echo IDLE+DRAIN >state
+  for word; do case $word in Reason=*) echo "${{word#Reason=}}" >reason ;; esac; done ;;
+"update NodeName=GPU1 State=RESUME") echo IDLE >state; : >reason ;;
+*) echo "scontrol $*" >&2; exit 1 ;;
+esac
+"""
+
+
+def free_port() -> int:
+    """Returns a port that nothing listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with an API server's kubeconfig, an inventory of one node, and SLURM's programs."""
+    made = tmp_path_factory.mktemp("lending")
+    client, peer, port = free_port(), free_port(), free_port()
+    key = made / "accounts.key"
+    subprocess.run(["openssl", "genrsa", "-out", key, "2048"], check=True, capture_output=True)
+    (made / "tokens").write_text('secret,admin,1,"system:masters"\n')
+    store = [
+        program("etcd"), f"--data-dir={made}/etcd", f"--listen-client-urls=http://127.0.0.1:{client}",
+        f"--advertise-client-urls=http://127.0.0.1:{client}", f"--listen-peer-urls=http://127.0.0.1:{peer}",
+    ]  # fmt: skip
+    server = [
+        str(CACHE / "kubernetes/current/kube-apiserver"),
+        f"--etcd-servers=http://127.0.0.1:{client}", f"--secure-port={port}",
+        "--bind-address=127.0.0.1", f"--cert-dir={made}/pki", f"--token-auth-file={made}/tokens",
+        "--service-account-issuer=x", f"--service-account-key-file={key}", f"--service-account-signing-key-file={key}",
+        "--disable-admission-plugins=ServiceAccount,TaintNodesByCondition", "--authorization-mode=AlwaysAllow",
+        "--advertise-address=127.0.0.1",
+    ]  # fmt: skip
+    address = f"https://127.0.0.1:{port}"
+    (made / "kubeconfig").write_text(yaml.safe_dump({
+        "apiVersion": "v1", "kind": "Config", "current-context": "x",
+        "clusters": [{"name": "x", "cluster": {"server": address, "insecure-skip-tls-verify": True}}],
+        "users": [{"name": "x", "user": {"token": "secret"}}],
+        "contexts": [{"name": "x", "context": {"cluster": "x", "user": "x"}}],
+    }))  # fmt: skip
+    groups: dict[str, Any] = {"slurm_compute": {"GPU1": None}, "k3s_agent": {"GPU1": None}, "k3s_server": {}}
+    groups |= {"slurm_controller": {"ctl": None}}
+    common = {"ansible_connection": "local", "ansible_become": False, "ictx_state_dir": str(made)}
+    common |= {"ansible_python_interpreter": sys.executable}
+    inventory = {"all": {"vars": common, "children": {name: {"hosts": hosts} for name, hosts in groups.items()}}}
+    (made / "hosts.yml").write_text(yaml.safe_dump(inventory))
+    for name, text in {"scontrol": SCONTROL.format(folder=made), "squeue": f"#!/bin/sh\ncat {made}/jobs\n"}.items():
+        (made / name).write_text(text)
+        (made / name).chmod(0o755)
+    with (made / "log").open("w") as log:
+        started = [subprocess.Popen(command, stdout=log, stderr=log, cwd=made) for command in (store, server)]
+    try:
+        end = time.monotonic() + 120
+        while subprocess.run([*kubectl(made), "get", "--raw=/readyz"], capture_output=True, check=False).returncode:
+            assert time.monotonic() < end, (made / "log").read_text()[-3000:]
+            time.sleep(1)
+        yield made
+    finally:
+        for process in reversed(started):
+            process.terminate()
+            process.wait()
+
+
+def kubectl(folder: Path) -> list[str]:
+    """Returns kubectl with its options."""
+    found = shutil.which("kubectl")
+    assert found
+    return [found, f"--kubeconfig={folder}/kubeconfig"]
+
+
+def applied(folder: Path, *objects: dict[str, Any]) -> None:
+    """Makes objects as they are."""
+    for each in objects:
+        text = json.dumps(each)
+        subprocess.run([*kubectl(folder), "replace", "--force", "-f-"], input=text, text=True, check=True)
+
+
+@pytest.fixture
+def node(folder: Path) -> Path:
+    """A node that serves both, is ready, and runs a pod of a ReplicaSet."""
+    for name, text in {"state": "MIXED", "reason": "", "jobs": ""}.items():
+        (folder / name).write_text(text)
+    status = {"conditions": [{"type": "Ready", "status": "True", "reason": "x", "message": "x"}]}
+    applied(folder, {"apiVersion": "v1", "kind": "Node", "metadata": {"name": "gpu1"}, "status": status})
+    return folder
+
+
+def pod(folder: Path, name: str, **metadata: Any) -> None:
+    """Runs a pod on the node, as far as the API knows."""
+    container = {"name": "x", "image": "x"}
+    spec = {"nodeName": "gpu1", "containers": [container], "terminationGracePeriodSeconds": 0}
+    about = {"name": name, "namespace": "default", **metadata}
+    applied(folder, {"apiVersion": "v1", "kind": "Pod", "metadata": about, "spec": spec})
+
+
+OWNER = {
+    "ownerReferences": [{"apiVersion": "apps/v1", "kind": "ReplicaSet", "name": "x", "uid": "1", "controller": True}]
+}
+
+
+def pods(folder: Path) -> list[str]:
+    """Returns the pods of the node."""
+    done = subprocess.run([*kubectl(folder), "get", "pods", "-oname"], check=True, capture_output=True, text=True)
+    return done.stdout.split()
+
+
+def kubernetes(folder: Path) -> tuple[bool, str]:
+    """Returns whether the node is cordoned, and why."""
+    done = subprocess.run([*kubectl(folder), "get", "node", "gpu1", "-ojson"], check=True, capture_output=True)
+    found = json.loads(done.stdout)
+    return found["spec"].get("unschedulable", False), found["metadata"].get("annotations", {}).get(
+        "ictx/out-of-service", ""
+    )
+
+
+def slurm(folder: Path) -> tuple[str, str]:
+    """Returns the node's state and reason in SLURM."""
+    return (folder / "state").read_text().strip(), (folder / "reason").read_text().strip()
+
+
+def played(folder: Path, playbook: str, *words: str, status: int = 0, **variables: Any) -> tuple[int, str]:
+    """Runs a playbook on the node; returns how many tasks changed something, and what was printed."""
+    values = {"nodes": "GPU1", "lifecycle_evict_seconds": 20, **variables}
+    done = subprocess.run(
+        ["ansible-playbook", "-i", folder / "hosts.yml", f"playbooks/{playbook}.yml", "-e", json.dumps(values), *words],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+        env={"PATH": f"{folder}:{Path(sys.executable).parent}:/usr/bin:/bin", "HOME": str(folder)},
+    )  # fmt: skip
+    assert done.returncode == status, done.stdout + done.stderr
+    return sum(int(number) for number in re.findall(r" changed=(\d+) ", done.stdout)), " ".join(done.stdout.split())
+
+
+def test_a_node_is_drained_and_resumed_in_both(node: Path) -> None:
+    pod(node, "served", **OWNER)
+    assert played(node, "drain", reason="a fan, is noisy")[0] > 0
+    assert slurm(node) == ("IDLE+DRAIN", "a fan, is noisy")
+    assert kubernetes(node) == (True, "a fan, is noisy")
+    assert pods(node) == []
+    assert played(node, "drain", reason="other")[0] == 0
+    assert kubernetes(node) == (True, "a fan, is noisy")
+    refused = played(node, "lend", to="slurm", status=2)[1]
+    assert "GPU1 is IDLE+DRAIN in SLURM (a fan, is noisy); GPU1 is cordoned in Kubernetes (a fan, is noisy)" in refused
+    assert played(node, "resume")[0] > 0
+    assert (slurm(node), kubernetes(node)) == (("IDLE", ""), (False, ""))
+    assert played(node, "resume")[0] == 0
+
+
+def test_a_pod_without_a_controller_keeps_its_node_cordoned(node: Path) -> None:
+    pod(node, "bare")
+    failed = played(node, "drain", reason="firmware", status=2)[1]
+    assert "default/bare" in failed
+    assert "The nodes stay cordoned" in failed
+    assert kubernetes(node) == (True, "firmware")
+    assert pods(node) == ["pod/bare"]
+    subprocess.run([*kubectl(node), "delete", "pod", "bare"], check=True)
+
+
+def test_a_node_is_lent_back_and_forth_and_never_serves_both(node: Path) -> None:
+    assert played(node, "lend", "--check", to="kubernetes")[0] > 0
+    assert slurm(node) == ("MIXED", "")
+    assert played(node, "lend", to="kubernetes")[0] == 1
+    assert slurm(node) == ("IDLE+DRAIN", "lend.yml: lent to Kubernetes")
+    assert kubernetes(node) == (False, "")
+    assert played(node, "lend", to="kubernetes")[0] == 0
+    assert played(node, "resume")[0] == 0, "resume.yml leaves a node to what it is lent to"
+
+    # A job that does not end keeps the node where it is; here the other way: pods leave before jobs may come.
+    pod(node, "served", **OWNER)
+    assert played(node, "lend", "--check", to="slurm")[0] > 0
+    assert (pods(node), kubernetes(node)) == (["pod/served"], (False, ""))
+    played(node, "lend", to="slurm")
+    assert pods(node) == []
+    assert kubernetes(node) == (True, "lend.yml: lent to SLURM")
+    assert slurm(node) == ("IDLE", "")
+    assert played(node, "lend", to="slurm")[0] == 0
+    assert played(node, "resume")[0] == 0
+
+    (node / "jobs").write_text("12\n")
+    refused = played(node, "lend", to="kubernetes", wait_minutes=0.05, status=2)[1]
+    assert "jobs 12 have not ended within 0.05 minutes" in refused
+    assert kubernetes(node) == (True, "lend.yml: lent to SLURM"), "jobs run there still"
+    (node / "jobs").write_text("")
+    played(node, "lend", to="kubernetes")
+    assert (slurm(node)[0], kubernetes(node)) == ("IDLE+DRAIN", (False, ""))
