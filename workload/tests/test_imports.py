@@ -17,7 +17,7 @@ ROOMS = (
     ("model",),
     ("infer", "metrics", "parallel", "track"),
     ("train",),
-    ("bench", "evaluate", "serve", "sweep", "torchtune"),
+    ("bench", "doctor", "evaluate", "serve", "sweep", "torchtune"),
     ("cli",),
     ("__main__",),
 )

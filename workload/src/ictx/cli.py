@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from ictx import __version__
 from ictx.bench import cli as bench
 from ictx.data import cli as data
+from ictx.doctor import cli as doctor
 from ictx.errors import exit_status
 from ictx.evaluate import cli as evaluate
 from ictx.infer import cli as infer
@@ -22,7 +23,7 @@ from ictx.serve import cli as serve
 from ictx.sweep import cli as sweep
 from ictx.train import cli as train
 
-ROOMS = (data, train, sweep, evaluate, serve, model, infer, kernels, bench)
+ROOMS = (data, train, sweep, evaluate, serve, model, infer, kernels, bench, doctor)
 """In the order of the help."""
 SETTINGS_OF_RUNS = {"train": "--set", "sweep": "--train"}
 """Options that take settings of runs of training, by area."""

@@ -1,0 +1,189 @@
+"""The checks of `ictx doctor`: each yields what it found, and the remedy where something is missing."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from enum import Enum
+from pathlib import Path
+from typing import NamedTuple
+
+from ictx.errors import UserError
+
+LEAST_GB = 20
+"""Free space below which a checkpoint of the 1B model with its optimizer (12 GB) may not fit beside the one before."""
+LEAST_CAPABILITY = (7, 5)
+"""Compute capability from which the pinned PyTorch and our kernels run."""
+
+
+class Level(Enum):
+    """How bad a finding is."""
+
+    OK = "ok"
+    NOTE = "note"
+    """Works, with less than there could be."""
+    FAIL = "FAIL"
+    """Training or serving ends with an error."""
+
+
+class Finding(NamedTuple):
+    """What a check found; the remedy is empty where nothing is to be done."""
+
+    level: Level
+    text: str
+    remedy: str = ""
+
+
+def python() -> Iterator[Finding]:
+    """Version of Python and of this package."""
+    yield Finding(Level.OK, f"Python {sys.version.split()[0]}, {sys.executable}")
+
+
+def packages() -> Iterator[Finding]:
+    """The packages that training needs, and those that make it faster or add a stage."""
+    for name in ("torch", "triton", "transformers", "mlflow-skinny"):
+        yield from _package(name, Level.FAIL if name in ("torch", "mlflow-skinny") else Level.NOTE)
+    found = [
+        f"{name} {version}"
+        for name in ("trl", "peft", "wandb", "torchao", "vllm", "flash-attn-4")
+        if (version := _version(name))
+    ]
+    yield Finding(Level.OK, f"optional: {', '.join(found) or 'none'}")
+
+
+def _package(name: str, level: Level) -> Iterator[Finding]:
+    version = _version(name)
+    if version:
+        yield Finding(Level.OK, f"{name} {version}")
+    else:
+        yield Finding(
+            level, f"{name} is not installed", "scripts/bootstrap workload, or the image's lock (workload/requirements)"
+        )
+
+
+def _version(name: str) -> str:
+    """Returns an installed package's version, empty where there is none."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def gpus() -> Iterator[Finding]:
+    """GPUs as PyTorch sees them."""
+    if not _version("torch"):
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        driver = shutil.which("nvidia-smi")
+        if driver and torch.version.cuda is None:
+            remedy = (
+                "PyTorch is built for CPUs: install workload/requirements/cuda.txt, or image_bake_accelerator: cuda"
+            )
+            yield Finding(Level.FAIL, f"{driver} is there, and PyTorch {torch.__version__} uses no GPU", remedy)
+        elif driver:
+            remedy = "compare `nvidia-smi` with the CUDA version; in a job request GPUs (--gpus-per-node)"
+            yield Finding(Level.FAIL, f"{driver} is there, and PyTorch finds no GPU", remedy)
+        else:
+            yield Finding(Level.NOTE, "no NVIDIA GPU: everything runs on the CPU, in PyTorch")
+        return
+    for number in range(torch.cuda.device_count()):
+        about = torch.cuda.get_device_properties(number)
+        capability = f"compute capability {about.major}.{about.minor}"
+        text = f"GPU {number}: {about.name}, {capability}, {about.total_memory / 1e9:.0f} GB"
+        if (about.major, about.minor) < LEAST_CAPABILITY:
+            yield Finding(Level.FAIL, text, "compute capability 7.5 (Turing) or newer is needed")
+        else:
+            yield Finding(Level.OK, text)
+    if not any(shutil.which(name) for name in ("cc", "gcc", "clang")):
+        remedy = "install gcc and Python's headers: Triton and torch.compile build launchers with them"
+        yield Finding(Level.NOTE, "no C compiler", remedy)
+
+
+def kernels() -> Iterator[Finding]:
+    """Which implementation each operation takes, and the kernels that were compiled ahead."""
+    if not _version("torch"):
+        return
+    import torch
+
+    from ictx.kernels.dispatch import explain
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    chosen = {
+        f"{operation} {choice.name}"
+        for operation, stored, choice in explain(device, torch.bfloat16, None)
+        if stored in ("16-bit", "equal")
+    }
+    yield Finding(Level.OK, f"{', '.join(sorted(chosen))} (ictx kernels explain has the reasons)")
+    cache = os.environ.get("ICTX_KERNEL_CACHE", "")
+    if device.type == "cuda" and not (cache and Path(cache).is_dir()):
+        remedy = "ictx kernels build, or image_bake_kernel_targets: the first step compiles them otherwise"
+        yield Finding(Level.NOTE, "no kernels compiled ahead (ICTX_KERNEL_CACHE)", remedy)
+
+
+def tracking() -> Iterator[Finding]:
+    """Whether MLflow answers, and how W&B is used."""
+    uri = os.environ.get("MLFLOW_TRACKING_URI", "")
+    if not uri:
+        remedy = "set MLFLOW_TRACKING_URI (jobs have it): runs are kept in their folders alone otherwise"
+        yield Finding(Level.NOTE, "MLflow: not configured", remedy)
+    elif _version("mlflow-skinny") or _version("mlflow"):
+        from ictx.registry import explained, new_client
+
+        try:
+            with explained():
+                new_client().search_experiments(max_results=1)
+            yield Finding(Level.OK, f"MLflow answers at {uri}")
+        except UserError as error:
+            yield Finding(
+                Level.FAIL, str(error), "see docs/runbooks/MlflowDown.md; runs publish later what they could not"
+            )
+    if _version("wandb"):
+        from ictx.track.config import DEFAULTS
+        from ictx.track.wandb import mode
+
+        yield Finding(Level.OK, f"W&B: {mode(DEFAULTS)}")
+
+
+def storage(folder: Path) -> Iterator[Finding]:
+    """Whether a folder for runs can be written to, and its free space."""
+    if not (folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)):
+        yield Finding(
+            Level.FAIL,
+            f"{folder} is no folder that {os.environ.get('USER', 'this user')} can write to",
+            "give --dir another one",
+        )
+        return
+    free = shutil.disk_usage(folder).free / 1e9
+    text = f"{folder}: {free:,.0f} GB free"
+    if free < LEAST_GB:
+        yield Finding(
+            Level.NOTE, text, f"a checkpoint of ictx-1b with its optimizer takes 12 GB: keep {LEAST_GB} GB free"
+        )
+    else:
+        yield Finding(Level.OK, text)
+
+
+def job() -> Iterator[Finding]:
+    """The SLURM job, where this runs in one."""
+    number = os.environ.get("SLURM_JOB_ID")
+    if number:
+        image = os.environ.get("ICTX_IMAGE_DIGEST", "none (not in the baked image)")
+        yield Finding(Level.OK, f"job {number} on {os.environ.get('SLURM_JOB_NODELIST', '?')}, image {image}")
+
+
+def checks(folder: Path) -> dict[str, Callable[[], Iterator[Finding]]]:
+    """Returns all checks by the name of what they look at."""
+    return {
+        "python": python,
+        "packages": packages,
+        "gpus": gpus,
+        "kernels": kernels,
+        "tracking": tracking,
+        "storage": lambda: storage(folder),
+        "job": job,
+    }
