@@ -1,0 +1,139 @@
+"""artifacts: what the platform takes from outside.
+
+  artifacts table                     what, from where, reachable, cached, verified, outdated
+  artifacts fetch                     downloads what the mirror lacks; cut off, it goes on where it was
+  artifacts fetch k3s --from URL      one entry, from another mirror
+  artifacts export bundle.tar         one file for a network without a way out
+  artifacts import bundle.tar         takes it over there
+
+Exit status: 0, or 1 where something cannot be had or is not what the lock expects.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from .download import reachable
+from .lock import Artifact, ArtifactError, read
+from .mirror import Mirror
+
+
+def row(mirror: Mirror, artifact: Artifact, source: str) -> dict[str, str]:
+    """Returns the columns of one entry."""
+    probe = artifact.source(source)
+    if not source and artifact.kind == "image":
+        probe = f"https://{artifact.host}/v2/"
+    elif artifact.kind == "apt":
+        probe += "/InRelease" if artifact.suite == "/" else f"/dists/{artifact.suite}/InRelease"
+    elif artifact.kind == "wheels":
+        probe += "/pip/" if not source and "pypi.org" in probe else "/"
+    cached = mirror.cached(artifact)
+    problem = mirror.problem(artifact) if cached else ""
+    recognised = (
+        "sha256"
+        if artifact.sha256
+        else "key" if artifact.fingerprints else "lock file" if artifact.kind == "wheels" else ""
+    )
+    return {
+        "name": artifact.name,
+        "version": artifact.version.rpartition("/")[2],
+        "from": source or artifact.host,
+        "reachable": reachable(probe) or "yes",
+        "cached": "yes" if cached else "no",
+        "verified": problem or (recognised or "as first downloaded" if cached else "") or "-",
+        "outdated": artifact.outdated or "-",
+        "licence": artifact.licence,
+    }
+
+
+def print_table(rows: list[dict[str, str]]) -> None:
+    """Prints rows under the names of their columns."""
+    columns = [name for name in rows[0] if name != "licence"]
+    widths = {name: max(len(name), *(len(each[name]) for each in rows)) for name in columns}
+    for each in [{name: name for name in columns}, *rows]:
+        print("  ".join(each[name].ljust(widths[name]) for name in columns).rstrip())
+
+
+class Progress:
+    """A line on standard error every five seconds, for each file that is longer on its way."""
+
+    def __init__(self) -> None:
+        """Starts the clock."""
+        self._lock, self._next = threading.Lock(), time.monotonic() + 5
+
+    def __call__(self, name: str, have: int, total: int) -> None:
+        """Shows how far one download is."""
+        with self._lock:
+            if time.monotonic() >= self._next:
+                self._next = time.monotonic() + 5
+                share = f"{have / total:.0%} of {total / 1e6:.0f} MB" if total else f"{have / 1e6:.0f} MB"
+                print(f"  {name}: {share}", file=sys.stderr, flush=True)
+
+
+def main() -> int:
+    """Runs a command; returns the exit status."""
+    project = Path(__file__).resolve().parents[4]
+    parser = argparse.ArgumentParser(
+        prog="artifacts", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--lock", type=Path, default=project / "playbooks/vars/artifacts.yml", help="the lock file")
+    parser.add_argument("--mirror", type=Path, default=Path.home() / ".cache/ictx/mirror", help="folder of the mirror")
+    parser.add_argument(
+        "--from", dest="source", default="", metavar="URL", help="another mirror, instead of the publishers"
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, text in (
+        ("table", "list the entries"),
+        ("fetch", "download what is missing"),
+        ("export", "write a bundle"),
+    ):
+        command = commands.add_parser(name, help=text)
+        if name == "export":
+            command.add_argument("bundle", type=Path)
+        command.add_argument("names", nargs="*", help="entries of the lock; all unless some are named")
+        if name == "table":
+            command.add_argument("--json", action="store_true", help="for programs")
+    commands.add_parser("import", help="take a bundle over").add_argument("bundle", type=Path)
+    arguments = parser.parse_args()
+    try:
+        return run(arguments, project)
+    except ArtifactError as error:
+        print(f"artifacts: {error}", file=sys.stderr)
+        return 1
+
+
+def run(arguments: argparse.Namespace, project: Path) -> int:
+    """Runs the command of the arguments; returns the exit status."""
+    mirror = Mirror(arguments.mirror, project)
+    if arguments.command == "import":
+        print(f"taken over: {', '.join(mirror.unpack(arguments.bundle))}")
+        return 0
+    artifacts = read(arguments.lock, arguments.names)
+    if arguments.command == "table":
+        with ThreadPoolExecutor(16) as pool:
+            rows = list(pool.map(lambda each: row(mirror, each, arguments.source), artifacts))
+        if arguments.json:
+            print(json.dumps(rows, indent=1))
+        else:
+            print_table(rows)
+        bad = [each["name"] for each in rows if each["cached"] == "no" and each["reachable"] != "yes"]
+        if bad:
+            print(f"\nneither cached nor reachable: {', '.join(bad)}", file=sys.stderr)
+        return 1 if bad else 0
+    if arguments.command == "export":
+        files = mirror.export(artifacts, arguments.bundle)
+        print(f"{arguments.bundle}: {len(artifacts)} entries, {files} files")
+        return 0
+    failed = mirror.fetch_all(artifacts, arguments.source, lambda line: print(line, flush=True), Progress())
+    print(f"{len(artifacts) - failed} of {len(artifacts)} are in {arguments.mirror}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,56 @@
+"""Keys of repositories, trusted by their fingerprints, and what they sign."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from .lock import ArtifactError
+
+# The fingerprint that follows a primary key; those of subkeys follow `sub`.
+PRIMARY = re.compile(r"^pub:.*\n(?:(?!sub:).*\n)*?fpr:+([0-9A-F]{40}):", re.MULTILINE)
+
+
+def gpg(*arguments: str | Path, home: str = "/nonexistent") -> subprocess.CompletedProcess[str]:
+    """Runs gpg without a keyring of the user's."""
+    command = ["gpg", "--homedir", home, "--no-autostart", "--no-options", "--batch", "--quiet", *arguments]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        raise ArtifactError("gpg is not installed, which reads keys of repositories: install the package gpg") from None
+
+
+def verify_key(key: Path, fingerprints: Sequence[str], url: str) -> None:
+    """Accepts a key file of whose primary keys each is expected.
+
+    Raises:
+        ArtifactError: it holds another key, or none.
+    """
+    found = sorted(PRIMARY.findall(gpg("--with-colons", "--show-keys", key).stdout))
+    if not found or not set(found) <= set(fingerprints):
+        raise ArtifactError(
+            f"{url} holds the key {', '.join(found) or '(none that can be read)'}, "
+            f"expected {', '.join(fingerprints)}; it was not kept"
+        )
+
+
+def signed_text(file: Path, key: Path, url: str) -> str:
+    """Returns the text of an inline-signed file.
+
+    Raises:
+        ArtifactError: the key did not sign it.
+    """
+    with tempfile.TemporaryDirectory(prefix="artifacts-") as home:
+        ring, text = Path(home, "key.gpg"), Path(home, "text")
+        armored = b"BEGIN PGP" in key.read_bytes()[:200]
+        if armored:
+            gpg("--output", ring, "--dearmor", key, home=home)
+        else:
+            ring.write_bytes(key.read_bytes())
+        command = ["gpgv", "--keyring", str(ring), "--output", str(text), str(file)]
+        if subprocess.run(command, capture_output=True, check=False).returncode != 0 or not text.exists():
+            raise ArtifactError(f"{url}: its signature is not by the key of the lock; it was not kept")
+        return text.read_text()

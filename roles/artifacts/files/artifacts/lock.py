@@ -1,0 +1,84 @@
+"""The lock file: what comes from outside, from where, and by what it is recognised."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from datetime import date
+from pathlib import Path
+from urllib.parse import quote, urlsplit
+
+import yaml
+
+KINDS = ("file", "image", "apt", "wheels")
+
+
+class ArtifactError(Exception):
+    """One line for the user: what is wrong with which artifact, and what to do."""
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """One entry of the lock; playbooks/vars/artifacts.yml describes the fields."""
+
+    name: str
+    version: str
+    kind: str
+    url: str
+    path: str
+    licence: str
+    looked_at: date
+    end_of_life: date | None
+    newest: str
+    why: str
+    sha256: str | None = None
+    unverified: str = ""
+    fingerprints: list[str] = field(default_factory=list)
+    suite: str = ""
+    component: str = ""
+    architecture: str = "amd64"
+    key: str = ""
+    key_path: str = ""
+    packages: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def host(self) -> str:
+        """Host that publishes it."""
+        return urlsplit(self.url).hostname or self.url.split("/")[0]
+
+    @property
+    def outdated(self) -> str:
+        """What is newer, and whether its publisher has stopped to repair it; empty where neither."""
+        found = [] if self.newest == self.version else [f"{self.newest} is known"]
+        if self.end_of_life and self.end_of_life < date.today():
+            found.append(f"end of life {self.end_of_life}")
+        return ", ".join(found)
+
+    def source(self, mirror: str) -> str:
+        """Returns the address to download from: of its publisher, or of another mirror of the same layout."""
+        return f"{mirror.rstrip('/')}/{quote(self.path)}" if mirror else self.url
+
+
+def read(path: Path, names: Iterable[str] = ()) -> list[Artifact]:
+    """Returns the entries of a lock file, or those with some names.
+
+    Raises:
+        ArtifactError: an entry is not valid, or a name is unknown.
+    """
+    try:
+        entries = yaml.safe_load(path.read_text())["artifacts_lock"]
+        found = [Artifact(**{**entry, "version": str(entry["version"])}) for entry in entries]
+    except (OSError, TypeError, KeyError, yaml.YAMLError) as error:
+        raise ArtifactError(f"{path}: not a lock of artifacts: {error}") from None
+    for each in found:
+        if each.kind not in KINDS:
+            raise ArtifactError(f"{path}: {each.name} is of the kind {each.kind}: use one of {', '.join(KINDS)}")
+        if Path(each.path).is_absolute() or ".." in Path(each.path).parts:
+            raise ArtifactError(f"{path}: {each.name} has the path {each.path}: use one below the mirror")
+        if each.kind == "apt" and not each.fingerprints:
+            raise ArtifactError(f"{path}: {each.name} has no fingerprints: nothing would recognise its key")
+        if each.kind in ("file", "image") and not each.sha256 and not each.unverified:
+            raise ArtifactError(f"{path}: {each.name} has neither sha256 nor the reason in unverified")
+    if unknown := set(names) - {each.name for each in found}:
+        raise ArtifactError(f"{path} does not have {', '.join(sorted(unknown))}: the command table lists what it has")
+    return [each for each in found if not names or each.name in names]

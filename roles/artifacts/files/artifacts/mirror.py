@@ -1,0 +1,179 @@
+"""The mirror: a folder with a manifest of what is in it, which a web server publishes and a bundle carries."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tarfile
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from . import images, repository, wheels
+from .download import Progress, download, sha256
+from .lock import Artifact, ArtifactError
+
+MANIFEST = "manifest.json"
+Report = Callable[[str], None]
+
+
+class Mirror:
+    """A folder of artifacts.
+
+    The manifest has, for each entry of the lock that was had: its version, and the SHA-256 of its files by path.
+    """
+
+    def __init__(self, root: Path, project: Path) -> None:
+        """Opens the folder `root`; lock files of wheels are looked for in the folder `project`."""
+        self.root, self.project = root, project
+        self._lock = threading.Lock()
+        file = root / MANIFEST
+        self.manifest: dict[str, dict[str, Any]] = json.loads(file.read_text()) if file.exists() else {}
+
+    def cached(self, artifact: Artifact) -> bool:
+        """Returns whether the files of an entry are there, in the version of the lock."""
+        entry = self.manifest.get(artifact.name, {})
+        if entry.get("version") != artifact.version or not all((self.root / path).exists() for path in entry["files"]):
+            return False
+        return artifact.kind != "wheels" or not wheels.missing(self.project / artifact.version, entry["files"].values())
+
+    def problem(self, artifact: Artifact) -> str:
+        """Returns what is wrong with the files of an entry that is cached; empty where nothing is."""
+        files: dict[str, str] = self.manifest[artifact.name]["files"]
+        for path, expected in files.items():
+            if (found := sha256(self.root / path)) != expected:
+                return f"{path} has the SHA-256 {found}, expected {expected}"
+        if artifact.kind == "file" and artifact.sha256 and files.get(artifact.path) != artifact.sha256:
+            return f"{artifact.path} is not the file of the lock"
+        return ""
+
+    def fetch(self, artifact: Artifact, source: str, progress: Progress) -> bool:
+        """Has the files of an entry in their places; returns whether something was downloaded.
+
+        Args:
+            artifact: the entry.
+            source: address of another mirror to take them from; empty takes its publisher.
+            progress: is called with the bytes that are there and those in all (0 if unknown).
+
+        Raises:
+            ArtifactError: they cannot be had, or are not what the lock expects.
+        """
+        if self.cached(artifact) and not self.problem(artifact):
+            return False
+        address = artifact.source(source)
+        if artifact.kind == "file":
+            known = self.manifest.get(artifact.name, {})
+            recorded = known["files"].get(artifact.path) if known.get("version") == artifact.version else None
+            files = {artifact.path: download(address, self.root / artifact.path, artifact.sha256 or recorded, progress)}
+        elif artifact.kind == "apt":
+            files = repository.mirror_repository(artifact, self.root, address, progress)
+        elif artifact.kind == "wheels":
+            files = wheels.mirror_wheels(artifact, self.project, self.root, address)
+        elif source:
+            files = images.copy_archive(artifact, self.root, address, progress)
+        else:
+            files = images.mirror_image(artifact, self.root)
+        self._record(artifact, files)
+        return True
+
+    def _record(self, artifact: Artifact, files: dict[str, str]) -> None:
+        """Writes what was had of an entry into the manifest."""
+        with self._lock:
+            self.manifest[artifact.name] = {"version": artifact.version, "files": files}
+            self._write()
+
+    def _write(self) -> None:
+        draft = self.root / f".{MANIFEST}"
+        draft.write_text(json.dumps(self.manifest, indent=1, sort_keys=True) + "\n")
+        os.replace(draft, self.root / MANIFEST)
+
+    def fetch_all(
+        self, artifacts: Iterable[Artifact], source: str, report: Report, progress: Callable[[str, int, int], None]
+    ) -> int:
+        """Has the files of several entries, four at a time, and reports each; returns how many could not be had."""
+        self.root.mkdir(parents=True, exist_ok=True)
+
+        def one(artifact: Artifact) -> int:
+            try:
+                fresh = self.fetch(artifact, source, lambda have, total: progress(artifact.name, have, total))
+            except ArtifactError as error:
+                report(f"FAILED {artifact.name}: {error}")
+                return 1
+            report(f"{'downloaded' if fresh else 'there'} {artifact.name} {artifact.version}")
+            return 0
+
+        with ThreadPoolExecutor(4) as pool:
+            return sum(pool.map(one, artifacts))
+
+    def export(self, artifacts: list[Artifact], bundle: Path) -> int:
+        """Packs verified entries into one tar with the manifest first; returns how many files it has.
+
+        Raises:
+            ArtifactError: an entry is not there or not what it was, or the bundle cannot be written.
+        """
+        for each in artifacts:
+            if not self.cached(each):
+                raise ArtifactError(
+                    f"{each.name} {each.version} is not in {self.root}: fetch it first, or name what to export"
+                )
+            if problem := self.problem(each):
+                raise ArtifactError(f"{each.name}: {problem}: fetch it again")
+        files = sorted({path for each in artifacts for path in self.manifest[each.name]["files"]})
+        chosen = {each.name: self.manifest[each.name] for each in artifacts}
+        part = bundle.with_name(bundle.name + ".part")
+        manifest = self.root / ".bundle.json"
+        try:
+            manifest.write_text(json.dumps(chosen, indent=1, sort_keys=True) + "\n")
+            with tarfile.open(part, "w") as archive:
+                archive.add(manifest, MANIFEST)
+                for path in files:
+                    archive.add(self.root / path, path)
+            os.replace(part, bundle)
+        except OSError as error:
+            part.unlink(missing_ok=True)
+            raise ArtifactError(f"{bundle}: {error.strerror}; nothing of it was kept") from None
+        finally:
+            manifest.unlink(missing_ok=True)
+        return len(files)
+
+    def unpack(self, bundle: Path) -> list[str]:
+        """Takes a bundle over, if all that it has is what its manifest lists; returns the names of its entries.
+
+        Raises:
+            ArtifactError: the bundle is not whole; nothing of it is kept then.
+        """
+        draft = self.root / ".bundle"
+        taken: list[Path] = []
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            with tarfile.open(bundle) as archive:
+                first = archive.next()
+                content = archive.extractfile(first) if first and first.name == MANIFEST else None
+                if content is None:
+                    raise ArtifactError(f"{bundle} is not a bundle of artifacts: it does not begin with {MANIFEST}")
+                arrived: dict[str, dict[str, Any]] = json.loads(content.read())
+                expected = {path: digest for entry in arrived.values() for path, digest in entry["files"].items()}
+                for member in archive.getmembers()[1:]:
+                    if not member.isreg() or member.name not in expected or ".." in Path(member.name).parts:
+                        raise ArtifactError(f"{bundle} has {member.name}, which its manifest does not list")
+                    archive.extract(member, draft, filter="data")
+                    if sha256(draft / member.name) != expected.pop(member.name):
+                        raise ArtifactError(
+                            f"{bundle}: {member.name} is not what its manifest says; nothing was taken over"
+                        )
+                    taken.append(Path(member.name))
+            if expected:
+                raise ArtifactError(f"{bundle} lacks {min(expected)}, which its manifest lists; nothing was taken over")
+            for path in taken:
+                (self.root / path).parent.mkdir(parents=True, exist_ok=True)
+                os.replace(draft / path, self.root / path)
+            self.manifest |= arrived
+            self._write()
+            return sorted(arrived)
+        except (OSError, tarfile.TarError, ValueError) as error:
+            raise ArtifactError(f"{bundle}: {error}; nothing was taken over") from None
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)

@@ -1,0 +1,69 @@
+"""Wheels of a lock file of pip's, which has the SHA-256 of each."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from .download import sha256
+from .lock import Artifact, ArtifactError
+
+REQUIREMENT = re.compile(
+    r"^([A-Za-z0-9][A-Za-z0-9._-]*)==\S+(?:\s*;[^\n\\]*)?((?:\s*\\\n\s+--hash=sha256:[0-9a-f]{64})+)", re.MULTILINE
+)
+HASH = re.compile(r"sha256:([0-9a-f]{64})")
+
+
+def missing(lock: Path, digests: Iterable[str]) -> list[str]:
+    """Returns the packages of a lock file of which no file is among those with the SHA-256 `digests`."""
+    here = set(digests)
+    return [name for name, hashes in REQUIREMENT.findall(lock.read_text()) if not here & set(HASH.findall(hashes))]
+
+
+def mirror_wheels(artifact: Artifact, project: Path, root: Path, source: str) -> dict[str, str]:
+    """Downloads the wheels of a lock file, for the Python and the platform of images; returns their SHA-256 by path.
+
+    pip compares each with the lock. Its own configuration (index, proxy, find-links) holds, as where images are built.
+
+    Raises:
+        ArtifactError: pip could not have them.
+    """
+    folder, lock = root / artifact.path, project / artifact.version
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--disable-pip-version-check",
+        "--no-deps",
+        "--require-hashes",
+    ]
+    command += [
+        "--only-binary=:all:",
+        "--implementation=cp",
+        "--python-version=3.11",
+        f"--dest={folder}",
+        f"--find-links={folder}",
+    ]
+    command += [f"--platform=manylinux_2_{minor}_x86_64" for minor in (35, 34, 31, 28, 27, 26, 24, 17, 12, 5)]
+    command += ["--platform=manylinux2014_x86_64", "--platform=manylinux1_x86_64"]
+    if source != artifact.url:
+        command += ["--no-index", f"--find-links={source}/", f"--trusted-host={urlsplit(source).hostname}"]
+    elif "pypi.org" not in source:
+        command += [f"--extra-index-url={source}"]
+    done = subprocess.run([*command, f"--requirement={lock}"], capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        errors = (
+            [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
+            or done.stderr.splitlines()
+            or ["pip failed"]
+        )
+        raise ArtifactError(f"{artifact.version} from {source}: {errors[0].removeprefix('ERROR: ')}")
+    hashes = set(HASH.findall(lock.read_text()))
+    return {str(file.relative_to(root)): digest for file in folder.glob("*.whl") if (digest := sha256(file)) in hashes}
