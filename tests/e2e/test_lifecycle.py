@@ -87,7 +87,7 @@ def test_a_node_is_added_and_removed_while_jobs_run(lab: Lab, third: str) -> Non
     on_n1 = waiting(lab, "n1", f"{GO}-n1")
     began = lab.accounts(on_n1, "Start")
 
-    assert third in re.findall(r"new nodes: (\S+)", played(*THIRD, "playbooks/add-node.yml"))
+    assert third in re.findall(r"new nodes: (\w+)", played(*THIRD, "playbooks/add-node.yml"))
     assert states(lab)[third] == "idle"
     assert lab.user("sacct --allusers --noheader --allocations --format=nodelist%20,state --name=ictx-validate").split()
     wait_for("the node in Prometheus", lambda: third in scraped(), 90)
