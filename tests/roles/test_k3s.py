@@ -136,3 +136,27 @@ def test_a_first_server_without_the_cluster_that_others_have_is_refused(
     text = " ".join((done.stdout + done.stderr).split())
     assert ("has no cluster, but b, c have one" in text) == refused, text
     assert (done.returncode != 0) == refused, text
+
+
+@pytest.mark.parametrize("have", [[], ["localhost"]])
+def test_no_cluster_is_started_while_a_server_that_may_have_one_cannot_be_reached(
+    tmp_path: Path, have: list[str]
+) -> None:
+    for name in have:
+        (tmp_path / name / "server").mkdir(parents=True)
+        (tmp_path / name / "server/token").write_text("")
+    away = {"name": "c", "ansible_connection": "ssh", "ansible_host": "127.0.0.1", "ansible_port": 1}
+    others = [{"add_host": {"name": "b", "ansible_connection": "local"}}, {"add_host": away}]
+    role = {
+        "include_role": {"name": "k3s", "tasks_from": "preflight"},
+        "vars": {"_k3s_data": f"{tmp_path}/{{{{ item }}}}"},
+    }
+    variables = {
+        "ansible_facts": {"architecture": "x86_64"},
+        "k3s_role": "server",
+        "k3s_servers": ["localhost", "b", "c"],
+    }
+    done = play(tmp_path, [*others, role], variables)
+    text = " ".join((done.stdout + done.stderr).split())
+    assert ("has no cluster, and c cannot be reached" in text) == (not have), text
+    assert (done.returncode != 0) == (not have), text

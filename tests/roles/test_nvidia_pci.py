@@ -5,9 +5,14 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
+import yaml
 from cluster import ROOT
+from programs import play
+
+DEFAULTS = yaml.safe_load((ROOT / "roles/nvidia_driver/defaults/main.yml").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -22,13 +27,14 @@ def module() -> ModuleType:
 
 
 def sysfs(folder: Path, *devices: tuple[str, str, str]) -> Path:
-    """Lays out a sysfs with PCI devices of the given address, vendor and class."""
+    """Lays out a sysfs with PCI devices of the given address, vendor and class; GPUs are A100."""
     (folder / "bus/pci/devices").mkdir(parents=True)
     for address, vendor, kind in devices:
         device = folder / "devices/pci0000:00" / address
         device.mkdir(parents=True)
         (device / "vendor").write_text(f"{vendor}\n")
         (device / "class").write_text(f"{kind}\n")
+        (device / "device").write_text("0x20b0\n")
         (folder / "bus/pci/devices" / address).symlink_to(device)
     return folder
 
@@ -43,7 +49,12 @@ def test_an_a100_board_has_gpus_and_switches(module: ModuleType, tmp_path: Path)
             ("0000:00:1f.0", "0x8086", "0x060100"),
         )
     )
-    assert found == {"gpus": ["0000:07:00.0", "0000:47:00.0"], "nvswitches": ["0000:c4:00.0"], "nouveau": False}
+    assert found == {
+        "gpus": ["0000:07:00.0", "0000:47:00.0"],
+        "kernel_modules": ["open", "proprietary"],
+        "nvswitches": ["0000:c4:00.0"],
+        "nouveau": False,
+    }
 
 
 def test_the_audio_function_of_a_card_is_no_gpu(module: ModuleType, tmp_path: Path) -> None:
@@ -56,9 +67,78 @@ def test_the_display_of_another_vendor_is_no_gpu(module: ModuleType, tmp_path: P
 
 
 def test_a_machine_without_a_pci_bus_has_none(module: ModuleType, tmp_path: Path) -> None:
-    assert module.look(tmp_path) == {"gpus": [], "nvswitches": [], "nouveau": False}
+    found = module.look(tmp_path)
+    assert (found["gpus"], found["nvswitches"], found["nouveau"]) == ([], [], False)
 
 
 def test_nouveau_is_noticed(module: ModuleType, tmp_path: Path) -> None:
     (tmp_path / "module/nouveau").mkdir(parents=True)
     assert module.look(tmp_path)["nouveau"] is True
+
+
+V100, T4, A100, H100, GH200, B200 = 0x1DB1, 0x1EB8, 0x20B0, 0x2330, 0x2342, 0x2901
+
+
+@pytest.mark.parametrize(
+    ("ids", "fit"),
+    [
+        ([V100], ["proprietary"]),
+        ([T4], ["open", "proprietary"]),
+        ([A100] * 4, ["open", "proprietary"]),
+        ([H100], ["open", "proprietary"]),
+        ([GH200], ["open"]),
+        ([B200], ["open"]),
+        ([V100, T4], ["proprietary"]),
+        ([A100, B200], ["open"]),
+        ([V100, B200], []),
+    ],
+)
+def test_the_generation_decides_which_kernel_modules_run(module: ModuleType, ids: list[int], fit: list[str]) -> None:
+    assert module.kernel_modules(ids) == fit
+
+
+def preflight(folder: Path, modules: list[str], **variables: Any) -> tuple[bool, str]:
+    """Returns whether the driver's checks of a node with GPUs that such modules run passed, and what was reported."""
+    tasks = yaml.safe_load((ROOT / "roles/nvidia_driver/tasks/preflight.yml").read_text())
+    check = next(task for task in tasks if task["name"] == "The driver can run every GPU of the node")
+    known = {"_nvidia_driver_pci": {"kernel_modules": modules}, "nvidia_driver_gpus": ["0000:07:00.0"]}
+    done = play(folder, [check], {**DEFAULTS, **known, **variables})
+    return done.returncode == 0, " ".join((done.stdout + done.stderr).split())
+
+
+@pytest.mark.parametrize(
+    ("modules", "variables", "problem"),
+    [
+        (["open"], {}, None),
+        (["proprietary"], {}, None),
+        ([], {}, "no kernel modules run all of its GPUs"),
+        (["open"], {"nvidia_driver_open_kernel_modules": False}, "set nvidia_driver_open_kernel_modules to true"),
+        (["proprietary"], {"nvidia_driver_branch": "590"}, "set nvidia_driver_branch to 580"),
+        (["open", "proprietary"], {"nvidia_driver_branch": "590"}, None),
+    ],
+)
+def test_a_driver_that_cannot_run_the_gpus_is_refused(
+    tmp_path: Path, modules: list[str], variables: dict[str, Any], problem: str | None
+) -> None:
+    passed, reported = preflight(tmp_path, modules, **variables)
+    assert passed == (problem is None), reported
+    assert (problem or "") in reported
+
+
+@pytest.mark.parametrize(
+    ("kernel", "metapackage"),
+    [
+        ("6.1.0-18-amd64", "linux-headers-amd64"),
+        ("6.1.0-18-cloud-amd64", "linux-headers-cloud-amd64"),
+        ("6.12.9+bpo-amd64", "linux-headers-amd64"),
+        ("6.12.57+deb13-arm64", "linux-headers-arm64"),
+        ("6.8.0-31-generic", "linux-headers-generic"),
+        ("6.8.0-1021-nvidia-64k", "linux-headers-nvidia-64k"),
+    ],
+)
+def test_headers_follow_the_kernel(tmp_path: Path, kernel: str, metapackage: str) -> None:
+    headers = yaml.safe_load((ROOT / "roles/nvidia_driver/vars/main.yml").read_text())["_nvidia_driver_headers"]
+    check = {"assert": {"that": "headers == wanted", "fail_msg": "{{ headers }}"}}
+    wanted = [f"linux-headers-{kernel}", metapackage]
+    done = play(tmp_path, [check], {"ansible_facts": {"kernel": kernel}, "headers": headers, "wanted": wanted})
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -42,7 +42,14 @@ REGISTERED: dict[str, dict[str, Any]] = {
     "mlflow_users": {"item": "serving"},
     # A script a stage; test_job_scripts.py has all of them.
     "slurm_jobs": {"item": trusted("{{ _slurm_jobs_stages | first }}")},
-    "nvidia_driver": {"_nvidia_driver_pci": {"gpus": ["0000:07:00.0"], "nvswitches": [], "nouveau": False}},
+    "nvidia_driver": {
+        "_nvidia_driver_pci": {
+            "gpus": ["0000:07:00.0"],
+            "kernel_modules": ["open"],
+            "nvswitches": [],
+            "nouveau": False,
+        }
+    },
 }
 # The lab's containers exist in its own inventory only.
 PLAYBOOKS = {

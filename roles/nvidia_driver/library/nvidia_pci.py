@@ -26,6 +26,11 @@ EXAMPLES = r"""
 RETURN = r"""
 gpus: {type: list, elements: str, returned: always, description: PCI addresses of the GPUs.}
 nvswitches: {type: list, elements: str, returned: always, description: PCI addresses of the NVSwitches.}
+kernel_modules:
+  type: list
+  elements: str
+  returned: always
+  description: Which kernel modules run all the GPUs, of C(open) and C(proprietary).
 nouveau: {type: bool, returned: always, description: Whether the nouveau driver is loaded.}
 """
 
@@ -33,6 +38,11 @@ VENDOR = "0x10de"
 # The first two bytes of a PCI class; a GPU's audio and USB functions have others.
 GPU_CLASSES = ("0x0300", "0x0302")  # VGA controller, 3D controller
 NVSWITCH_CLASS = "0x0680"  # bridge of another kind
+# Device ids grow with the generations; the open modules' list of GPUs begins with 1E02:
+# https://github.com/NVIDIA/open-gpu-kernel-modules#compatible-gpus
+FIRST_TURING = 0x1E00
+FIRST_BLACKWELL = 0x2900
+GRACE_HOPPER = (0x2342, 0x2348)
 
 
 def devices(sysfs: Path) -> list[tuple[str, str]]:
@@ -44,11 +54,24 @@ def devices(sysfs: Path) -> list[tuple[str, str]]:
     return found
 
 
+def kernel_modules(ids: list[int]) -> list[str]:
+    """Returns which modules run all GPUs with these PCI device ids."""
+    fits = {
+        "open": all(device >= FIRST_TURING for device in ids),
+        "proprietary": all(device < FIRST_BLACKWELL and device not in GRACE_HOPPER for device in ids),
+    }
+    return [kind for kind, fit in fits.items() if fit]
+
+
 def look(sysfs: Path) -> dict:
     """Returns the module's result."""
     found = devices(sysfs)
+    gpus = [address for address, kind in found if kind in GPU_CLASSES]
     return {
-        "gpus": [address for address, kind in found if kind in GPU_CLASSES],
+        "gpus": gpus,
+        "kernel_modules": kernel_modules(
+            [int((sysfs / "bus/pci/devices" / gpu / "device").read_text(), 16) for gpu in gpus]
+        ),
         "nvswitches": [address for address, kind in found if kind == NVSWITCH_CLASS],
         "nouveau": (sysfs / "module/nouveau").exists(),
     }
