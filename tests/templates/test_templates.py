@@ -53,8 +53,8 @@ REGISTERED: dict[str, dict[str, Any]] = {
 }
 # The lab's containers exist in its own inventory only.
 PLAYBOOKS = {
-    "lab": ["site.yml", "playbooks/lab.yml"],
-    "example": ["site.yml"],
+    "lab": ["site.yml", "playbooks/artifacts.yml", "playbooks/lab.yml"],
+    "example": ["site.yml", "playbooks/artifacts.yml"],
 }
 TEMPLATES = sorted(path.relative_to(ROOT) for path in ROOT.glob("roles/*/templates/**/*.j2"))
 
