@@ -6,10 +6,14 @@ import json
 import re
 import shutil
 import socket
+import ssl
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +28,11 @@ pytestmark = pytest.mark.full
 SCONTROL = """#!/bin/sh
 cd {folder}
 case "$*" in
-"--oneliner show node "*) echo "NodeName=GPU1 State=$(cat state) Reason=$(cat reason) [root@x]" ;;
+"--oneliner show node "*) echo "NodeName=GPU1 State=$(cat state) Partitions=batch Reason=$(cat reason) [root@x]" ;;
 "update NodeName=GPU1 State=DRAIN Reason="*) echo IDLE+DRAIN >state
   for word; do case $word in Reason=*) echo "${{word#Reason=}}" >reason ;; esac; done ;;
 "update NodeName=GPU1 State=RESUME") echo IDLE >state; : >reason ;;
+"create reservation "* | "delete ReservationName="*) ;;
 *) echo "scontrol $*" >&2; exit 1 ;;
 esac
 """
@@ -149,8 +154,9 @@ def slurm(folder: Path) -> tuple[str, str]:
 def played(folder: Path, playbook: str, *words: str, status: int = 0, **variables: Any) -> tuple[int, str]:
     """Runs a playbook on the node; returns how many tasks changed something, and what was printed."""
     values = {"nodes": "GPU1", "lifecycle_evict_seconds": 20, **variables}
+    file = playbook if playbook.endswith(".yml") else f"playbooks/{playbook}.yml"
     done = subprocess.run(
-        ["ansible-playbook", "-i", folder / "hosts.yml", f"playbooks/{playbook}.yml", "-e", json.dumps(values), *words],
+        ["ansible-playbook", "-i", folder / "hosts.yml", file, "-e", json.dumps(values), *words],
         cwd=ROOT, capture_output=True, text=True, check=False,
         env={"PATH": f"{folder}:{Path(sys.executable).parent}:/usr/bin:/bin", "HOME": str(folder)},
     )  # fmt: skip
@@ -210,3 +216,73 @@ def test_a_node_is_lent_back_and_forth_and_never_serves_both(node: Path) -> None
     (node / "jobs").write_text("")
     played(node, "lend", to="kubernetes")
     assert (slurm(node)[0], kubernetes(node)) == ("IDLE+DRAIN", (False, ""))
+
+
+PLAY = """
+- hosts: GPU1
+  gather_facts: false
+  vars:
+    lifecycle_name: GPU1
+    lifecycle_names: [GPU1]
+    lifecycle_controller: ctl
+    lifecycle_mark: maintain.yml
+    lifecycle_reason: "maintain.yml: driver"
+    lifecycle_minutes: 0.05
+    lifecycle_command: hostname
+  tasks:
+    - include_tasks: TASKS/whose_node.yml
+    - block:
+        - include_tasks: TASKS/take_out.yml
+        - include_tasks: TASKS/put_back.yml
+      rescue:
+        - include_tasks: TASKS/keep_out.yml
+          vars:
+            lifecycle_words: "{{ ansible_failed_result.msg }}"
+        - fail: {msg: "{{ lifecycle_mine }}"}
+"""
+
+
+def ends(folder: Path, phase: str) -> None:
+    """Stands for the kubelet: ends the pod that validates the node, when it comes."""
+    server = yaml.safe_load((folder / "kubeconfig").read_text())["clusters"][0]["cluster"]["server"]
+    status = (
+        {"phase": phase, "containerStatuses": [], "message": "no device"} if phase == "Failed" else {"phase": phase}
+    )
+    request = urllib.request.Request(
+        f"{server}/api/v1/namespaces/default/pods/ictx-validate-gpu1/status",
+        json.dumps({"status": status}).encode(),
+        {"Authorization": "Bearer secret", "Content-Type": "application/merge-patch+json"},
+        method="PATCH",
+    )
+    end = time.monotonic() + 200
+    while time.monotonic() < end:
+        try:
+            with urllib.request.urlopen(request, context=ssl._create_unverified_context()):
+                return
+        except urllib.error.HTTPError:
+            time.sleep(0.5)
+
+
+def test_a_node_is_validated_by_a_pod_and_a_job_and_kept_out_of_both_when_one_fails(node: Path) -> None:
+    (node / "images").mkdir(exist_ok=True)
+    image = {"ref": "r:5000/ictx/serving@sha256:1", "digest": f"sha256:{'0' * 64}"}
+    (node / "images/serving.json").write_text(json.dumps(image))
+    (node / "maintain.yml").write_text(PLAY.replace("TASKS", str(ROOT / "playbooks/tasks")))
+    (node / "srun").write_text(f'#!/bin/sh\necho "$(cat {node}/state) $*" >{node}/job\n')
+    (node / "srun").chmod(0o755)
+    playbook = str(node / "maintain.yml")
+
+    with ThreadPoolExecutor() as other:
+        other.submit(ends, node, "Failed")
+        played(node, playbook, status=2)
+    assert slurm(node) == ("IDLE+DRAIN", "maintain.yml failed: the pod is Failed: no device")
+    assert kubernetes(node) == (True, "maintain.yml failed: the pod is Failed: no device")
+    assert not (node / "job").exists()
+
+    # A run of the same playbook goes on from there.
+    with ThreadPoolExecutor() as other:
+        other.submit(ends, node, "Succeeded")
+        played(node, playbook)
+    assert (node / "job").read_text().startswith("IDLE --job-name=ictx-validate --reservation=ictx-validate-GPU1 ")
+    assert (slurm(node), kubernetes(node)) == (("IDLE", ""), (False, ""))
+    assert pods(node) == []
