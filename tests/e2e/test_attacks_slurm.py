@@ -103,7 +103,8 @@ def bobs(lab: Lab) -> Iterator[str]:
     command = (
         "bundle=/shared/bundles/bob/$SLURM_JOB_ID; "
         f"/opt/ictx/bin/ictx-bundle --image {IMAGE} --output $bundle && "
-        "SECRET=of-bob srun --container=$bundle sleep 120"
+        # PID 1 of a container ignores signals without a handler: its end would take KillWait.
+        'SECRET=of-bob srun --container=$bundle sh -c "trap exit TERM; sleep 120 & wait"'
     )
     job = submitted(lab, "bob", f"--wrap='{command}'")
     wait_for(
