@@ -337,7 +337,7 @@ def test_settings_of_units(tmp_path: Path) -> None:
         "slurmd": {"Service": {"LimitNOFILE": 1048576, "Environment": ["A=1", "B=2"], "MemoryMax": None}},
         "ictx-backup.timer": {"Timer": {"OnCalendar": ["", "daily"]}, "Service": {"Nice": 5}},
         "slurmdb": {"Service": {"Nice": 5}},
-        "nginx": {"Service": {"Nice": 5}},
+        "squid": {"Service": {"Nice": 5}},
         "slurmctld": {"LimitNOFILE": 5, "Service": {}},
         "munge": "LimitNOFILE=5",
         "docker": {"Service": {"Environment": ["A=b\\", "C=d"]}},
@@ -346,7 +346,7 @@ def test_settings_of_units(tmp_path: Path) -> None:
     assert found(tmp_path, {"ictx_unit_dropins": dropins}) == {
         "ictx_unit_dropins: ictx-backup.timer has the section Service, which must be Unit or Timer",
         "ictx_unit_dropins: slurmdb is no unit of ours; did you mean slurmdbd?",
-        "ictx_unit_dropins: nginx is no unit of ours",
+        "ictx_unit_dropins: squid is no unit of ours",
         "ictx_unit_dropins: slurmctld has the section LimitNOFILE, which must be Unit or Service",
         "ictx_unit_dropins: slurmctld Service must be a dictionary of directives, as {LimitNOFILE: 1048576}",
         "ictx_unit_dropins: munge must be a dictionary of sections, as {Service: {LimitNOFILE: 1048576}}",
