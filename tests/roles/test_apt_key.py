@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,11 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 def fingerprints(file: Path) -> list[str]:
     """Returns the fingerprints that the role reads from a file."""
-    done = subprocess.run([*VARS["_apt_key_show"].split(), str(file)], capture_output=True, text=True, check=False)
+    # gpg ends where its home is not there, as on a node that has no /nonexistent: it is the folder that the role makes.
+    with tempfile.TemporaryDirectory() as home:
+        command = VARS["_apt_key_show"].replace("{{ _apt_key_folder.path }}", home)
+        assert f"--homedir {home} " in command
+        done = subprocess.run([*command.split(), str(file)], capture_output=True, text=True, check=False)
     return regex_findall(done.stdout, VARS["_apt_key_primary"])
 
 

@@ -14,11 +14,12 @@ from .lock import ArtifactError
 PRIMARY = re.compile(r"^pub:.*\n(?:(?!sub:).*\n)*?fpr:+([0-9A-F]{40}):", re.MULTILINE)
 
 
-def gpg(*arguments: str | Path, home: str = "/nonexistent") -> subprocess.CompletedProcess[str]:
-    """Runs gpg without a keyring of the user's."""
-    command = ["gpg", "--homedir", home, "--no-autostart", "--no-options", "--batch", "--quiet", *arguments]
+def gpg(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """Runs gpg without a keyring of the user's; it ends where its home is not there."""
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=False)
+        with tempfile.TemporaryDirectory(prefix="artifacts-") as home:
+            command = ["gpg", "--homedir", home, "--no-autostart", "--no-options", "--batch", "--quiet", *arguments]
+            return subprocess.run(command, capture_output=True, text=True, check=False)
     except FileNotFoundError:
         raise ArtifactError("gpg is not installed, which reads keys of repositories: install the package gpg") from None
 
@@ -47,7 +48,7 @@ def signed_text(file: Path, key: Path, url: str) -> str:
         ring, text = Path(home, "key.gpg"), Path(home, "text")
         armored = b"BEGIN PGP" in key.read_bytes()[:200]
         if armored:
-            gpg("--output", ring, "--dearmor", key, home=home)
+            gpg("--output", ring, "--dearmor", key)
         else:
             ring.write_bytes(key.read_bytes())
         command = ["gpgv", "--keyring", str(ring), "--output", str(text), str(file)]
