@@ -119,8 +119,9 @@ def fields(node: ast.ClassDef) -> list[tuple[str, ...]]:
     for field, following in zip(node.body, [*node.body[1:], None], strict=True):
         if not (isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)):
             continue
-        documented = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
-        text = str(following.value.value) if documented else ""  # type: ignore[union-attr]
+        text = ""
+        if isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant):
+            text = str(following.value.value)
         default = (
             "required"
             if field.value is None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gzip
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -24,6 +25,7 @@ from cluster import ROOT
 
 sys.path.insert(0, str(ROOT / "roles/artifacts/files"))
 from artifacts import __main__ as program
+from artifacts import wheels
 
 CONTENT = bytes(range(256)) * 4096  # 1 MiB
 DIGEST = hashlib.sha256(CONTENT).hexdigest()
@@ -258,12 +260,55 @@ def test_a_bundle_that_is_not_whole_leaves_nothing(artifacts: Run, tmp_path: Pat
     one_line(artifacts([], "import", str(tmp_path / "short.tar"), mirror=there), "short.tar")
 
 
+def test_a_file_elsewhere_is_none_of_a_bundles(artifacts: Run, tmp_path: Path) -> None:
+    elsewhere, there = tmp_path / "elsewhere", tmp_path / "there"
+    elsewhere.write_bytes(b"x")
+    listed = {"tool": {"version": "1.0", "files": {str(elsewhere): hashlib.sha256(b"x").hexdigest()}}}
+    with tarfile.open(tmp_path / "bundle.tar", "w") as archive:
+        for name, content in {"manifest.json": json.dumps(listed).encode(), str(elsewhere): b"x"}.items():
+            about = tarfile.TarInfo(name)
+            about.size = len(content)
+            archive.addfile(about, io.BytesIO(content))
+    one_line(artifacts([], "import", str(tmp_path / "bundle.tar"), mirror=there), f"has {elsewhere}, which")
+    assert left(there) == []
+    assert not (there / "manifest.json").exists()
+
+
+@pytest.mark.parametrize("content", ["{", '{"tool": {"version": "1.0"}}', '["tool"]'])
+def test_a_bundle_with_another_manifest_is_one_line(artifacts: Run, tmp_path: Path, content: str) -> None:
+    with tarfile.open(tmp_path / "bundle.tar", "w") as archive:
+        about = tarfile.TarInfo("manifest.json")
+        about.size = len(content)
+        archive.addfile(about, io.BytesIO(content.encode()))
+    one_line(artifacts([], "import", str(tmp_path / "bundle.tar")), "nothing was taken over")
+
+
+def test_a_manifest_that_cannot_be_read_is_named(artifacts: Run, tmp_path: Path) -> None:
+    (tmp_path / "mirror").mkdir()
+    (tmp_path / "mirror/manifest.json").write_text("{")
+    one_line(artifacts([], "table"), "mirror/manifest.json cannot be read", "remove it")
+
+
+def test_options_stand_before_a_command_or_behind_it(publisher: Any, artifacts: Run, tmp_path: Path) -> None:
+    folder, url, _ = publisher
+    (folder / "tool").write_bytes(CONTENT)
+    assert artifacts([entry(url)], "fetch", "--mirror", str(tmp_path / "behind")).returncode == 0
+    assert artifacts([entry(url)], "fetch").returncode == 0
+    assert left(tmp_path / "behind") == left(tmp_path / "mirror") == ["tools/1.0/tool"]
+
+
+def test_wheels_are_for_the_platforms_of_images() -> None:
+    role = yaml.safe_load((ROOT / "roles/image_bake/vars/main.yml").read_text())
+    assert set(wheels.PLATFORMS) == set(role["_image_bake_platforms"])
+
+
 def test_what_a_lock_must_have_is_named(artifacts: Run) -> None:
     for fields, words in [
         ({"kind": "zip"}, "of the kind zip: use one of"),
         ({"sha256": None}, "neither sha256 nor the reason"),
         ({"path": "../x"}, "use one below the mirror"),
         ({"kind": "apt"}, "has no fingerprints"),
+        ({"kind": "wheels"}, "has no python"),
         ({"colour": "red"}, "not a lock of artifacts"),
     ]:
         one_line(artifacts([entry("http://127.0.0.1:1", **fields)], "fetch"), words)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -113,50 +114,41 @@ def test_a_release_without_checksums_is_refused(tmp_path: Path) -> None:
     assert "k3s_checksums has no checksums of K3s v9.9.9+k3s1" in " ".join((done.stdout + done.stderr).split())
 
 
+def first_server(tmp_path: Path, have: list[str], *others: dict[str, Any]) -> tuple[int, str]:
+    """Returns status and output of preflight on the first of three servers, of which some have a cluster."""
+    for name in have:
+        (tmp_path / name / "server").mkdir(parents=True)
+        (tmp_path / name / "server/token").write_text("")
+    role = {
+        "include_role": {"name": "k3s", "tasks_from": "preflight"},
+        "vars": {"_k3s_data": f"{tmp_path}/{{{{ item }}}}"},
+    }
+    variables = {
+        "ansible_facts": {"architecture": "x86_64"},
+        "k3s_role": "server",
+        "k3s_servers": ["localhost", "b", "c"],
+    }
+    done = play(tmp_path, [*({"add_host": host} for host in others), role], variables)
+    return done.returncode, " ".join((done.stdout + done.stderr).split())
+
+
 @pytest.mark.parametrize(
     ("have", "refused"), [([], False), (["localhost"], False), (["localhost", "b"], False), (["b", "c"], True)]
 )
 def test_a_first_server_without_the_cluster_that_others_have_is_refused(
     tmp_path: Path, have: list[str], refused: bool
 ) -> None:
-    for name in have:
-        (tmp_path / name / "server").mkdir(parents=True)
-        (tmp_path / name / "server/token").write_text("")
-    others = [{"add_host": {"name": name, "ansible_connection": "local"}} for name in ("b", "c")]
-    role = {
-        "include_role": {"name": "k3s", "tasks_from": "preflight"},
-        "vars": {"_k3s_data": f"{tmp_path}/{{{{ item }}}}"},
-    }
-    variables = {
-        "ansible_facts": {"architecture": "x86_64"},
-        "k3s_role": "server",
-        "k3s_servers": ["localhost", "b", "c"],
-    }
-    done = play(tmp_path, [*others, role], variables)
-    text = " ".join((done.stdout + done.stderr).split())
+    others = ({"name": name, "ansible_connection": "local"} for name in ("b", "c"))
+    status, text = first_server(tmp_path, have, *others)
     assert ("has no cluster, but b, c have one" in text) == refused, text
-    assert (done.returncode != 0) == refused, text
+    assert (status != 0) == refused, text
 
 
 @pytest.mark.parametrize("have", [[], ["localhost"]])
 def test_no_cluster_is_started_while_a_server_that_may_have_one_cannot_be_reached(
     tmp_path: Path, have: list[str]
 ) -> None:
-    for name in have:
-        (tmp_path / name / "server").mkdir(parents=True)
-        (tmp_path / name / "server/token").write_text("")
     away = {"name": "c", "ansible_connection": "ssh", "ansible_host": "127.0.0.1", "ansible_port": 1}
-    others = [{"add_host": {"name": "b", "ansible_connection": "local"}}, {"add_host": away}]
-    role = {
-        "include_role": {"name": "k3s", "tasks_from": "preflight"},
-        "vars": {"_k3s_data": f"{tmp_path}/{{{{ item }}}}"},
-    }
-    variables = {
-        "ansible_facts": {"architecture": "x86_64"},
-        "k3s_role": "server",
-        "k3s_servers": ["localhost", "b", "c"],
-    }
-    done = play(tmp_path, [*others, role], variables)
-    text = " ".join((done.stdout + done.stderr).split())
+    status, text = first_server(tmp_path, have, {"name": "b", "ansible_connection": "local"}, away)
     assert ("has no cluster, and c cannot be reached" in text) == (not have), text
-    assert (done.returncode != 0) == (not have), text
+    assert (status != 0) == (not have), text

@@ -19,6 +19,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from . import wheels
 from .download import reachable
 from .lock import Artifact, ArtifactError, read
 from .mirror import Mirror
@@ -32,7 +33,7 @@ def row(mirror: Mirror, artifact: Artifact, source: str) -> dict[str, str]:
     elif artifact.kind == "apt":
         probe += "/InRelease" if artifact.suite == "/" else f"/dists/{artifact.suite}/InRelease"
     elif artifact.kind == "wheels":
-        probe += "/pip/" if not source and "pypi.org" in probe else "/"
+        probe += "/"
     cached = mirror.cached(artifact)
     problem = mirror.problem(artifact) if cached else ""
     recognised = (
@@ -44,7 +45,7 @@ def row(mirror: Mirror, artifact: Artifact, source: str) -> dict[str, str]:
         "name": artifact.name,
         "version": artifact.version.rpartition("/")[2],
         "from": source or artifact.host,
-        "reachable": reachable(probe) or "yes",
+        "reachable": (reachable(probe) if source or artifact.url else wheels.index_problem()) or "yes",
         "cached": "yes" if cached else "no",
         "verified": problem or (recognised or "as first downloaded" if cached else "") or "-",
         "outdated": artifact.outdated or "-",
@@ -79,13 +80,13 @@ class Progress:
 def main() -> int:
     """Runs a command; returns the exit status."""
     project = Path(__file__).resolve().parents[4]
+    # Before the command or behind it; one that is not given behind it must not take the place of one before.
+    common = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
+    common.add_argument("--lock", type=Path, help="the lock file (playbooks/vars/artifacts.yml)")
+    common.add_argument("--mirror", type=Path, help="folder of the mirror (~/.cache/ictx/mirror)")
+    common.add_argument("--from", dest="source", metavar="URL", help="another mirror, instead of the publishers")
     parser = argparse.ArgumentParser(
-        prog="artifacts", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--lock", type=Path, default=project / "playbooks/vars/artifacts.yml", help="the lock file")
-    parser.add_argument("--mirror", type=Path, default=Path.home() / ".cache/ictx/mirror", help="folder of the mirror")
-    parser.add_argument(
-        "--from", dest="source", default="", metavar="URL", help="another mirror, instead of the publishers"
+        prog="artifacts", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, parents=[common]
     )
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text in (
@@ -93,14 +94,17 @@ def main() -> int:
         ("fetch", "download what is missing"),
         ("export", "write a bundle"),
     ):
-        command = commands.add_parser(name, help=text)
+        command = commands.add_parser(name, help=text, parents=[common])
         if name == "export":
             command.add_argument("bundle", type=Path)
         command.add_argument("names", nargs="*", help="entries of the lock; all unless some are named")
         if name == "table":
             command.add_argument("--json", action="store_true", help="for programs")
-    commands.add_parser("import", help="take a bundle over").add_argument("bundle", type=Path)
-    arguments = parser.parse_args()
+    commands.add_parser("import", help="take a bundle over", parents=[common]).add_argument("bundle", type=Path)
+    known = argparse.Namespace(
+        lock=project / "playbooks/vars/artifacts.yml", mirror=Path.home() / ".cache/ictx/mirror", source=""
+    )
+    arguments = parser.parse_args(namespace=known)
     try:
         return run(arguments, project)
     except ArtifactError as error:

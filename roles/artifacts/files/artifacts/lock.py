@@ -40,11 +40,12 @@ class Artifact:
     key: str = ""
     key_path: str = ""
     packages: dict[str, str] = field(default_factory=dict)
+    python: str = ""
 
     @property
     def host(self) -> str:
-        """Host that publishes it."""
-        return urlsplit(self.url).hostname or self.url.split("/")[0]
+        """Host that publishes it; of wheels without an address, pip's own configuration has it."""
+        return urlsplit(self.url).hostname or self.url.split("/")[0] or "pip's index"
 
     @property
     def outdated(self) -> str:
@@ -77,6 +78,8 @@ def read(path: Path, names: Iterable[str] = ()) -> list[Artifact]:
             raise ArtifactError(f"{path}: {each.name} has the path {each.path}: use one below the mirror")
         if each.kind == "apt" and not each.fingerprints:
             raise ArtifactError(f"{path}: {each.name} has no fingerprints: nothing would recognise its key")
+        if each.kind == "wheels" and not each.python:
+            raise ArtifactError(f"{path}: {each.name} has no python: give the version for which wheels are wanted")
         if each.kind in ("file", "image") and not each.sha256 and not each.unverified:
             raise ArtifactError(f"{path}: {each.name} has neither sha256 nor the reason in unverified")
     if unknown := set(names) - {each.name for each in found}:

@@ -31,7 +31,12 @@ class Mirror:
         self.root, self.project = root, project
         self._lock = threading.Lock()
         file = root / MANIFEST
-        self.manifest: dict[str, dict[str, Any]] = json.loads(file.read_text()) if file.exists() else {}
+        try:
+            self.manifest: dict[str, dict[str, Any]] = json.loads(file.read_text()) if file.exists() else {}
+        except ValueError as error:
+            raise ArtifactError(
+                f"{file} cannot be read: {error}: remove it, and fetch again what was mirrored"
+            ) from None
 
     def cached(self, artifact: Artifact) -> bool:
         """Returns whether the files of an entry are there, in the version of the lock."""
@@ -157,7 +162,8 @@ class Mirror:
                 arrived: dict[str, dict[str, Any]] = json.loads(content.read())
                 expected = {path: digest for entry in arrived.values() for path, digest in entry["files"].items()}
                 for member in archive.getmembers()[1:]:
-                    if not member.isreg() or member.name not in expected or ".." in Path(member.name).parts:
+                    path = Path(member.name)
+                    if not member.isreg() or member.name not in expected or path.is_absolute() or ".." in path.parts:
                         raise ArtifactError(f"{bundle} has {member.name}, which its manifest does not list")
                     archive.extract(member, draft, filter="data")
                     if sha256(draft / member.name) != expected.pop(member.name):
@@ -173,7 +179,7 @@ class Mirror:
             self.manifest |= arrived
             self._write()
             return sorted(arrived)
-        except (OSError, tarfile.TarError, ValueError) as error:
+        except (OSError, tarfile.TarError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ArtifactError(f"{bundle}: {error}; nothing was taken over") from None
         finally:
             shutil.rmtree(draft, ignore_errors=True)

@@ -15,7 +15,23 @@ from .lock import Artifact, ArtifactError
 REQUIREMENT = re.compile(
     r"^([A-Za-z0-9][A-Za-z0-9._-]*)==\S+(?:\s*;[^\n\\]*)?((?:\s*\\\n\s+--hash=sha256:[0-9a-f]{64})+)", re.MULTILINE
 )
+PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check")
+# Those of roles/image_bake, which takes the wheels; a test compares both.
+PLATFORMS = (
+    *(f"manylinux_2_{minor}_x86_64" for minor in (35, 34, 31, 28, 27, 26, 24, 17)),
+    "manylinux2014_x86_64",
+    "manylinux_2_12_x86_64",
+    "manylinux_2_5_x86_64",
+    "manylinux1_x86_64",
+)
 HASH = re.compile(r"sha256:([0-9a-f]{64})")
+
+
+def index_problem() -> str:
+    """Returns why the index that pip is configured for cannot be had; empty where it can."""
+    command = [*PIP, "--retries", "0", "--timeout", "5", "index", "versions", "pip"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return "" if done.returncode == 0 else "pip's index does not answer"
 
 
 def missing(lock: Path, digests: Iterable[str]) -> list[str]:
@@ -35,27 +51,13 @@ def mirror_wheels(artifact: Artifact, project: Path, root: Path, source: str) ->
     folder, lock = root / artifact.path, project / artifact.version
     folder.mkdir(parents=True, exist_ok=True)
     command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--quiet",
-        "--disable-pip-version-check",
-        "--no-deps",
-        "--require-hashes",
-    ]
-    command += [
-        "--only-binary=:all:",
-        "--implementation=cp",
-        "--python-version=3.11",
-        f"--dest={folder}",
-        f"--find-links={folder}",
-    ]
-    command += [f"--platform=manylinux_2_{minor}_x86_64" for minor in (35, 34, 31, 28, 27, 26, 24, 17, 12, 5)]
-    command += ["--platform=manylinux2014_x86_64", "--platform=manylinux1_x86_64"]
+        *PIP, "download", "--quiet", "--no-deps", "--require-hashes", "--only-binary=:all:", "--implementation=cp",
+        f"--python-version={artifact.python}", f"--dest={folder}", f"--find-links={folder}",
+        *(f"--platform={name}" for name in PLATFORMS),
+    ]  # fmt: skip
     if source != artifact.url:
         command += ["--no-index", f"--find-links={source}/", f"--trusted-host={urlsplit(source).hostname}"]
-    elif "pypi.org" not in source:
+    elif source:
         command += [f"--extra-index-url={source}"]
     done = subprocess.run([*command, f"--requirement={lock}"], capture_output=True, text=True, check=False)
     if done.returncode != 0:
