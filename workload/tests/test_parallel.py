@@ -155,6 +155,18 @@ def test_what_an_adapter_drops_it_drops_again_where_it_is_computed_again(mode: s
     torch.testing.assert_close(adapter_gradients(mode), adapter_gradients("none"))
 
 
+@pytest.mark.gpu
+def test_an_adapter_begins_with_the_same_numbers_on_a_gpu() -> None:
+    adapters = []
+    for device in ("cpu", "cuda"):
+        model = small(num_hidden_layers=1).to(device)
+        adapt(model, LoraConfig(rank=4))
+        init_adapter(model, 3)
+        adapters.append({name: weight.cpu() for name, weight in model.named_parameters() if weight.requires_grad})
+    assert any(weight.any() for weight in adapters[0].values())
+    torch.testing.assert_close(*adapters, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_compiled_equals_eager(mode: str, mesh: DeviceMesh, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every dense layer is one and the same graph; only the compiler behind it is left out here."""

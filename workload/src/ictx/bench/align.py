@@ -2,7 +2,7 @@
 
 Nothing here needs MLflow. TRL's rows run its trainers on transformers' model under FSDP2, as `ictx train dpo` does:
 `trl` with transformers' SDPA and every layer computed again, which are TRL's defaults, `trl+ictx` with our attention,
-whose result is kept. `ictx` is our loop's model, loss and optimizer.
+whose result is kept unless `recompute` is full. `ictx` is our loop's model, loss and optimizer.
 """
 
 from __future__ import annotations
@@ -53,6 +53,13 @@ class AlignCase:
     warm_up: int = 2
     compile: bool = False
     """Compile the layers of `ictx`."""
+    recompute: str = ""
+    """`none`, `selective` or `full`; unless given full of `trl`, selective of the others."""
+
+    @property
+    def mode(self) -> str:
+        """What backward computes again in this case."""
+        return self.recompute or ("full" if self.implementation == "trl" else "selective")
 
     @property
     def tokens(self) -> int:
@@ -61,9 +68,9 @@ class AlignCase:
 
     def loop(self) -> LoopConfig:
         """The trainer's settings."""
-        mode, every = "full" if self.implementation == "trl" else "selective", 1 << 30
+        every = 1 << 30
         return LoopConfig(
-            self.steps + self.warm_up, self.sequence, self.batch, recompute=mode, log_every=every,
+            self.steps + self.warm_up, self.sequence, self.batch, recompute=self.mode, log_every=every,
             validate_every=every, checkpoint_every=every, compile=self.implementation == "ictx" and self.compile,
         )  # fmt: skip
 
@@ -77,6 +84,7 @@ class AlignRow:
     device: str
     sequence: int
     batch: int
+    recompute: str
     step: float = 0.0
     """Median seconds."""
     tokens_per_second: float = 0.0
@@ -87,7 +95,7 @@ class AlignRow:
 
     def line(self) -> str:
         """Returns the row as text; GB are 10^9 bytes."""
-        name = f"{self.task} {self.sequence:,} × {self.batch} {self.implementation}"
+        name = f"{self.task} {self.sequence:,} × {self.batch} {self.implementation}, recompute {self.recompute}"
         if self.note:
             return f"{name}: not measured: {self.note}"
         memory = f"{self.peak_memory_bytes / 1e9:.1f} GB, " if self.peak_memory_bytes else ""
@@ -116,8 +124,9 @@ class Clock:
         step = statistics.median(b - a for a, b in pairwise(timed))
         peak = torch.cuda.max_memory_allocated() if on_gpu else 0
         return AlignRow(
-            case.task, case.implementation, name, case.sequence, case.batch, step, case.tokens / step, peak, loss
-        )
+            case.task, case.implementation, name, case.sequence, case.batch, case.mode, step, case.tokens / step,
+            peak, loss,
+        )  # fmt: skip
 
 
 def loss_of(case: AlignCase, model: Transformer, batch: Batch) -> Callable[[], Loss]:
@@ -226,7 +235,7 @@ def measure(case: AlignCase) -> AlignRow:
             return (ours if case.implementation == "ictx" else trl)(case, ranks)
     except (ImportError, torch.OutOfMemoryError) as error:
         note = str(error).splitlines()[0][:200]
-        return AlignRow(case.task, case.implementation, "", case.sequence, case.batch, note=note)
+        return AlignRow(case.task, case.implementation, "", case.sequence, case.batch, case.mode, note=note)
 
 
 def run(case: AlignCase) -> AlignRow:

@@ -25,6 +25,7 @@ ALIGN_EXAMPLES = """
 examples:
   ictx bench align --config ictx-1b --task dpo --seq 8192
   ictx bench align --config ictx-1b --task sft --seq 32768 --compile --out align.json
+  ictx bench align --config ictx-1b --task dpo --seq 8192 --recompute full --only trl+ictx
   ictx bench align --config tiny --task dpo --seq 256 --only ictx trl+ictx
 """
 
@@ -111,6 +112,10 @@ def register(areas: Any) -> None:
     align.add_argument("--steps", type=int, default=5, metavar="N", help="steps that are timed (5)")
     align.add_argument("--warm-up", type=int, default=2, metavar="N", help="steps before those that are timed (2)")
     align.add_argument("--compile", action="store_true", help="compile the layers of ictx")
+    align.add_argument(
+        "--recompute", choices=("none", "selective", "full"), default="",
+        help="what backward computes again (full for trl, which is its default, else selective)",
+    )  # fmt: skip
     align.add_argument(
         "--only", nargs="+", choices=("trl", "trl+ictx", "ictx"), default=["trl", "trl+ictx", "ictx"],
         help="trl: its trainer with SDPA; trl+ictx: with our attention; ictx: our loop (all)",
@@ -232,7 +237,7 @@ def run_align(arguments: argparse.Namespace) -> int:
         row = run(
             AlignCase(
                 arguments.task, implementation, config, arguments.seq, arguments.batch, arguments.steps,
-                arguments.warm_up, arguments.compile,
+                arguments.warm_up, arguments.compile, arguments.recompute,
             )
         )  # fmt: skip
         rows.append(row)

@@ -30,7 +30,7 @@ def arguments(config: DpoConfig, device: torch.device, directory: Path) -> Argum
     loop, on_gpu = config.train, device.type == "cuda"
     half = on_gpu and loop.dtype == "bfloat16"
     again: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": bool(loop.lora and loop.lora.dropout)}
-    if loop.recompute in ("selective", "auto"):
+    if loop.recompute == "selective":
         again["context_fn"] = selective_contexts
     made = Arguments(
         output_dir=str(directory),

@@ -70,14 +70,16 @@ def adapt(model: nn.Module, config: LoraConfig) -> None:
 def init_adapter(model: nn.Module, seed: int) -> None:
     """Fills A uniformly in ±in^-½, as PEFT does, and B with zeros, so that nothing is added at first.
 
-    A seed gives the same numbers however the matrices are sharded.
+    A seed gives the same numbers on every device, however the matrices are sharded: drawn on the CPU, since a GPU's
+    generator has others.
     """
     for name, module in model.named_modules():
         if isinstance(module, LoraLinear):
             weight = module.lora_A
-            generator = torch.Generator(weight.device).manual_seed(zlib.crc32(f"{seed} {name}{A}".encode()))
-            full = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+            generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}{A}".encode()))
+            full = torch.empty(weight.shape)
             full.uniform_(-(module.in_features**-0.5), module.in_features**-0.5, generator=generator)
+            full = full.to(weight.device, weight.dtype)
             if isinstance(weight, DTensor):
                 full = distribute_tensor(full, weight.device_mesh, weight.placements, src_data_rank=None)
             weight.copy_(full)
