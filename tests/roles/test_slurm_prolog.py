@@ -6,7 +6,9 @@ import os
 import re
 import shlex
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 from cluster import ROOT
@@ -104,7 +106,14 @@ def test_a_full_folder_does_not_take_the_node_out_of_service(state: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    "name", ["templates/prolog.j2", "templates/epilog.j2", "files/ictx-oci-as-user", "files/ictx-mail"]
+    "name",
+    [
+        "templates/prolog.j2",
+        "templates/epilog.j2",
+        "files/ictx-oci-as-user",
+        "files/ictx-oci-clean",
+        "files/ictx-mail",
+    ],
 )
 def test_the_path_is_also_that_of_what_is_run(name: str) -> None:
     # SLURM gives a prolog or an epilog no PATH: `timeout` would look for a program in /bin and /usr/bin only.
@@ -148,3 +157,59 @@ def test_slurmd_forgets_which_jobs_had_a_prolog_when_a_boot_removed_what_it_made
     assert sorted(path.name for path in tmp_path.iterdir()) == (
         [] if booted else ["cred_state", "cred_state.old", "marks"]
     )
+
+
+@pytest.fixture
+def left() -> Iterator[Path]:
+    """Returns the folder of oci.conf: steps 17.0 and 18.0 were killed, 17.1 has a slurmstepd. Its user can enter it."""
+    with TemporaryDirectory() as place:
+        yield fill(Path(place))
+
+
+def fill(top: Path) -> Path:
+    folder, state = top / ".steps", top / "nobody"
+    folder.mkdir()
+    for step in ("17.0", "17.1", "18.0"):
+        container = state / f"n1.nobody.{step}.0"
+        container.mkdir(parents=True)
+        (container / "state.json").touch()
+        (folder / step).mkdir()
+        (folder / step / "config.json").touch()
+    subprocess.run(["chown", "--recursive", str(NOBODY), state, *folder.iterdir()], check=True)
+    for path in (top, folder):
+        path.chmod(0o711)
+    return top
+
+
+@pytest.fixture
+def slurmstepd() -> Iterator[None]:
+    """A process by the name that root's slurmstepd of step 17.1 has."""
+    with subprocess.Popen(["slurmstepd: [17.1]", "60"], executable="/bin/sleep") as process:
+        yield
+        process.kill()
+
+
+def clean(top: Path, *job: str) -> list[str]:
+    """Runs ictx-oci-clean; returns the steps that have a folder then, and containers those that have a state."""
+    subprocess.run(["sh", ROOT / "roles/slurm/files/ictx-oci-clean", top, *job], check=True)
+    steps = sorted(path.name for path in (top / ".steps").iterdir())
+    assert sorted(path.name for path in (top / "nobody").iterdir()) == [f"n1.nobody.{step}.0" for step in steps]
+    return steps
+
+
+@pytest.mark.usefixtures("slurmstepd")
+def test_a_step_that_was_killed_leaves_nothing_that_its_number_fails_at(left: Path) -> None:
+    assert clean(left, "17") == ["17.1", "18.0"]
+    assert clean(left) == ["17.1"]
+
+
+def test_a_link_among_what_a_step_left_leads_root_nowhere(left: Path, tmp_path: Path) -> None:
+    kept = tmp_path / "kept"
+    kept.touch()
+    (left / ".steps/17.0/link").symlink_to(tmp_path)
+    (left / "nobody/n1.nobody.17.0.9").symlink_to(tmp_path)
+    (left / ".steps/19.0").symlink_to(tmp_path)
+    subprocess.run(["sh", ROOT / "roles/slurm/files/ictx-oci-clean", left], check=True)
+    assert kept.exists()
+    assert [path.name for path in (left / ".steps").iterdir()] == ["19.0"]
+    assert not list((left / "nobody").iterdir())
