@@ -12,7 +12,7 @@ import ictx
 
 PACKAGE = Path(ictx.__file__).parent
 ROOMS = (
-    ("", "download", "errors", "folder", "manifest", "registry", "settings", "stopwatch"),
+    ("", "download", "errors", "folder", "manifest", "registry", "settings", "stopwatch", "version"),
     ("kernels", "data"),
     ("model",),
     ("infer", "metrics", "parallel", "track"),

@@ -10,7 +10,6 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from ictx import __version__
 from ictx.bench import cli as bench
 from ictx.data import cli as data
 from ictx.doctor import cli as doctor
@@ -22,6 +21,7 @@ from ictx.model import cli as model
 from ictx.serve import cli as serve
 from ictx.sweep import cli as sweep
 from ictx.train import cli as train
+from ictx.version import describe
 
 ROOMS = (data, train, sweep, evaluate, serve, model, infer, kernels, bench, doctor)
 """In the order of the help."""
@@ -29,10 +29,18 @@ SETTINGS_OF_RUNS = {"train": "--set", "sweep": "--train"}
 """Options that take settings of runs of training, by area."""
 
 
+class Version(argparse.Action):
+    """Prints what runs; looks it up only then."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        print(describe())
+        parser.exit()
+
+
 def parser() -> argparse.ArgumentParser:
     """Returns the command line's grammar."""
     top = argparse.ArgumentParser(prog="ictx", description="Long-context language models: data, training, export.")
-    top.add_argument("--version", action="version", version=f"ictx {__version__}")
+    top.add_argument("--version", action=Version, nargs=0, help="print what runs: release, commit, image, packages")
     areas = top.add_subparsers(metavar="AREA", required=True)
     for room in ROOMS:
         room.register(areas)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import shutil
 import sys
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ictx.errors import UserError
+from ictx.version import installed
 
 LEAST_GB = 20
 """Free space below which a checkpoint of the 1B model with its optimizer (12 GB) may not fit beside the one before."""
@@ -49,13 +49,13 @@ def packages() -> Iterator[Finding]:
     found = [
         f"{name} {version}"
         for name in ("trl", "peft", "wandb", "torchao", "vllm", "flash-attn-4")
-        if (version := _version(name))
+        if (version := installed(name))
     ]
     yield Finding(Level.OK, f"optional: {', '.join(found) or 'none'}")
 
 
 def _package(name: str, level: Level) -> Iterator[Finding]:
-    version = _version(name)
+    version = installed(name)
     if version:
         yield Finding(Level.OK, f"{name} {version}")
     else:
@@ -64,17 +64,9 @@ def _package(name: str, level: Level) -> Iterator[Finding]:
         )
 
 
-def _version(name: str) -> str:
-    """Returns an installed package's version, empty where there is none."""
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
-
-
 def gpus() -> Iterator[Finding]:
     """GPUs as PyTorch sees them."""
-    if not _version("torch"):
+    if not installed("torch"):
         return
     import torch
 
@@ -106,7 +98,7 @@ def gpus() -> Iterator[Finding]:
 
 def kernels() -> Iterator[Finding]:
     """Which implementation each operation takes, and the kernels that were compiled ahead."""
-    if not _version("torch"):
+    if not installed("torch"):
         return
     import torch
 
@@ -131,7 +123,7 @@ def tracking() -> Iterator[Finding]:
     if not uri:
         remedy = "set MLFLOW_TRACKING_URI (jobs have it): runs are kept in their folders alone otherwise"
         yield Finding(Level.NOTE, "MLflow: not configured", remedy)
-    elif _version("mlflow-skinny") or _version("mlflow"):
+    elif installed("mlflow-skinny") or installed("mlflow"):
         from ictx.registry import explained, new_client
 
         try:
@@ -142,7 +134,7 @@ def tracking() -> Iterator[Finding]:
             yield Finding(
                 Level.FAIL, str(error), "see docs/runbooks/MlflowDown.md; runs publish later what they could not"
             )
-    if _version("wandb"):
+    if installed("wandb"):
         from ictx.track.config import DEFAULTS
         from ictx.track.wandb import mode
 

@@ -1,0 +1,47 @@
+"""What runs: the release, the commit that it was built of, and the packages below."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+from pathlib import Path
+
+from ictx import __version__
+
+BELOW = ("torch", "triton", "transformers", "vllm")
+
+
+def installed(package: str) -> str:
+    """Returns an installed package's version, empty where there is none."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def commit() -> str:
+    """Returns the commit of the image, in a job, or of the checkout (`-dirty` where it was changed); may be empty."""
+    if found := os.environ.get("ICTX_GIT_COMMIT"):
+        return found
+    # workload/src/ictx of a checkout. An installed package may lie in a repository of somebody else's.
+    root = Path(__file__).resolve().parents[3]
+    if not (root / "workload/pyproject.toml").is_file():
+        return ""
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def describe() -> str:
+    """Returns what `ictx --version` prints."""
+    of = commit()
+    lines = [f"ictx {__version__}" + (f" (commit {of})" if of else "")]
+    if image := os.environ.get("ICTX_IMAGE_DIGEST"):
+        lines.append(f"image {image}")
+    versions = {"Python": platform.python_version()} | {name: installed(name) for name in BELOW}
+    lines.append(", ".join(f"{name} {version}" for name, version in versions.items() if version))
+    return "\n".join(lines)
