@@ -26,7 +26,7 @@ Document = dict[str, Any]
 
 
 class HelmError(Exception):
-    """What helm said when it refused."""
+    """What helm printed when it refused."""
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ suite = loaded(ROOT / "scripts/suite")
 
 
 def selections(place: str) -> list[Expression]:
-    """Returns which markers the suites' pytest commands over a folder want."""
+    """Returns the markers that the suites' pytest commands over a folder select."""
     commands = [shlex.split(step.command) for steps in suite.SUITES.values() for step in steps]
     return [
         Expression.compile(words[words.index("-m", words.index("pytest")) + 1] if "-m" in words[3:] else "")

@@ -15,7 +15,7 @@ import pytest
 from helm import CHARTS, CI, Document, HelmError, Pod, helm, name_of, only, pods, render
 from kubernetes_validate import utils as schemas
 
-# Kubernetes' own schemas do not have them; what they must say is asserted below.
+# Kubernetes' own schemas do not have them; what they must hold is asserted below.
 CUSTOM = {
     "BackendTLSPolicy": "Gateway API",
     "HTTPRoute": "Gateway API",

@@ -1,4 +1,4 @@
-"""The schemas refuse wrong values and say which; the READMEs are those of the values; what values do."""
+"""The schemas refuse wrong values and name them; the READMEs are those of the values; what values do."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ def exposed(lab: Lab) -> Iterator[tuple[str, str, str]]:
         for name in names:
             submit(lab, "mallory", "", "--hold", name)
         wait_for("the jobs' end", lambda: not lab.run("ctl", f"squeue --noheader --jobs={jobs}").stdout, 300)
-        # sacct learns of it a moment later.
+        # sacct lists it a moment later.
         ended = f"sacct -n -X -j {jobs} -o State%20"
         wait_for("the accounts", lambda: lab.run("ctl", ended).stdout.split() == ["COMPLETED"] * (TASKS + 1), 60)
         started = lab.run("ctl", "systemctl start ictx-slurm-metrics.service")

@@ -256,7 +256,7 @@ def test_no_program_of_the_shared_directory_has_its_owners_rights(lab: Lab) -> N
 
 @pytest.mark.attack(
     "M7",
-    "squeue, sacct, scontrol and sshare are asked for another user's job",
+    "squeue, sacct, scontrol and sshare are queried for another user's job",
     before="names, arguments, folders and use of everybody's jobs",
     now="own jobs only; the metrics' account still sees all",
 )

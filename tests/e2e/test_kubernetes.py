@@ -82,7 +82,7 @@ def ours(volume: Any) -> bool:
 
 
 def page(url: str) -> str:
-    """Returns what the page says, or why it cannot be read."""
+    """Returns the page's text, or why it cannot be read."""
     try:
         with urllib.request.urlopen(url, timeout=5) as answer:
             text: str = answer.read().decode()
@@ -102,7 +102,7 @@ def test_pods_find_each_other_by_name(url: str) -> None:
 
 
 def test_the_machine_is_not_touched(url: str, lab: Lab) -> None:
-    # Files of the node's own lie over the kernel's: kubelet reads what it wants and can write nothing else.
+    # Files of the node's own lie over the kernel's: kubelet reads what it needs and can write nothing else.
     for file in SYSCTLS:
         assert lab.run("kube1", f"mountpoint --quiet {file}").returncode == 0, file
     assert lab.run("kube1", "cat " + " ".join(SYSCTLS)).stdout.split() == ["1", "10", "1"]

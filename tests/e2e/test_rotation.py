@@ -140,7 +140,7 @@ def test_a_job_goes_on_while_munge_gets_another_key(lab: Lab) -> None:
 @pytest.mark.attack(
     "M8",
     "The password of MLflow's administrator has leaked: it is replaced while a client uses it",
-    before="every playbook that asks MLflow failed, and its reason was censored",
+    before="every playbook that queries MLflow failed, and its reason was censored",
     now="both passwords are accepted until all playbooks and programs have the new one, then only that",
 )
 def test_mlflow_passwords_are_replaced_under_a_steady_client(lab: Lab) -> None:

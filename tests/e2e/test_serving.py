@@ -1,4 +1,4 @@
-"""From the registry to an answer: what was trained is served, rolls lose no request, what cannot be served is told."""
+"""From the registry to an answer: what was trained is served, rolls lose no request, failures are reported."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from serving import MODEL, NAMESPACE, RELEASE, SERVER, Client, complete, key
 
 pytestmark = pytest.mark.lab
 
-# Versions that are made to fail, or are the served one once more: no evaluation says anything about them.
+# Versions that are made to fail, or are the served one once more: no evaluation covers them.
 PROMOTE = f"/opt/ictx/bin/ictx promote {{}} --alias champion --model {MODEL} --force --reason 'end-to-end tests'"
 
 
@@ -39,7 +39,7 @@ def playbook(*arguments: str, status: int = 0) -> str:
 
 @pytest.fixture
 def steady() -> Iterator[Client]:
-    """A client that asks while a test runs."""
+    """A client that sends requests while a test runs."""
     with Client() as asking:
         yield asking
 
@@ -58,7 +58,7 @@ def server(core: client.CoreV1Api) -> Any:
 
 
 def last_words(core: client.CoreV1Api, namespace: str) -> list[str]:
-    """Returns what the init containers that failed said at their end."""
+    """Returns what the init containers that failed printed at their end."""
     pods = core.list_namespaced_pod(namespace, label_selector=SERVER).items
     states = [state for pod in pods for state in pod.status.init_container_statuses or []]
     ends = [end for state in states for end in (state.state.terminated, state.last_state.terminated) if end]

@@ -112,7 +112,7 @@ systemctl restart prometheus-node-exporter"""
 EMPTY = f"rm -f {FULL}/checkpoint"
 REMOVE = f"umount {FULL}; rm -rf {FULL} {FULL}.img"
 
-# What is broken: labels of the alert, what its description says.
+# What is broken: labels of the alert, the start of its description.
 FAULTS: dict[str, tuple[dict[str, str], str]] = {
     "slurmd stops": ({"alertname": "SlurmNodeUnavailable", "node": "n2", "severity": "critical"}, "n2 takes no jobs"),
     "a disk is full": (

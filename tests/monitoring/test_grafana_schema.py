@@ -1,7 +1,7 @@
-"""The dashboards' JSON is what Grafana's published schema says.
+"""The dashboards' JSON follows Grafana's published schema.
 
-Grafana publishes the schema as TypeScript types, one package for each version. npm installs them as the lock in
-grafana-schema/ says, once, into the cache, and ts-json-schema-generator makes a JSON schema of them.
+Grafana publishes the schema as TypeScript types, one package for each version. npm installs what the lock in
+grafana-schema/ pins, once, into the cache, and ts-json-schema-generator makes a JSON schema of them.
 """
 
 from __future__ import annotations

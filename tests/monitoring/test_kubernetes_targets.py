@@ -1,4 +1,4 @@
-"""What Prometheus finds in Kubernetes: the program on objects as the API tells them, and when nobody answers."""
+"""What Prometheus finds in Kubernetes: the program on objects as the API lists them, and when nobody answers."""
 
 from __future__ import annotations
 

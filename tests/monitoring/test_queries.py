@@ -1,4 +1,4 @@
-"""Every query of every panel and rule returns data: from the lab, or from recorded metrics where it says why.
+"""Every query of every panel and rule returns data: from the lab, or from recorded metrics, with the reason.
 
 The recorded metrics are served to a Prometheus of the test's own, with the platform's rules, as exporters would.
 """
@@ -31,7 +31,7 @@ dashboards = loaded(ROOT / "scripts/dashboards")
 
 
 def queries() -> dict[str, tuple[str, bool]]:
-    """Returns where each query stands → its text, and whether it is asked over time."""
+    """Returns where each query stands → its text, and whether it is evaluated over time."""
     found = {}
     for title, panel in dashboards.panels():
         for target in panel["targets"]:
@@ -59,7 +59,7 @@ def names(query: str) -> set[str]:
 
 
 def jobs_of(query: str) -> set[str]:
-    """Returns the jobs and applications that a query asks for."""
+    """Returns the jobs and applications that a query selects."""
     return set(re.findall(r'(?:job|app)=~?"([\w-]+)', query))
 
 
@@ -163,7 +163,7 @@ def has_data(prometheus: Any, query: str, over_time: bool) -> bool:
 
 
 TOLD = {name for file in RECORDED for name in re.findall(r"^([a-zA-Z_:][\w:]*)", file.read_text(), re.MULTILINE)}
-# Whether something answers is asked by its job.
+# Whether something answers is queried by its job.
 TOLD -= {"up", "probe_success"}
 RECORDS = {
     rule["record"]: rule["expr"]

@@ -1,4 +1,4 @@
-"""Rules: valid, each alert fires with its cause and is silent without, and says what to do."""
+"""Rules: valid, each alert fires with its cause and is silent without, and names the remedy."""
 
 from __future__ import annotations
 

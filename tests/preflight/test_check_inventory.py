@@ -1,4 +1,4 @@
-"""What is wrong with an inventory is told in one line each, which names the variable or group and what is allowed."""
+"""Each fault of an inventory is reported in one line, which names the variable or group and what is allowed."""
 
 from __future__ import annotations
 

@@ -318,7 +318,7 @@ def benign(value: Any) -> Any:
 
 
 def structure(template: Path, text: str) -> Any:
-    """Returns what a file says without its values: keys of YAML or JSON, else words and settings of each line."""
+    """Returns a file's text without its values: keys of YAML or JSON, else words and settings of each line."""
     if re.search(r"\.(ya?ml|json)\.j2$", template.name):
         return shape(list(yaml.safe_load_all(text)))
     # A time of the calendar is the rest of its line, blanks among it.

@@ -127,7 +127,7 @@ def test_a_host_whose_address_cannot_be_evaluated_is_told_with_the_rest(tmp_path
     output = done.stdout + done.stderr
     assert "nothing was changed, problems: 2\n" in output
     assert "- ansible_host (gone): cannot be evaluated: 'nowhere' is undefined\n" in output
-    assert output.count("[ERROR]") == 1, "the host is told about once, and not tried"
+    assert output.count("[ERROR]") == 1, "the host is reported once, and not tried"
 
 
 class Registry(BaseHTTPRequestHandler):

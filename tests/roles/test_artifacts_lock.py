@@ -1,4 +1,4 @@
-"""The lock of what comes from outside: complete, and the same as what the roles' defaults say."""
+"""The lock of what comes from outside: complete, and the same as the roles' defaults."""
 
 from __future__ import annotations
 

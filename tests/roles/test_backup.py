@@ -64,13 +64,13 @@ class Site:
         }
 
     def __call__(self, *words: str) -> int:
-        """Runs the program, which reads its settings where the environment says; returns its status."""
+        """Runs the program, which reads its settings where the environment points; returns its status."""
         (self.etc / "settings.json").write_text(json.dumps(self.settings))
         status: int = loaded(PROGRAM).main(words)
         return status
 
     def told(self) -> dict[str, float]:
-        """Returns when each backup was last good, as Prometheus learns it."""
+        """Returns when each backup was last good, as exposed to Prometheus."""
         lines = [line for file in self.metrics.glob("*.prom") for line in file.read_text().splitlines()]
         found = [line.rsplit(" ", 1) for line in lines if line.startswith(METRIC)]
         return {name.removeprefix(f'{METRIC}{{what="').removesuffix('"}'): float(value) for name, value in found}

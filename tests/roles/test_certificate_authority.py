@@ -142,7 +142,7 @@ def test_a_chain_below_a_node_does_not_verify(ca: Path, tmp_path: Path) -> None:
         capture_output=True,
         text=True,
     )
-    # A strict verifier wants a key identifier of the authority itself too; that is the role's to add, below.
+    # A strict verifier requires a key identifier of the authority itself too; that is the role's to add, below.
     assert b"error 20" not in node_alone.stderr
     assert below.returncode != 0
     assert "invalid CA certificate" in below.stderr

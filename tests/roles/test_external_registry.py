@@ -1,4 +1,4 @@
-"""A registry that somebody else runs: what pushes or pulls knows its authority and its users, or needs none."""
+"""A registry that somebody else runs: what pushes or pulls has its authority and its users, or needs none."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What ictx-pipeline submits, and what it says about it. SLURM's commands are stand-ins here: the real chain runs in
+"""What ictx-pipeline submits, and what it prints about it. SLURM's commands are stand-ins here: the real chain runs in
 tests/e2e/test_pipeline.py."""
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ NOWHERE = "http://127.0.0.1:1/k3s"
 
 
 class Quiet(SimpleHTTPRequestHandler):
-    """Serves a folder and says nothing."""
+    """Serves a folder and logs nothing."""
 
     def log_message(self, format: str, *arguments: object) -> None:
         """Says nothing."""
@@ -38,7 +38,7 @@ def mirror(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 def choose(folder: Path, wanted: str, mirror: str, *, lab: bool, **variables: str) -> tuple[bool, str]:
-    """Returns whether a choice was made, and what was said."""
+    """Returns whether a choice was made, and what was printed."""
     told = {
         "_kubernetes_wanted": wanted,
         "_kubernetes_is_lab": lab,

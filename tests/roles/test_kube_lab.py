@@ -96,7 +96,7 @@ def test_only_released_volumes_of_our_own_are_removed(addons: Any) -> None:
 
 
 def pki(folder: Path, *arguments: str) -> list[str]:
-    """Runs kube-lab-pki and returns what it says that it makes."""
+    """Runs kube-lab-pki and returns what it reports that it makes."""
     done = subprocess.run(
         [FILES / "kube-lab-pki", *arguments],
         env={**os.environ, "KUBE_LAB_PKI": str(folder)},

@@ -1,4 +1,4 @@
-"""What the lab asks of its machine: containers that live by the kernel's word, and disk, where its caches count.
+"""What the lab requires of its machine: containers that live by the kernel's word, and disk, where its caches count.
 
 Process folders here are laid out as procfs does."""
 
@@ -45,7 +45,7 @@ def test_a_container_whose_process_lives_runs(module: ModuleType, tmp_path: Path
 
 
 def test_a_container_without_its_process_is_dead(module: ModuleType, tmp_path: Path) -> None:
-    """A machine that was cut off leaves a record that still says running."""
+    """A machine that was cut off leaves a record that still reads running."""
     assert module.state(CONTAINER, tmp_path) == "dead"
 
 
@@ -61,7 +61,7 @@ def test_a_process_of_this_machine_with_the_id_is_not_the_container(module: Modu
 
 
 def test_a_container_that_ended_is_what_podman_says(module: ModuleType, tmp_path: Path) -> None:
-    """The process of an ended container is not asked for."""
+    """The process of an ended container is not queried."""
     assert module.state(CONTAINER | {"State": "exited"}, contained(tmp_path, CONTAINER["Id"])) == "exited"
 
 
@@ -87,7 +87,7 @@ def test_what_the_caches_hold_is_not_asked_for_again(
 
 
 def test_even_warm_caches_need_some_free_disk(module: ModuleType, tmp_path: Path) -> None:
-    """However much is cached, a full disk is told before anything runs."""
+    """However much is cached, a full disk is reported before anything runs."""
     problems = module.disk_problems(disk(tmp_path, min_disk_gb=0, min_free_gb=10**12))
     assert len(problems) == 1
     assert str(tmp_path) in problems[0]

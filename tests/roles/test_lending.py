@@ -119,7 +119,7 @@ def node(folder: Path) -> Path:
 
 
 def pod(folder: Path, name: str, **metadata: Any) -> None:
-    """Runs a pod on the node, as far as the API knows."""
+    """Runs a pod on the node, as the API reports."""
     container = {"name": "x", "image": "x"}
     spec = {"nodeName": "gpu1", "containers": [container], "terminationGracePeriodSeconds": 0}
     about = {"name": name, "namespace": "default", **metadata}

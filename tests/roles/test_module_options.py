@@ -1,4 +1,4 @@
-"""Tasks give modules only options that the locked Ansible knows: an unknown one fails only on the node."""
+"""Tasks give modules only options that the locked Ansible has: an unknown one fails only on the node."""
 
 from __future__ import annotations
 

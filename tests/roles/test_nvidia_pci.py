@@ -1,4 +1,4 @@
-"""GPUs are found by what sysfs says about them; the folders here are laid out as the kernel does."""
+"""GPUs are found by what sysfs exposes of them; the folders here are laid out as the kernel does."""
 
 from __future__ import annotations
 

@@ -81,7 +81,7 @@ def test_a_task_gets_its_own_rank_and_root_and_the_images_variables(folder: Path
         ({"SLURM_JOB_GPUS": "0,1", "CUDA_VISIBLE_DEVICES": "0,1"}, {}, "0,1"),
         ({"SLURM_JOB_GPUS": "0,1"}, {"SLURM_STEP_GPUS": "2,3"}, "2,3"),
     ],
-    ids=["none were asked for", "the job's", "this node's"],
+    ids=["none were requested", "the job's", "this node's"],
 )
 def test_a_task_sees_the_gpus_that_it_was_given(
     folder: Path, step: dict[str, str], local: dict[str, str], visible: str

@@ -25,7 +25,7 @@ OUTSIDE = "mirror.invalid"  # a name that only the proxy resolves
 
 @contextmanager
 def serving(answer: Any) -> Iterator[tuple[int, list[str]]]:
-    """Yields the port of a server on this machine, and what it has been asked for."""
+    """Yields the port of a server on this machine, and the requests it got."""
     asked: list[str] = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -49,7 +49,7 @@ def serving(answer: Any) -> Iterator[tuple[int, list[str]]]:
 
 @pytest.fixture
 def site() -> Iterator[dict[str, Any]]:
-    """Yields a mirror on this machine, a proxy that finds it under a name outside, and what each has been asked for."""
+    """Yields a mirror on this machine, a proxy that finds it under a name outside, and the requests that each got."""
     pages = {"/debian/./Packages": b"", "/simple/nothing/": b"<a href='nothing-1.0-py3-none-any.whl'>x</a>"}
     with serving(lambda path: (200, pages[path]) if path in pages else (404, b"")) as (inside, asked):
 

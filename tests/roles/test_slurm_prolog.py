@@ -85,7 +85,7 @@ def test_a_number_without_a_name_gets_no_folder_and_does_not_stop_the_node(state
     "M7",
     "a job makes files in the folder of containers' state until no other fits",
     before="the next user's prolog failed, and SLURM took the node out of service",
-    now="that job starts, without containers, and the log of the node says why; the room comes back with the epilog",
+    now="that job starts, without containers, and the node's log gives the reason; the room comes back with the epilog",
 )
 def test_a_full_folder_does_not_take_the_node_out_of_service(state: Path) -> None:
     state.parent.mkdir()

@@ -1,4 +1,4 @@
-"""What Grafana is given at its start is what it reads: it says nothing about a key that it does not know."""
+"""What Grafana is given at its start is what it reads: it reports no key that it does not use."""
 
 from __future__ import annotations
 

@@ -130,7 +130,7 @@ def test_measured_nodes_are_merged_and_the_second_time_is_as_the_first() -> None
     ], "gpu9 is not in the inventory any more"
     assert HARDWARE.measured_nodes(entries, list(hosts), hosts, ["gpu1"]) == text
     assert "\n  - nodes: gpu[1-2]\n" in text
-    assert "\n    gres:\n      - name: gpu\n" in text, "yamllint of this repository wants lists indented"
+    assert "\n    gres:\n      - name: gpu\n" in text, "yamllint of this repository requires indented lists"
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Every template of every role renders for both inventories, and says what it should."""
+"""Every template of every role renders for both inventories, and holds what it should."""
 
 from __future__ import annotations
 
@@ -259,7 +259,7 @@ def test_the_runtime_never_runs_as_root(written: Any, inventory: str, host: str)
     run = next(line for line in conf if line.startswith("RunTimeRun="))
     assert re.search(r"ictx-oci-run '%b' '%r' (runc|nvidia-container-runtime) --", run)
     assert commands == dict.fromkeys(("RunTimeQuery", "RunTimeKill", "RunTimeDelete"), as_user)
-    # What a user's bundle says stands in no command that root's shell reads.
+    # What a user's bundle holds stands in no command that root's shell reads.
     assert not [line for line in conf if re.match("RunTime(Query|Kill|Delete)=", line) and re.search("%[bre@]", line)]
 
 
@@ -314,7 +314,7 @@ def test_prometheus_scrapes_every_host_of_the_inventory_by_its_name(written: Any
     asked = {"endpoints", "mlflow-endpoints"}
     assert set(jobs) == {"node", "mysqld", "dcgm", "blackbox", "prometheus", "alertmanager", *asked}
     assert {job["scheme"] for job in jobs.values()} == {"https"}
-    assert jobs["node"]["honor_labels"] is True, "a controller tells about other nodes"
+    assert jobs["node"]["honor_labels"] is True, "a controller exposes metrics of other nodes"
     own = {"username": "prometheus", "password_file": "/etc/prometheus/own_password"}
     for name, job in jobs.items():
         exporter = {"username": "metrics", "password_file": "/etc/prometheus/metrics_password"}

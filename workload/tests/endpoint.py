@@ -1,4 +1,4 @@
-"""A small HTTP server that speaks OpenAI's protocol, and fails as real ones do."""
+"""A small HTTP server with OpenAI's protocol, and fails as real ones do."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def text(content: str) -> Answer:
 
 @dataclass
 class Server:
-    """What the server answers, and what it was asked."""
+    """What the server answers, and the requests it got."""
 
     url: str = ""
     key: str = ""

@@ -37,7 +37,7 @@ def model_of(dtype: torch.dtype, device: torch.device) -> Transformer:
 
 
 def served(target: int) -> None:
-    """Prefills and decodes, at lengths, batches and counts that `ictx kernels build` does not know of."""
+    """Prefills and decodes, at lengths, batches and counts that `ictx kernels build` does not cover."""
     for dtype in (torch.float16, torch.bfloat16)[: 1 if target < 80 else 2]:
         model = model_of(dtype, META)
         for batch, block_size, stored in ((1, 64, None), (3, 16, None), (1, None, None), (32, 64, "int8")):

@@ -24,7 +24,7 @@ SEED = st.integers(0, 2**64 - 1)
 
 
 def array(sizes: Sequence[Sequence[int]]) -> TokenArray:
-    """Tokens that number themselves, through all shards: each tells its document and its place."""
+    """Tokens that number themselves, through all shards: each identifies its document and its place."""
     shards, first = [], 0
     for documents in sizes:
         total = sum(documents)

@@ -68,7 +68,7 @@ def test_pieces_have_the_tokens_of_the_whole(tokenizer: Tokenizer, text: str, pi
         pieces = cut(text)
         assert "".join(pieces) == text
         assert all(0 < len(part) <= piece for part in pieces) or not text
-    # A cut for want of a better place is allowed other tokens.
+    # A cut for lack of a better place is allowed other tokens.
     places = pairwise(pieces)
     if all(after[0] == " " and before[-1] in "ab'é1２²三_.-{}>" for before, after in places):
         tokens = [number for part in pieces for number in tokenizer.encode(part).ids]

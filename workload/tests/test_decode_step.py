@@ -1,4 +1,4 @@
-"""The captured decode step says what the model's ordinary decode says: greedy tokens and logits."""
+"""The captured decode step computes what the model's ordinary decode does: greedy tokens and logits."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def prefilled(model: Transformer, batch: int, block_size: int | None, stored: st
 
 @torch.inference_mode()
 def agrees(model: Transformer, batch: int, block_size: int | None, stored: str | None, graph: bool = False) -> None:
-    """Decodes both ways; the ordinary one is told the step's tokens, so that both see the same context."""
+    """Decodes both ways; the ordinary one is given the step's tokens, so that both see the same context."""
     cache, newest = prefilled(model, batch, block_size, stored)
     step = DecodeStep(model, cache, newest, TOKENS)
     captured = step.capture() if graph else None
@@ -54,7 +54,7 @@ def agrees(model: Transformer, batch: int, block_size: int | None, stored: str |
     for number, expected in enumerate(wanted):
         best = expected.float().max(-1).values
         chosen = expected.float().gather(1, found[number + 1][:, None]).flatten()
-        # The same token, or in 16 bits one that is as likely as roundings can tell.
+        # The same token, or in 16 bits one that is as likely within rounding.
         assert (best - chosen <= BOUND[expected.dtype] * expected.float().abs().amax(-1)).all()
         if logits:
             error = (logits[number].float() - expected.float()).norm() / expected.float().norm()

@@ -53,7 +53,7 @@ def test_a_slow_answer_is_tried_again_and_then_ends_it() -> None:
 @pytest.mark.parametrize("key", ["", "wrong"])
 def test_a_wrong_key_is_one_line_and_no_second_try(key: str) -> None:
     with serving(Server(key="right")) as server:
-        reason = "refuses the key: HTTP 401" if key else r"asks for a key \(--key-env, --key-file\): HTTP 401"
+        reason = "refuses the key: HTTP 401" if key else r"requires a key \(--key-env, --key-file\): HTTP 401"
         for call in (Endpoint.check, lambda endpoint: endpoint.chat("hello")):
             with pytest.raises(UserError, match=reason) as error:
                 call(client(server.url, key=key))

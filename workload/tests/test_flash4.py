@@ -156,7 +156,7 @@ def test_documents_go_to_the_library_with_their_edges(library: list[str]) -> Non
     for ours, wanted in zip(found, expected(q, k, v, grad, [4, 4, 4]), strict=True):
         assert float((ours.double() - wanted).norm() / wanted.norm()) <= 8e-3
     assert library[8:] == ["3 rows", "backward"]
-    # Nobody has said where these lie.
+    # Nothing declares where these lie.
     assert choice("mla_attention", q, 128).name == "triton"
     assert choice("mla_attention", q, 128, edges=True).name == "flash4"
     assert choice("mla_attention", q[..., :128], 128, 1).name == "cudnn"

@@ -90,7 +90,7 @@ def test_a_key_opens_and_health_needs_none(address: tuple[str, int]) -> None:
 
 @pytest.mark.attack(
     "H1",
-    "A client without a key asks for paths besides /v1, with odd methods, spellings of /health and other credentials",
+    "A client without a key requests paths besides /v1, with odd methods, spellings of /health and other credentials",
     before="vLLM answered /invocations, /tokenize, /metrics, /openapi.json and others",
     now="401 from a middleware around the whole API: only GET /health is open",
 )
@@ -110,7 +110,7 @@ def test_nothing_else_answers_without_a_key(address: tuple[str, int], target: st
 
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "HEAD", "OPTIONS", "TRACE", "get", "Get"])
 def test_health_is_open_to_get_alone(address: tuple[str, int], method: str) -> None:
-    # Some servers know capital letters only.
+    # Some servers take capital letters only.
     assert ask(address, "/health", method=method)[0] in ({401} if method.isupper() else {400, 401})
 
 

@@ -314,7 +314,7 @@ def test_a_cache_that_cannot_be_quantised_is_refused(
 
 def test_fp8_is_refused_where_the_gpu_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "capability", lambda device: 86)
-    # Only dtype, device and capability are asked for; there is no such GPU here.
+    # Only dtype, device and capability are queried; there is no such GPU here.
     like = SimpleNamespace(dtype=torch.bfloat16, device=torch.device("cuda"))
     with pytest.raises(UserError, match=r"capability 8.6 has no fp8; int8 takes as many bytes"):
         refuse_quantised("fp8", like, 64)  # type: ignore[arg-type]

@@ -100,7 +100,7 @@ def test_routing_that_is_not_given_is_transformers_own(saved: Path, tmp_path: Pa
 
 @pytest.mark.full
 def test_every_key_may_be_absent_alone(saved: Path, tmp_path: Path) -> None:
-    """Most sizes that are absent do not fit the tensors then, which is said; none changes the model in silence."""
+    """Most sizes that are absent do not fit the tensors then, which is reported; none changes the model in silence."""
     content = json.loads((saved / "config.json").read_text())
     read = {name for name in content if agree(changed(saved, tmp_path, {}, (name,)))}
     assert {*FIXED, "rms_norm_eps", "rope_theta", "rope_parameters", "dtype", "n_shared_experts"} <= read

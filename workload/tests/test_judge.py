@@ -1,4 +1,4 @@
-"""The judge: what it is asked, how its verdicts are counted, and what its failures cost."""
+"""The judge: its requests, how its verdicts are counted, and what its failures cost."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def test_two_models_are_compared_in_both_orders_and_an_interruption_costs_nothin
         # The endpoint goes away after some answers: what it gave stays.
         server.answer = lambda body: prefers_a(body) if len(server.asked) < 12 else (401, {}, b"")
         assert run(monkeypatch, server, *command, "--batch-size", 1) == 2
-        assert "asks for a key" in capsys.readouterr().err
+        assert "requires a key" in capsys.readouterr().err
         done = len((tmp_path / "out/samples.jsonl").read_text().splitlines())
         assert done == 5
         server.answer, server.asked = prefers_a, []

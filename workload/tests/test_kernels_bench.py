@@ -1,4 +1,4 @@
-"""`ictx kernels bench`: peers compute what we do, and one that does not, or is not there, is told."""
+"""`ictx kernels bench`: peers compute what we do, and one that does not, or is not there, is reported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is compiled ahead of time is fit to ship, and is all that a process on such a GPU asks for."""
+"""What is compiled ahead of time is fit to ship, and is all that a process on such a GPU requires."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ MANAGER = f"{ShippedCache.__module__}:{ShippedCache.__name__}"
 
 
 def launched(function: str, target: int, shipped: Path, own: Path) -> tuple[dict[str, list[str]], str]:
-    """Runs a function of `launched.py` in a process; returns what was compiled and found, and what the process said."""
+    """Runs a function of `launched.py` in a process; returns what was compiled and found, and what it printed."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     ended = subprocess.run(
         [sys.executable, Path(__file__).with_name("launched.py"), function, str(target)],
@@ -179,7 +179,7 @@ def test_each_variant_has_a_name_of_its_own() -> None:
 
 
 def test_another_checkout_finds_what_was_built() -> None:
-    """Launches are told apart by what is compiled, not by where Triton lies."""
+    """Launches are distinguished by what is compiled, not by where Triton lies."""
     launch, *_ = launches(lambda: drive(75), 75)
     content = json.loads(launch.specialisation)
     libraries = content["options"]["extern_libs"]

@@ -54,7 +54,7 @@ def target(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.M
         bound = inspect.signature(self.fn).bind(*given, **named).arguments
         arguments = [value for name, value in bound.items() if compiled.src.signature[name] != "constexpr"]
         launched.append((self.__name__, compiled.asm["ptx"]))
-        # Two more for the compiler's own scratch memory, of which our kernels want none.
+        # Two more for the compiler's own scratch memory, of which our kernels need none.
         ptx.run(compiled.asm["ptx"], grid, compiled.metadata.shared, [*arguments, 0, 0], together=together)
         return compiled
 

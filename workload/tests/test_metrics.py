@@ -1,4 +1,4 @@
-"""What a run tells monitoring."""
+"""What a run exposes to monitoring."""
 
 from __future__ import annotations
 

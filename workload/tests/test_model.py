@@ -177,7 +177,7 @@ def test_documents_in_one_sequence_do_not_see_each_other(length: int) -> None:
                 alone = model(tokens[row : row + 1, first:end])
                 assert (packed[row, first:end] - alone[0]).abs().max() <= 1e-5
         backwards = model(tokens, positions, document_ids=10 - documents)
-        assert torch.equal(packed, backwards), "numbers tell documents apart, in whatever order they come"
+        assert torch.equal(packed, backwards), "numbers separate documents, in whatever order they come"
         assert (model(tokens, positions)[0, 60:] - packed[0, 60:]).abs().max() > 0.01, "without numbers they see"
 
 

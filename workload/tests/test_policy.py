@@ -37,8 +37,8 @@ def test_a_first_version_needs_evaluations_and_no_comparison() -> None:
 @pytest.mark.parametrize(
     ("metrics", "reason"),
     [
-        ({"perplexity": 10.3}, r"perplexity is 10.3, the champion's \(models:/m/1\) 10: at most 10.2 is asked for"),
-        ({"needle": 0.84}, r"needle is 0.84, the champion's \(models:/m/1\) 0.9: at least 0.85 is asked for"),
+        ({"perplexity": 10.3}, r"perplexity is 10.3, the champion's \(models:/m/1\) 10: at most 10.2 is required"),
+        ({"needle": 0.84}, r"needle is 0.84, the champion's \(models:/m/1\) 0.9: at least 0.85 is required"),
         ({"ruler": 0.5}, r"ruler is 0.5, the champion's"),
         ({"judge_win_rate": 0.6}, "judge_win_rate .low end of the 95 % interval. is not measured"),
         ({"judge_win_rate": 0.6, "judge_win_rate_low": 0.39}, r"low end of the 95 % interval\) is 0.39, at least 0.4"),
@@ -59,7 +59,7 @@ def test_every_reason_is_named() -> None:
 def test_a_version_within_the_margins_is_admitted() -> None:
     close = {"perplexity": 10.2, "needle": 0.85, "ruler": 0.78, "judge_win_rate": 0.5, "judge_win_rate_low": 0.4}
     assert len(check(SHIPPED, version(2, "models:/m/1", **close), version(1, **GOOD))) == 4
-    # A win over somebody else says nothing about the champion.
+    # A win over somebody else is no measure of the champion.
     with pytest.raises(Refused, match="measured against models:/m/7, the champion is models:/m/1"):
         check(SHIPPED, version(2, "models:/m/7", **close), version(1, **GOOD))
 

@@ -34,7 +34,7 @@ from ictx.train.config import PretrainConfig, load
 from ictx.train.pretrain import main as train
 
 STEPS, EVERY, BATCH = 120, 45, 8
-"""What conftest's settings say: steps, steps between checkpoints, sequences per rank and step."""
+"""conftest's settings: steps, steps between checkpoints, sequences per rank and step."""
 
 
 def records(run: Path) -> list[dict[str, Any]]:
@@ -73,13 +73,13 @@ def test_a_record_tells_what_a_step_is_made_of(whole: Path) -> None:
 def test_a_record_tells_of_what_comes_between_steps(whole: Path) -> None:
     told = records(whole)
     pauses = {name: [r["step"] for r in told if r[f"{name}_seconds"] > 0] for name in ("evaluation", "checkpoint")}
-    # A checkpoint is written after the record of its step; that of the last step is told by none.
+    # A checkpoint is written after the record of its step; that of the last step is in none.
     assert pauses == {"evaluation": [60, 120], "checkpoint": [EVERY + 1, 2 * EVERY + 1]}
 
 
 @pytest.fixture(scope="module")
 def resumed(commands: Commands, prepared: Path) -> Path:
-    """A run of which one rank alone was told to stop in the middle, and that then went on."""
+    """A run of which one rank alone was signalled to stop in the middle, and that then went on."""
     run = commands.folder / "resumed"
     ranks = commands.ranks(2, *commands.pretrain(run, prepared))
     wait_for_step(run, EVERY + 3, ranks)
@@ -112,7 +112,7 @@ def wait_for_step(run: Path, step: int, ranks: list[subprocess.Popen[str]]) -> N
 def test_training_gets_below_the_unigram_entropy(whole: Path) -> None:
     result, losses = result_of(whole), [record["loss"] for record in records(whole)]
     assert losses[0] > math.log(512) - 0.5, "nothing is known at the start"
-    assert result["val_loss"] < result["unigram_entropy"] - 0.1, "what came before tells something"
+    assert result["val_loss"] < result["unigram_entropy"] - 0.1, "the context carries information"
     assert [record["step"] for record in records(whole)] == list(range(1, STEPS + 1))
     assert result["final_loss"] == losses[-1]
     assert result["tokens"] == STEPS * BATCH * 2 * 32

@@ -1,4 +1,4 @@
-"""RULER's tasks: each has its answer in the text, as often as it should, at the length that was asked for."""
+"""RULER's tasks: each has its answer in the text, as often as it should, at the requested length."""
 
 from __future__ import annotations
 

@@ -90,7 +90,7 @@ def during_a_save(run: Path, ranks: list[subprocess.Popen[str]]) -> None:
 
 
 def test_whatever_ends_a_run_the_next_start_goes_on(commands: Commands, prepared: Path, tmp_path: Path) -> None:
-    """A rank is killed, the disk is full, the job is told to stop in the middle of a save: each of it twice."""
+    """A rank is killed, the disk is full, the job is signalled to stop in the middle of a save: each of it twice."""
     same = ["train.steps=60", "train.checkpoint_every=3", "run.model_name=", "train.timeout=300"]
     run = tmp_path / "run"
     words, uninterrupted = (commands.pretrain(folder, prepared, *same) for folder in (run, tmp_path / "whole"))

@@ -64,7 +64,7 @@ def test_best_fit_puts_everything_somewhere_and_nothing_twice(sizes: list[int], 
 
 
 def array(sizes: list[int]) -> Conversations:
-    """Conversations that tell themselves apart: all tokens of number n are n + 1, the second half answers."""
+    """Conversations that are distinguishable: all tokens of number n are n + 1, the second half answers."""
     tokens = [np.where(np.arange(size) < size // 2, -2 - number, number + 1) for number, size in enumerate(sizes)]
     return Conversations(np.concatenate(tokens), np.cumsum(sizes))
 

@@ -86,7 +86,7 @@ def test_a_trial_whose_worker_is_lost_is_taken_over_some_times(
     training.wait()
     second = Sweep(settings).claim()
     assert second and second.trial.number == 0 and second.trial.params == first.trial.params
-    # One that was told to stop is no fault of the trial.
+    # One that was signalled to stop is no fault of the trial.
     (second.folder / STOPPED_FILE).touch()
     second.release()
     third = Sweep(settings).claim()

@@ -33,7 +33,7 @@ SETTINGS = {
 }
 # Offline inference with the settings that vLLM's CPU build needs: its own rotary operator for the CPU mishandles the
 # queries of latent attention without a word, so only PyTorch's operators are used. Its back end for processors with AMX
-# knows bfloat16 alone.
+# has bfloat16 alone.
 PROGRAM = """
 import gc, json, sys
 from vllm import LLM, SamplingParams, TokensPrompt
@@ -79,7 +79,7 @@ SPECULATIVE = {
         "prompt_lookup_max": 2,
     }
 }
-# What vLLM's own code for NVIDIA GPUs chooses. There is none here: a platform that says it is one, with a compute
+# What vLLM's own code for NVIDIA GPUs chooses. There is none here: a platform that reports to be one, with a compute
 # capability that is given, and the wheel's compiled part stand in for it. Nothing is computed.
 CHOICE = """
 import json, sys, types
@@ -101,7 +101,7 @@ dispatch.have_triton = lambda: True
 results = []
 for capability, settings in json.load(sys.stdin):
     config = EngineArgs(model="dense", skip_tokenizer_init=True, max_model_len=256, **settings).create_engine_config()
-    # The CPU's platform has had its say by now.
+    # The CPU's platform has made its choice by now.
     config.cache_config.block_size = settings.get("block_size", 16)
     class Gpu(CudaPlatformBase):
         get_device_capability = classmethod(lambda cls, device_id=0: DeviceCapability(*divmod(capability, 10)))
@@ -244,7 +244,7 @@ def test_vllm_chooses_ours_on_gpus_or_says_why_not(exports: Exports) -> None:
         (75, half, "CudaBackend", None),
         (86, {"dtype": "bfloat16", "kv_cache_dtype": "fp8"}, "TritonMLABackend", "the layout of a fp8 cache differs"),
         (87, half | {"block_size": 48}, "TritonMLABackend", "block size 48 is not 16"),
-        (89, half | {"attention_backend": "TRITON_MLA"}, "TritonMLABackend", "TRITON_MLA is asked for by name"),
+        (89, half | {"attention_backend": "TRITON_MLA"}, "TritonMLABackend", "TRITON_MLA is requested by name"),
     ]
     given = json.dumps([[capability, settings] for capability, settings, *_ in cases])
     log = exports.run(CHOICE, attention="ictx", given=given)

@@ -80,7 +80,7 @@ class WandbServer(ThreadingHTTPServer):
         return counts | texts | {"id": "1", "name": "1", "displayName": "", "tags": [], "wandbConfig": '{"t": 1}'}
 
     def stream(self, run: str, content: dict[str, Any]) -> None:
-        """Takes rows, at the place that the client wants them at."""
+        """Takes rows, at the place that the client names."""
         if rows := content.get("files", {}).get("wandb-history.jsonl"):
             place = rows["offset"]
             self.history[run][place : place + len(rows["content"])] = map(json.loads, rows["content"])

@@ -27,9 +27,9 @@ PROMOTED_TAG = "ictx.promoted.sha256sums"
 """Tag of a version that was promoted: the checksums of its files, as the promoter verified them. Only promoters may
 write it: the server refuses others, those who own the model included."""
 FORCED_TAG, OVERRULED_TAG = "ictx.promoted.forced", "ictx.promoted.overruled"
-"""Tags of a version that was promoted against the policy: who did it and why, and what the policy said."""
+"""Tags of a version that was promoted against the policy: who did it and why, and what the policy reported."""
 EVAL_TAG = "ictx.eval."
-"""Begins the tags of a version that say how it was evaluated: METRIC, KIND.measured, KIND.run_id."""
+"""Begins the tags of a version that record how it was evaluated: METRIC, KIND.measured, KIND.run_id."""
 IMAGE_TAG = "ictx.image_digest"
 """Tag of a run: the image that trained."""
 VERSION_TAG = "ictx.model_version"
@@ -63,7 +63,7 @@ def format_sums(sums: Mapping[str, str]) -> str:
 
 
 def read_sums(text: str) -> dict[str, str]:
-    """Returns path → SHA-256 from what SUMS_FILE says. Raises UserError for a line that is no checksum."""
+    """Returns path → SHA-256 from the text of SUMS_FILE. Raises UserError for a line that is no checksum."""
     sums: dict[str, str] = {}
     for line in text.splitlines():
         checksum, _, path = line.partition("  ")
@@ -110,7 +110,7 @@ class ModelRef:
 
 
 def new_client() -> MlflowClient:
-    """Returns a client that gives up after a quarter of a minute: whoever starts the command tries again."""
+    """Returns a client that stops retrying after a quarter of a minute: whoever starts the command tries again."""
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     return MlflowClient()

@@ -101,7 +101,7 @@ def lines(row: dict[str, Any], found: Measured) -> Iterator[str]:
 
 
 def save(row: dict[str, Any], out: Path) -> None:
-    """Writes the row as JSON, or adds it to a CSV file: what the name's ending says."""
+    """Writes the row as JSON, or adds it to a CSV file: by the name's suffix."""
     out.parent.mkdir(parents=True, exist_ok=True)
     if out.suffix == ".csv":
         new = not out.exists()

@@ -33,7 +33,7 @@ class Trace:
 def trace(run: Callable[[], object], times: int) -> Trace | None:
     """Runs something so many times under the profiler; None where it sees no kernels (no permission, no CUPTI)."""
     torch.cuda.synchronize()
-    # There is one cycle; without `acc_events` a warning says that events of earlier ones are gone.
+    # There is one cycle; without `acc_events` a warning reports that events of earlier ones are gone.
     with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as record:
         for _ in range(times):
             run()

@@ -152,7 +152,7 @@ def measure(case: Case, ranks: Ranks) -> Row:
 
 
 def guarded(case: Case, ranks: Ranks) -> Row:
-    """Runs a case; what does not fit the memory, or is not installed, is a row that says so."""
+    """Runs a case; what does not fit the memory, or is not installed, is a row that reports so."""
     try:
         return measure(case, ranks)
     except (ImportError, torch.OutOfMemoryError) as error:

@@ -109,7 +109,7 @@ def random_batch(case: Case, ranks: Ranks) -> Batch:
 
 
 def row_of(case: Case, ranks: Ranks, note: str = "") -> Row:
-    """Returns a row that says what is measured."""
+    """Returns a row that names what is measured."""
     name = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "cpu"
     replicate = ranks.count if case.implementation == "ddp" else ranks.mesh.size(0) if ranks.mesh.ndim == 2 else 1
     return Row(

@@ -64,7 +64,7 @@ def register(areas: Any) -> None:
 
 def run_prepare(arguments: argparse.Namespace) -> int:
     """`ictx data prepare`."""
-    # A job that is told to stop tidies up like one that fails.
+    # A job that is signalled to stop cleans up like one that fails.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     directory = _prepared(arguments)
     if arguments.link:

@@ -13,7 +13,7 @@ from ictx.data.skipped import Skipped
 from ictx.data.sources import source
 from ictx.errors import UserError
 
-# Of the hash by which documents are told apart: two among 10¹² share it with a chance of 10⁻¹⁵.
+# Of the hash by which documents are compared: two among 10¹² share it with a chance of 10⁻¹⁵.
 HASH_BYTES = 16
 CACHE_KIB = 64 << 10
 
@@ -106,7 +106,7 @@ class Corpus:
         if size < self.config.min_bytes:
             names = ", ".join(str(source) for source in self.sources)
             raise UserError(
-                f"{names} has {size:,} bytes of text: at least {self.config.min_bytes:,} are asked for (data.min_bytes)"
+                f"{names} has {size:,} bytes of text: at least {self.config.min_bytes:,} are required (data.min_bytes)"
                 + "".join(f"; {line}" for line in skipped.lines())
             )
         return Summary(documents, repeated, size, fingerprint.hexdigest(), tuple(skipped.lines()))

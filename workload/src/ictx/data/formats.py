@@ -1,7 +1,7 @@
 """Documents in a file: plain text, JSON lines, Parquet; text may be compressed.
 
-The beginning of a file says how it is compressed, its name what is in it. A name without a suffix (a pipe, a blob in
-the Hugging Face cache) says nothing: there the beginning decides as well.
+The beginning of a file shows how it is compressed, its name what is in it. A name without a suffix (a pipe, a blob in
+the Hugging Face cache) shows nothing: there the beginning decides as well.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def read(file: Path, config: DataConfig, skipped: Skipped, named: bool) -> Itera
     """Yields the documents of a file.
 
     Args:
-        named: whether the file was asked for by its name, and not found below a folder.
+        named: whether the file was given by its name, and not found below a folder.
 
     Raises Unreadable where it holds no text, and UserError where it holds text that is damaged, or records without any.
     """
@@ -81,7 +81,7 @@ def _kind(file: Path, field: str, named: bool) -> str:
             record = _record(next(_lines(stream), ""))
     except (Unreadable, UnicodeDecodeError):
         return "plain"
-    # What was asked for by name is meant: a wrong field is an error then, and no reason to read it as something else.
+    # What was given by name is meant: a wrong field is an error then, and no reason to read it as something else.
     return "lines" if isinstance(record, dict) and (named or isinstance(record.get(field), str)) else "plain"
 
 

@@ -30,7 +30,7 @@ ORDER = 0x6D6978
 class Schedule:
     """Which source each window is of.
 
-    In every block of windows each source has as many as its share of all windows so far asks for, to within one, in an
+    In every block of windows each source has as many as its share of all windows so far requires, to within one, in an
     order that seed and block fix. So any window's place is known from its number alone.
     """
 

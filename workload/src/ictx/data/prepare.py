@@ -34,7 +34,7 @@ from ictx.manifest import digest
 
 
 def prepare(sources: Sequence[str | Path], out: Path, config: DataConfig) -> Path:
-    """Returns the folder below `out` that holds the corpus prepared as `config` says; makes it unless it is there.
+    """Returns the folder below `out` that holds the corpus prepared by `config`; makes it unless it is there.
 
     Args:
         sources: files, folders and data sets, as `ictx.data.sources.source` reads them.
@@ -79,7 +79,7 @@ def prepare(sources: Sequence[str | Path], out: Path, config: DataConfig) -> Pat
 
 
 def described(tokenizer: Tokenizer) -> str:
-    """Returns what tells a tokenizer from others; one that puts tokens around texts once put them around pieces."""
+    """Returns what identifies a tokenizer; one that puts tokens around texts once put them around pieces."""
     around = added_around(tokenizer)
     return str(tokenizer.to_str()) + (repr(around) if any(around) else "")
 

@@ -240,7 +240,7 @@ def files_of(meta: dict[str, Any]) -> dict[str, Entry]:
 
 
 def _mapped(path: Path, dtype: np.dtype[Any], count: int, what: str) -> npt.NDArray[Any]:
-    """Returns a file as an array. Raises UserError when it is missing or has another length than meta.json says."""
+    """Returns a file as an array. Raises UserError when it is missing or has another length than in meta.json."""
     try:
         size = path.stat().st_size
         if size == count * dtype.itemsize:
@@ -248,6 +248,6 @@ def _mapped(path: Path, dtype: np.dtype[Any], count: int, what: str) -> npt.NDAr
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}: remove the folder and prepare it again") from error
     raise UserError(
-        f"{path} has {size / dtype.itemsize:,.10g} {what}, but {META_FILE} says {count:,}: "
+        f"{path} has {size / dtype.itemsize:,.10g} {what}, but {META_FILE} expects {count:,}: "
         "remove the folder and prepare it again"
     )

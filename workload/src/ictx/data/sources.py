@@ -113,7 +113,7 @@ class Pipe:
 
 
 def _named(each: Files | Pipe, file: Path, config: DataConfig, skipped: Skipped) -> Iterator[str]:
-    """Yields the documents of a file that was asked for: it is meant, whatever is in it."""
+    """Yields the documents of a file that was named: it is meant, whatever is in it."""
     try:
         yield from read(file, config, skipped, named=True)
     except Unreadable as error:

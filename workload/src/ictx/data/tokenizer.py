@@ -85,7 +85,7 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
 def read_tokenizer(directory: Path) -> Tokenizer:
     """Returns the tokenizer that lies in a folder, whoever made it. Raises UserError.
 
-    Truncation and padding that a file has are what somebody's last call asked for, and not the tokenizer's.
+    Truncation and padding that a file has are what somebody's last call set, and not the tokenizer's.
     """
     path = directory / TOKENIZER_FILE
     try:

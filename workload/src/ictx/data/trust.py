@@ -31,7 +31,7 @@ def trusted_files(directory: Path, config: Trusting) -> dict[str, Entry]:
     """Returns the files of a folder of prepared data, which are not read yet.
 
     Raises Unusable unless all belongs to somebody who is trusted, and only its owner can write to it. In a container
-    root's files appear as nobody's, like those of every other user: there only `data.trusted_dirs` tells them apart.
+    root's files appear as nobody's, like those of every other user: there only `data.trusted_dirs` distinguishes them.
     """
     allowed = {0, *config.trusted_owners}
     if directory.exists() and directory.resolve() in [trusted.resolve() for trusted in config.trusted_dirs]:

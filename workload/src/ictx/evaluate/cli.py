@@ -54,7 +54,7 @@ examples:
 """
 JUDGE_EXAMPLES = f"""{COMMON}
 A judge model behind an OpenAI-compatible endpoint grades answers with Prometheus-Eval's prompts and rubrics: alone, 1
-to 5, or with --against beside those of another model, in both orders. What cannot be parsed is counted. --check asks
+to 5, or with --against beside those of another model, in both orders. What cannot be parsed is counted. --check queries
 the judge about answers of which it is known which is right: whether its grades mean anything.
 
 examples:
@@ -79,7 +79,7 @@ def register(areas: Any) -> None:
     stage = commands.add_parser(
         "run",
         parents=[command_line()],
-        help="several evaluations, as a configuration wants them",
+        help="several evaluations, as a configuration sets them",
         epilog=RUN_EXAMPLES,
         formatter_class=RAW,
     )

@@ -42,7 +42,7 @@ def context(subject: Subject) -> int:
 
 
 def lengths(arguments: argparse.Namespace, subject: Subject, beyond: bool = False) -> list[int]:
-    """Returns the lengths that are asked for, or four up to the context. Raises UserError for one that is too long."""
+    """Returns the requested lengths, or four up to the context. Raises UserError for one that is too long."""
     most = context(subject)
     chosen = sorted(set(arguments.lengths or [most >> back for back in range(4)]))
     if chosen[0] < 1:

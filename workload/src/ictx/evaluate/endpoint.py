@@ -24,7 +24,7 @@ LARGEST_ANSWER = 16 << 20
 
 
 class Rejected(UserError):
-    """The endpoint takes no such request (a prompt that is too long, say): the same would fail again."""
+    """The endpoint rejects the request (a prompt that is too long, for example): the same would fail again."""
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -140,7 +140,7 @@ class Endpoint:
     def _refused(self, error: urllib.error.HTTPError) -> UserError:
         said = shown(" ".join(error.read(4096).decode(errors="replace").split())[:160])
         if error.code in (401, 403):
-            key = "refuses the key" if self.key else "asks for a key (--key-env, --key-file)"
+            key = "refuses the key" if self.key else "requires a key (--key-env, --key-file)"
             return UserError(f"{self.url} {key}: HTTP {error.code}")
         if error.code in PASSING:
             after = error.headers.get("Retry-After", "")
@@ -157,4 +157,4 @@ class _Passing(UserError):
     def __init__(self, text: str, seconds: float = 0.0) -> None:
         super().__init__(text)
         self.seconds = seconds
-        """That the endpoint wants to be left alone for."""
+        """To wait, as the endpoint requests."""

@@ -1,4 +1,4 @@
-"""Grades of a judge model, absolute and relative, and how much they say: what failed is counted, never dropped."""
+"""Grades of a judge model, absolute and relative, and how reliable they are: what failed is counted, never dropped."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ictx.folder import read_text
 from ictx.settings import shown
 
 CHECKED = "check"
-"""Begins the keys of samples that ask about the judge: two references, of which one answers another instruction."""
+"""Begins the keys of samples that check the judge: two references, of which one answers another instruction."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Question:
-    """What the judge is asked: to grade an answer, or to choose between two, of which `first` comes first."""
+    """What the judge is requested to do: to grade an answer, or to choose between two, of which `first` comes first."""
 
     item: Item
     first: str
@@ -52,7 +52,7 @@ def read_items(file: Path, count: int, seed: int) -> list[Item]:
 
 
 def plan(items: Sequence[Item], answers: Sequence[str], others: Sequence[str] | None) -> list[Planned[Question]]:
-    """Returns what to ask: a grade for each answer, or for two models' answers the better one, in both orders."""
+    """Returns the requests: a grade for each answer, or for two models' answers the better one, in both orders."""
     questions = []
     for place, (item, answer) in enumerate(zip(items, answers, strict=True)):
         if others is None:
@@ -94,7 +94,7 @@ class Judge:
     sampling: Mapping[str, Any]
     """Sent with each request: temperature, top_p, max_tokens, …"""
     attempts: int
-    """How often a judge is asked whose text cannot be parsed, each time with another seed."""
+    """Requests to a judge whose text cannot be parsed, each time with another seed."""
     constrain: int = 0
     """Characters of feedback where the server holds the judge to the format, 0 where it does not."""
 
@@ -124,7 +124,7 @@ class Judge:
             try:
                 text = self.endpoint.chat(prompt, **self.sampling, **extra, seed=attempt)
             except Rejected as error:
-                # A prompt that the judge cannot take, by its length say: no other attempt will do.
+                # A prompt that the judge cannot take (too long, for example): no other attempt will do.
                 return {"verdict": None, "error": str(error), "attempts": attempt}
             found = prometheus.verdict(text, mode)
             if found is not None:
@@ -173,7 +173,7 @@ def sum_up_relative(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def assess(records: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], str]:
-    """Returns how often the judge tells a right answer from a wrong one, and in words what its grades are worth."""
+    """Returns how often the judge prefers the right answer to a wrong one, and in words what its grades are worth."""
     found = sum_up_relative(records)
     if "judge_win_rate" not in found:
         return (

@@ -30,7 +30,7 @@ def convert(gguf: Path, out: Path) -> None:
     """
     if not gguf.is_file():
         raise UserError(f"{gguf}: no such file")
-    # Nothing is asked of the Hub: all is in the file.
+    # The Hub is not queried: all is in the file.
     os.environ["HF_HUB_OFFLINE"] = "1"
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

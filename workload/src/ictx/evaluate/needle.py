@@ -1,6 +1,6 @@
 """A needle in a haystack: a sentence at some depth of a long text, and whether the model finds it again.
 
-After github.com/gkamradt/LLMTest_NeedleInAHaystack. The model goes on with a sentence that asks for the number, so that
+After github.com/gkamradt/LLMTest_NeedleInAHaystack. The model goes on with a sentence that requests the number, so that
 base models are measured like those that follow instructions. It is found where greedy decoding gives all of its tokens;
 −ln p of them shows how near a model is that does not find it.
 """
@@ -38,7 +38,7 @@ class Needle:
 
 @dataclass(frozen=True)
 class Haystack:
-    """Text without a needle, repeated as often as its length asks for."""
+    """Text without a needle, repeated as often as its length requires."""
 
     tokens: list[int]
     ends: frozenset[int]

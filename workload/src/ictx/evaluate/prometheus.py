@@ -1,6 +1,6 @@
 """Prometheus-Eval's prompts, rubrics and parser (arXiv:2405.01535), of its package as they are.
 
-The package itself cannot be imported: it asks for a `fastchat` that is another package than the well-known one, for a
+The package itself cannot be imported: it requires a `fastchat` that is another package than the well-known one, for a
 client that we replace. Its modules of prompts and of the parser need nothing.
 """
 
@@ -57,7 +57,7 @@ def rubric(name: str, mode: Mode) -> str:
 
 
 def absolute_prompt(instruction: str, answer: str, reference: str | None, rubric: str) -> str:
-    """Returns the turn that asks for a grade of 1 to 5.
+    """Returns the turn that requests a grade of 1 to 5.
 
     What the package sends as the system's turn begins the user's: templates of Mistral's family refuse a system's.
     """
@@ -68,7 +68,7 @@ def absolute_prompt(instruction: str, answer: str, reference: str | None, rubric
 
 
 def relative_prompt(instruction: str, a: str, b: str, reference: str | None, rubric: str) -> str:
-    """Returns the turn that asks which of two answers, A or B, is better; see `absolute_prompt`."""
+    """Returns the turn that requests the better of two answers, A or B; see `absolute_prompt`."""
     prompts = _module("prompts")
     template = str(prompts.get_prompt_template("relative", reference is not None))
     filled = template.format(
@@ -84,7 +84,7 @@ def verdict(text: str, mode: Mode) -> int | str | None:
 
 
 def grammar(mode: Mode, feedback: int) -> str:
-    """Returns a regular expression of what the prompts ask for, with so many characters of feedback at most.
+    """Returns a regular expression of the format that the prompts require, with so many characters of feedback at most.
 
     A judge that is too small to keep to the format can be held to it by servers that take one (vLLM's
     `structured_outputs`): it makes texts that can be parsed, and no better grades.

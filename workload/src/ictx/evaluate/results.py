@@ -93,7 +93,7 @@ def log(subject: Subject, result: Result, folder: Path) -> str:
 
 
 def _tags(result: Result, run_id: str) -> dict[str, str]:
-    """Returns what the version says of the evaluation, behind EVAL_TAG."""
+    """Returns the version's tags of the evaluation, behind EVAL_TAG."""
     kind, against = result.kind, result.measured.get("against")
     numbers = {name: f"{value:.6g}" for name, value in result.metrics.items() if math.isfinite(value)}
     about = {f"{kind}.measured": result.fingerprint, f"{kind}.run_id": run_id}

@@ -72,7 +72,7 @@ def harness(arguments: argparse.Namespace) -> int:
 
 
 def _known(arguments: argparse.Namespace, tasks: Sequence[str]) -> Any:
-    """Returns what the harness knows tasks by. Raises UserError for one that it does not know."""
+    """Returns the harness's registry of tasks. Raises UserError for one that it does not have."""
     if arguments.tasks_dir:
         # A task of one's own needs nobody else's data; without this each looks for it on the Hub first.
         os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -1,4 +1,4 @@
-"""`ictx eval judge`: answers of the models, what the judge says of the judge, then the grades."""
+"""`ictx eval judge`: answers of the models, the judge's self-check, then the grades."""
 
 from __future__ import annotations
 

@@ -117,7 +117,7 @@ def _found(init: str) -> tuple[ModelRef | None, str]:
 
 
 def main(name: str, assignments: list[str], run: Callable[[list[list[str]]], int]) -> int:
-    """Evaluates a model as a configuration wants it and writes result.json; returns the exit status.
+    """Evaluates a model as a configuration sets it and writes result.json; returns the exit status.
 
     Args:
         run: runs the words of several commands of `ictx eval`, after it looked at all of them.

@@ -33,7 +33,7 @@ class Subject:
 
     @property
     def digest(self) -> str:
-        """SHA-256 over the files that say what the model computes."""
+        """SHA-256 over the files that determine what the model computes."""
         names = sorted(path.name for path in self.folder.glob("*") if path.suffix in (".safetensors", ".json"))
         sums = hash_files(self.folder, names)
         return hashlib.sha256("".join(f"{name} {sums[name].sha256}\n" for name in names).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""about.json: what a run is, beside the metrics.jsonl in which it tells how it gets on."""
+"""about.json: what a run is, beside the metrics.jsonl to which it logs its progress."""
 
 from __future__ import annotations
 

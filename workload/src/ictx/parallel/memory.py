@@ -118,7 +118,7 @@ def plan(model: Transformer, work: Work, modes: tuple[str, ...]) -> Plan:
     head = LOGITS * size + vocabulary * (4 + size) + tokens * config.hidden_size * size
     # A layer's weights and the next one's, their gradient, and the same in float32 for the sum over ranks.
     gathered = largest * (2 * size + size + 4) + vocabulary * size
-    # What is computed again is at its peak in the last layer that does so, when later ones have let go of theirs.
+    # What is computed again is at its peak in the last layer that does so, when later ones have freed theirs.
     again = [number for number, mode in enumerate(modes) if mode != "none"]
     begun = again[-1] + 1 if again else 0
     most = {"head": float(head)} if head > gathered else {"gathered layer": float(gathered)}

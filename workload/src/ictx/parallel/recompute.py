@@ -60,7 +60,7 @@ def _uncounted(routers: list[Router], inner: AbstractContextManager[Any]) -> Ite
 
 
 def recompute(layer: Layer, mode: str, offloaded: bool = False) -> None:
-    """Makes a layer's backward compute again what a mode of `MODES` says.
+    """Makes a layer's backward compute again what a mode of `MODES` selects.
 
     Replaces the layer's `forward`, not the layer: names of weights stay, and hooks of sharding stay around it.
 

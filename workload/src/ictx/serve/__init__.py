@@ -1,1 +1,1 @@
-"""Between the registry and the server: fetching models, and saying which version is served."""
+"""Between the registry and the server: fetching models, and setting which version is served."""

@@ -81,7 +81,7 @@ def register(areas: Any) -> None:
         "--policy",
         default=POLICY,
         metavar="FILE",
-        help=f"what is asked of a version, here or below the configs ({POLICY})",
+        help=f"what a version must meet, here or below the configs ({POLICY})",
     )
     promote.add_argument("--force", action="store_true", help="promote a version that the policy refuses")
     promote.add_argument("--reason", default="", metavar="TEXT", help="why; tags of the version keep it")

@@ -30,7 +30,7 @@ class Refused(UserError):
 
 @dataclass(frozen=True)
 class Rule:
-    """What is asked of a metric."""
+    """What is required of a metric."""
 
     better: Literal["lower", "higher"]
     """Which numbers are better."""
@@ -45,7 +45,7 @@ class Rule:
     bound: Literal["value", "low", "high"] = "value"
     """What the limit counts for: the number, or an end of its 95 % interval."""
     against_champion: bool = False
-    """Whether it must have been measured against the champion (win rates); without one it is not asked for."""
+    """Whether it must have been measured against the champion (win rates); without one it is not required."""
 
     def __post_init__(self) -> None:
         if self.margin is not None and not 0 <= self.margin < math.inf:
@@ -79,7 +79,7 @@ class Policy:
 
 @dataclass(frozen=True)
 class Evaluated:
-    """A version and what its tags say of it."""
+    """A version and what its tags hold of it."""
 
     uri: str
     """models:/NAME/VERSION."""
@@ -139,7 +139,7 @@ def _findings(
         if value is None:
             yield False, f"{name} is not measured: {command} {version.uri}"
         else:
-            yield sign * value >= sign * rule.limit, f"{name} is {value:.4g}, {word} {rule.limit:.4g} is asked for"
+            yield sign * value >= sign * rule.limit, f"{name} is {value:.4g}, {word} {rule.limit:.4g} is required"
     if champion is None:
         return
     if rule.against_champion:
@@ -156,4 +156,4 @@ def _findings(
     else:
         allowed = theirs - sign * rule.margin * (abs(theirs) if rule.relative else 1.0)
         numbers = f"{metric} is {number:.4g}, the champion's ({champion.uri}) {theirs:.4g}"
-        yield sign * number >= sign * allowed, f"{numbers}: {word} {allowed:.4g} is asked for"
+        yield sign * number >= sign * allowed, f"{numbers}: {word} {allowed:.4g} is required"

@@ -1,4 +1,4 @@
-"""`ictx promote`: says which version of a registered model an alias stands for, and vouches for its files."""
+"""`ictx promote`: sets the version of a registered model that an alias stands for, and vouches for its files."""
 
 from __future__ import annotations
 

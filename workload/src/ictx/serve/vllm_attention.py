@@ -102,7 +102,7 @@ class CudaImpl(_Decode, MLACommonImpl[MLACommonMetadata]):
         **mla_args: Any,
     ) -> None:
         if alibi_slopes or sliding_window or logits_soft_cap or attn_type != AttentionType.DECODER:
-            raise NotImplementedError("ictx's attention knows no slopes, windows, caps or encoders")
+            raise NotImplementedError("ictx's attention has no slopes, windows, caps or encoders")
         super().__init__(
             num_heads,
             head_size,
@@ -182,7 +182,7 @@ class Prefill(MLAPrefillBackend):
         output_scale: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Returns causal attention among new tokens [tokens, heads, value], and its log-sum-exp [heads, tokens]."""
-        assert output_scale is None and out is None, "vLLM asks for these where supports_out or _quant_output say so"
+        assert output_scale is None and out is None, "vLLM passes these where supports_out or _quant_output is true"
         _ran(f"prefill: {q.shape[1]} heads, {q.dtype} on {q.device.type}")
         result, lse = attend_ragged(q, k, v, self._bounds, self._bounds, self.scale, causal=True)
         return (result, lse) if return_softmax_lse else result
@@ -191,13 +191,13 @@ class Prefill(MLAPrefillBackend):
         self, chunk: Any, q: Tensor, k: Tensor, v: Tensor, out: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Returns attention of new tokens to a part of the cached ones, and its log-sum-exp."""
-        assert out is None, "vLLM asks for it where supports_out says so"
+        assert out is None, "vLLM passes it where supports_out is true"
         bounds = (chunk.query_start_loc.tolist(), chunk.cu_seq_lens.tolist())
         return attend_ragged(q, k, v, *bounds, self.scale, causal=False)
 
 
 def served(config: Any) -> Served:
-    """Returns what a configuration of vLLM asks of attention."""
+    """Returns what a configuration of vLLM requires of attention."""
     model, cache, parallel, speculative = (
         config.model_config,
         config.cache_config,
@@ -226,7 +226,7 @@ def served(config: Any) -> Served:
         queries=1 + (speculative.num_speculative_tokens if speculative is not None else 0),
         backend=backend.name if backend is not None else None,
         amx=_amx(backend),
-        other=tuple(f"{name} is asked for" for name, asked in other.items() if asked),
+        other=tuple(f"{name} is requested" for name, asked in other.items() if asked),
     )
 
 

@@ -1,4 +1,4 @@
-"""Whether our attention takes vLLM's place, from what was asked and what is served. Knows nothing of vLLM itself."""
+"""Whether our attention takes vLLM's place, from what was requested and what is served. Imports nothing of vLLM."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Served:
     cache_dtype: str
     """As vLLM names it: auto, float16, fp8, …"""
     block_size: int | None
-    """Tokens of a block of the cache that a person asked for."""
+    """Tokens of a block of the cache, as the user requested."""
     latent: int
     rope: int
     """Widths of the two parts of a cached token."""
@@ -41,15 +41,15 @@ class Served:
     queries: int = 1
     """New tokens of a sequence at once: more than 1 with speculative decoding."""
     backend: str | None = None
-    """Back end that a person asked for by name."""
+    """Back end that the user requested by name."""
     amx: bool = False
     """Whether vLLM would, without a GPU, take its back end for processors with AMX."""
     other: tuple[str, ...] = ()
-    """What else is asked of attention that ours does not have, in words."""
+    """What else is required of attention that ours does not have, in words."""
 
 
 def wanted() -> bool:
-    """Returns whether our attention is asked for. Raises UserError when the variable has no such value."""
+    """Returns whether our attention is requested. Raises UserError when the variable has no such value."""
     value = os.environ.get(VARIABLE) or "vllm"
     if value not in ("ictx", "vllm"):
         raise UserError(f"{VARIABLE} is {value!r}: expected ictx or vllm")
@@ -84,7 +84,7 @@ def refused(served: Served) -> str | None:
     if served.amx and served.device == "cpu":
         return "vLLM has its own for processors with AMX"
     if served.backend is not None and served.device == "cuda":
-        return f"{served.backend} is asked for by name"
+        return f"{served.backend} is requested by name"
     return _refused_by_kernels(served)
 
 
@@ -101,7 +101,7 @@ def prefills(served: Served, named: str | None) -> bool:
     """Returns whether our prefill takes vLLM's place: on a CPU with our decoding, on GPUs where vLLM has none.
 
     Args:
-        named: prefill back end that a person asked for.
+        named: prefill back end that the user requested.
     """
     if served.device == "cpu":
         return refused(served) is None

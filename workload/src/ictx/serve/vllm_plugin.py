@@ -1,7 +1,7 @@
 """What vLLM loads at the start of each of its processes (entry point `vllm.general_plugins`).
 
 With `ICTX_VLLM_ATTENTION=ictx` it registers our attention for the places that vLLM's own takes. Whether ours is taken
-is decided there when a model is loaded, and said in one line of the log.
+is decided there when a model is loaded, and logged in one line.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ DECODE = (
     "TRITON_MLA",
 )
 """Back ends of vLLM for latent attention. Ours takes the place of the one that vLLM looks at first; at the others, only
-what a person asks for by name is seen."""
+what the user requests by name is seen."""
 PREFILL = ("CPU", "FLASH_ATTN")
 
 
 def register() -> None:
-    """Registers our attention where it is asked for; again is as once. Raises UserError for a wrong value."""
+    """Registers our attention where it is requested; idempotent. Raises UserError for a wrong value."""
     if not wanted():
         return
     import vllm

@@ -1,6 +1,6 @@
 """The trials of a sweep, which its workers share: Optuna's journal on their common storage, and who works on what.
 
-A worker keeps a lock on its trial's folder, and so does the training that it starts. The system lets go of it when both
+A worker keeps a lock on its trial's folder, and so does the training that it starts. The system releases it when both
 have ended, however they did, also with their node: a running trial whose folder is free has lost its worker. The next
 worker goes on with it from its last checkpoint; Optuna's own heartbeat needs a database server, and starts anew.
 """
@@ -28,7 +28,7 @@ from ictx.folder import write_whole
 from ictx.sweep.config import Range, SweepConfig
 
 STOPPED_FILE = "stopped"
-"""In a trial's folder: its worker was told to stop, and nothing is wrong with the trial."""
+"""In a trial's folder: its worker was signalled to stop, and nothing is wrong with the trial."""
 CRASHES = "crashes"
 """Attribute of a trial: how often it ended without a result."""
 DEFINITION = ("stage", "config", "settings", "space", "metric", "direction")

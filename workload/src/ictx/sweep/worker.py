@@ -65,7 +65,7 @@ class Worker:
         self.told_to_stop = False
 
     def work(self) -> int:
-        """Returns 0, or 75 when it was told to stop: the next worker goes on with its trial.
+        """Returns 0, or 75 when it was signalled to stop: the next worker goes on with its trial.
 
         Raises UserError when the first trial's settings or data are wrong: those of the others are too.
         """
@@ -96,7 +96,7 @@ class Worker:
             self.process.send_signal(signal.SIGTERM)
 
     def _train(self, claim: Claim) -> None:
-        """Trains until the trial has ended, or the worker was told to stop."""
+        """Trains until the trial has ended, or the worker was signalled to stop."""
         trial, say = claim.trial, f"trial {claim.trial.number}:"
         command = training(self.config, claim.folder, trial.params, self.parent.run_id)
         print(say, ", ".join(f"{name}={value}" for name, value in trial.params.items()), flush=True)

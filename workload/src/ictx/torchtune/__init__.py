@@ -1,6 +1,6 @@
 """This model as components of torchtune 0.6.1, for `tune run full_finetune_single_device --config torchtune/tiny.yaml`.
 
-torchtune is not maintained any more, and wants a torchao of its time: `scripts/bootstrap torchtune` makes an
+torchtune is not maintained any more, and requires a torchao of its time: `scripts/bootstrap torchtune` makes an
 environment for it. The maintained way is `ictx train sft`.
 """
 

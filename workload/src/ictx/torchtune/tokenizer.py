@@ -11,7 +11,7 @@ from ictx.data.chat.tokens import encoded, numbers
 from ictx.infer.vocabulary import Vocabulary
 
 ROLES = {"ipython": "tool"}
-"""torchtune's names that templates do not know."""
+"""torchtune's names that templates do not have."""
 
 
 class ChatTokenizer:

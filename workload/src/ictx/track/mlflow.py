@@ -24,7 +24,7 @@ from ictx.track.lineage import UNKNOWN, Lineage
 
 T = TypeVar("T")
 
-# What a run is labelled with, when the environment says it.
+# What a run is labelled with, where the environment sets it.
 TAGS = {
     IMAGE_TAG: "ICTX_IMAGE_DIGEST",
     "ictx.image_ref": "ICTX_IMAGE_REF",
@@ -36,7 +36,7 @@ TAGS = {
 }
 
 
-# Errors that waiting may mend: a server that is down, restarts or is busy. Others (a wrong password) stay.
+# Errors that a retry may resolve: a server that is down, restarts or is busy. Others (a wrong password) stay.
 PASSING = {"INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED", "DEADLINE_EXCEEDED"}
 SECONDS_BETWEEN_TRIES = 5.0
 
@@ -127,7 +127,7 @@ class Tracker:
     ) -> None:
         """Goes on with the run whose id `directory` keeps, or begins one there; waits `patience` seconds to do so.
 
-        A run that goes on waits for nobody: what its beginning and its end say is told when the server answers.
+        A run that goes on waits for nobody: what its beginning and its end report is sent when the server answers.
         """
         self.client = new_client()
         self.experiment, self.patience, self.lineage, self.track = experiment, patience, lineage, track

@@ -88,7 +88,7 @@ class Outbox:
         try:
             self.sink.finish(status)
         except self.sink.failure as error:
-            print(f"{self.sink.name} did not learn that the run is {status} ({self.sink.reason(error)})", flush=True)
+            print(f"{self.sink.name} did not record that the run is {status} ({self.sink.reason(error)})", flush=True)
 
 
 def _step(note: Path) -> int:

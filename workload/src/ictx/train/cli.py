@@ -22,7 +22,7 @@ examples:
 
 EXTEND_EXAMPLES = """
 The parent's version is looked up once, verified and kept in run.dir/init: an alias that moves meanwhile changes
-nothing. model.yarn says how far positions are stretched; everything else of the model is the parent's.
+nothing. model.yarn sets how far positions are stretched; everything else of the model is the parent's.
 
 examples:
   ictx train extend --config extend/tiny.yaml --set init=models:/ictx-tiny@candidate \\
@@ -121,7 +121,7 @@ def _train(arguments: argparse.Namespace, stage: Callable[[dict[str, Any]], int]
 
     profile = [f"train.profile={arguments.profile}"] if arguments.profile else []
     status = exit_status(lambda: stage(read(arguments.config, arguments.set + profile)))
-    # Threads of torch outlive the process group; one that then asks for the interpreter while it shuts down aborts the
+    # Threads of torch outlive the process group; one that then requests the interpreter while it shuts down aborts the
     # process, and torchrun takes that for a failure of the whole job. Everything is written: leave at once.
     sys.stdout.flush()
     sys.stderr.flush()

@@ -289,7 +289,7 @@ def read(name: str, assignments: list[str]) -> dict[str, Any]:
     """Returns a run's settings as plain values.
 
     `model: NAME`, also from an assignment, is replaced by the content of configs/model/NAME.yaml; other assignments
-    come after that. The corpus gets the model's vocabulary unless it says otherwise.
+    come after that. The corpus gets the model's vocabulary unless it sets another.
     """
     chosen = [each for each in assignments if each.partition("=")[0] == "model"]
     content = override(load_yaml(config_path(name)), chosen)

@@ -26,7 +26,7 @@ class PreferenceConfig:
     """The model that rewards are relative to, given as `init` is; that one unless given."""
     engine: Literal["auto", "trl", "ictx"] = "auto"
     """`trl`: TRL's DPOTrainer on transformers' model; `ictx`: our own loop, which also shares long answers out among
-    ranks; `auto`: TRL where it can do what the settings want."""
+    ranks; `auto`: TRL where it supports the settings."""
 
     def __post_init__(self) -> None:
         if not 0 < self.beta < math.inf:
@@ -62,7 +62,7 @@ class DpoConfig(StageConfig):
         return "ictx" if self.obstacle() or self.train.sequence_length > LONGEST_OF_TRL else "trl"
 
     def obstacle(self) -> str | None:
-        """Returns the setting that TRL's trainer, as we use it, does not know."""
+        """Returns the setting that TRL's trainer, as we use it, does not support."""
         loop, defaults = self.train, type(self.train)(1, 1, 1)
         unknown = (
             "recompute_layers", "offload", "compile", "fp8", "mask_documents", "reduce_once", "profile", "skip_spikes",

@@ -84,7 +84,7 @@ class Reports:
 
 
 class Hooks(TrainerCallback):
-    """Calls for records, and ends the training with a checkpoint where a rank is told to stop."""
+    """Calls for records, and ends the training with a checkpoint where a rank is signalled to stop."""
 
     def __init__(self, reports: Reports, ranks: Ranks, loop: LoopConfig) -> None:
         self.reports, self.ranks, self.loop = reports, ranks, loop

@@ -97,7 +97,7 @@ class PreferenceStage(Child):
         return found
 
     def batches(self, ranks: Ranks) -> PairBatches:
-        """Returns the pairs, with what the reference model says of them. Raises UserError."""
+        """Returns the pairs, with the reference model's log-probabilities. Raises UserError."""
         loop = self.config.train
         self.pairs, reference = self.open(ranks)
         self.scores = self._scores(reference, ranks)

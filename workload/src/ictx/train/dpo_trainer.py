@@ -80,7 +80,7 @@ class PairTrainer(DPOTrainer):
     train_dataset: Any
 
     def __init__(self, config: DpoConfig, device: torch.device, **arguments: Any) -> None:
-        """Computes the log-probabilities of the reference model, which is let go of then.
+        """Computes the log-probabilities of the reference model, which is released then.
 
         Args:
             arguments: TRL's; `ref_model` must be given, and data sets have `prompt_ids`, `chosen_ids`, `rejected_ids`.

@@ -103,7 +103,7 @@ def conduct(stage: PreferenceStage, ranks: Ranks, directory: Path) -> int:
             ranks.limit(loop.timeout)
             trainer.go(step, len(pairs.train), stage.used, Path(scratch))
             if trainer.state.global_step < loop.steps:
-                journal.say(f"told to stop: ended after step {trainer.state.global_step}")
+                journal.say(f"stop requested: ended after step {trainer.state.global_step}")
                 journal.finish("KILLED")
                 return STOPPED
             result = trainer.result(on_first(lambda: recorded(directory))[-1]) | {

@@ -1,4 +1,4 @@
-"""What other libraries raise in a run, as errors that say what to do."""
+"""What other libraries raise in a run, as errors that name the remedy."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ class Parent:
     """A model to begin with, complete and verified in the run's folder."""
 
     init: str
-    """What the settings say: `models:/NAME/VERSION`, `models:/NAME@ALIAS` or `run:/FOLDER`."""
+    """What the settings name: `models:/NAME/VERSION`, `models:/NAME@ALIAS` or `run:/FOLDER`."""
     origin: str
     """What that was when the run began: `models:/NAME/VERSION` or `run:/FOLDER`."""
     name: str

@@ -75,7 +75,7 @@ class Run:
         self.watchdog.close()
 
     def train(self) -> dict[str, Any] | None:
-        """Trains to the last step and returns the result, or None when told to stop (a checkpoint is saved then)."""
+        """Trains to the last step; returns the result, or None when signalled to stop (a checkpoint is saved then)."""
         loop, began, due = self.config.train, time.monotonic(), False
         if self.stage.parent and not self.step_number:
             self.state.progress.parent_loss = self._examine(0)["validation_loss"]
@@ -100,7 +100,7 @@ class Run:
                     self._save(step, wait=last or self.updater.stops > 0)
                     due = False
                 if self.updater.stops and not bad and not last:
-                    self.journal.say(f"told to stop: ended after step {step}")
+                    self.journal.say(f"stop requested: ended after step {step}")
                     return None
         self.watchdog.rest()
         progress, losses = self.state.progress, self.state.losses
@@ -249,7 +249,7 @@ def peak_memory(device: torch.device) -> float:
 
 
 def main(stage: Stage, config: StageConfig) -> int:
-    """Runs or goes on with a run; returns 0, or 75 (EX_TEMPFAIL) when it was told to stop and has saved.
+    """Runs or goes on with a run; returns 0, or 75 (EX_TEMPFAIL) when it was signalled to stop and has saved.
 
     Raises UserError naming a setting, a path or the step at which the loss stopped being a number.
     """

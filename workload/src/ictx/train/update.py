@@ -25,7 +25,7 @@ class Updater:
         self.model, self.optimizers, self.ranks = state.model, state.optimizers, state.ranks
         self.config, self.loop = state.config, state.config.train
         self.stops = 0.0
-        """How many ranks were told to stop, as of the last step."""
+        """How many ranks were signalled to stop, as of the last step."""
 
     def step(self, number: int) -> dict[str, float]:
         """Does one step, unless its loss or gradient is not finite or a spike: then no weight changes.

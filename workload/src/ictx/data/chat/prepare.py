@@ -24,7 +24,7 @@ from ictx.errors import UserError, printable
 
 
 def prepare(sources: Sequence[str | Path], out: Path, config: ChatDataConfig) -> Path:
-    """Returns the folder below `out` that holds the rows prepared as `config` says; makes it unless it is there.
+    """Returns the folder below `out` that holds the rows prepared by `config`; makes it unless it is there.
 
     Args:
         sources: `stdlib`, and files, folders, pipes and data sets, as `ictx.data.sources.source` reads them.

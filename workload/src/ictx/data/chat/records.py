@@ -18,7 +18,7 @@ Record = tuple[str, Any]
 
 
 def holds_records(file: Path) -> bool:
-    """Whether a file that was found below a folder is one of records, as its name says."""
+    """Whether a file that was found below a folder is one of records, by its name."""
     name = file.name.lower()
     for suffix in COMPRESSED:
         name = name.removesuffix(suffix)

@@ -74,7 +74,7 @@ class Template:
             raise _failed(error) from error
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> tuple[str, list[Span]]:
-        """Returns a conversation's text, and where in it the template says that the model writes.
+        """Returns a conversation's text, and where in it the template marks what the model writes.
 
         Args:
             add_generation_prompt: whether the text ends where an answer begins.

@@ -31,7 +31,7 @@ def numbers(tokens: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
 def encoded(rows: Iterable[Row], tokenizer: Tokenizer, template: Template) -> Iterator[Tokens]:
     """Yields each conversation's tokens, as transformers' `apply_chat_template` gives them and the answers' mask.
 
-    Raises UserError where the template fails, or does not say which parts the model writes.
+    Raises UserError where the template fails, or does not mark which parts the model writes.
     """
     rest = iter(rows)
     while batch := list(islice(rest, BATCH)):
@@ -58,7 +58,7 @@ class Conversations:
     """Encoded conversations in a file, memory-mapped."""
 
     def __init__(self, tokens: npt.NDArray[Any], ends: npt.NDArray[np.int64]) -> None:
-        """Args: `tokens` of all, one after the other; `ends` says where each ends."""
+        """Args: `tokens` of all, one after the other; `ends` holds where each ends."""
         self.tokens, self.ends = tokens, ends
         self.sizes = np.diff(ends, prepend=0)
 

@@ -32,7 +32,7 @@ class Needles:
     values: int = 1
     """Of each key."""
     queries: int = 1
-    """Keys that are asked for."""
+    """Keys that are queried."""
     key: Kind = "words"
     value: Kind = "numbers"
 
