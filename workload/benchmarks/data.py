@@ -144,7 +144,7 @@ def main() -> int:
         print(json.dumps(measure(arguments.measure[0], Path(arguments.measure[1]))))
         return 0
     relation = tokenising(arguments)
-    print(f"{OURS} is {relation:.2f} × as fast as the library alone: at least {LEAST} is asked for")
+    print(f"{OURS} is {relation:.2f} × as fast as the library alone: at least {LEAST} is required")
     loading()
     return 0 if relation >= LEAST else 1
 
