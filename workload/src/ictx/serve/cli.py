@@ -47,19 +47,19 @@ def register(areas: Any) -> None:
     raw = argparse.RawDescriptionHelpFormatter
     other = areas.add_parser(
         "register",
-        help="make a folder with a model a version of the registry",
+        help="register a folder with a model as a new version",
         epilog=REGISTER_EXAMPLES,
         formatter_class=raw,
     )
     other.add_argument("folder", type=Path, metavar="FOLDER", help="as transformers writes it")
     other.add_argument("--model", required=True, help="registered model; a new one where there is none")
-    other.add_argument("--alias", default="candidate", help="alias that is to stand for it (candidate)")
+    other.add_argument("--alias", default="candidate", help="alias to set on the version (candidate)")
     other.set_defaults(run=run_register)
     pull = areas.add_parser(
         "pull", help="fetch a registered model and verify it", epilog=PULL_EXAMPLES, formatter_class=raw
     )
     pull.add_argument("uri", help="models:/<name>@<alias> or models:/<name>/<version>")
-    pull.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="where its files go")
+    pull.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="target folder")
     pull.add_argument(
         "--promoted",
         action="store_true",
@@ -75,7 +75,7 @@ def register(areas: Any) -> None:
         formatter_class=raw,
     )
     promote.add_argument("version", help="number, or an alias that stands for it")
-    promote.add_argument("--alias", required=True, help="alias that is to stand for it, such as champion")
+    promote.add_argument("--alias", required=True, help="alias to set on the version, such as champion")
     promote.add_argument("--model", default="", help="registered model; needed where there are several")
     promote.add_argument(
         "--policy",

@@ -32,7 +32,7 @@ def register(areas: Any) -> None:
     """Adds `sweep` to the areas of the command line."""
     sweep = areas.add_parser(
         "sweep",
-        help="search for the best settings of a stage of training",
+        help="optimise the settings of a training stage",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="ictx sweep [run|status|best|trial] CONFIG [--set KEY=VALUE] [--train SECTION.KEY=VALUE …]",
