@@ -58,7 +58,7 @@ def open_regular(path: Path) -> BinaryIO:
 
 
 def read_json(path: Path) -> Any:
-    """Returns the content of a JSON file that somebody else may have written. Raises Unusable."""
+    """Returns the content of a JSON file that another user may have written. Raises Unusable."""
     with open_regular(path) as file:
         content = file.read(LARGEST_TEXT + 1)
     if len(content) > LARGEST_TEXT:

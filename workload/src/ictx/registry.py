@@ -131,7 +131,7 @@ def as_user_error(error: MlflowException) -> UserError:
 
 
 def reason(error: Exception) -> str:
-    """Returns what went wrong, in words where MLflow shows the guts of its HTTP client."""
+    """Returns what went wrong, rephrased where MLflow shows internals of its HTTP client."""
     text = _first_line(error)
     for sign, words in {
         "Connection refused": "nothing listens there (connection refused)",

@@ -1,4 +1,4 @@
-"""Prepared data gets its folder: complete or not at all, once, and only from somebody who is trusted."""
+"""Prepared data gets its folder: complete or not at all, once, and only from a trusted owner."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def publish(draft: Path, name: str, fingerprint: str, config: Trusting) -> Path:
 
 
 def _held(out: Path, name: str, fingerprint: str, config: Trusting) -> Path | None:
-    """Returns a folder that holds the corpus: of somebody who is trusted, every file of it what was written.
+    """Returns a folder that holds the corpus: of a trusted owner, every file of it what was written.
 
     Where others can write too, anybody may have taken the name: then this user's folder has a longer one.
     """
@@ -83,11 +83,11 @@ def _held(out: Path, name: str, fingerprint: str, config: Trusting) -> Path | No
 
 
 def _named(draft: Path, name: str, fingerprint: str, config: Trusting) -> Path:
-    """Gives a draft its name, or one that nobody can guess where that is taken; returns the folder to use."""
+    """Gives a draft its name, or an unguessable one where that is taken; returns the folder to use."""
     try:
         return draft.rename(draft.parent / name)
     except OSError:
-        # Another job was quicker with the same text, or somebody keeps others from using the name.
+        # Another job was quicker with the same text, or another user blocks the name.
         if found := _held(draft.parent, name, fingerprint, config):
             return found
         return draft.rename(draft.parent / f"{name}-{uuid.uuid4().hex[:12]}")

@@ -119,7 +119,7 @@ def _named(each: Files | Pipe, file: Path, config: DataConfig, skipped: Skipped)
     except Unreadable as error:
         raise UserError(f"{each} cannot be read as text: {error}") from error
     except UserError as error:
-        # It names the file, which of a pipe is one that nobody knows.
+        # It names the file; that of a pipe is temporary.
         raise UserError(f"{each}: {error}" if isinstance(each, Pipe) else str(error)) from error
 
 

@@ -28,7 +28,7 @@ class Rejected(UserError):
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """Follows nobody: the key is for the endpoint alone."""
+    """Follows no redirect: the key is for the endpoint alone."""
 
     def redirect_request(
         self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: Message, newurl: str

@@ -74,7 +74,7 @@ def harness(arguments: argparse.Namespace) -> int:
 def _known(arguments: argparse.Namespace, tasks: Sequence[str]) -> Any:
     """Returns the harness's registry of tasks. Raises UserError for one that it does not have."""
     if arguments.tasks_dir:
-        # A task of one's own needs nobody else's data; without this each looks for it on the Hub first.
+        # A custom task needs no other data; without this each queries the Hub first.
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
     from lm_eval.tasks import TaskManager
 
@@ -88,7 +88,7 @@ def _known(arguments: argparse.Namespace, tasks: Sequence[str]) -> Any:
 def _evaluate(
     arguments: argparse.Namespace, manager: Any, task: str, tokenizer: str, endpoint: Endpoint
 ) -> dict[str, Any]:
-    """Returns what the harness finds of a task. Raises UserError where its data cannot be had."""
+    """Returns the harness's results of a task. Raises UserError where its data cannot be fetched."""
     from lm_eval import simple_evaluate
 
     if endpoint.key:

@@ -82,7 +82,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _trial(config: SweepConfig) -> int:
-    """Becomes the training with the values that somebody else chose."""
+    """Becomes the training with the values that an outside agent chose."""
     from ictx.sweep.report import Parent
     from ictx.sweep.study import Sweep
     from ictx.sweep.worker import training

@@ -37,7 +37,7 @@ DEFINITION = ("stage", "config", "settings", "space", "metric", "direction")
 
 @dataclass
 class Claim:
-    """A trial that this worker works on, and nobody else."""
+    """A trial that this worker alone works on."""
 
     trial: Trial
     folder: Path

@@ -55,7 +55,7 @@ def _wanted(track: TrackConfig) -> str:
 
 
 def _has_key() -> bool:
-    """Returns whether `wandb` finds a key, or token, for its server; it prompts nobody for one."""
+    """Returns whether `wandb` finds a key, or token, for its server; never prompts for one."""
     wandb = _library()
     from wandb.sdk.lib import wbauth
 

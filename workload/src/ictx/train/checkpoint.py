@@ -171,7 +171,7 @@ class Checkpoints:
             shutil.rmtree(draft, ignore_errors=True)
 
     def _close_to_others(self) -> None:
-        """Makes the run's folders writable by their owner only: between two looks nobody else replaces what is there.
+        """Makes the run's folders writable by their owner only: between two checks no other user replaces files.
 
         Raises Unusable when they are somebody else's.
         """

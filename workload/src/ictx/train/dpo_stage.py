@@ -171,7 +171,7 @@ class PreferenceStage(Child):
         return self._measured(chosen, self._log_probs(model, self.pairs.validation, chosen, self.ranks))
 
     def held_out(self, pairs: Pairs) -> range:
-        """Returns which pairs are looked at in validation: spread evenly, and the same ones each time."""
+        """Returns the pairs of the validation: spread evenly, and the same ones each time."""
         available = len(pairs.validation)
         count = min(available, self.config.train.validation_windows)
         return range(0, available // count * count, available // count)

@@ -125,7 +125,7 @@ def _taken(init: str, run: Path, patience: float) -> Parent:
 
 
 def _noted(note: Path) -> dict[str, Any] | None:
-    """Returns what an earlier start noted. Raises UserError for a note that somebody else may have written."""
+    """Returns what an earlier start noted. Raises UserError for a note that another user may have written."""
     if not note.exists():
         return None
     check_owner(note)

@@ -17,7 +17,7 @@ from ictx.train.ranks import on_first
 def locked(directory: Path, first: bool) -> Iterator[None]:
     """Keeps a run's folder, which is made if need be, for this job; every rank calls it, the first one has the lock.
 
-    The system releases it when the process ends, however it does. Raises UserError when somebody else has it.
+    The system releases it when the process ends, however it does. Raises UserError when another job has it.
     """
     descriptor = on_first(lambda: _lock(directory))
     try:

@@ -16,7 +16,7 @@ from ictx.train.ranks import Ranks
 
 
 class Scored(Protocol):
-    """What a stage knows about windows of tokens; see `ictx.train.stage`."""
+    """What a stage defines for windows of tokens; see `ictx.train.stage`."""
 
     def counts(self, model: Transformer, batch: Batch) -> Counts:
         """Returns the `tokens` that a loss is a mean over."""
