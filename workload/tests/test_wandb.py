@@ -19,6 +19,7 @@ from test_run import short, tracked
 from wandb_server import WandbServer
 
 from ictx.errors import UserError
+from ictx.track import wandb
 from ictx.track.config import TrackConfig
 from ictx.train.pretrain import main as train
 
@@ -206,6 +207,20 @@ def test_online_without_a_key_is_refused_before_anything_is_taken(
     with pytest.raises(UserError, match=r"track\.wandb is online, but .* set WANDB_API_KEY .*track\.wandb=offline"):
         train(short(commands, prepared, tmp_path / "run", "track.wandb=online"))
     assert not (tmp_path / "run").exists()
+
+
+def test_without_the_package_a_run_is_tracked_elsewhere_unless_it_names_wandb(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    assert wandb.mode(TrackConfig()) == "disabled"
+    wandb.check(TrackConfig())
+    for wanted in ("online", "offline"):
+        with pytest.raises(UserError, match=rf"track\.wandb is {wanted}, but wandb is not installed: install it"):
+            wandb.check(TrackConfig(wandb=wanted))
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    with pytest.raises(UserError, match=r"track\.wandb is offline, but wandb is not installed"):
+        wandb.check(TrackConfig())
 
 
 @pytest.mark.parametrize(

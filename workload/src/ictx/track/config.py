@@ -15,7 +15,7 @@ class TrackConfig:
 
     wandb: str = "auto"
     """`online`; `offline`: a folder in run.dir for `wandb sync`; `disabled`; `auto`: WANDB_MODE where it is set, else
-    online where there is an API key, else offline."""
+    online where there is an API key, else offline, or disabled where the package is not installed."""
     project: str | None = None
     """W&B project; WANDB_PROJECT, else run.experiment, unless given."""
     entity: str | None = None

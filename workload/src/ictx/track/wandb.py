@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import queue
 import re
@@ -27,14 +28,21 @@ EXIT_CODES = {"FINISHED": 0, "FAILED": 1, "KILLED": 75}
 
 
 def check(track: TrackConfig) -> None:
-    """Raises UserError for `online` without an API key: to be called before a run takes anything."""
-    if _wanted(track) == "online":
+    """Raises UserError for `online` without an API key, and for a mode without the package.
+
+    To be called before a run takes anything.
+    """
+    if _wanted(track) != "auto":
         mode(track)
 
 
 def mode(track: TrackConfig) -> str:
-    """Returns `online`, `offline` or `disabled`. Raises UserError for `online` without an API key."""
+    """Returns `online`, `offline` or `disabled`, which `auto` is where the package is missing. Raises as `check`."""
     wanted = _wanted(track)
+    if wanted != "disabled" and importlib.util.find_spec("wandb") is None:
+        if wanted == "auto":
+            return "disabled"
+        raise UserError(f"track.wandb is {wanted}, but wandb is not installed: install it, or set track.wandb=disabled")
     if wanted not in ("auto", "online"):
         return wanted
     if _has_key():
