@@ -78,6 +78,19 @@ WRONG: list[tuple[str, Document, str]] = [
     ("serving", {"topologySpread.whenUnsatisfiable": "Maybe"}, "topologySpread.whenUnsatisfiable"),
     ("serving", {"tolerations": [{"effect": "Never"}]}, "tolerations.0.effect"),
     ("serving", {"podLabels": {"a": LONG}}, "podLabels.a"),
+    ("serving", {"extraVolumes": [{"emptyDir": {}}]}, "extraVolumes.0"),
+    ("serving", {"extraVolumes": [{"name": "models", "emptyDir": {}}]}, "extraVolumes"),
+    ("serving", {"extraVolumes": [{"name": "{{ print `models` }}", "emptyDir": {}}]}, "extraVolumes"),
+    ("serving", {"extraVolumeMounts": [{"name": "cache", "mountPath": "/a", "path": "b"}]}, "path"),
+    ("serving", {"extraVolumeMounts": [{"name": "absent", "mountPath": "/a"}]}, "extraVolumeMounts"),
+    ("serving", {"extraVolumeMounts": [{"name": "cache", "mountPath": "/models/"}]}, "extraVolumeMounts"),
+    ("serving", {"initContainers": [{"name": "pull", "image": "a"}]}, "initContainers"),
+    ("serving", {"extraContainers": [{"name": "a"}]}, "image"),
+    ("serving", {"extraContainers": [{"name": "a", "image": "a"}, {"name": "a", "image": "b"}]}, "extraContainers"),
+    ("serving", {"extraObjects": [{}]}, "extraObjects.0"),
+    ("mlflow", {"extraVolumes": [{"name": "backup", "emptyDir": {}}]}, "extraVolumes"),
+    ("mlflow", {"extraVolumeMounts": [{"name": "tmp", "mountPath": "/data"}]}, "extraVolumeMounts"),
+    ("mlflow", {"extraContainers": [{"name": "metrics", "image": "a"}]}, "extraContainers"),
     ("mlflow", {"replicaCount": 2}, "replicaCount"),
     ("mlflow", {"replicaCount": -1}, "replicaCount"),
     ("mlflow", {"database.type": "mysql"}, "database.type"),
@@ -243,6 +256,46 @@ def test_a_roll_waits_for_the_new_pod_and_can_be_forced() -> None:
     assert server("serving", rollout__restartedAt=1767139200).annotations["ictx/restarted-at"] == "1767139200"
     (pre_stop,) = [server("serving").container("vllm")["lifecycle"]["preStop"]["exec"]["command"]]
     assert pre_stop[-2:] == ["10", "300"]
+
+
+@pytest.mark.parametrize(("chart", "first", "main"), [("serving", "pull", "vllm"), ("mlflow", "prepare", "mlflow")])
+def test_what_is_extra_stands_beside_what_the_chart_has(chart: str, first: str, main: str) -> None:
+    documents = render(CHARTS[chart], CHARTS[chart] / "ci" / "extra.yaml")
+    server = next(pods([only(documents, "Deployment")]))
+    image = server.container(main)["image"]
+    assert [container["name"] for container in server.spec["initContainers"]] == [first, "check-notice"]
+    assert [container["name"] for container in server.spec["containers"]] == [main, "watch-notice"]
+    assert {container["image"] for container in server.containers} == {image}
+    mount = {"name": "notice", "mountPath": "/etc/notice", "readOnly": True}
+    assert mount in server.container(main)["volumeMounts"]
+    assert {"name": "notice", "configMap": {"name": f"ictx-{chart}-notice"}} in server.spec["volumes"]
+    assert {f"ConfigMap/ictx-{chart}-notice", "ConfigMap/ictx-contact"} <= {name_of(document) for document in documents}
+
+
+def test_mlflow_takes_init_containers_where_it_has_none() -> None:
+    file = CHARTS["mlflow"] / "ci" / "extra.yaml"
+    values = {"database.type": "postgresql", "database.postgresql.existingSecret": "db", "auth.enabled": False}
+    server = next(pods([only(render(CHARTS["mlflow"], file, values), "Deployment")]))
+    assert [container["name"] for container in server.spec["initContainers"]] == ["check-notice"]
+
+
+# Switches on every volume and container that a server's pod may have.
+ALL_OF_A_POD: dict[str, Document] = {
+    "serving": {"tls.enabled": True, "mlflow.caConfigMap": "ca"},
+    "mlflow": {"backup.enabled": True, "metrics.annotations": True, "tls.existingSecret": "tls"},
+}
+
+
+@pytest.mark.parametrize("chart", CHARTS)
+def test_every_name_and_path_of_the_chart_is_refused(chart: str) -> None:
+    server = next(pods([only(render(CHARTS[chart], None, ALL_OF_A_POD[chart]), "Deployment")]))
+    wrong: list[Document] = [{"extraVolumes": [{"name": v["name"], "emptyDir": {}}]} for v in server.spec["volumes"]]
+    wrong += [{"initContainers": [{"name": c["name"], "image": "a"}]} for c in server.containers]
+    for mount in server.spec["containers"][0]["volumeMounts"]:
+        wrong.append({"extraVolumeMounts": [{"name": "tmp", "mountPath": mount["mountPath"]}]})
+    for values in wrong:
+        with pytest.raises(HelmError, match=f"{next(iter(values))}: .* already"):
+            render(CHARTS[chart], None, values)
 
 
 def test_autoscaling_owns_the_number_of_pods() -> None:

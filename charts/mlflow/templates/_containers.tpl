@@ -146,6 +146,9 @@ volumeMounts:
     mountPath: /etc/mlflow-tls
     readOnly: true
   {{- end }}
+  {{- with include "mlflow.extra" (list . "extraVolumeMounts") }}
+  {{- . | nindent 2 }}
+  {{- end }}
 {{- end }}
 
 {{- define "mlflow.tellsMetrics" -}}

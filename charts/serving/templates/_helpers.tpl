@@ -170,4 +170,5 @@ capabilities:
 {{- if gt (int .Values.autoscaling.minReplicas) (int .Values.autoscaling.maxReplicas) }}
 {{- fail "autoscaling.minReplicas is larger than autoscaling.maxReplicas" }}
 {{- end }}
+{{- include "serving.checkExtra" . }}
 {{- end }}

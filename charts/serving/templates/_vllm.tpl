@@ -160,4 +160,7 @@ volumeMounts:
     mountPath: /cache
   - name: tmp
     mountPath: /tmp
+  {{- with include "serving.extra" (list . "extraVolumeMounts") }}
+  {{- . | nindent 2 }}
+  {{- end }}
 {{- end }}
