@@ -54,6 +54,8 @@ def test_an_a100_board_has_gpus_and_switches(module: ModuleType, tmp_path: Path)
         "kernel_modules": ["open", "proprietary"],
         "nvswitches": ["0000:c4:00.0"],
         "nouveau": False,
+        "loaded": "",
+        "secure_boot": False,
     }
 
 
@@ -76,6 +78,20 @@ def test_nouveau_is_noticed(module: ModuleType, tmp_path: Path) -> None:
     assert module.look(tmp_path)["nouveau"] is True
 
 
+def test_the_loaded_version_is_read(module: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "module/nvidia").mkdir(parents=True)
+    (tmp_path / "module/nvidia/version").write_text("570.86.15\n")
+    assert module.look(tmp_path)["loaded"] == "570.86.15"
+
+
+@pytest.mark.parametrize(("value", "enforced"), [(b"\6\0\0\0\1", True), (b"\6\0\0\0\0", False), (b"", False)])
+def test_secure_boot_is_what_the_firmware_has(module: ModuleType, tmp_path: Path, value: bytes, enforced: bool) -> None:
+    variable = tmp_path / module.SECURE_BOOT
+    variable.parent.mkdir(parents=True)
+    variable.write_bytes(value)
+    assert module.look(tmp_path)["secure_boot"] is enforced
+
+
 V100, T4, A100, H100, GH200, B200 = 0x1DB1, 0x1EB8, 0x20B0, 0x2330, 0x2342, 0x2901
 
 
@@ -87,6 +103,8 @@ V100, T4, A100, H100, GH200, B200 = 0x1DB1, 0x1EB8, 0x20B0, 0x2330, 0x2342, 0x29
         ([A100] * 4, ["open", "proprietary"]),
         ([H100], ["open", "proprietary"]),
         ([GH200], ["open"]),
+        ([0x2348], ["open"]),
+        ([0x2335], ["open", "proprietary"]),  # H200
         ([B200], ["open"]),
         ([V100, T4], ["proprietary"]),
         ([A100, B200], ["open"]),

@@ -32,6 +32,8 @@ kernel_modules:
   returned: always
   description: Which kernel modules run all the GPUs, of C(open) and C(proprietary).
 nouveau: {type: bool, returned: always, description: Whether the nouveau driver is loaded.}
+loaded: {type: str, returned: always, description: Version of NVIDIA's driver that is loaded; empty where none is.}
+secure_boot: {type: bool, returned: always, description: Whether the firmware enforces Secure Boot.}
 """
 
 VENDOR = "0x10de"
@@ -41,8 +43,10 @@ NVSWITCH_CLASS = "0x0680"  # bridge of another kind
 # Device ids grow with the generations; the open modules' list of GPUs begins with 1E02:
 # https://github.com/NVIDIA/open-gpu-kernel-modules#compatible-gpus
 FIRST_TURING = 0x1E00
-FIRST_BLACKWELL = 0x2900
-GRACE_HOPPER = (0x2342, 0x2348)
+FIRST_BLACKWELL = 0x2900  # Ada ends at 28F8 there, B200 is 2901
+GRACE_HOPPER = range(0x2340, 0x2380)  # "self-hosted Hopper" of the modules' source (detect-self-hosted.h)
+# Four bytes of attributes, and the value (UEFI specification, 3.3).
+SECURE_BOOT = "firmware/efi/efivars/SecureBoot-8be4df61-93ca-11d2-aa0d-00e098032b8c"
 
 
 def devices(sysfs: Path) -> list[tuple[str, str]]:
@@ -63,6 +67,11 @@ def kernel_modules(ids: list[int]) -> list[str]:
     return [kind for kind, fit in fits.items() if fit]
 
 
+def content(file: Path) -> bytes:
+    """Returns a file's bytes, none where it is not there."""
+    return file.read_bytes() if file.exists() else b""
+
+
 def look(sysfs: Path) -> dict:
     """Returns the module's result."""
     found = devices(sysfs)
@@ -74,6 +83,8 @@ def look(sysfs: Path) -> dict:
         ),
         "nvswitches": [address for address, kind in found if kind == NVSWITCH_CLASS],
         "nouveau": (sysfs / "module/nouveau").exists(),
+        "loaded": content(sysfs / "module/nvidia/version").decode().strip(),
+        "secure_boot": content(sysfs / SECURE_BOOT)[4:5] == b"\1",
     }
 
 

@@ -1,0 +1,155 @@
+"""ECC and MIG of GPUs become what the inventory declares; nvidia-smi is a program here that keeps their state."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cluster import ROOT
+
+PROGRAM = ROOT / "roles/nvidia_driver/files/ictx-gpu-modes"
+# As the real one: modes are pending until a reset of the GPU, which MIG gets at once where the GPU is idle.
+SMI = """#!{python}
+import json, pathlib, sys
+file = pathlib.Path({state!r})
+gpus = json.loads(file.read_text())
+words = sys.argv[1:]
+names = {{True: "Enabled", False: "Disabled", None: "[N/A]"}}
+which = [gpus[int(words[words.index("-i") + 1])]] if "-i" in words else gpus
+if words[0].startswith("--query-gpu"):
+    for number, gpu in enumerate(gpus):
+        ecc, mig = gpu["ecc"], gpu["mig"]
+        print(number, *(names[x] for x in (ecc, gpu.get("ecc_next", ecc), mig, gpu.get("mig_next", mig))), sep=", ")
+elif words == ["-L"]:
+    for number, gpu in enumerate(gpus):
+        print(f"GPU {{number}}: NVIDIA A100-SXM4-40GB (UUID: GPU-{{number}})")
+        for index, profile in enumerate(gpu["devices"]):
+            print(f"  MIG {{profile}}     Device  {{index}}: (UUID: MIG-{{number}}-{{index}})")
+elif "-e" in words:
+    which[0]["ecc_next"] = words[-1] == "1"
+elif "-mig" in words:
+    if which[0].get("busy"):
+        print("Warning: MIG mode is in pending enable state: In use by another client")
+        which[0]["mig_next"] = words[-1] == "1"
+    else:
+        which[0]["mig"] = words[-1] == "1"
+elif words[1] in ("-dci", "-dgi"):
+    if which[0].get("busy"):
+        sys.exit("Unable to destroy: In use by another client")
+    which[0]["devices"] = []
+elif words[1] == "-cgi":
+    if which[0]["devices"] or words[2] == "9g.90gb":
+        sys.exit("Failed to create GPU instances: Insufficient Resources")
+    which[0]["devices"] = words[2].split(",")
+file.write_text(json.dumps(gpus))
+"""
+
+
+class Node:
+    """A node with GPUs."""
+
+    def __init__(self, folder: Path, *gpus: dict[str, Any]) -> None:
+        self.folder, self.state = folder, folder / "gpus.json"
+        self.state.write_text(json.dumps([{"ecc": True, "mig": False, "devices": [], **gpu} for gpu in gpus]))
+        (folder / "nvidia-smi").write_text(SMI.format(python=sys.executable, state=str(self.state)))
+        (folder / "nvidia-smi").chmod(0o755)
+
+    def apply(self, ecc: str = "keep", *mig: dict[str, Any]) -> tuple[str, list[str]]:
+        """Returns what went wrong, and what was changed."""
+        (self.folder / "modes.json").write_text(json.dumps({"ecc": ecc, "mig": mig}))
+        command = [sys.executable, str(PROGRAM), f"--config={self.folder}/modes.json"]
+        environment = {"PATH": f"{self.folder}:/usr/bin"}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert "Traceback" not in done.stderr, done.stderr
+        assert bool(done.returncode) == bool(done.stderr)
+        return done.stderr.strip(), done.stdout.splitlines()
+
+    @property
+    def devices(self) -> list[list[str]]:
+        """Returns the MIG devices of each GPU."""
+        return [gpu["devices"] for gpu in json.loads(self.state.read_text())]
+
+    def restart(self) -> None:
+        """Does to the GPUs what a restart does: what is pending is in force, and there are no instances."""
+        gpus = json.loads(self.state.read_text())
+        for gpu in gpus:
+            gpu.pop("busy", None)
+            gpu["devices"] = []
+            gpu["ecc"], gpu["mig"] = gpu.pop("ecc_next", gpu["ecc"]), gpu.pop("mig_next", gpu["mig"])
+        self.state.write_text(json.dumps(gpus))
+
+
+HALVES = {"gpus": [1], "profiles": ["3g.20gb", "3g.20gb"]}
+
+
+def test_a_gpu_is_divided_once_and_the_others_stay_whole(tmp_path: Path) -> None:
+    node = Node(tmp_path, {}, {})
+    assert node.apply("keep", HALVES) == ("", ["GPU 1: MIG on", "GPU 1: MIG devices 3g.20gb, 3g.20gb"])
+    assert node.devices == [[], ["3g.20gb", "3g.20gb"]]
+    assert node.apply("keep", HALVES) == ("", [])
+
+
+def test_instances_come_back_after_a_restart(tmp_path: Path) -> None:
+    node = Node(tmp_path, {}, {})
+    node.apply("keep", HALVES)
+    node.restart()
+    assert node.apply("keep", HALVES) == ("", ["GPU 1: MIG devices 3g.20gb, 3g.20gb"])
+
+
+def test_other_profiles_replace_those_that_are_there_and_none_make_the_gpu_whole(tmp_path: Path) -> None:
+    node = Node(tmp_path, {})
+    every = {"profiles": ["1g.5gb"] * 7}
+    node.apply("keep", {"profiles": ["7g.40gb"]})
+    assert node.apply("keep", every)[1] == [f"GPU 0: MIG devices {', '.join(every['profiles'])}"]
+    assert node.devices == [["1g.5gb"] * 7]
+    assert node.apply("keep", {"profiles": []}) == ("", ["GPU 0: MIG off"])
+    assert node.devices == [[]]
+
+
+def test_ecc_waits_for_a_restart(tmp_path: Path) -> None:
+    node = Node(tmp_path, {"ecc": False})
+    waits = "restart: ECC of GPU 0 is on from the next restart on"
+    assert node.apply("enabled") == ("", ["GPU 0: ECC on", waits])
+    assert node.apply("enabled") == ("", [waits])
+    node.restart()
+    assert node.apply("enabled") == ("", [])
+
+
+def test_a_busy_gpu_gets_mig_at_the_next_restart(tmp_path: Path) -> None:
+    node = Node(tmp_path, {"busy": True})
+    wanted = {"profiles": ["3g.20gb"]}
+    assert node.apply("keep", wanted)[1][-1] == "restart: MIG of GPU 0 is on from the next restart on"
+    assert node.devices == [[]]
+    node.restart()
+    assert node.apply("keep", wanted) == ("", ["GPU 0: MIG devices 3g.20gb"])
+
+
+@pytest.mark.parametrize(
+    ("gpu", "ecc", "mig", "problem"),
+    [
+        ({"ecc": None}, "enabled", [], "GPU 0 has no ECC: take it out of nvidia_driver_ecc"),
+        ({"mig": None}, "keep", [{"profiles": ["1g.5gb"]}], "GPU 0 has no MIG: take it out of nvidia_driver_mig"),
+        ({}, "keep", [{"gpus": [3], "profiles": []}], "there is no GPU 3: correct nvidia_driver_mig"),
+        ({}, "keep", [{"profiles": ["9g.90gb"]}], "Failed to create GPU instances: Insufficient Resources"),
+        (
+            {"mig": True, "busy": True, "devices": ["7g.40gb"]},
+            "keep",
+            [{"profiles": ["1g.5gb"]}],
+            "nvidia-smi mig -cgi 1g.5gb -C -i 0: Failed to create GPU instances",
+        ),
+    ],
+)
+def test_what_cannot_be_is_one_line(
+    tmp_path: Path, gpu: dict[str, Any], ecc: str, mig: list[dict[str, Any]], problem: str
+) -> None:
+    said, _ = Node(tmp_path, gpu).apply(ecc, *mig)
+    assert problem in said
+    assert "\n" not in said
+
+
+def test_gpus_without_ecc_are_no_hindrance_to_ecc_that_is_off(tmp_path: Path) -> None:
+    assert Node(tmp_path, {"ecc": None}).apply("disabled") == ("", [])
