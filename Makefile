@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: help lab pipeline status test test-full check-fast lint unit bench-cpu kernels audit dashboards docs down clean
+.PHONY: help lab pipeline status test test-full drill check-fast lint unit bench-cpu kernels audit dashboards docs down clean
 
 help: ## Show every target
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,6 +29,11 @@ test-full: ## Run everything else: molecule, drills, long waits, vLLM, kernels f
 	@scripts/bootstrap test
 	@scripts/bootstrap workload
 	@scripts/suite full
+
+drill: ## Break the lab and verify that it recovers: nodes, services, files, clocks, power; writes docs/drills.md
+	@scripts/bootstrap test
+	@scripts/bootstrap workload
+	@scripts/suite drill
 
 check-fast: lint unit ## Lint and unit tests: the inner loop
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
+import recovery
 from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -27,3 +29,25 @@ settings.load_profile(os.environ.get("ICTX_SUITE", "quick"))
 def root() -> Path:
     """Returns the folder of the repository."""
     return ROOT
+
+
+@pytest.fixture
+def drill(request: pytest.FixtureRequest) -> recovery.Drill:
+    """The clock of a drill's test: its times are recorded with the marker."""
+    return request.node.stash.setdefault(DRILL, recovery.Drill())
+
+
+DRILL = pytest.StashKey[recovery.Drill]()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Records a drill that ran, or whose fixtures failed."""
+    report = yield
+    faults = [mark.args[0] for mark in item.iter_markers("drill")]
+    if faults and (report.when == "call" or report.failed) and not report.skipped:
+        seconds = item.stash[DRILL].seconds if DRILL in item.stash else []
+        recovery.record(recovery.RECORDS, faults, report.passed, seconds)
+    return report

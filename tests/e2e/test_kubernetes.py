@@ -13,6 +13,7 @@ import pytest
 from helm import program
 from kubernetes import client, config
 from lab import ROOT, STATE, Lab, wait_for
+from recovery import Drill
 
 pytestmark = [pytest.mark.lab, pytest.mark.full]
 
@@ -115,9 +116,11 @@ def test_credentials_are_private(lab: Lab) -> None:
     assert set(lab.run("kube1", f"stat --format=%a {files}").stdout.split()) == {"600"}
 
 
-def test_a_reboot_of_the_node_brings_the_page_back(url: str) -> None:
+@pytest.mark.drill("the Kubernetes node is restarted", keeps="releases, volumes, addresses", acts="nobody")
+def test_a_reboot_of_the_node_brings_the_page_back(url: str, drill: Drill) -> None:
     node = f"{os.environ.get('ICTX_LAB_NAME', 'ictx')}-kube1"
     run("podman", "stop", "--time", 60, node)
     assert page(url) != TEXT
-    run("podman", "start", node)
-    wait_for("the page", lambda: page(url) == TEXT, 300)
+    with drill.recovery():
+        run("podman", "start", node)
+        wait_for("the page", lambda: page(url) == TEXT, 300)

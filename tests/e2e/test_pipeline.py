@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from lab import ROOT, SHARED, Lab, wait_for
+from recovery import Drill
 
 pytestmark = pytest.mark.lab
 
@@ -108,6 +109,34 @@ def lose(lab: Lab, _: str, node: str) -> None:
     assert lab.run(node, "systemctl kill --signal=KILL slurmd").returncode == 0
 
 
+FAULTS = [
+    pytest.param(
+        stop,
+        marks=pytest.mark.drill(
+            "SIGTERM to every stage of a pipeline, one after the other",
+            keeps="checkpoints, every step once, samples that were finished, what waits in the queue",
+            acts="nobody",
+        ),
+    ),
+    pytest.param(
+        kill,
+        marks=pytest.mark.drill(
+            "a rank of every stage is killed",
+            keeps="checkpoints, every step once, samples that were finished, what waits in the queue",
+            acts="nobody",
+        ),
+    ),
+    pytest.param(
+        lose,
+        marks=pytest.mark.drill(
+            "slurmd of a node is killed in every stage",
+            keeps="checkpoints, every step once, samples that were finished, what waits in the queue",
+            acts="nobody",
+        ),
+    ),
+]
+
+
 @contextmanager
 def frozen(lab: Lab, job: str) -> Iterator[None]:
     """Lets a held job go that takes seconds, and stops what it computes as it begins, until this ends."""
@@ -141,9 +170,16 @@ def nodes(lab: Lab, job: str) -> list[str]:
     return lab.user(f'scontrol show hostnames "$(squeue --noheader --states=R --jobs={job} --format=%N)"').split()
 
 
-def check_the_chain_ends_well(chain: Chain, *faults: Callable[[Lab, str, str], None]) -> None:
+def waits(lab: Lab, job: str) -> bool:
+    """Returns whether a job is in the queue without running."""
+    return bool(lab.user(f"squeue --me --noheader --states=PENDING,COMPLETING --format=%i | grep -x {job} || true"))
+
+
+def check_the_chain_ends_well(
+    chain: Chain, *faults: Callable[[Lab, str, str], None], drill: Drill | None = None
+) -> None:
     """Does harm to each stage; each goes on under its number, and what waits for it too."""
-    lab = chain.lab
+    lab, drill = chain.lab, drill or Drill()
     if "promote" in chain.jobs:
         lab.user(f"scontrol hold {chain.jobs['promote']}")
     for stage, job in chain.jobs.items():
@@ -152,6 +188,9 @@ def check_the_chain_ends_well(chain: Chain, *faults: Callable[[Lab, str, str], N
             wait_for(f"start {number + 1} of {stage}", lambda job=job, number=number: lab.restarts(job) == number, 900)
             harm(chain, stage, fault)
             finished = finished or chain.samples(stage)
+            with drill.recovery():
+                again = number + 1
+                wait_for(f"{stage} again", lambda job=job, n=again: lab.restarts(job) == n and not waits(lab, job), 900)
         status, output = lab.follow(job)
         assert status == 0, output[-3000:]
         assert lab.restarts(job) == len(faults)
@@ -212,12 +251,13 @@ def test_a_stage_is_stopped_and_then_loses_a_rank_and_what_waits_for_it_runs(lab
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("fault", [stop, kill, lose])
+@pytest.mark.parametrize("fault", FAULTS)
 def test_a_chain_survives_a_fault_in_each_stage(
-    lab: Lab, whole: str, pretrained: str, fault: Callable[[Lab, str, str], None]
+    lab: Lab, whole: str, pretrained: str, fault: Callable[[Lab, str, str], None], drill: Drill
 ) -> None:
-    check_the_chain_ends_well(Chain(lab, "pretrain", "pretrain"), fault)
-    check_the_chain_ends_well(Chain(lab, "extend", "promote", pretrained, f"test-{fault.__name__}"), fault)
+    check_the_chain_ends_well(Chain(lab, "pretrain", "pretrain"), fault, drill=drill)
+    chain = Chain(lab, "extend", "promote", pretrained, f"test-{fault.__name__}")
+    check_the_chain_ends_well(chain, fault, drill=drill)
 
 
 @pytest.mark.full

@@ -14,6 +14,7 @@ import pytest
 from helm import program
 from kubernetes import client, config
 from lab import ROOT, SHARED, STATE, Lab, wait_for
+from recovery import Drill
 from serving import MODEL, NAMESPACE, RELEASE, SERVER, Client, complete, key
 
 pytestmark = pytest.mark.lab
@@ -55,6 +56,11 @@ def server(core: client.CoreV1Api) -> Any:
     pods = core.list_namespaced_pod(NAMESPACE, label_selector=SERVER).items
     (pod,) = [pod for pod in pods if not pod.metadata.deletion_timestamp]
     return pod
+
+
+def pods(core: client.CoreV1Api, labels: str) -> set[str]:
+    """Returns the names of pods."""
+    return {pod.metadata.name for pod in core.list_namespaced_pod(NAMESPACE, label_selector=labels).items}
 
 
 def last_words(core: client.CoreV1Api, namespace: str) -> list[str]:
@@ -201,8 +207,13 @@ def test_a_damaged_version_is_not_promoted(registry: Registry, lab: Lab) -> None
 
 
 @pytest.mark.full
+@pytest.mark.drill(
+    "a version that the server cannot load is promoted",
+    keeps="every request of a steady client; the version before serves on",
+    acts="/opt/ictx/bin/ictx promote VERSION --alias champion; ansible-playbook playbooks/serving.yml",
+)
 def test_a_model_that_cannot_be_served_is_told_and_the_one_before_serves_on(
-    registry: Registry, lab: Lab, steady: Client
+    registry: Registry, lab: Lab, steady: Client, drill: Drill
 ) -> None:
     change = """
 (folder / "SHA256SUMS").unlink()
@@ -221,13 +232,19 @@ file.write_text(file.read_text().replace('"kv_lora_rank": 512', '"kv_lora_rank":
     assert "a container failed three times in a row" in told
     assert re.search(reason, told), told[-3000:]
     assert "the previous release serves on" in told
-    playbook("playbooks/serving.yml")
+    with drill.recovery():
+        playbook("playbooks/serving.yml")
     assert steady.answered > 0
     assert steady.failures == []
 
 
 @pytest.mark.full
-def test_a_release_that_was_cut_off_is_mended(steady: Client) -> None:
+@pytest.mark.drill(
+    "helm is killed during an upgrade of the served release",
+    keeps="every request of a steady client",
+    acts="ansible-playbook playbooks/serving.yml",
+)
+def test_a_release_that_was_cut_off_is_repaired(steady: Client, drill: Drill) -> None:
     def status() -> str:
         return str(json.loads(helm("status", RELEASE, "--output", "json"))["info"]["status"])
 
@@ -236,7 +253,8 @@ def test_a_release_that_was_cut_off_is_mended(steady: Client) -> None:
     with subprocess.Popen([str(word) for word in command], stdout=subprocess.DEVNULL) as cut_off:
         wait_for("the mark of an upgrade", lambda: status() == "pending-upgrade")
         cut_off.kill()
-    playbook("playbooks/serving.yml")
+    with drill.recovery():
+        playbook("playbooks/serving.yml")
     assert status() == "deployed"
     answered = steady.answered
     wait_for("another answer", lambda: steady.answered > answered)
@@ -252,7 +270,12 @@ def test_an_alias_that_does_not_exist_changes_nothing(core: client.CoreV1Api) ->
 
 
 @pytest.mark.full
-def test_a_registry_that_is_down_is_named_and_the_model_serves_on(steady: Client) -> None:
+@pytest.mark.drill(
+    "MLflow is down while a playbook rolls out a model",
+    keeps="every request of a steady client; what is served",
+    acts="nobody",
+)
+def test_a_registry_that_is_down_is_named_and_the_model_serves_on(steady: Client, drill: Drill) -> None:
     apps = client.AppsV1Api()
 
     def scale(replicas: int) -> None:
@@ -266,7 +289,8 @@ def test_a_registry_that_is_down_is_named_and_the_model_serves_on(steady: Client
     try:
         told = playbook("playbooks/serving.yml", status=2)
     finally:
-        scale(1)
+        with drill.recovery():
+            scale(1)
     told = " ".join(told.split())
     assert re.search(r"MLflow at https?://\S+:30500 does not answer.*what is served stays", told), told
     answered = steady.answered
@@ -298,14 +322,24 @@ def test_by_hand_as_the_readme_says(core: client.CoreV1Api) -> None:
 
 
 @pytest.mark.full
-def test_a_training_loses_no_metric_when_mlflow_goes_away(core: client.CoreV1Api, registry: Registry, lab: Lab) -> None:
+@pytest.mark.drill("MLflow's pod is killed while a job logs to it", keeps="every metric of every step", acts="nobody")
+def test_a_training_loses_no_metric_when_mlflow_goes_away(
+    core: client.CoreV1Api, registry: Registry, lab: Lab, drill: Drill
+) -> None:
     steps = 60
     job = lab.submit("pretrain/tiny.yaml", f"train.steps={steps}", "train.log_every=1", "train.checkpoint_every=5",
                      "train.validate_every=30", "run.model_name=")  # fmt: skip
     lab.wait_in(job, "the first checkpoint", lambda: (lab.folder(job) / "mlflow_sent_step").exists())
     labels = "app.kubernetes.io/instance=ictx-mlflow,app.kubernetes.io/component=server"
     (pod,) = core.list_namespaced_pod(NAMESPACE, label_selector=labels).items
-    core.delete_namespaced_pod(pod.metadata.name, NAMESPACE, grace_period_seconds=0)
+    apps = client.AppsV1Api()
+    with drill.recovery():
+        core.delete_namespaced_pod(pod.metadata.name, NAMESPACE, grace_period_seconds=0)
+        wait_for("its end", lambda: pod.metadata.name not in pods(core, labels))
+        wait_for(
+            "another pod of MLflow",
+            lambda: apps.read_namespaced_deployment("ictx-mlflow", NAMESPACE).status.ready_replicas == 1,
+        )
     status, output = lab.follow(job)
     assert status == 0, output[-3000:]
     script = "print(json.dumps([[m.step, m.value] for m in client.get_metric_history(sys.argv[1], 'loss')]))"
