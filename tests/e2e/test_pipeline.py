@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import random
 import re
 import subprocess
 import time
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 from lab import ROOT, SHARED, Lab, wait_for
 from recovery import Drill
+from test_lifecycle import PREFIX, states
 
 pytestmark = pytest.mark.lab
 
@@ -258,6 +260,34 @@ def test_a_chain_survives_a_fault_in_each_stage(
     check_the_chain_ends_well(Chain(lab, "pretrain", "pretrain"), fault, drill=drill)
     chain = Chain(lab, "extend", "promote", pretrained, f"test-{fault.__name__}")
     check_the_chain_ends_well(chain, fault, drill=drill)
+
+
+@pytest.mark.full
+@pytest.mark.drill(
+    "a node drawn at random loses its power every three minutes while a pipeline runs",
+    keeps="every stage, under its job's number; every step once",
+    acts="nobody",
+)
+def test_a_chain_ends_though_nodes_die_again_and_again(lab: Lab, whole: str, pretrained: str, drill: Drill) -> None:
+    chain, seed = Chain(lab, "extend", "dpo", pretrained, "test-nodes-die"), time.time_ns()
+    print(f"seed {seed}")
+    draw, last, deaths = random.Random(seed), chain.jobs["dpo"], 0
+    until = time.monotonic() + 5400
+    while lab.accounts(last, "State").split()[0] not in ("COMPLETED", "FAILED", "CANCELLED"):
+        assert time.monotonic() < until, "the chain did not end within 90 minutes"
+        time.sleep(180)
+        node = draw.choice(COMPUTE)
+        with drill.recovery():
+            for words in (["kill", "--signal=KILL"], ["start"]):
+                subprocess.run(["podman", *words, f"{PREFIX}-{node}"], check=True, capture_output=True)
+            wait_for(f"{node} in service", lambda node=node: states(lab)[node] in ("idle", "mixed", "allocated"), 300)
+        deaths += 1
+    assert deaths
+    for stage, job in chain.jobs.items():
+        assert lab.accounts(job, "State,ExitCode") == "COMPLETED|0:0", stage
+        steps = chain.steps(stage)
+        assert steps == sorted(set(steps))
+        assert steps[-1] == 40
 
 
 @pytest.mark.full
