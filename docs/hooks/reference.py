@@ -86,18 +86,21 @@ OPTIONS = ("variable", "type", "default", "meaning")
 
 def roles() -> str:
     """Returns the page of roles."""
+    paths = sorted(ROOT.glob("roles/*/meta/argument_specs.yml"))
     text = [
         "# Roles\n\nVariables of each role, with defaults. `playbooks/preflight.yml` validates them on every run.\n\n"
     ]
-    for path in sorted(ROOT.glob("roles/*/meta/argument_specs.yml")):
-        role = path.parents[1]
-        spec = yaml.safe_load(path.read_text())["argument_specs"]["main"]
-        file = role / "defaults/main.yml"
-        defaults = (yaml.safe_load(file.read_text()) if file.exists() else None) or {}
-        text.append(f"## {role.name}\n\n{spec['short_description']}.\n\n")
-        if rows := options(spec.get("options", {}), defaults):
-            text.append(table(OPTIONS, rows))
+    text += [f"## {path.parents[1].name}\n\n{role(path.parents[1])}" for path in paths]
     return "".join(text)
+
+
+def role(folder: Path) -> str:
+    """Returns the purpose and the variables of a role."""
+    spec = yaml.safe_load((folder / "meta/argument_specs.yml").read_text())["argument_specs"]["main"]
+    file = folder / "defaults/main.yml"
+    defaults = (yaml.safe_load(file.read_text()) if file.exists() else None) or {}
+    rows = options(spec.get("options", {}), defaults)
+    return f"{spec['short_description']}.\n\n" + (table(OPTIONS, rows) if rows else "")
 
 
 def inventory() -> str:

@@ -26,7 +26,8 @@ class ActionModule(ActionBase):
             {"path": entry} if isinstance(entry, str) else entry for entry in arguments.get("folders") or []
         ]
         arguments["files"] = [self._complete(dict(entry), variables) for entry in arguments.get("files") or []]
-        result.update(self._execute_module("install_files", module_args=arguments, task_vars=variables))
+        # Not by a name of ours: in a collection it is another one.
+        result.update(self._execute_module(self._task.action, module_args=arguments, task_vars=variables))
         # With -v, texts as long as all files together are unreadable.
         result.pop("invocation", None)
         return result
