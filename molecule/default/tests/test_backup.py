@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import time
+from collections.abc import Iterator
 
 import pytest
 from test_slurm import as_user, node
@@ -37,6 +38,35 @@ def accounts() -> list[str]:
     raise AssertionError(done.stderr)
 
 
+def accounted() -> dict[str, list[str]]:
+    """Returns whom SLURM knows, with which limits, and every job that has ended: what only the database has."""
+    commands = {
+        "users": "sacctmgr list user format=user,defaultaccount,adminlevel",
+        "associations": "sacctmgr list association format=cluster,account,user,qos,fairshare,maxjobs",
+        "qos": "sacctmgr list qos format=name,priority,maxsubmitpu,gracetime",
+        "jobs": "sacct --allusers --starttime=now-7days --endtime=now "
+        "--format=jobid,jobname,user,account,state,exitcode,start,end",
+    }
+    rows = {name: f"{command} --noheader --parsable2" for name, command in commands.items()}
+    return {name: sorted(node("ctl").check_output(command).splitlines()) for name, command in rows.items()}
+
+
+@pytest.fixture
+def kept() -> Iterator[dict[str, list[str]]]:
+    """An account, a limit and a job that only the database has; returns all that it has."""
+    node("ctl").check_output("sacctmgr --immediate add account kept description=kept organization=kept")
+    node("ctl").check_output("sacctmgr --immediate modify user researcher set maxjobs=77")
+    as_user("srun --job-name=kept true")
+    ended = "sacct --noheader --allusers --name=kept --state=completed --starttime=now-1hours --endtime=now"
+    node("ctl").check_output(f"timeout 60 sh -c 'until {ended} | grep -q COMPLETED; do sleep 1; done'")
+    found = accounted()
+    assert any("|kept|researcher|" in row for row in found["jobs"])
+    assert any("|researcher|" in row and row.endswith("|77") for row in found["associations"])
+    yield found
+    node("ctl").check_output("sacctmgr --immediate modify user researcher set maxjobs=-1")
+    node("ctl").check_output("sacctmgr --immediate delete account kept")
+
+
 def jobs() -> dict[str, str]:
     """Returns the state of each job in the queue, by its name."""
     node("ctl").check_output("timeout 60 sh -c 'until scontrol ping | grep -q UP; do sleep 1; done'")
@@ -57,8 +87,7 @@ def test_only_root_reads_backups_and_their_password() -> None:
     assert node("ctl").file("/etc/ictx/backup/password").mode == 0o600
 
 
-def test_a_lost_database_comes_back_with_its_accounts() -> None:
-    node("ctl").check_output("sacctmgr --immediate add account kept description=kept organization=kept")
+def test_a_lost_database_comes_back_with_users_associations_and_history(kept: dict[str, list[str]]) -> None:
     node("ctl").check_output("systemctl start ictx-backup")
     node("ctl").check_output("systemctl stop slurmdbd && mariadb --execute='drop database slurm_acct_db'")
     node("ctl").check_output("systemctl start slurmdbd")
@@ -66,6 +95,8 @@ def test_a_lost_database_comes_back_with_its_accounts() -> None:
     done = restore("restore_what=accounting")
     assert done.returncode == 0, done.stdout[-3000:]
     assert {"kept", "ictx", "root"} <= set(accounts())
+    assert accounted() == kept
+    assert "researcher" in as_user("srun --job-name=after whoami"), "the controller has the associations again"
     assert "accounting-before-restore" in node("ctl").check_output(f"{PROGRAM} restic snapshots")
 
 
