@@ -14,6 +14,7 @@ import testinfra
 from testinfra.host import Host
 
 SSH_CONFIG = Path(os.environ["ICTX_LAB_STATE"]) / "ssh/config"
+CONTROLLERS = ["ctl", "ctl2"]
 COMPUTE = ["n1", "n2"]
 
 
@@ -25,6 +26,12 @@ def node(name: str) -> Host:
 def as_user(command: str, user: str = "researcher") -> str:
     """Returns what a command prints that an ordinary user runs on the controller; it must succeed."""
     return str(node("ctl").check_output(f"cd /tmp && runuser -l {user} -c {shlex.quote(command)}"))
+
+
+def queued(*options: str, command: str = "sleep 1") -> str:
+    """Submits a job; returns its number."""
+    words = " ".join(options)
+    return as_user(f"sbatch --parsable --mem=50 --output=/dev/null {words} --wrap='{command}'")
 
 
 def accounts(job: str, fields: str) -> str:

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import test_constraints
-from nodes import COMPUTE, accounts, as_user, changed, node, played, states, wait_for
+from nodes import COMPUTE, CONTROLLERS, accounts, as_user, changed, node, played, queued, states, wait_for
 
 GO = "/shared/upgrade-go"
 LATER = "forky"
@@ -29,7 +29,7 @@ def serves() -> str:
 @pytest.fixture(scope="module")
 def later() -> str:
     """Debian's next release among the nodes' apt sources, which takes nothing from it by itself; returns its SLURM."""
-    for name in ("ctl", *COMPUTE):
+    for name in (*CONTROLLERS, *COMPUTE):
         host = node(name)
         # Lists of testing are valid for a week, and a mirror may be a copy of an earlier day.
         source = rf"s/^deb \(.*\) trixie main/deb [check-valid-until=no] \1 {LATER} main/p"
@@ -50,12 +50,6 @@ def history() -> set[str]:
     return set(as_user(f"sacct --noheader --allocations --parsable2 {span} --format={fields}").splitlines())
 
 
-def queued(*options: str, command: str = "sleep 1") -> str:
-    """Submits a job; returns its number."""
-    words = " ".join(options)
-    return as_user(f"sbatch --parsable --mem=50 --output=/dev/null {words} --wrap='{command}'")
-
-
 def test_a_batch_that_fails_stops_the_upgrade_and_the_same_command_completes_it(later: str) -> None:
     before = installed("ctl")
     assert before != later
@@ -73,7 +67,7 @@ def test_a_batch_that_fails_stops_the_upgrade_and_the_same_command_completes_it(
     # The new controllers, then the first node, whose validation fails.
     stopped = " ".join(played(*UPGRADE, "-e", "validate_command=false", "-e", "wait_minutes=5", status=2).split())
     assert "n1 stays drained, later batches are as they were" in stopped
-    assert (installed("ctl"), installed("n1"), installed("n2")) == (later, later, before)
+    assert [installed(name) for name in (*CONTROLLERS, *COMPUTE)] == [later, later, later, before]
     assert serves() == later
     reason = node("ctl").check_output("scontrol --oneliner show node n1")
     assert "DRAIN" in reason
@@ -87,7 +81,7 @@ def test_a_batch_that_fails_stops_the_upgrade_and_the_same_command_completes_it(
         wait_for("n2 drained", lambda: states()["n2"] == "draining", 600)
         node("ctl").check_output(f"touch {GO}")
         rest.result()
-    assert {installed(name) for name in ("ctl", *COMPUTE)} == {later}
+    assert {installed(name) for name in (*CONTROLLERS, *COMPUTE)} == {later}
     as_user(f"scontrol release {held}")
     for job in (running, after, held):
         wait_for(f"job {job}", lambda job=job: accounts(job, "State") == "COMPLETED")
