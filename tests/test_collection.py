@@ -37,7 +37,7 @@ def test_modules_and_filters_get_their_full_names(text: str, wanted: str) -> Non
 
 
 def test_requirements_name_what_the_locked_package_brings() -> None:
-    entries = yaml.safe_load((ROOT / "requirements.yml").read_text())["collections"]
+    entries = yaml.safe_load((ROOT / "requirements/collections.yml").read_text())["collections"]
     root = Path(next(iter(installed.__path__))).parents[1]
     for entry in entries:
         about = json.loads((root / entry["name"].replace(".", "/") / "MANIFEST.json").read_text())
