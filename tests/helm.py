@@ -91,6 +91,12 @@ def only(documents: list[Document], kind: str) -> Document:
     return found
 
 
+def component(documents: list[Document], kind: str, name: str) -> Document:
+    """Returns the one object of a kind that belongs to a component (`server`, `router`, …)."""
+    label = "app.kubernetes.io/component"
+    return only([document for document in documents if document["metadata"]["labels"].get(label) == name], kind)
+
+
 def pods(documents: list[Document]) -> Iterator[Pod]:
     """Yields the pods of all objects: hooks, Deployments, Jobs and CronJobs."""
     for document in documents:

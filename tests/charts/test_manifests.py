@@ -12,7 +12,7 @@ from typing import Any
 
 import kubernetes_validate
 import pytest
-from helm import CHARTS, CI, Document, HelmError, Pod, helm, name_of, only, pods, render
+from helm import CHARTS, CI, Document, HelmError, Pod, component, helm, name_of, only, pods, render
 from kubernetes_validate import utils as schemas
 
 # Kubernetes' own schemas do not have them; what they must hold is asserted below.
@@ -123,7 +123,7 @@ def test_manifests_suit_kubernetes_1_20(case: str) -> None:
 
 def test_new_clusters_get_the_new_apis() -> None:
     serving, mlflow = documents_of("serving/everything"), documents_of("mlflow/everything")
-    assert only(serving, "PodDisruptionBudget")["apiVersion"] == "policy/v1"
+    assert {d["apiVersion"] for d in serving if d["kind"] == "PodDisruptionBudget"} == {"policy/v1"}
     assert only(serving, "HorizontalPodAutoscaler")["apiVersion"] == "autoscaling/v2"
     assert {d["apiVersion"] for d in mlflow if d["kind"] == "CronJob"} == {"batch/v1"}
 
@@ -195,7 +195,9 @@ def test_a_pod_has_what_its_containers_name(case: str) -> None:
             assert len(names) == len(set(names)), where
             ports = {port["name"] for port in container.get("ports", [])}
             for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
-                if probe in container:
+                if "tcpSocket" in container.get(probe, {}):
+                    assert container[probe]["tcpSocket"]["port"] in ports, where
+                elif probe in container:
                     assert container[probe]["httpGet"]["port"] in ports, where
         assert mounted == set(volumes), pod.owner
 
@@ -222,7 +224,7 @@ def test_what_is_named_is_there_or_is_the_deployers(case: str) -> None:
 @by_case
 def test_selectors_find_the_server_and_nothing_else(case: str) -> None:
     documents = documents_of(case)
-    deployment = only(documents, "Deployment")
+    deployment = component(documents, "Deployment", "server")
     selector = deployment["spec"]["selector"]["matchLabels"]
     # A change of these makes every installed release fail to upgrade.
     chart = case.split("/")[0]
@@ -231,11 +233,16 @@ def test_selectors_find_the_server_and_nothing_else(case: str) -> None:
         "app.kubernetes.io/instance": "ictx",
         "app.kubernetes.io/component": "server",
     }
-    services = [document for document in documents if document["kind"] == "Service"]
-    for service in services:
-        assert service["spec"]["selector"] == selector
-        assert selector.items() <= service["metadata"]["labels"].items()
-    assert only(documents, "PodDisruptionBudget")["spec"]["selector"]["matchLabels"] == selector
+    services = {name_of(document): document for document in documents if document["kind"] == "Service"}
+    # With a router, clients reach that one alone.
+    router = {**selector, "app.kubernetes.io/component": "router"}
+    through = {name for name in services if services[name]["spec"]["selector"] == router}
+    routed = f"Deployment/ictx-{chart}-router" in {name_of(document) for document in documents}
+    assert through == ({f"Service/ictx-{chart}", f"Service/ictx-{chart}-router"} if routed else set())
+    for name in set(services) - through:
+        assert services[name]["spec"]["selector"] == selector
+        assert selector.items() <= services[name]["metadata"]["labels"].items()
+    assert component(documents, "PodDisruptionBudget", "server")["spec"]["selector"]["matchLabels"] == selector
     policies = {name_of(document): document for document in documents if document["kind"] == "NetworkPolicy"}
     policy = policies[f"NetworkPolicy/{deployment['metadata']['name']}"]
     assert policy["spec"]["podSelector"]["matchLabels"] == selector
@@ -289,7 +296,7 @@ def test_labels_are_valid(case: str) -> None:
 
 @by_case
 def test_a_pod_may_take_as_long_as_its_hooks(case: str) -> None:
-    deployment = only(documents_of(case), "Deployment")
+    deployment = component(documents_of(case), "Deployment", "server")
     (pod,) = pods([deployment])
     server = pod.spec["containers"][0]
     pre_stop = server["lifecycle"]["preStop"]["exec"]["command"]

@@ -99,7 +99,10 @@ vllm:num_requests_waiting_by_reason{{engine="0",model_name="m",reason="capacity"
 
 def drain(port: int, delay: str, timeout: str) -> tuple[int, float]:
     start = time.monotonic()
-    done = run(program("serving", "drain").replace("127.0.0.1:9100", f"127.0.0.1:{port}"), delay, timeout)
+    container, *_ = only(render(CHARTS["serving"]), "Deployment")["spec"]["template"]["spec"]["containers"]
+    hook = container["lifecycle"]["preStop"]["exec"]["command"][5:]
+    arguments = [word.replace("127.0.0.1:9100", f"127.0.0.1:{port}") for word in hook]
+    done = run(program("serving", "drain"), delay, timeout, *arguments)
     assert done.stderr == ""
     return done.returncode, time.monotonic() - start
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 from cryptography import x509
-from helm import CHARTS, CI, ROOT, Document, HelmError, Pod, helm, name_of, only, pods, render
+from helm import CHARTS, CI, ROOT, Document, HelmError, Pod, component, helm, name_of, only, pods, render
 
 LONG = "x" * 64
 
@@ -178,7 +178,7 @@ def server(chart: str, ci: str = "", **values: Any) -> Pod:
     """Returns the server's pod; in the names of values `__` stands for a dot."""
     dotted = {key.replace("__", "."): value for key, value in values.items()}
     file = CI[f"{chart}/{ci}"][1] if ci else None
-    return next(pods([only(render(CHARTS[chart], file, dotted), "Deployment")]))
+    return next(pods([component(render(CHARTS[chart], file, dotted), "Deployment", "server")]))
 
 
 def option(container: Document, name: str) -> str:
@@ -255,7 +255,7 @@ def test_a_roll_waits_for_the_new_pod_and_can_be_forced() -> None:
     assert server("serving").annotations != server("serving", rollout__restartedAt="1").annotations
     assert server("serving", rollout__restartedAt=1767139200).annotations["ictx/restarted-at"] == "1767139200"
     (pre_stop,) = [server("serving").container("vllm")["lifecycle"]["preStop"]["exec"]["command"]]
-    assert pre_stop[-2:] == ["10", "300"]
+    assert pre_stop[3:5] == ["10", "300"]
 
 
 @pytest.mark.parametrize(("chart", "first", "main"), [("serving", "pull", "vllm"), ("mlflow", "prepare", "mlflow")])
@@ -301,11 +301,112 @@ def test_every_name_and_path_of_the_chart_is_refused(chart: str) -> None:
 def test_autoscaling_owns_the_number_of_pods() -> None:
     for kind, ci in (("HorizontalPodAutoscaler", "multi-gpu"), ("ScaledObject", "gpu-1m")):
         documents = render(CHARTS["serving"], CI[f"serving/{ci}"][1])
-        assert "replicas" not in only(documents, "Deployment")["spec"]
+        deployment = component(documents, "Deployment", "server")
+        assert "replicas" not in deployment["spec"]
         target = only(documents, kind)["spec"]["scaleTargetRef"]["name"]
-        assert target == only(documents, "Deployment")["metadata"]["name"]
+        assert target == deployment["metadata"]["name"]
     (trigger,) = only(documents, "ScaledObject")["spec"]["triggers"]
     assert trigger["metadata"]["query"] == 'sum(vllm:num_requests_waiting{namespace="ictx",pod=~"ictx-serving-.*"})'
+
+
+@pytest.mark.parametrize(
+    ("values", "routed"),
+    [
+        ({}, False),
+        ({"replicaCount": 2}, True),
+        ({"replicaCount": 2, "router.enabled": False}, False),
+        ({"router.enabled": True}, True),
+        ({"autoscaling.type": "hpa", "autoscaling.maxReplicas": 2}, True),
+        ({"autoscaling.type": "hpa", "autoscaling.maxReplicas": 1, "replicaCount": 3}, False),
+    ],
+)
+def test_there_is_a_router_where_there_are_several_pods(values: Document, routed: bool) -> None:
+    documents = render(CHARTS["serving"], None, values)
+    names = {name_of(document) for document in documents}
+    assert ("Deployment/ictx-serving-router" in names, "Service/ictx-serving-replicas" in names) == (routed, routed)
+    selector = services(documents)["ictx-serving"]["spec"]["selector"]
+    assert selector["app.kubernetes.io/component"] == ("router" if routed else "server")
+    server = next(pods([component(documents, "Deployment", "server")])).container("vllm")
+    assert ("--enable-scale-out" in server["args"]) == routed
+
+
+ROUTED = {"replicaCount": 2, "networkPolicy.allowFrom": [{"ipBlock": {"cidr": "192.0.2.0/24"}}]}
+
+
+def router(**values: Any) -> Pod:
+    """Returns the router's pod."""
+    dotted = {**ROUTED, **{key.replace("__", "."): value for key, value in values.items()}}
+    return next(pods([component(render(CHARTS["serving"], None, dotted), "Deployment", "router")]))
+
+
+@pytest.mark.attack(
+    "H1",
+    "A client adds a server of its own to the router, and reads the prompts of others",
+    before="vllm-router's /add_worker, /remove_worker and /list_workers need no key",
+    now="the router listens on its pod alone; a gate with keys before it passes generation on, and nothing else",
+)
+def test_the_router_listens_on_its_pod_alone_behind_the_gate() -> None:
+    pod = router()
+    inner, outer = pod.container("router"), pod.container("front")
+    assert (option(inner, "--host"), option(inner, "--port")) == ("127.0.0.1", "30000")
+    assert [port["name"] for port in inner["ports"]] == ["metrics"]
+    assert outer["command"][-1] == "ictx.serve.front:app"
+    assert environment(outer)["ICTX_ROUTER"] == "http://127.0.0.1:30000"
+    assert "--ssl-certfile" in outer["args"]
+    for refused in ("--host=0.0.0.0", "--port", "--worker-urls", "--service-discovery"):
+        with pytest.raises(HelmError, match="router"):
+            router(router__extraArgs=[refused])
+
+
+def test_servers_are_reached_through_the_router_alone() -> None:
+    documents = render(CHARTS["serving"], None, ROUTED)
+    selectors = {
+        name: component(documents, "Deployment", name)["spec"]["selector"]["matchLabels"]
+        for name in ("server", "router")
+    }
+    found = policies(documents)
+    requests, _ = found["ictx-serving"]["spec"]["ingress"]
+    assert requests["from"] == [{"podSelector": {"matchLabels": selectors["router"]}}]
+    clients, metrics = found["ictx-serving-router"]["spec"]["ingress"]
+    assert clients["from"] == [{"podSelector": {"matchLabels": TEST_PODS}}, *ROUTED["networkPolicy.allowFrom"]]
+    assert metrics["ports"] == [{"port": "metrics", "protocol": "TCP"}]
+    _, servers = found["ictx-serving-router"]["spec"]["egress"]
+    assert servers["to"] == [{"podSelector": {"matchLabels": selectors["server"]}}]
+    _, entry = found["ictx-serving-test"]["spec"]["egress"]
+    assert entry["to"] == [{"podSelector": {"matchLabels": selectors["router"]}}]
+
+
+def test_the_router_finds_servers_by_dns_and_verifies_them() -> None:
+    documents = render(CHARTS["serving"], None, ROUTED)
+    replicas = services(documents)["ictx-serving-replicas"]
+    assert replicas["spec"]["clusterIP"] == "None"
+    assert "publishNotReadyAddresses" not in replicas["spec"], "a pod that is not ready gets no requests"
+    front = environment(router().container("front"))
+    assert (front["ICTX_REPLICAS"], front["ICTX_REPLICAS_NAME"]) == ("ictx-serving-replicas", "ictx-serving")
+    assert front["ICTX_REPLICAS_CA"] == "/etc/ictx/tls/ca.crt"
+    assert "ICTX_REPLICAS_NAME" not in environment(router(tls__enabled=False).container("front"))
+
+
+def test_the_router_goes_after_the_gate_before_it() -> None:
+    pod = router()
+    hooks = {name: pod.container(name)["lifecycle"]["preStop"]["exec"]["command"] for name in ("front", "router")}
+    assert hooks["front"] == ["sleep", "10"]
+    assert hooks["router"][3:] == ["15", "300", "http://127.0.0.1:29000/metrics", "vllm_router_running_requests"]
+    assert option(pod.container("front"), "--timeout-graceful-shutdown") == "300"
+    assert pod.spec["terminationGracePeriodSeconds"] > 15 + 300
+    assert router(tls__revision="1").annotations != router(tls__revision="2").annotations
+
+
+def test_the_router_gets_what_the_values_say() -> None:
+    values = {"policy": "consistent_hash", "circuitBreaker": {"failures": 7, "seconds": 9}, "balanceThreshold": 3}
+    documents = render(CHARTS["serving"], None, {**ROUTED, "router": values})
+    found = next(pods([component(documents, "Deployment", "router")])).container("router")
+    assert [option(found, f"--{name}") for name in ("policy", "cb-failure-threshold", "cb-timeout-duration-secs")] == [
+        "consistent_hash", "7", "9",
+    ]  # fmt: skip
+    assert option(found, "--balance-abs-threshold") == "3"
+    server = next(pods([component(documents, "Deployment", "server")])).container("vllm")
+    assert "--enable-scale-out" not in server["args"], "prompts are made into tokens for cache_aware alone"
 
 
 def policies(documents: list[Document]) -> dict[str, Document]:
@@ -457,9 +558,10 @@ def test_the_network_policy_lets_the_pull_out(uri: str, port: int) -> None:
 
 def test_monitors_find_the_metrics() -> None:
     documents = render(CHARTS["serving"], CI["serving/multi-gpu"][1])
-    monitor, service = only(documents, "ServiceMonitor"), services(documents)["ictx-serving-metrics"]
-    assert monitor["spec"]["selector"]["matchLabels"].items() <= service["metadata"]["labels"].items()
-    assert monitor["spec"]["endpoints"][0]["port"] == service["spec"]["ports"][0]["name"] == "metrics"
+    for of, name in (("server", "ictx-serving-metrics"), ("router", "ictx-serving-router")):
+        monitor, service = component(documents, "ServiceMonitor", of), services(documents)[name]
+        assert monitor["spec"]["selector"]["matchLabels"].items() <= service["metadata"]["labels"].items()
+        assert monitor["spec"]["endpoints"][0]["port"] == service["spec"]["ports"][0]["name"] == "metrics"
     documents = render(CHARTS["mlflow"], CI["mlflow/tls"][1])
     (endpoint,) = only(documents, "ServiceMonitor")["spec"]["endpoints"]
     assert endpoint["scheme"] == "https"

@@ -1,11 +1,13 @@
-"""preStop: serves on while Services forget the pod, then waits until no request is left. Arguments: delay, timeout."""
+"""preStop: serves on while Services forget the pod, then waits until no request is left.
+
+Arguments: delay, timeout, URL of the metrics, and those that count requests.
+"""
 
 import sys
 import time
 import urllib.request
 
-METRICS = "http://127.0.0.1:9100/metrics"
-COUNTED = ("vllm:num_requests_running", "vllm:num_requests_waiting")
+METRICS, *COUNTED = sys.argv[3:]
 
 
 def requests_left():

@@ -30,11 +30,49 @@ app.kubernetes.io/part-of: infinitecontext
 {{- end }}
 {{- end }}
 
+{{/* Whether requests go through the router: `true`, or nothing. */}}
+{{- define "serving.routed" -}}
+{{- $most := ternary .Values.replicaCount .Values.autoscaling.maxReplicas (eq .Values.autoscaling.type "none") | int }}
+{{- if or (eq (toString .Values.router.enabled) "true") (and (eq (toString .Values.router.enabled) "auto") (gt $most 1)) }}
+{{- true }}
+{{- end }}
+{{- end }}
+
+{{- define "serving.routerSelectorLabels" -}}
+app.kubernetes.io/name: {{ include "serving.name" . }}
+app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/component: router
+{{- end }}
+
+{{- define "serving.routerLabels" -}}
+{{ include "serving.routerSelectorLabels" . }}
+{{ include "serving.commonLabels" . }}
+{{- end }}
+
+{{/* Of the pods that clients reach: the router's, or the servers. */}}
+{{- define "serving.entryLabels" -}}
+{{- if include "serving.routed" . }}
+{{- include "serving.routerSelectorLabels" . }}
+{{- else }}
+{{- include "serving.selectorLabels" . }}
+{{- end }}
+{{- end }}
+
 {{/* Of the pods of `helm test`. */}}
 {{- define "serving.testLabels" -}}
 app.kubernetes.io/name: {{ include "serving.name" . }}
 app.kubernetes.io/instance: {{ .Release.Name }}
 app.kubernetes.io/component: test
+{{- end }}
+
+{{/* Who may send requests, as NetworkPolicy peers. */}}
+{{- define "serving.clients" -}}
+- podSelector:
+    matchLabels:
+      {{- include "serving.testLabels" . | nindent 6 }}
+{{- with .Values.networkPolicy.allowFrom }}
+{{ toYaml . }}
+{{- end }}
 {{- end }}
 
 {{- define "serving.labels" -}}
@@ -160,6 +198,21 @@ capabilities:
   value: ictx
 - name: LOGNAME
   value: ictx
+{{- end }}
+
+{{- define "serving.keysVolume" -}}
+# A folder, not variables: kubelet replaces it when the Secret changes, and the running server takes the new keys.
+- name: keys
+  projected:
+    defaultMode: 0440
+    sources:
+      - secret:
+          name: {{ include "serving.apiKeySecret" . }}
+          items: [{key: {{ .Values.apiKey.key }}, path: api-key}]
+      - secret:
+          name: {{ include "serving.apiKeySecret" . }}
+          items: [{key: {{ .Values.apiKey.previousKey }}, path: api-key-previous}]
+          optional: true
 {{- end }}
 
 {{/* What the schema cannot express. */}}

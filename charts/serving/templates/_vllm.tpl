@@ -36,6 +36,10 @@
 - --compilation-config
 - {{ toJson . | quote }}
 {{- end }}
+{{- if and (include "serving.routed" .) (eq .Values.router.policy "cache_aware") }}
+# The router has prompts turned into tokens by a pod (/v1/completions/render), by which it finds their beginnings.
+- --enable-scale-out
+{{- end }}
 {{- range .Values.vllm.extraArgs }}
 - {{ . | quote }}
 {{- end }}
@@ -141,6 +145,9 @@ lifecycle:
           {{- .Files.Get "files/drain.py" | trim | nindent 10 }}
         - {{ .Values.drain.delaySeconds | int | quote }}
         - {{ .Values.drain.timeoutSeconds | int | quote }}
+        - http://127.0.0.1:9100/metrics
+        - vllm:num_requests_running
+        - vllm:num_requests_waiting
 terminationMessagePolicy: FallbackToLogsOnError
 volumeMounts:
   - name: keys
