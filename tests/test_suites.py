@@ -39,6 +39,13 @@ def test_every_scenario_of_molecule_is_in_the_full_suite() -> None:
     assert "molecule test;" in commands.replace("molecule test ", "molecule test; ", 1)
 
 
+def test_no_scenario_of_molecule_takes_the_lab_for_its_own() -> None:
+    """Without these variables a scenario has the lab's names, network and state."""
+    lab = ROOT / "inventories/lab/group_vars/all/lab.yml"
+    for inventory in (ROOT / "molecule").glob("*/inventory/hosts.yml"):
+        assert (inventory.parent / "group_vars/all/lab.yml").resolve() == lab, inventory
+
+
 def test_a_failed_step_fails_the_suite_and_later_steps_still_run(tmp_path, monkeypatch, capfd) -> None:
     steps = [
         suite.Step("code", "breaks", "echo this is why; exit 3"),

@@ -12,41 +12,7 @@ import pytest
 from cluster import ROOT
 
 PROGRAM = ROOT / "roles/nvidia_driver/files/ictx-gpu-modes"
-# As the real one: modes are pending until a reset of the GPU, which MIG gets at once where the GPU is idle.
-SMI = """#!{python}
-import json, pathlib, sys
-file = pathlib.Path({state!r})
-gpus = json.loads(file.read_text())
-words = sys.argv[1:]
-names = {{True: "Enabled", False: "Disabled", None: "[N/A]"}}
-which = [gpus[int(words[words.index("-i") + 1])]] if "-i" in words else gpus
-if words[0].startswith("--query-gpu"):
-    for number, gpu in enumerate(gpus):
-        ecc, mig = gpu["ecc"], gpu["mig"]
-        print(number, *(names[x] for x in (ecc, gpu.get("ecc_next", ecc), mig, gpu.get("mig_next", mig))), sep=", ")
-elif words == ["-L"]:
-    for number, gpu in enumerate(gpus):
-        print(f"GPU {{number}}: NVIDIA A100-SXM4-40GB (UUID: GPU-{{number}})")
-        for index, profile in enumerate(gpu["devices"]):
-            print(f"  MIG {{profile}}     Device  {{index}}: (UUID: MIG-{{number}}-{{index}})")
-elif "-e" in words:
-    which[0]["ecc_next"] = words[-1] == "1"
-elif "-mig" in words:
-    if which[0].get("busy"):
-        print("Warning: MIG mode is in pending enable state: In use by another client")
-        which[0]["mig_next"] = words[-1] == "1"
-    else:
-        which[0]["mig"] = words[-1] == "1"
-elif words[1] in ("-dci", "-dgi"):
-    if which[0].get("busy"):
-        sys.exit("Unable to destroy: In use by another client")
-    which[0]["devices"] = []
-elif words[1] == "-cgi":
-    if which[0]["devices"] or words[2] == "9g.90gb":
-        sys.exit("Failed to create GPU instances: Insufficient Resources")
-    which[0]["devices"] = words[2].split(",")
-file.write_text(json.dumps(gpus))
-"""
+SMI = ROOT / "molecule/gpu/files/nvidia-smi"
 
 
 class Node:
@@ -55,14 +21,13 @@ class Node:
     def __init__(self, folder: Path, *gpus: dict[str, Any]) -> None:
         self.folder, self.state = folder, folder / "gpus.json"
         self.state.write_text(json.dumps([{"ecc": True, "mig": False, "devices": [], **gpu} for gpu in gpus]))
-        (folder / "nvidia-smi").write_text(SMI.format(python=sys.executable, state=str(self.state)))
-        (folder / "nvidia-smi").chmod(0o755)
+        (folder / "nvidia-smi").symlink_to(SMI)
 
     def apply(self, ecc: str = "keep", *mig: dict[str, Any]) -> tuple[str, list[str]]:
         """Returns what went wrong, and what was changed."""
         (self.folder / "modes.json").write_text(json.dumps({"ecc": ecc, "mig": mig}))
         command = [sys.executable, str(PROGRAM), f"--config={self.folder}/modes.json"]
-        environment = {"PATH": f"{self.folder}:/usr/bin"}
+        environment = {"PATH": f"{self.folder}:/usr/bin", "STAND_IN_GPUS": str(self.state)}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         assert "Traceback" not in done.stderr, done.stderr
         assert bool(done.returncode) == bool(done.stderr)

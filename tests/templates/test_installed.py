@@ -91,6 +91,23 @@ def test_daemons_restart_for_nodes_until_slurm_reads_them_anew(
     assert templar.template(trusted("{{ _slurm_nodes_changed }}")) is restart
 
 
+@pytest.mark.parametrize(
+    ("driver", "chosen"),
+    [
+        ("580.95.05-1", ["580.95.05-1"]),
+        ("580.95.05-0ubuntu1", ["580.95.05-1"]),
+        ("580.105.08-1", ["580.105.08-0ubuntu1"]),
+        ("580.95.0-1", []),
+        ("580.9-1", []),
+    ],
+)
+def test_the_fabric_manager_has_exactly_the_driver_s_version(example: Any, driver: str, chosen: list[str]) -> None:
+    lines = [f" nvidia-fabricmanager-580 | {v} | http://x  Packages" for v in ("580.105.08-0ubuntu1", "580.95.05-1")]
+    installed, listed = {"results": [{"stdout": driver}, {"stdout": ""}]}, {"stdout": "\n".join([*lines, lines[-1]])}
+    role = example("nvidia_driver", "gpu1", _nvidia_driver_installed=installed, _nvidia_driver_fabrics=listed)
+    assert role.template(trusted("{{ _nvidia_driver_fitting }}")) == chosen
+
+
 def test_docker_keeps_what_others_have_set_and_the_second_run_changes_nothing(example: Any) -> None:
     before = {"data-root": "/data/docker", "runtimes": {"nvidia": {"path": "x"}}, "log-opts": {"labels": "a"}}
     for text in ("", json.dumps(before)):
