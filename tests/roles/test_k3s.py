@@ -85,7 +85,7 @@ def test_the_lab_takes_debians_sources_when_told_to_and_asks_nobody(tmp_path: Pa
     done, said = choose(tmp_path, "debian", mirror, lab=True)
     assert done, said
     assert "sources (lab only), because kubernetes_distribution is debian" in said
-    assert "Ask the mirror" not in said
+    assert "Query the mirror" not in said
 
 
 def test_an_even_number_of_servers_is_refused(tmp_path: Path) -> None:

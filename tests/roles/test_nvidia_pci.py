@@ -118,7 +118,7 @@ def test_the_generation_decides_which_kernel_modules_run(module: ModuleType, ids
 def preflight(folder: Path, modules: list[str], **variables: Any) -> tuple[bool, str]:
     """Returns whether the driver's checks of a node with GPUs that such modules run passed, and what was reported."""
     tasks = yaml.safe_load((ROOT / "roles/nvidia_driver/tasks/preflight.yml").read_text())
-    check = next(task for task in tasks if task["name"] == "The driver can run every GPU of the node")
+    check = next(task for task in tasks if task["name"] == "Validate that the driver supports every GPU of the node")
     known = {"_nvidia_driver_pci": {"kernel_modules": modules}, "nvidia_driver_gpus": ["0000:07:00.0"]}
     done = play(folder, [check], {**DEFAULTS, **known, **variables})
     return done.returncode == 0, " ".join((done.stdout + done.stderr).split())

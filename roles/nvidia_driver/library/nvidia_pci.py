@@ -18,7 +18,7 @@ author: [InfiniteContext]
 """
 
 EXAMPLES = r"""
-- name: Look for GPUs
+- name: Find GPUs
   nvidia_pci:
   register: found
 """
