@@ -53,6 +53,14 @@ def wait_for(what: str, condition: Callable[[], bool], seconds: float = 120) -> 
         time.sleep(1)
 
 
+def power_on(name: str) -> None:
+    """Starts a node's container when it has shut down, as the firmware of a machine does that restarts."""
+    container = f"{os.environ['ICTX_LAB_NAME']}-{name}"
+    environment = {**os.environ, "CONTAINERS_CONF": os.path.join(os.environ["ICTX_LAB_STATE"], "containers.conf")}
+    for command in (["podman", "wait", container], ["podman", "start", container]):
+        subprocess.run(command, check=True, capture_output=True, env=environment, timeout=900)
+
+
 def played(*arguments: str, status: int = 0) -> str:
     """Runs ansible-playbook on the scenario's inventory; returns what it printed, without the breaks of its lines."""
     done = subprocess.run(

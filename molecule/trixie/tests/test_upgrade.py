@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import test_constraints
-from nodes import COMPUTE, CONTROLLERS, accounts, as_user, changed, node, played, queued, states, wait_for
+from nodes import COMPUTE, CONTROLLERS, accounts, as_user, changed, node, played, power_on, queued, states, wait_for
 
 GO = "/shared/upgrade-go"
 LATER = "forky"
@@ -48,6 +48,19 @@ def history() -> set[str]:
     span = "--starttime=now-1days --endtime=now --state=completed"
     fields = "jobid,user,account,start,end,exitcode"
     return set(as_user(f"sacct --noheader --allocations --parsable2 {span} --format={fields}").splitlines())
+
+
+def test_a_check_run_shows_the_plan_and_changes_nothing(later: str) -> None:
+    def kept() -> list[str]:
+        daemons = "systemctl show --property=MainPID slurmctld slurmdbd slurmd"
+        commands = ("dpkg-query --show", daemons, "cat /etc/slurm/slurm.conf", "ls /var/backups")
+        return [node(name).run(command).stdout for name in (*CONTROLLERS, *COMPUTE) for command in commands]
+
+    before = kept()
+    assert f"SLURM {installed('ctl')}." in (plan := " ".join(played(*UPGRADE, "--check").split()))
+    assert re.search(rf"SLURM \S+ → {later}\.", plan)
+    assert kept() == before
+    assert states() == {"n1": "idle", "n2": "idle"}
 
 
 def test_a_batch_that_fails_stops_the_upgrade_and_the_same_command_completes_it(later: str) -> None:
@@ -97,6 +110,23 @@ def test_a_second_upgrade_changes_nothing(later: str) -> None:
     again = played(*UPGRADE)
     assert "nothing newer" in again
     assert changed(again) == 0
+
+
+def test_a_node_that_asks_for_it_is_restarted_before_its_validation(later: str) -> None:
+    def booted(name: str) -> str:
+        return node(name).check_output("cut --delimiter=' ' --fields=22 /proc/1/stat")
+
+    before = {name: booted(name) for name in COMPUTE}
+    node("n2").check_output("touch /run/reboot-required")
+    with ThreadPoolExecutor() as other:
+        power = other.submit(power_on, "n2")
+        output = played(*UPGRADE, "-e", "upgrade_everything=true")
+        power.result()
+    assert [name for name in COMPUTE if booted(name) != before[name]] == ["n2"]
+    # Its batch is the last: a job of the validation ran there after the restart.
+    assert output.index("TASK [Restart the machine]") < output.rindex("TASK [Run the job]")
+    assert states() == {"n1": "idle", "n2": "idle"}
+    assert as_user("srun --mem=50 --nodelist=n2 hostname") == "n2"
 
 
 def test_what_cgroups_enforce_holds_in_the_new_release(later: str) -> None:
