@@ -117,8 +117,7 @@ def test_a_release_without_checksums_is_refused(tmp_path: Path) -> None:
 def first_server(tmp_path: Path, have: list[str], *others: dict[str, Any]) -> tuple[int, str]:
     """Returns status and output of preflight on the first of three servers, of which some have a cluster."""
     for name in have:
-        (tmp_path / name / "server").mkdir(parents=True)
-        (tmp_path / name / "server/token").write_text("")
+        (tmp_path / name / "server/db").mkdir(parents=True)
     role = {
         "include_role": {"name": "k3s", "tasks_from": "preflight"},
         "vars": {"_k3s_data": f"{tmp_path}/{{{{ item }}}}"},
@@ -132,19 +131,7 @@ def first_server(tmp_path: Path, have: list[str], *others: dict[str, Any]) -> tu
     return done.returncode, " ".join((done.stdout + done.stderr).split())
 
 
-@pytest.mark.parametrize(
-    ("have", "refused"), [([], False), (["localhost"], False), (["localhost", "b"], False), (["b", "c"], True)]
-)
-def test_a_first_server_without_the_cluster_that_others_have_is_refused(
-    tmp_path: Path, have: list[str], refused: bool
-) -> None:
-    others = ({"name": name, "ansible_connection": "local"} for name in ("b", "c"))
-    status, text = first_server(tmp_path, have, *others)
-    assert ("has no cluster, but b, c have one" in text) == refused, text
-    assert (status != 0) == refused, text
-
-
-@pytest.mark.parametrize("have", [[], ["localhost"]])
+@pytest.mark.parametrize("have", [[], ["b"]])
 def test_no_cluster_is_started_while_a_server_that_may_have_one_cannot_be_reached(
     tmp_path: Path, have: list[str]
 ) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 from ansible.errors import AnsibleFilterError
-from cluster import ROOT
+from cluster import ROOT, trusted
 from programs import loaded
 
 FILTER = loaded(ROOT / "playbooks/plugins/filter/kubeconfig.py").plain_kubeconfig
@@ -55,6 +55,11 @@ def test_one_without_certificates_is_refused(text: str) -> None:
         FILTER(text, SERVER)
 
 
+def test_an_address_that_ansible_has_tagged_is_written_as_text() -> None:
+    made = yaml.safe_load(FILTER(config(CLUSTER, USER), trusted(SERVER)))
+    assert made["clusters"][0]["cluster"]["server"] == SERVER
+
+
 def test_both_distributions_keep_it_so() -> None:
-    for role in ("k3s", "kube_lab"):
-        assert "| plain_kubeconfig(" in (ROOT / f"roles/{role}/tasks/service.yml").read_text()
+    for tasks in ("k3s/tasks/kubeconfig.yml", "kube_lab/tasks/service.yml"):
+        assert "| plain_kubeconfig(" in (ROOT / "roles" / tasks).read_text()

@@ -30,9 +30,20 @@ def is_ip(text: str) -> bool:
     return True
 
 
+def other_interface(address: str, facts: Mapping[str, Any]) -> str:
+    """Returns the interface that has an address, where it is not that of the default route; empty otherwise."""
+    default = {facts.get(f"default_{kind}", {}).get("interface") for kind in ("ipv4", "ipv6")}
+    for name in facts.get("interfaces", []):
+        about = facts.get(name.replace("-", "_").replace(".", "_").replace(":", "_"), {})
+        found = [about.get("ipv4") or {}, *about.get("ipv4_secondaries", []), *about.get("ipv6", [])]
+        if any(each.get("address") == address for each in found):
+            return "" if about.get("device", name) in default else str(about.get("device", name))
+    return ""
+
+
 class FilterModule:
     """Filters of this file."""
 
     def filters(self) -> dict[str, Callable[..., Any]]:
         """Returns the filters by name."""
-        return {"host_address": host_address, "in_url": in_url, "is_ip": is_ip}
+        return {"host_address": host_address, "in_url": in_url, "is_ip": is_ip, "other_interface": other_interface}

@@ -29,7 +29,7 @@ def plain_kubeconfig(text: str, server: str) -> str:
     made = {
         "apiVersion": "v1",
         "kind": "Config",
-        "clusters": [{"name": "ictx", "cluster": {"server": server, **parts[0]}}],
+        "clusters": [{"name": "ictx", "cluster": {"server": str(server), **parts[0]}}],
         "users": [{"name": "admin", "user": parts[1]}],
         "contexts": [{"name": "ictx", "context": {"cluster": "ictx", "user": "admin"}}],
         "current-context": "ictx",
