@@ -16,7 +16,8 @@ from ictx.infer.cache import LatentCache
 from ictx.infer.decode_step import DecodeStep
 from ictx.kernels import dispatch
 from ictx.kernels.next_token.op import Places, begin, choose_likeliest
-from ictx.kernels.products.op import absorb, expand, project
+from ictx.kernels.products.op import NewRow, absorb, expand, project
+from ictx.kernels.rope_cache.op import mla_rope_cache
 from ictx.model import Transformer
 
 TOKENS = 20
@@ -122,7 +123,17 @@ def products_agree(device: str, dtype: torch.dtype) -> None:
         q, w_kv, out = random(1, heads, nope + 64), random(heads, nope + value, 512) * 0.1, random(1, 1, heads, 512)
         angle = torch.rand(1, 32, device=device, generator=generator) * 6
         cos, sin = angle.cos(), angle.sin()
-        close(absorb(q, w_kv, cos, sin), absorb(q.double(), w_kv.double(), cos, sin))
+        x, gain, slots = random(1, 576), 1 + 0.1 * random(512), torch.tensor([13], device=device)
+        for stored in (None, "int8", "fp8"):
+            width, held = (656, torch.uint8) if stored else (576, dtype)
+            caches = [torch.zeros(4, 8, width, dtype=held, device=device) for _ in range(2)]
+            found = absorb(q, w_kv, cos, sin, NewRow(x, gain, slots, caches[0], 1e-6, stored))
+            # Both launches write the row by the same function.
+            mla_rope_cache(x, gain, cos, sin, slots, caches[1], 1e-6, stored)
+            assert torch.equal(*caches) and caches[0].any()
+            exact = torch.zeros(4, 8, 576, dtype=torch.float64, device=device)
+            new = NewRow(x.double(), gain.double(), slots, exact, 1e-6, None)
+            close(found, absorb(q.double(), w_kv.double(), cos, sin, new))
         close(expand(out, w_kv, value), expand(out.double(), w_kv.double(), value))
 
 

@@ -8,16 +8,19 @@ from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
 from ictx.errors import UserError
-from ictx.kernels import tuned
+from ictx.infer import launches
+from ictx.kernels import dispatch, tuned
 from ictx.kernels.attention import tuning as attention_tuning
 from ictx.kernels.attention.tuning import Tiles, attention_config
+from ictx.kernels.build import offline
 from ictx.kernels.decode import tuning
-from ictx.kernels.decode.op import block_m_of
+from ictx.kernels.decode.op import block_m_of, mla_decode
 from ictx.kernels.decode.tuning import DecodeConfig
 from ictx.kernels.tune import attention as attention_tune
 from ictx.kernels.tune import decode as decode_tune
@@ -37,6 +40,28 @@ def test_found_configurations_are_chosen(tmp_path: Path, monkeypatch: pytest.Mon
     assert tuning.decode_config(86, 16, None) != found
     monkeypatch.undo()
     tuned.section.cache_clear()
+
+
+def test_cards_of_fast_memory_have_configurations_of_their_own() -> None:
+    """Where nothing was found for these, they take what their compute capability has."""
+    assert tuning.decode_config(90, 16, None, fast=True) != tuning.decode_config(90, 16, None)
+    assert tuning.decode_config(90, 32, "int8", fast=True) == tuning.decode_config(90, 32, "int8")
+    assert tuning.decode_config(80, 16, None, fast=True) == tuning.decode_config(80, 16, None)
+
+
+def test_both_kinds_of_memory_are_compiled_for() -> None:
+    """A folder of compiled kernels serves an H100 and an H200."""
+
+    def step() -> None:
+        q, cache = (torch.empty(*shape, 576, dtype=torch.bfloat16, device="meta") for shape in ((1, 1, 16), (2, 64)))
+        lens, table = (torch.empty(shape, dtype=torch.int32, device="meta") for shape in ((1,), (1, 2)))
+        mla_decode(q, cache, lens, 0.07, table)
+
+    with mock.patch.object(launches, "run", lambda target: step()):
+        found = offline.launches(lambda: launches.drive(90), 90)
+        assert sorted(launch.parameters["STAGES"] for launch in found) == [3, 4]
+        assert len(offline.launches(lambda: launches.drive(80), 80)) == 1
+    assert not dispatch.standing_fast
 
 
 def test_every_target_knows_every_kind_of_input() -> None:

@@ -17,8 +17,7 @@ from ictx.infer.cache import LatentCache
 from ictx.kernels import dispatch, layout
 from ictx.kernels.decode.op import MOST_HEADS, Workspace, mla_decode
 from ictx.kernels.next_token.op import Places, begin, choose_likeliest
-from ictx.kernels.products.op import OPERATION, absorb, expand, project
-from ictx.kernels.rope_cache.op import mla_rope_cache
+from ictx.kernels.products.op import OPERATION, NewRow, absorb, expand, project
 from ictx.model.cache import quantisable
 from ictx.model.config import LATENT_NORM_EPS, ModelConfig
 from ictx.model.moe import FeedForward
@@ -131,10 +130,9 @@ class DecodeStep:
         q, latent = first[:, : -config.cache_width], first[:, -config.cache_width :]
         if config.q_lora_rank is not None:
             q = project(q, attention.q_b_proj.weight, gain=attention.q_a_layernorm.weight, eps=LATENT_NORM_EPS)
-        gain = attention.kv_a_layernorm.weight
-        mla_rope_cache(latent, gain, cos, sin, slots_b, entries, LATENT_NORM_EPS, self.cache.stored)
-        w_kv = attention.kv_b_proj.weight.view(heads, -1, config.kv_lora_rank)
-        q_c = absorb(q.reshape(len(q), heads, -1), w_kv, cos, sin)
+        gain, w_kv = attention.kv_a_layernorm.weight, attention.kv_b_proj.weight.view(heads, -1, config.kv_lora_rank)
+        new = NewRow(latent, gain, slots_b, entries, LATENT_NORM_EPS, self.cache.stored)
+        q_c = absorb(q.reshape(len(q), heads, -1), w_kv, cos, sin, new)
         out, _ = mla_decode(
             q_c, entries, self.lengths_b, config.softmax_scale, self.table, self.cache.stored, workspace=self.workspace
         )

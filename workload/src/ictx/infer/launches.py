@@ -6,6 +6,7 @@ none. All layers launch the same kernels, so that one is enough.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -27,10 +28,20 @@ BLOCKS = {None: (None, 16, 64), "int8": (64,), "fp8": (64,)}
 """Tokens of a block, or none for a contiguous cache, by what latents are quantised to: `ictx generate` takes 64, and
 vLLM gives a cache that is not quantised blocks of 16 and 64."""
 META = torch.device("meta")
+FAST = 90
+"""Compute capability of cards with memory of two kinds."""
 
 
 def drive(target: int) -> None:
-    """Runs all that is compiled ahead of time for a compute capability."""
+    """Runs all that is compiled ahead of time for a compute capability, with both kinds of memory where it has two."""
+    run(target)
+    if target == FAST:
+        dispatch.standing_fast = True
+        run(target)
+
+
+def run(target: int) -> None:
+    """Runs it for one kind of memory."""
     for config in models():
         for dtype in (torch.float16, torch.bfloat16):
             if dispatch.refused("mla_rope_cache", target, dtype, None):
@@ -42,9 +53,8 @@ def drive(target: int) -> None:
             model.eval()
             for stored, blocks in BLOCKS.items():
                 if dispatch.refused("mla_decode", target, dtype, stored) is None:
-                    for batch in BATCHES:
-                        for block_size in blocks:
-                            generate(model, batch, block_size, stored)
+                    for batch, block_size in itertools.product(BATCHES, blocks):
+                        generate(model, batch, block_size, stored)
 
 
 def models() -> Iterator[ModelConfig]:

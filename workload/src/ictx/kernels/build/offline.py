@@ -48,13 +48,13 @@ def standing_for(target: int) -> Iterator[None]:
     """Every device passes for a GPU of this compute capability within."""
     from triton.runtime import driver
 
-    before = driver._active, dispatch.standing_for
+    before = driver._active, dispatch.standing_for, dispatch.standing_fast
     driver.set_active(_Driver(target))
     dispatch.standing_for = target
     try:
         yield
     finally:
-        driver._active, dispatch.standing_for = before
+        driver._active, dispatch.standing_for, dispatch.standing_fast = before
 
 
 @contextmanager

@@ -61,7 +61,9 @@ def inspect(launch: Launch, name: str, compiled: Any) -> Report:
     if launch.kernel == "decode.decode":
         constants = launch.parameters
         stored = None if constants["STORED"] == "plain" else constants["STORED"]
-        programs = tuning.decode_config(launch.target, constants["BLOCK_M"], stored).programs
+        tuned = [tuning.decode_config(launch.target, constants["BLOCK_M"], stored, fast) for fast in (False, True)]
+        cut = constants["BLOCK_N"], constants["STAGES"]
+        programs = max((config.programs for config in tuned if (config.block_n, config.stages) == cut), default=1)
     if spilled:
         faults.append(f"spills {spilled} bytes")
     shared, warps = int(compiled.metadata.shared), int(compiled.metadata.num_warps)

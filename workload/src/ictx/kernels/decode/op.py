@@ -146,11 +146,11 @@ def launch_of(
     """Returns how the kernel is cut up, by the tuned configuration unless one is given, and how many programs run."""
     if dispatch.interpreted():
         return replace(config or INTERPRETER, reduce_all=False), INTERPRETER_PROGRAMS
-    config = config or decode_config(dispatch.capability(device), block_m, stored)
+    config = config or decode_config(dispatch.capability(device), block_m, stored, dispatch.fast_memory(device))
     return config, multiprocessors(device) * config.programs
 
 
-def constants(stored: str | None, page: int, block_m: int, config: DecodeConfig) -> dict[str, Any]:
+def constants(stored: str | None, page: int, block_m: int, config: DecodeConfig, early: bool) -> dict[str, Any]:
     """Returns the kernel's compile-time parameters and options."""
     options: dict[str, Any] = {"num_warps": config.warps}
     if config.reduce_all:
@@ -170,7 +170,8 @@ def constants(stored: str | None, page: int, block_m: int, config: DecodeConfig)
         "REDUCE_ALL": config.reduce_all,
         "STAGES": config.stages,
         "SCAN": config.scan,
-        "COLS": config.columns or (64 if config.programs == 1 else 32),
+        "COLS": config.columns or 64,
+        **dispatch.launch_options(early),
     }
 
 
@@ -211,6 +212,8 @@ def _launch(
             work.part.view(q.dtype), work.part_lse, work.counters, scale * math.log2(math.e),
             q.stride(0) // 8, q.stride(2) // 8, cache.stride(0) // cache.stride(1), cache.shape[1],
             table.stride(0) if table is not None else 0, batch, rows, heads, row_blocks, query,
-            **constants(stored, 0 if table is None else cache.shape[1], block_m, config),
+            **constants(
+                stored, 0 if table is None else cache.shape[1], block_m, config, dispatch.launches_early(q.device)
+            ),
         )  # fmt: skip
     return out, lse

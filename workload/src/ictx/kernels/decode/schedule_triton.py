@@ -25,3 +25,21 @@ def sequence_tiles(lens_ptr, index, batch, row_blocks, BLOCK_N: tl.constexpr):
     length = tl.load(lens_ptr + index, index < batch, other=0)
     tiles = tl.maximum((length + BLOCK_N - 1) // BLOCK_N, 1) * row_blocks
     return tl.where(index < batch, tiles, 0)
+
+
+@triton.jit
+def span_of(first_program, last_program):
+    """The programs that share an item, in one number: at most 2^15, of which the first has a number below 2^16."""
+    return (first_program << 15) | (last_program - first_program)
+
+
+@triton.jit
+def program_of(span):
+    """The first program of a span."""
+    return span >> 15
+
+
+@triton.jit
+def parts_of(span):
+    """How many programs a span has."""
+    return (span & 0x7FFF) + 1

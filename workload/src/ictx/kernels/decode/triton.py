@@ -17,9 +17,10 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
 
-from ictx.kernels.decode.join_triton import arrive, join_share, wait
-from ictx.kernels.decode.schedule_triton import first_of, owner_of, sequence_tiles
+from ictx.kernels.decode.join_triton import arrive, join_share, ticket_of, wait
+from ictx.kernels.decode.schedule_triton import first_of, owner_of, parts_of, program_of, sequence_tiles, span_of
 from ictx.kernels.decode.tiles_triton import put, put_group, rows_at
 from ictx.kernels.decode.unpack_triton import INT8_UNIT, add_score, add_values, halves
 
@@ -46,7 +47,7 @@ def decode(
     LATENT: tl.constexpr, ROPE: tl.constexpr, PAGE: tl.constexpr, STORED: tl.constexpr, ASM: tl.constexpr,
     ROW: tl.constexpr, BLOCK_WORDS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, REDUCE_ALL: tl.constexpr, STAGES: tl.constexpr,
-    SCAN: tl.constexpr, COLS: tl.constexpr,
+    SCAN: tl.constexpr, COLS: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """out = softmax(q · cacheᵀ · scale) · latent for every row, causal among the last `query` positions.
 
@@ -58,6 +59,10 @@ def decode(
     """
     program = tl.program_id(0)
     programs = tl.num_programs(0)
+    if DEPENDENT:
+        # Launched while the launch before it still runs. The one behind it is not let in early: its programs would take
+        # memory's time, and registers, from the loop below (the whole step was 1 to 4 % slower on an H200).
+        gdc_wait()
     # Every dependent step before the first load of the cache costs a microsecond: one sequence needs no search.
     alone = batch == 1
     total = 0
@@ -92,9 +97,10 @@ def decode(
     offs_h = tl.arange(0, 64)
     offs_r = tl.arange(0, ROPE)
     # One item is one row block of one sequence. At most two are shared with other programs: the first and the last.
+    # What must be known of them after the loops is packed: registers are scarce in these.
     item = sequence * row_blocks + row_block
-    a_item, a_before, a_program, a_parts = -1, 0, 0, 0
-    b_item, b_before, b_program, b_parts = -1, 0, 0, 0
+    a_ticket, a_span = -1, 0
+    b_ticket, b_span = -1, 0
 
     while tile < last:
         sequence = item // row_blocks
@@ -103,8 +109,7 @@ def decode(
         tiles = tl.maximum((length + BLOCK_N - 1) // BLOCK_N, 1)
         end = tl.minimum(last - first, tiles)
         # Divided here, while the first rows are on their way.
-        first_program = owner_of(first, quota, rest)
-        parts = owner_of(first + tiles - 1, quota, rest) - first_program + 1
+        span = span_of(owner_of(first, quota, rest), owner_of(first + tiles - 1, quota, rest))
         row = row_block * BLOCK_M + offs_m
         row_ok = row < rows
         # Row r is query position r // heads; the last position sees everything, the one before it one token less.
@@ -235,7 +240,7 @@ def decode(
         if STORED == "int8":
             factor = factor / INT8_UNIT
         lse2 = tl.where(empty, -float("inf"), best + tl.log2(divisor))
-        if parts == 1:
+        if parts_of(span) == 1:
             base = sequence.to(tl.int64) * rows + row_block * BLOCK_M
             target = out_ptr + base * LATENT
             tl.store(lse_ptr + base + offs_m, lse2 * 0.6931471805599453, row_ok)
@@ -250,6 +255,7 @@ def decode(
                 put(target + 256, acc_2, factor, row_ok, LATENT)
                 put(target + 384, acc_3, factor, row_ok, LATENT)
         else:
+            first_program, parts = program_of(span), parts_of(span)
             place = 2 * program + tl.where(program == first_program, 1, 0)
             part = part_ptr + place.to(tl.int64) * (BLOCK_M * LATENT)
             tl.store(part_lse_ptr + offs_m * (2 * programs) + place, lse2, row_ok)
@@ -266,11 +272,11 @@ def decode(
             # Every thread's part is written before the one thread that counts says so.
             tl.debug_barrier()
             if REDUCE_ALL:
-                before = arrive(count_ptr + item, program == first_program, parts)
-                if a_item < 0:
-                    a_item, a_before, a_program, a_parts = item, before, first_program, parts
+                ticket = ticket_of(item, arrive(count_ptr + item, program == first_program, parts))
+                if a_ticket < 0:
+                    a_ticket, a_span = ticket, span
                 else:
-                    b_item, b_before, b_program, b_parts = item, before, first_program, parts
+                    b_ticket, b_span = ticket, span
             else:
                 # The sign bit is the other way's.
                 if (tl.atomic_add(count_ptr + item, 1, sem="acq_rel") & 0x7FFFFFFF) == parts - 1:
@@ -288,12 +294,13 @@ def decode(
 
     if REDUCE_ALL:
         for which in range(2):
-            item = tl.where(which == 0, a_item, b_item)
-            if item >= 0:
-                wait(count_ptr + item, tl.where(which == 0, a_before, b_before))
-                first_program = tl.where(which == 0, a_program, b_program)
+            ticket = tl.where(which == 0, a_ticket, b_ticket)
+            if ticket >= 0:
+                item = ticket // 2
+                span = tl.where(which == 0, a_span, b_span)
+                first_program, parts = program_of(span), parts_of(span)
+                wait(count_ptr + item, ticket)
                 join_share(
                     out_ptr, lse_ptr, part_ptr, part_lse_ptr, item // row_blocks, item % row_blocks, rows,
-                    first_program, tl.where(which == 0, a_parts, b_parts), program - first_program,
-                    tl.where(which == 0, a_parts, b_parts), BLOCK_M, LATENT, False, COLS,
+                    first_program, parts, program - first_program, parts, BLOCK_M, LATENT, False, COLS,
                 )  # fmt: skip

@@ -26,23 +26,28 @@ class DecodeConfig:
     scan: int = 128
     """Sequences whose lengths are read at once in the search for the first tile."""
     columns: int = 0
-    """Columns of the result that are joined at once; 0 leaves it to the kernel."""
+    """Columns of the result that are joined at once out of up to 160 parts, 64 or 32; 0 leaves it to the kernel."""
 
 
-def decode_key(block_m: int, stored: str | None) -> str:
-    """Returns the name under which the file holds a kind of input."""
-    return f"{stored or 'plain'}/rows{block_m}"
+def decode_key(block_m: int, stored: str | None, fast: bool = False) -> str:
+    """Returns the name under which the file holds a kind of input, on cards of `fast` memory one of its own."""
+    return f"{stored or 'plain'}/rows{block_m}{'/fast' if fast else ''}"
 
 
 override: DecodeConfig | None = None
 """Stands for every tuned configuration in a process that tries another."""
 
 
-def decode_config(cc: int, block_m: int, stored: str | None) -> DecodeConfig:
-    """Returns the configuration of the newest target that is not newer than compute capability `cc`."""
+def decode_config(cc: int, block_m: int, stored: str | None, fast: bool = False) -> DecodeConfig:
+    """Returns the configuration of the newest target that is not newer than compute capability `cc`.
+
+    Where memory is `fast` (see `dispatch.fast_memory`), programs must overlap more of their own work with it.
+    """
     if override is not None:
         return override
     section = tuned.section("decode")
     targets = sorted(int(name.removeprefix("sm_")) for name in section)
     target = max((known for known in targets if known <= cc), default=targets[0])
-    return DecodeConfig(**section[f"sm_{target}"][decode_key(block_m, stored)])
+    kinds = section[f"sm_{target}"]
+    key = decode_key(block_m, stored, fast)
+    return DecodeConfig(**kinds[key if key in kinds else decode_key(block_m, stored)])

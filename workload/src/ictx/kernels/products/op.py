@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from ictx.kernels import dispatch
 from ictx.kernels.layout import LATENT, ROPE
+from ictx.kernels.rope_cache.op import check, mla_rope_cache, row_constants, rows_of, strides_of
 
 OPERATION = "decode_products"
 TILE = 8192
@@ -19,6 +21,18 @@ LONGEST = 16384
 COLUMNS = 64
 """Columns of the latent that a program of `absorb` makes."""
 WARPS = 4
+
+
+@dataclass(frozen=True)
+class NewRow:
+    """What `mla_rope_cache` takes of new tokens, but their angles."""
+
+    x: Tensor
+    gain: Tensor
+    slots: Tensor
+    cache: Tensor
+    eps: float
+    stored: str | None
 
 
 def _choice(x: Tensor, width: int) -> str:
@@ -81,18 +95,21 @@ def project(
     return out
 
 
-def absorb(q: Tensor, w_kv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Returns absorbed queries [tokens, 1, heads, 576] as `mla_decode` takes them.
+def absorb(q: Tensor, w_kv: Tensor, cos: Tensor, sin: Tensor, new: NewRow) -> Tensor:
+    """Returns absorbed queries [tokens, 1, heads, 576] for `mla_decode`, and writes the tokens' rows of the cache.
 
     Args:
         q: [tokens, heads, nope + 64], before the rotation, contiguous.
         w_kv: [heads, nope + value, 512] in q's dtype: keys' part first.
         cos: of each pair's angle, float32 [tokens, 32], YaRN's factor included.
         sin: likewise.
+        new: what is cached of the same tokens.
     """
     _, heads, width = q.shape
     nope = width - ROPE
+    check(new.x, new.gain, cos, sin, new.slots, new.cache, new.stored)
     if _choice(q, width) == "torch":
+        mla_rope_cache(new.x, new.gain, cos, sin, new.slots, new.cache, new.eps, new.stored)
         even, odd = q[..., nope::2].float(), q[..., nope + 1 :: 2].float()
         cos, sin = cos[:, None], sin[:, None]
         rotated = torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2).to(q.dtype)
@@ -101,9 +118,11 @@ def absorb(q: Tensor, w_kv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     from ictx.kernels.products import triton as kernels
 
     out = torch.empty(1, 1, heads, LATENT + ROPE, dtype=q.dtype, device=q.device)
-    kernels.absorb[(LATENT // COLUMNS, heads)](
-        q, w_kv, cos, sin, out, w_kv.stride(0), NOPE=nope, PADDED=1 << (nope - 1).bit_length(),
-        ROPE=ROPE, LATENT=LATENT, COLUMNS=COLUMNS, **_options(q.device),
+    kernels.absorb[(heads * (LATENT // COLUMNS) + 1,)](
+        q, w_kv, cos, sin, out, w_kv.stride(0), heads, new.x, new.gain, new.slots,
+        *rows_of(new.cache, q.dtype, new.stored), new.eps, new.x.stride(0), *strides_of(new.cache),
+        NOPE=nope, PADDED=1 << (nope - 1).bit_length(), COLUMNS=COLUMNS,
+        **row_constants(new.stored), **_options(q.device),
     )  # fmt: skip
     return out
 

@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from ictx.kernels.rope_cache.triton import write_row
+
 
 @triton.jit
 def project(
@@ -51,35 +53,52 @@ def project(
     tl.store(out_ptr + group * out_group + row, total.to(out_ptr.dtype.element_ty), row_ok)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["row_stride", "block_rows", "block_size"],
+    do_not_specialize_on_alignment=["slot_ptr", "cos_ptr", "sin_ptr"],
+)
 def absorb(
-    q_ptr, weight_ptr, cos_ptr, sin_ptr, out_ptr, weight_head,
+    q_ptr, weight_ptr, cos_ptr, sin_ptr, out_ptr, weight_head, heads,
+    new_ptr, gain_ptr, slot_ptr, latent_ptr, scale_ptr, key_ptr, eps, row_stride, block_rows, block_size,
     NOPE: tl.constexpr, PADDED: tl.constexpr, ROPE: tl.constexpr, LATENT: tl.constexpr, COLUMNS: tl.constexpr,
-    DEPENDENT: tl.constexpr,
+    GROUP: tl.constexpr, ROW: tl.constexpr, ROW_BYTES: tl.constexpr, STORED: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """out = (q_nope · w_uk, q_rope rotated by its position's angle) of a head, COLUMNS of the latent a program.
 
-    A head's weight begins with w_uk, [NOPE, LATENT].
+    A head's weight begins with w_uk, [NOPE, LATENT]. One program more writes the token's row of the cache, which needs
+    nothing of the others: a launch of its own would be one more to wait for.
     """
-    head = tl.program_id(1)
-    row = tl.arange(0, PADDED)
-    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    ok = row < NOPE
-    weight = tl.load(
-        weight_ptr + head * weight_head + row[:, None] * LATENT + column[None, :], ok[:, None], other=0.0
-    )  # fmt: skip
-    if DEPENDENT:
-        gdc_launch_dependents()
-        gdc_wait()
-    q_at = q_ptr + head * (NOPE + ROPE)
-    out_at = out_ptr + head * (LATENT + ROPE)
-    q = tl.load(q_at + row, ok, other=0.0).to(tl.float32)
-    total = tl.sum(weight.to(tl.float32) * q[:, None], 0)
-    tl.store(out_at + column, total.to(out_ptr.dtype.element_ty))
-    if tl.program_id(0) == 0:
-        pair = tl.arange(0, ROPE // 2)
-        even = tl.load(q_at + NOPE + 2 * pair).to(tl.float32)
-        odd = tl.load(q_at + NOPE + 2 * pair + 1).to(tl.float32)
-        cos, sin = tl.load(cos_ptr + pair), tl.load(sin_ptr + pair)
-        tl.store(out_at + LATENT + 2 * pair, (even * cos - odd * sin).to(out_ptr.dtype.element_ty))
-        tl.store(out_at + LATENT + 2 * pair + 1, (even * sin + odd * cos).to(out_ptr.dtype.element_ty))
+    parts: tl.constexpr = LATENT // COLUMNS
+    head = tl.program_id(0) // parts
+    part = tl.program_id(0) % parts
+    if head == heads:
+        if DEPENDENT:
+            gdc_launch_dependents()
+            gdc_wait()
+        token = tl.full((), 0, tl.int64)
+        write_row(
+            token, new_ptr, gain_ptr, cos_ptr, sin_ptr, slot_ptr, latent_ptr, scale_ptr, key_ptr, eps,
+            row_stride, block_rows, block_size, LATENT, ROPE, GROUP, ROW, ROW_BYTES, STORED,
+        )  # fmt: skip
+    else:
+        row = tl.arange(0, PADDED)
+        column = part * COLUMNS + tl.arange(0, COLUMNS)
+        ok = row < NOPE
+        weight = tl.load(
+            weight_ptr + head * weight_head + row[:, None] * LATENT + column[None, :], ok[:, None], other=0.0
+        )  # fmt: skip
+        if DEPENDENT:
+            gdc_launch_dependents()
+            gdc_wait()
+        q_at = q_ptr + head * (NOPE + ROPE)
+        out_at = out_ptr + head * (LATENT + ROPE)
+        q = tl.load(q_at + row, ok, other=0.0).to(tl.float32)
+        total = tl.sum(weight.to(tl.float32) * q[:, None], 0)
+        tl.store(out_at + column, total.to(out_ptr.dtype.element_ty))
+        if part == 0:
+            pair = tl.arange(0, ROPE // 2)
+            even = tl.load(q_at + NOPE + 2 * pair).to(tl.float32)
+            odd = tl.load(q_at + NOPE + 2 * pair + 1).to(tl.float32)
+            cos, sin = tl.load(cos_ptr + pair), tl.load(sin_ptr + pair)
+            tl.store(out_at + LATENT + 2 * pair, (even * cos - odd * sin).to(out_ptr.dtype.element_ty))
+            tl.store(out_at + LATENT + 2 * pair + 1, (even * sin + odd * cos).to(out_ptr.dtype.element_ty))

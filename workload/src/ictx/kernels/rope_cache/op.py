@@ -45,14 +45,14 @@ def mla_rope_cache(
     Raises:
         ValueError: a shape or dtype is not as above.
     """
-    _check(x, weight, cos, sin, slots, cache, stored)
+    check(x, weight, cos, sin, slots, cache, stored)
     if dispatch.choose("mla_rope_cache", x.device, x.dtype, stored=stored).name == "torch":
         reference.mla_rope_cache(x, weight, cos, sin, slots, cache, eps, stored)
     elif x.shape[0]:
         _launch(x, weight, cos, sin, slots, cache, eps, stored)
 
 
-def _check(
+def check(
     x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, cache: Tensor, stored: str | None
 ) -> None:
     """Raises ValueError for inputs that the kernel would misread."""
@@ -70,8 +70,8 @@ def _check(
     layout.check(cache, x.dtype, stored)
 
 
-def constants(stored: str | None, early: bool) -> dict[str, Any]:
-    """Returns the kernel's compile-time parameters and options."""
+def row_constants(stored: str | None) -> dict[str, Any]:
+    """Returns what a kernel that writes rows of the cache is compiled for."""
     return {
         "LATENT": LATENT,
         "ROPE": ROPE,
@@ -79,9 +79,18 @@ def constants(stored: str | None, early: bool) -> dict[str, Any]:
         "ROW": ROW,
         "ROW_BYTES": ROW_BYTES,
         "STORED": stored or "plain",
-        "num_warps": WARPS,
-        **dispatch.launch_options(early),
     }
+
+
+def rows_of(cache: Tensor, dtype: torch.dtype, stored: str | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the cache's bytes, seen as latents, as scales and as keys."""
+    flat = layout.flat(cache)
+    return (flat, flat.view(torch.float32), flat.view(dtype)) if stored else (flat, flat, flat)
+
+
+def strides_of(cache: Tensor) -> tuple[int, int]:
+    """Returns the distance of two blocks in rows, and the rows of a block."""
+    return cache.stride(0) // cache.stride(1), cache.shape[1]
 
 
 def _launch(
@@ -90,10 +99,7 @@ def _launch(
     """Runs the Triton kernel."""
     from ictx.kernels.rope_cache import triton as kernels
 
-    flat = layout.flat(cache)
-    scales, keys = (flat.view(torch.float32), flat.view(x.dtype)) if stored else (flat, flat)
     kernels.rope_cache[(x.shape[0],)](
-        x, weight, cos, sin, slots, flat, scales, keys, eps,
-        x.stride(0), cache.stride(0) // cache.stride(1), cache.shape[1],
-        **constants(stored, dispatch.launches_early(x.device)),
+        x, weight, cos, sin, slots, *rows_of(cache, x.dtype, stored), eps, x.stride(0), *strides_of(cache),
+        num_warps=WARPS, **row_constants(stored), **dispatch.launch_options(dispatch.launches_early(x.device)),
     )  # fmt: skip

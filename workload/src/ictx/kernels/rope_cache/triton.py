@@ -25,25 +25,17 @@ def e4m3(x):
     return (tl.where(small, nearest(tl.abs(x) * 512.0).to(tl.int32), normal) | sign).to(tl.uint8)
 
 
-@triton.jit(
-    do_not_specialize=["row_stride", "block_rows", "block_size"],
-    do_not_specialize_on_alignment=["slot_ptr", "cos_ptr", "sin_ptr"],
-)
-def rope_cache(
-    x_ptr, weight_ptr, cos_ptr, sin_ptr, slot_ptr, latent_ptr, scale_ptr, key_ptr, eps,
+@triton.jit
+def write_row(
+    token, x_ptr, weight_ptr, cos_ptr, sin_ptr, slot_ptr, latent_ptr, scale_ptr, key_ptr, eps,
     row_stride, block_rows, block_size,
     LATENT: tl.constexpr, ROPE: tl.constexpr, GROUP: tl.constexpr, ROW: tl.constexpr, ROW_BYTES: tl.constexpr,
-    STORED: tl.constexpr, DEPENDENT: tl.constexpr,
+    STORED: tl.constexpr,
 ):  # fmt: skip
     """cache[slot] = norm(latent) · weight, and the key with each adjacent pair rotated by its angle.
 
     Strides count elements of `x_ptr`; `block_rows` is the distance of two blocks in rows. A negative slot is skipped.
     """
-    token = tl.program_id(0).to(tl.int64)
-    if DEPENDENT:
-        # The launch before this one may still run (programmatic dependent launch).
-        gdc_launch_dependents()
-        gdc_wait()
     slot = tl.load(slot_ptr + token)
     if slot >= 0:
         groups: tl.constexpr = LATENT // GROUP
@@ -81,3 +73,25 @@ def rope_cache(
             key_at = key_ptr + block * (ROW_BYTES // 2) + block_size.to(tl.int64) * before + inner * ROPE
         tl.store(key_at + 2 * pair, (even * cos - odd * sin).to(key_ptr.dtype.element_ty))
         tl.store(key_at + 2 * pair + 1, (even * sin + odd * cos).to(key_ptr.dtype.element_ty))
+
+
+@triton.jit(
+    do_not_specialize=["row_stride", "block_rows", "block_size"],
+    do_not_specialize_on_alignment=["slot_ptr", "cos_ptr", "sin_ptr"],
+)
+def rope_cache(
+    x_ptr, weight_ptr, cos_ptr, sin_ptr, slot_ptr, latent_ptr, scale_ptr, key_ptr, eps,
+    row_stride, block_rows, block_size,
+    LATENT: tl.constexpr, ROPE: tl.constexpr, GROUP: tl.constexpr, ROW: tl.constexpr, ROW_BYTES: tl.constexpr,
+    STORED: tl.constexpr, DEPENDENT: tl.constexpr,
+):  # fmt: skip
+    """Writes each token's row, one a program."""
+    token = tl.program_id(0).to(tl.int64)
+    if DEPENDENT:
+        # The launch before this one may still run (programmatic dependent launch).
+        gdc_launch_dependents()
+        gdc_wait()
+    write_row(
+        token, x_ptr, weight_ptr, cos_ptr, sin_ptr, slot_ptr, latent_ptr, scale_ptr, key_ptr, eps,
+        row_stride, block_rows, block_size, LATENT, ROPE, GROUP, ROW, ROW_BYTES, STORED,
+    )  # fmt: skip

@@ -33,8 +33,8 @@ def decode_candidates() -> list[DecodeConfig]:
     return found
 
 
-def decode_kinds(target: int) -> list[Kind]:
-    """Returns the kinds of input of `mla_decode`, those with more bytes saved first."""
+def decode_kinds(target: int, fast: bool = False) -> list[Kind]:
+    """Returns the kinds of input of `mla_decode`, those with more bytes saved first; `fast` as in `decode_config`."""
     dtype = dispatch.half(target)
     kinds = []
     for stored, rows in itertools.product(
@@ -44,8 +44,8 @@ def decode_kinds(target: int) -> list[Kind]:
             kinds.append(
                 Kind(
                     "decode",
-                    tuning.decode_key(rows, stored),
-                    tuning.decode_config(target, rows, stored),
+                    tuning.decode_key(rows, stored, fast),
+                    tuning.decode_config(target, rows, stored, fast),
                     decode_candidates(),
                     functools.partial(decode_fits, target=target, stored=stored, block_m=rows),
                     functools.partial(decode_inputs, stored, rows, dtype),

@@ -55,8 +55,9 @@ def main(limit: float, out: Path, jobs: int, wanted: list[str] | None = None) ->
     """
     if not torch.cuda.is_available():
         raise UserError("no NVIDIA GPU: nothing can be tuned here")
-    began, target = time.monotonic(), dispatch.capability(torch.device("cuda"))
-    kinds = [*decode_kinds(target), *attention_kinds(target)]
+    began, device = time.monotonic(), torch.device("cuda")
+    target = dispatch.capability(device)
+    kinds = [*decode_kinds(target, dispatch.fast_memory(device)), *attention_kinds(target)]
     if unknown := sorted(set(wanted or ()) - {kind.name for kind in kinds}):
         raise UserError(f"no such kind on this GPU: {unknown[0]} (there are {', '.join(kind.name for kind in kinds)})")
     kinds = [kind for kind in kinds if not wanted or kind.name in wanted]
