@@ -374,10 +374,14 @@ class ActionModule(ActionBase):
     def _uses(self, playbook: Path) -> Iterator[Use]:
         matching = lookup_loader.get("ansible.builtin.inventory_hostnames", loader=self._loader, templar=self._templar)
         for file, play in plays(playbook):
+            shared = {
+                name: value for path in play.get("vars_files", []) for name, value in read(file.parent / path).items()
+            }
             for entry in play.get("roles", []):
                 entry = {"role": entry} if isinstance(entry, str) else entry
                 hosts = matching.run([play["hosts"]], variables=self._vars)
-                yield Use(entry["role"], hosts, entry.get("vars", {}), str(file.relative_to(playbook.parent)))
+                given = shared | entry.get("vars", {})
+                yield Use(entry["role"], hosts, given, str(file.relative_to(playbook.parent)))
 
     def _values(self, host: str, known: set[str], problems: Problems) -> dict[str, Any]:
         """Returns the host's inventory variables, evaluated; UNKNOWN for one that needs facts or a role's default."""
