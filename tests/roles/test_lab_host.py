@@ -91,3 +91,14 @@ def test_even_warm_caches_need_some_free_disk(module: ModuleType, tmp_path: Path
     problems = module.disk_problems(disk(tmp_path, min_disk_gb=0, min_free_gb=10**12))
     assert len(problems) == 1
     assert str(tmp_path) in problems[0]
+
+
+def test_a_bridge_that_a_lab_left_is_named_with_its_remedy(module: ModuleType, tmp_path: Path) -> None:
+    """Podman forgets a network whose lab was cut off; its bridge keeps the address."""
+    for device in ("podman3", "podman4"):
+        (tmp_path / device / "brif").mkdir(parents=True)
+    (tmp_path / "podman4/brif/veth0").mkdir()
+    (tmp_path / "eth0").mkdir()
+    assert "ip link delete podman3" in module.free("podman3", tmp_path)
+    for device in ("podman4", "eth0"):
+        assert module.free(device, tmp_path) == "set lab_subnet to a free /24"

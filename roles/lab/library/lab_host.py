@@ -116,6 +116,14 @@ def routes() -> list[tuple[str, ipaddress.IPv4Network]]:
     return found
 
 
+def free(device: str, sys: Path = Path("/sys/class/net")) -> str:
+    """Returns how to get the network of a device: podman's bridge outlives a lab that was cut off."""
+    ports = sys / device / "brif"
+    if ports.is_dir() and not any(ports.iterdir()):
+        return f"this bridge has no ports: if an earlier lab left it, run ip link delete {device}; or set lab_subnet"
+    return "set lab_subnet to a free /24"
+
+
 def podman_lines(*arguments: str) -> list[str]:
     """Runs podman if it is installed; no podman means that nothing of the lab exists."""
     if not shutil.which("podman"):
@@ -178,7 +186,7 @@ def check(params: dict) -> dict:
     problems += disk_problems(params)
     if f"{name}" not in podman_lines("network", "ls", "--format", "{{.Name}}"):
         problems += [
-            f"network {network} overlaps {route} on {device}: set lab_subnet to a free /24"
+            f"network {network} overlaps {route} on {device}: {free(device)}"
             for device, route in routes()
             if route.overlaps(network)
         ]
