@@ -116,6 +116,7 @@ class Threads:
             self.registers |= {f"%ctaid.{axis}": every * np.uint32(at), f"%nctaid.{axis}": every * np.uint32(size)}
         self.arguments, self.lane = arguments, (thread % 32).astype(np.int64)
         self.all = np.ones(self.threads, np.bool_)
+        self.touched = False
 
     def run(self) -> Iterator[str]:
         """Runs to the end; yields "turn" where other programs must have theirs, and "barrier"."""
@@ -225,12 +226,18 @@ class Threads:
     def _place(self, shared: bool, operand: str, active: Array, size: int) -> tuple[Array, Array]:
         addresses = self.address(operand)[active]
         if not shared:
+            self.touched = True
             return self.memory.at(addresses, size)
         assert not (addresses % np.uint32(size)).any(), f"not aligned to {size} bytes"
         index = addresses.astype(np.int64)[:, None] + np.arange(size)
         if index.max() >= self.shared.size:
             raise IndexError(f"byte {index.max()} of {self.shared.size} of shared memory")
         return self.shared, index
+
+    def do_griddepcontrol(self, statement: Statement, active: Array) -> None:
+        # Launches follow one another here. What the one before writes must not be touched before it is waited for.
+        assert statement.opcode == "griddepcontrol.wait", statement
+        assert not self.touched, "memory is touched before the launch before this one has ended"
 
     def do_atom(self, statement: Statement, active: Array) -> None:
         assert statement.opcode.endswith(".add.u32"), statement
