@@ -28,14 +28,12 @@ BLOCKS = {None: (None, 16, 64), "int8": (64,), "fp8": (64,)}
 """Tokens of a block, or none for a contiguous cache, by what latents are quantised to: `ictx generate` takes 64, and
 vLLM gives a cache that is not quantised blocks of 16 and 64."""
 META = torch.device("meta")
-FAST = 90
-"""Compute capability of cards with memory of two kinds."""
 
 
 def drive(target: int) -> None:
     """Runs all that is compiled ahead of time for a compute capability, with both kinds of memory where it has two."""
     run(target)
-    if target == FAST:
+    if target == dispatch.FAST_TARGET:
         dispatch.standing_fast = True
         run(target)
 

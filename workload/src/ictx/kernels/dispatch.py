@@ -31,8 +31,10 @@ EARLY = 90
 """Lowest compute capability at which a launch may begin before the one before it has ended."""
 
 
+FAST_TARGET = 90
+"""Compute capability of cards with memory of two kinds."""
 FAST_MEMORY = 100e9
-"""Bytes of memory that only those cards of compute capability 9.0 exceed whose memory is HBM3e: H200, GH200 144 GB."""
+"""Bytes of memory that only those of these cards exceed whose memory is HBM3e: H200, GH200 144 GB."""
 
 
 standing_for: int | None = None
@@ -77,10 +79,10 @@ def _total_memory(device: torch.device) -> int:
 
 
 def fast_memory(device: torch.device) -> bool:
-    """Whether a GPU's memory is faster than its compute capability tells: an H200 reads 4.8 TB/s, an H100 3.35."""
+    """Whether a GPU's memory is faster than its compute capability implies: an H200 reads 4.8 TB/s, an H100 3.35."""
     if standing_for is not None:
         return standing_fast
-    return capability(device) == 90 and _total_memory(device) > FAST_MEMORY
+    return capability(device) == FAST_TARGET and _total_memory(device) > FAST_MEMORY
 
 
 def half(cc: int) -> torch.dtype:

@@ -88,23 +88,23 @@ class Replicas:
     async def update(self, session: aiohttp.ClientSession, ready: set[str]) -> None:
         """Opens and registers what is new, and removes what is gone; requests in flight go on.
 
-        The router is asked for its list each time: one that was restarted has none.
+        The router's list is queried each time: one that was restarted has none.
         """
         async with session.get(f"{self.router}/list_workers") as answer:
             answer.raise_for_status()
             listed = set((await answer.json())["urls"])
         wanted = {f"http://{local_address(replica)}:{self.local_port}": replica for replica in ready}
         for url in listed - set(wanted):
-            await self._tell(session, "remove_worker", url)
+            await self._send(session, "remove_worker", url)
         for url in set(self._servers) - set(wanted):
             self._servers.pop(url).close()
         for url, replica in wanted.items():
             if url not in self._servers:
                 self._servers[url] = await self._listen(local_address(replica), replica)
-        await asyncio.gather(*(self._tell(session, "add_worker", url) for url in set(wanted) - listed))
+        await asyncio.gather(*(self._send(session, "add_worker", url) for url in set(wanted) - listed))
         self.urls = sorted(wanted)
 
-    async def _tell(self, session: aiohttp.ClientSession, what: str, url: str) -> None:
+    async def _send(self, session: aiohttp.ClientSession, what: str, url: str) -> None:
         async with session.post(f"{self.router}/{what}", params={"url": url}) as answer:
             text = await answer.text()
             LOGGER.info("%s %s: %s %s", what, url, answer.status, text)
