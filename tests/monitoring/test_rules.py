@@ -48,7 +48,8 @@ def test_every_alert_has_a_case_and_every_case_an_alert() -> None:
 def test_an_alert_fires_with_its_cause_and_is_silent_without(alert: str, tmp_path: Path) -> None:
     tests = []
     for kind, case in CASES[alert].items():
-        expression = f'count(ALERTS{{alertname="{alert}",alertstate="firing"}}) or vector(0)'
+        labels = f'alertname="{alert}",alertstate="firing",{case.get("labels", "")}'
+        expression = f"count(ALERTS{{{labels}}}) or vector(0)"
         expected = [{"labels": "{}", "value": int(kind.startswith("fires"))}]
         look = {"expr": expression, "eval_time": case["at"], "exp_samples": expected}
         series = [{"series": name, "values": values} for name, values in case["series"].items()]
