@@ -11,6 +11,18 @@ fail() {
   exit 1
 }
 
+# Prints the comment at the beginning of the script, which is its help.
+usage() { sed -n '2,${/^#/!q;/^# shellcheck/d;s/^# \{0,1\}//;p}' "scripts/${0##*/}"; }
+
+# Every script has --help, before it does anything.
+if [ "${1:-}" = --help ] || [ "${1:-}" = -h ]; then
+  usage
+  exit
+fi
+
+# no_arguments "$@": fails on any argument, for scripts that take none.
+no_arguments() { [ $# = 0 ] || fail "unknown argument $1: see scripts/${0##*/} --help"; }
+
 # step TITLE COMMAND…: runs the command, prints how long it took; ends the script when it fails.
 step() {
   local title=$1 start=$SECONDS

@@ -1,5 +1,6 @@
 """artifacts: what the platform takes from outside.
 
+examples:
   artifacts table                     what, from where, reachable, cached, verified, outdated
   artifacts fetch                     downloads what the mirror lacks; cut off, it goes on where it was
   artifacts fetch k3s --from URL      one entry, from another mirror
