@@ -30,6 +30,21 @@ SETTINGS_OF_RUNS = {"train": "--set", "sweep": "--train"}
 """Options that take settings of runs of training, by area."""
 
 
+EPILOG = """
+exit status:
+  0        success
+  1        a check failed (ictx doctor, ictx kernels build), or an unexpected error, with its traceback
+  2        wrong arguments, settings or input: one line names the thing and the remedy
+  3        ictx promote: the policy rejects the version
+  75       a checkpoint is saved; start the same command again (SIGTERM, time limit, preemption)
+  128 + N  ended by signal N
+
+examples:
+  ictx model describe ictx-1b
+  ictx train pretrain --config pretrain/tiny.yaml --set data.dir=data/now --set run.dir=runs/1
+  ictx train pretrain --help
+"""
+
 COMPLETION = """
 It completes commands, options, choices and files, without a start of Python each time.
 
@@ -50,7 +65,12 @@ class Version(argparse.Action):
 
 def parser() -> argparse.ArgumentParser:
     """Returns the command line's grammar."""
-    top = argparse.ArgumentParser(prog="ictx", description="Long-context language models: data, training, export.")
+    top = argparse.ArgumentParser(
+        prog="ictx",
+        description="Long-context language models: data, training, evaluation, export, serving.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     top.add_argument("--version", action=Version, nargs=0, help="print release, commit, image and packages")
     areas = top.add_subparsers(metavar="AREA", required=True)
     for room in ROOMS:

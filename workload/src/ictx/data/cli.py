@@ -57,7 +57,12 @@ def register(areas: Any) -> None:
     prepare.add_argument("--out", type=Path, required=True, help="folder below which the prepared corpus is put")
     prepare.add_argument("--link", type=Path, help="symbolic link to make to the prepared corpus")
     prepare.set_defaults(run=run_prepare)
-    verify = data.add_parser("verify", help="read a prepared corpus and compare it with its checksums")
+    verify = data.add_parser(
+        "verify",
+        help="read a prepared corpus and compare it with its checksums",
+        epilog="example:\n  ictx data verify data/now",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     verify.add_argument("dir", type=Path, metavar="DIR", help="what `ictx data prepare` printed")
     verify.set_defaults(run=run_verify)
 

@@ -6,34 +6,52 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-EXAMPLES = """
+EXPLAIN = """
 examples:
   ictx kernels explain
   ictx kernels explain --capability 75
+"""
+BUILD = """
+examples:
+  ictx kernels build
   ictx kernels build --cache /opt/ictx/kernels --target 80 90
+"""
+TUNE = """
+examples:
   ictx kernels tune --seconds 300
+  ictx kernels tune --kind int8/rows16 --out tuned.json
+"""
+BENCH = """
+examples:
   ictx kernels bench --out bench/
+  ictx kernels bench --quick --only decode --out bench/
 """
 
 
 def register(areas: Any) -> None:
     """Adds `kernels` to the areas of the command line."""
     raw = argparse.RawDescriptionHelpFormatter
-    area = areas.add_parser(
-        "kernels", help="GPU kernels: choice, build, measurement", epilog=EXAMPLES, formatter_class=raw
-    )
+    area = areas.add_parser("kernels", help="GPU kernels: choice, build, measurement")
     commands = area.add_subparsers(metavar="COMMAND", required=True)
-    explain = commands.add_parser("explain", help="say which implementation of each operation runs here, and why")
+    explain = commands.add_parser(
+        "explain",
+        help="print which implementation of each operation is chosen here, and why",
+        epilog=EXPLAIN,
+        formatter_class=raw,
+    )
     explain.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     explain.add_argument(
         "--capability",
         type=int,
         metavar="CC",
-        help="a GPU's compute capability, such as 90, in place of this machine's",
+        help="compute capability of a GPU, such as 90 (default: this machine's)",
     )
     explain.set_defaults(run=run_explain)
     build = commands.add_parser(
-        "build", help="compile every kernel ahead of time; fails on a spill or a lost tensor core"
+        "build",
+        help="compile every kernel ahead of time; fails on a spill or a lost tensor-core instruction",
+        epilog=BUILD,
+        formatter_class=raw,
     )
     build.add_argument(
         "--cache",
@@ -41,25 +59,32 @@ def register(areas: Any) -> None:
         help="folder of the compiled kernels (default: ICTX_KERNEL_CACHE, or ~/.cache/ictx/kernels)",
     )
     build.add_argument(
-        "--target", type=int, nargs="+", metavar="CC", help="compute capabilities (default: all that are known)"
+        "--target", type=int, nargs="+", metavar="CC", help="compute capabilities (default: all supported ones)"
     )
     build.add_argument("--jobs", type=int, default=2, help="processes that compile at once (default: 2)")
     build.set_defaults(run=run_build)
     tune = commands.add_parser(
         "tune",
         help="find the fastest configurations on this GPU, and write them to the file",
-        description="Tunes the decode's kinds of input (cache and rows of a program: plain/rows16, int8/rows16, …) and "
-        "the attention's kernels (forward, keys_values, queries). Candidates compile while others are measured; each "
-        "kind gets an equal share of the time, and what it does not need goes to those after it.",
+        description="Tunes the decode kernel for each kind of input (cache and rows per program: plain/rows16, "
+        "int8/rows16, …) and the attention kernels (forward, keys_values, queries). Candidates compile while others "
+        "are measured; each kind gets an equal share of the time, and unused time goes to the later ones.",
+        epilog=TUNE,
+        formatter_class=raw,
     )
     tune.add_argument("--out", type=Path, help="where to write (default: the file of the installed package)")
-    tune.add_argument("--seconds", type=float, default=600, help="time of the search in all (default: 600)")
+    tune.add_argument("--seconds", type=float, default=600, help="total time of the search (default: 600)")
     tune.add_argument("--jobs", type=int, default=8, help="processes that compile at once (default: 8)")
-    tune.add_argument("--kind", nargs="+", metavar="KIND", help="tune these alone, such as int8/rows16 (default: all)")
+    tune.add_argument("--kind", nargs="+", metavar="KIND", help="kinds to tune, such as int8/rows16 (default: all)")
     tune.set_defaults(run=run_tune)
-    bench = commands.add_parser("bench", help="measure on this GPU, beside what else computes the same")
+    bench = commands.add_parser(
+        "bench",
+        help="measure the kernels and their peers on this GPU",
+        epilog=BENCH,
+        formatter_class=raw,
+    )
     bench.add_argument("--out", type=Path, required=True, help="folder of the CSV and the plots")
-    bench.add_argument("--quick", action="store_true", help="the shortest contexts alone")
+    bench.add_argument("--quick", action="store_true", help="only the shortest contexts")
     bench.add_argument("--only", choices=("decode", "attention"), help="one part (default: both)")
     bench.set_defaults(run=run_bench)
 
