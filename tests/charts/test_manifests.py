@@ -37,6 +37,7 @@ EVERYTHING: dict[str, Document] = {
         "metrics": {"annotations": True, "serviceMonitor": {"enabled": True}, "podMonitor": {"enabled": True}},
         "ingress": {"enabled": True, "host": "ictx.example.org"},
         "httpRoute": {"enabled": True, "parentRefs": [{"name": "public"}], "caConfigMap": "ictx-ca"},
+        "adapters": {"enabled": True, "serve": [{"name": "a", "model": "models:/a/1"}]},
         "commonLabels": {"team": "research"},
         "podLabels": {"tier": "gold"},
         "imagePullSecrets": [{"name": "registry"}],
@@ -197,7 +198,7 @@ def test_a_pod_has_what_its_containers_name(case: str) -> None:
             for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
                 if "tcpSocket" in container.get(probe, {}):
                     assert container[probe]["tcpSocket"]["port"] in ports, where
-                elif probe in container:
+                elif "exec" not in container.get(probe, {"exec": {}}):
                     assert container[probe]["httpGet"]["port"] in ports, where
         assert mounted == set(volumes), pod.owner
 

@@ -35,6 +35,27 @@ WRONG: list[tuple[str, Document, str]] = [
     ("serving", {"vllm.extraArgs": ["--api-key=abc"]}, "vllm.extraArgs"),
     ("serving", {"vllm.extraEnv": [{"value": "1"}]}, "vllm.extraEnv"),
     ("serving", {"vllm.extraEnv": [{"name": "A", "valeu": "1"}]}, "vllm.extraEnv"),
+    ("serving", {"adapters": {"enabled": True, "maxRank": 12}}, "adapters.maxRank"),
+    ("serving", {"adapters": {"enabled": True, "serve": [{"name": "a", "model": "a@b"}]}}, "adapters.serve.0.model"),
+    ("serving", {"adapters.serve": [{"name": "a", "model": "models:/a/1"}]}, "adapters.enabled is false"),
+    ("serving", {"adapters": {"enabled": True, "maxActive": 4, "maxLoaded": 3}}, "adapters.maxActive"),
+    (
+        "serving",
+        {"adapters": {"enabled": True, "serve": [{"name": "ictx-1b", "model": "models:/a/1"}]}},
+        '"ictx-1b" is the name of the model',
+    ),
+    (
+        "serving",
+        {
+            "adapters": {
+                "enabled": True,
+                "maxLoaded": 1,
+                "maxActive": 1,
+                "serve": [{"name": "a", "model": "models:/a/1"}, {"name": "b", "model": "models:/a/1"}],
+            }
+        },
+        "adapters.maxLoaded is 1",
+    ),
     ("serving", {"gpu.count": -1}, "gpu.count"),
     ("serving", {"gpu.resourceName": "gpu"}, "gpu.resourceName"),
     ("serving", {"image.digest": "sha256:abc"}, "image.digest"),
@@ -730,3 +751,35 @@ def test_helm_packages_no_more_than_it_needs(tmp_path: Path) -> None:
         assert "/values.schema.json" in listed
         assert "/files/" in listed
         assert "/ci/" not in listed
+
+
+ADAPTERS = {"enabled": True, "serve": [{"name": "support", "model": "models:/ictx-support@champion"}]}
+
+
+def test_adapters_are_loaded_by_a_container_whose_key_stays_in_the_pod() -> None:
+    documents = render(CHARTS["serving"], values={"adapters": ADAPTERS, "pull.promotedOnly": True})
+    pod = next(pods([component(documents, "Deployment", "server")]))
+    vllm, adapters = pod.container("vllm"), pod.container("adapters")
+    assert vllm["args"][vllm["args"].index("--enable-lora") :][:7] == [
+        "--enable-lora", "--max-lora-rank", "16", "--max-loras", "4", "--max-cpu-loras", "16"
+    ]  # fmt: skip
+    environment = {each["name"]: each.get("value") for each in vllm["env"]}
+    assert environment["ICTX_ADMIN"] == "/run/ictx"
+    assert {each["name"]: each.get("value") for each in adapters["env"]}["ICTX_PROMOTED_ONLY"] == "true"
+    mounts = {each["mountPath"]: each for each in vllm["volumeMounts"]}
+    assert mounts["/run/ictx"]["readOnly"]
+    assert mounts["/adapters"]["readOnly"]
+    assert "/etc/ictx/keys" not in {each["mountPath"] for each in adapters["volumeMounts"]}
+    volumes = {each["name"]: each for each in pod.spec["volumes"]}
+    assert volumes["adapters-state"]["emptyDir"]["medium"] == "Memory"
+    listed = next(each for each in documents if name_of(each) == "ConfigMap/ictx-serving-adapters")
+    assert yaml.safe_load(listed["data"]["adapters.yaml"]) == {"support": "models:/ictx-support@champion"}
+
+
+def test_another_list_of_adapters_rolls_no_pod() -> None:
+    before, after = (
+        component(render(CHARTS["serving"], values={"adapters": values}), "Deployment", "server")["spec"]["template"]
+        for values in (ADAPTERS, {**ADAPTERS, "serve": []})
+    )
+    assert before == after
+    assert "ictx-serving-adapters" not in json.dumps(render(CHARTS["serving"]))

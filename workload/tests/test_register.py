@@ -30,4 +30,6 @@ def test_a_folder_without_a_model_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert ictx(monkeypatch, "register", tmp_path, "--model", "x") == 2
-    assert capsys.readouterr().err == f"ictx: {tmp_path} is no model's folder: it has no config.json\n"
+    assert capsys.readouterr().err == (
+        f"ictx: {tmp_path} is no folder of a model or adapter: it has neither config.json nor adapter_config.json\n"
+    )

@@ -8,14 +8,14 @@
 
 {{/* Names and paths that the chart itself uses are refused, whether or not these values use them: a later value might. */}}
 {{- define "serving.checkExtra" -}}
-{{- $volumes := list "keys" "tls" "models" "shm" "cache" "tmp" "mlflow-ca" }}
+{{- $volumes := list "keys" "tls" "models" "shm" "cache" "tmp" "mlflow-ca" "adapters" "adapters-list" "adapters-state" }}
 {{- range include "serving.extra" (list . "extraVolumes") | fromYamlArray }}
 {{- if has .name $volumes }}
 {{- fail (printf "extraVolumes: the pod has a volume %q already: take another name" .name) }}
 {{- end }}
 {{- $volumes = append $volumes .name }}
 {{- end }}
-{{- $paths := list "/cache" "/dev/shm" "/etc/ictx/keys" "/etc/ictx/tls" "/models" "/tmp" }}
+{{- $paths := list "/adapters" "/cache" "/dev/shm" "/etc/ictx/keys" "/etc/ictx/tls" "/models" "/run/ictx" "/tmp" }}
 {{- range include "serving.extra" (list . "extraVolumeMounts") | fromYamlArray }}
 {{- if not (has .name $volumes) }}
 {{- fail (printf "extraVolumeMounts: there is no volume %q: add it to extraVolumes" .name) }}
@@ -26,7 +26,7 @@
 {{- end }}
 {{- $paths = append $paths $path }}
 {{- end }}
-{{- $containers := list "pull" "vllm" }}
+{{- $containers := list "adapters" "pull" "vllm" }}
 {{- range $key := list "initContainers" "extraContainers" }}
 {{- range include "serving.extra" (list $ $key) | fromYamlArray }}
 {{- if has .name $containers }}

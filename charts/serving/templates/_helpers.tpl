@@ -224,4 +224,5 @@ capabilities:
 {{- fail "autoscaling.minReplicas is larger than autoscaling.maxReplicas" }}
 {{- end }}
 {{- include "serving.checkExtra" . }}
+{{- include "serving.checkAdapters" . }}
 {{- end }}

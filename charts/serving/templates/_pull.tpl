@@ -1,3 +1,31 @@
+{{/* How a container reaches the registry. */}}
+{{- define "serving.registryEnv" -}}
+- name: MLFLOW_TRACKING_URI
+  value: {{ .Values.mlflow.trackingUri | quote }}
+- name: ICTX_PROMOTED_ONLY
+  value: {{ .Values.pull.promotedOnly | quote }}
+- name: MLFLOW_DISABLE_TELEMETRY
+  value: "true"
+{{- with .Values.mlflow }}
+{{- if .existingSecret }}
+- name: MLFLOW_TRACKING_USERNAME
+  valueFrom:
+    secretKeyRef:
+      name: {{ .existingSecret }}
+      key: {{ .usernameKey }}
+- name: MLFLOW_TRACKING_PASSWORD
+  valueFrom:
+    secretKeyRef:
+      name: {{ .existingSecret }}
+      key: {{ .passwordKey }}
+{{- end }}
+{{- if .caConfigMap }}
+- name: MLFLOW_TRACKING_SERVER_CERT_PATH
+  value: /etc/mlflow-ca/{{ .caKey }}
+{{- end }}
+{{- end }}
+{{- end }}
+
 {{/* Fetches the model from the registry; an error's last words become the container's termination message. */}}
 {{- define "serving.pullContainer" -}}
 image: {{ include "serving.image" . }}
@@ -13,30 +41,7 @@ args:
   {{- end }}
 env:
   {{- include "serving.baseEnv" . | nindent 2 }}
-  - name: MLFLOW_TRACKING_URI
-    value: {{ .Values.mlflow.trackingUri | quote }}
-  - name: ICTX_PROMOTED_ONLY
-    value: {{ .Values.pull.promotedOnly | quote }}
-  - name: MLFLOW_DISABLE_TELEMETRY
-    value: "true"
-  {{- with .Values.mlflow }}
-  {{- if .existingSecret }}
-  - name: MLFLOW_TRACKING_USERNAME
-    valueFrom:
-      secretKeyRef:
-        name: {{ .existingSecret }}
-        key: {{ .usernameKey }}
-  - name: MLFLOW_TRACKING_PASSWORD
-    valueFrom:
-      secretKeyRef:
-        name: {{ .existingSecret }}
-        key: {{ .passwordKey }}
-  {{- end }}
-  {{- if .caConfigMap }}
-  - name: MLFLOW_TRACKING_SERVER_CERT_PATH
-    value: /etc/mlflow-ca/{{ .caKey }}
-  {{- end }}
-  {{- end }}
+  {{- include "serving.registryEnv" . | nindent 2 }}
   {{- with .Values.pull.extraEnv }}
   {{- toYaml . | nindent 2 }}
   {{- end }}

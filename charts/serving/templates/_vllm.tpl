@@ -40,6 +40,15 @@
 # The router has prompts turned into tokens by a pod (/v1/completions/render), by which it finds their beginnings.
 - --enable-scale-out
 {{- end }}
+{{- if .Values.adapters.enabled }}
+- --enable-lora
+- --max-lora-rank
+- {{ .Values.adapters.maxRank | int | quote }}
+- --max-loras
+- {{ .Values.adapters.maxActive | int | quote }}
+- --max-cpu-loras
+- {{ .Values.adapters.maxLoaded | int | quote }}
+{{- end }}
 {{- range .Values.vllm.extraArgs }}
 - {{ . | quote }}
 {{- end }}
@@ -96,6 +105,13 @@ env:
     value: /cache/triton
   - name: TORCHINDUCTOR_CACHE_DIR
     value: /cache/inductor
+  {{- if .Values.adapters.enabled }}
+  # vLLM's warning about it is about clients: the gate closes these paths to them.
+  - name: VLLM_ALLOW_RUNTIME_LORA_UPDATING
+    value: "1"
+  - name: ICTX_ADMIN
+    value: /run/ictx
+  {{- end }}
   {{- with .Values.vllm.extraEnv }}
   {{- toYaml . | nindent 2 }}
   {{- end }}
@@ -167,6 +183,14 @@ volumeMounts:
     mountPath: /cache
   - name: tmp
     mountPath: /tmp
+  {{- if .Values.adapters.enabled }}
+  - name: adapters
+    mountPath: /adapters
+    readOnly: true
+  - name: adapters-state
+    mountPath: /run/ictx
+    readOnly: true
+  {{- end }}
   {{- with include "serving.extra" (list . "extraVolumeMounts") }}
   {{- . | nindent 2 }}
   {{- end }}

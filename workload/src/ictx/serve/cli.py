@@ -1,9 +1,10 @@
-"""The command line of the registry: `ictx pull`, `ictx promote`."""
+"""The command line of the registry: `ictx pull`, `ictx promote`, `ictx register`, `ictx adapters`."""
 
 from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,15 @@ examples:
 REGISTER_EXAMPLES = """
 examples:
   ictx eval judge-model --out judge && ictx register judge --model ictx-judge
+  ictx register runs/support/adapter --model ictx-1b-support        # what a run with train.lora learned
+"""
+ADAPTERS_EXAMPLES = """
+The list has lines NAME: models:/MODEL@ALIAS (or /VERSION); it is read anew on each pass. The chart runs this beside
+vLLM, and writes the list from `adapters.serve`.
+
+examples:
+  ictx adapters --list adapters.yaml --to /adapters --base /models/ictx-1b/3 --state /run/ictx
+  ictx adapters --list adapters.yaml --to /adapters --base /models/ictx-1b/3 --state /run/ictx --once
 """
 
 
@@ -55,6 +65,7 @@ def register(areas: Any) -> None:
     other.add_argument("--model", required=True, help="registered model; a new one where there is none")
     other.add_argument("--alias", default="candidate", help="alias to set on the version (candidate)")
     other.set_defaults(run=run_register)
+    _register_adapters(areas)
     pull = areas.add_parser(
         "pull", help="fetch a registered model and verify it", epilog=PULL_EXAMPLES, formatter_class=raw
     )
@@ -86,6 +97,59 @@ def register(areas: Any) -> None:
     promote.add_argument("--force", action="store_true", help="promote a version that the policy refuses")
     promote.add_argument("--reason", default="", metavar="TEXT", help="why; tags of the version keep it")
     promote.set_defaults(run=run_promote)
+
+
+def _register_adapters(areas: Any) -> None:
+    adapters = areas.add_parser(
+        "adapters",
+        help="keep the LoRA adapters of a running vLLM what a list says",
+        epilog=ADAPTERS_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    adapters.add_argument("--list", type=Path, required=True, metavar="FILE", dest="list_file", help="what is served")
+    adapters.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="folder of the adapters' files")
+    adapters.add_argument("--base", type=Path, required=True, metavar="FOLDER", help="the model that is served")
+    adapters.add_argument("--state", type=Path, required=True, metavar="FOLDER", help="ICTX_ADMIN of the server")
+    adapters.add_argument("--server", default="http://127.0.0.1:8000", metavar="URL", help="(http://127.0.0.1:8000)")
+    adapters.add_argument("--certificate", type=Path, metavar="FILE", help="what it presents, where it serves HTTPS")
+    adapters.add_argument("--rank", type=int, metavar="R", help="largest rank that it takes (--max-lora-rank)")
+    adapters.add_argument("--seconds", type=float, default=10.0, help="between two passes (10)")
+    adapters.add_argument("--once", action="store_true", help="make one pass; status 1 where something is not loaded")
+    adapters.add_argument(
+        "--promoted",
+        action="store_true",
+        default=os.environ.get("ICTX_PROMOTED_ONLY") == "true",
+        help="refuse a version that no promoter verified (also: ICTX_PROMOTED_ONLY=true)",
+    )
+    adapters.set_defaults(run=run_adapters)
+
+
+def run_adapters(arguments: argparse.Namespace) -> int:
+    """`ictx adapters`."""
+    from ictx.registry import new_client
+    from ictx.serve.adapters import Adapters, Server
+    from ictx.serve.gate import ADMIN_KEY
+
+    server = Server(arguments.server.rstrip("/"), arguments.state / ADMIN_KEY, arguments.certificate)
+    adapters = Adapters(
+        new_client(),
+        server,
+        arguments.list_file,
+        arguments.to,
+        arguments.base,
+        arguments.state,
+        promoted=arguments.promoted,
+        rank=arguments.rank,
+    )
+    if arguments.once:
+        if not server.key_file.is_file():
+            adapters.open()
+        return 0 if adapters.update() else 1
+    # As the first process of a container it would not end by it otherwise.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    adapters.open()
+    adapters.follow(arguments.seconds)
+    return 0
 
 
 def run_register(arguments: argparse.Namespace) -> int:

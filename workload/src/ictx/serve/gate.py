@@ -20,6 +20,13 @@ KEYS = "ICTX_API_KEYS"
 """Variable with the folder of the keys: the files `api-key` and, while a key is rotated, `api-key-previous`."""
 METRICS_PORT = "ICTX_METRICS_PORT"
 """Variable with the port on which `/metrics` is served without a key; none if unset."""
+ADMIN = "ICTX_ADMIN"
+"""Variable with the folder of the key of the process that keeps the adapters; unset where there is none."""
+ADMIN_KEY = "key"
+"""The file in it."""
+LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
+CLOSED = (LOAD, UNLOAD, "/adapters")
+"""Paths, and what is below them, that are closed to clients; `/adapters` is another name of the two, SageMaker's."""
 FILES = ("api-key", "api-key-previous", "api-key")
 """What is read, in this order: kubelet replaces the folder as a whole, and a file may be gone for an instant."""
 
@@ -71,6 +78,18 @@ def serve_metrics(port: int) -> None:
     Thread(target=server.serve_forever, daemon=True).start()
 
 
+def closed(path: str) -> bool:
+    """Returns whether a path (unquoted, as routes are looked up) loads or unloads adapters, below a prefix too."""
+    return any(f"{name}/" in f"{path}/" for name in CLOSED)
+
+
+async def hide(send: Send) -> None:
+    """Answers 404, as for a path that there is not."""
+    body = b'{"detail":"Not Found"}'
+    await send({"type": "http.response.start", "status": 404, "headers": [(b"content-type", b"application/json")]})
+    await send({"type": "http.response.body", "body": body})
+
+
 async def refuse(scope: Message, send: Send) -> None:
     """Answers 401; a WebSocket is refused before its handshake."""
     prefix = "http"
@@ -94,6 +113,17 @@ class Gate:
         if not accepted(self._folder):
             raise RuntimeError(f"{KEYS}={self._folder} has no key")
 
+    def _administers(self, scope: Message) -> bool:
+        """Returns whether a request is of the process that keeps the adapters."""
+        if ADMIN not in os.environ:
+            return False
+        key = presented(scope["headers"])
+        try:
+            own = (Path(os.environ[ADMIN]) / ADMIN_KEY).read_bytes().strip()
+        except FileNotFoundError:
+            return False  # the process has not started
+        return bool(own) and key is not None and hmac.compare_digest(key, own)
+
     def _allows(self, scope: Message) -> bool:
         """Returns whether a request passes."""
         if scope["type"] == "http" and scope["method"] == "GET" and scope["path"] == "/health":
@@ -110,7 +140,11 @@ class Gate:
         if scope["type"] == "lifespan":
             if port := os.environ.get(METRICS_PORT):
                 serve_metrics(int(port))
-        elif not self._allows(scope):
-            await refuse(scope, send)
-            return
+        elif not self._administers(scope):
+            if not self._allows(scope):
+                await refuse(scope, send)
+                return
+            if scope["type"] == "http" and closed(scope["path"]):
+                await hide(send)
+                return
         await self._app(scope, receive, send)

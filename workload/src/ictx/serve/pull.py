@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,12 +26,18 @@ SERVABLE = {
 }
 
 
-def pull(client: MlflowClient, ref: ModelRef, target: Path, promoted: bool = False) -> str:
+def pull(
+    client: MlflowClient,
+    ref: ModelRef,
+    target: Path,
+    promoted: bool = False,
+    check: Callable[[ModelRef, Path], None] | None = None,
+) -> str:
     """Brings the version's files to `target`, which is complete and verified or not there; returns the version.
 
     Files that an interrupted pull has verified already are not fetched again. A fixed version that is there already
-    needs no server. With `promoted`, a version that no promoter verified is refused. Raises UserError naming the
-    model and what is wrong with it.
+    needs no server. With `promoted`, a version that no promoter verified is refused. `check` refuses files that cannot
+    be served (`check_servable` unless given). Raises UserError naming the model and what is wrong with it.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     draft = target.with_name(f".{target.name}.part")
@@ -51,7 +57,7 @@ def pull(client: MlflowClient, ref: ModelRef, target: Path, promoted: bool = Fal
             )
         _say(f"{ref} is version {source.version}, at {source.uri}")
         fetch_all(source, draft, _say)
-        check_servable(ref, draft)
+        (check or check_servable)(ref, draft)
         if target.exists():
             shutil.rmtree(target)
         draft.rename(target)

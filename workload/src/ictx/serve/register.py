@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ictx.errors import UserError
 from ictx.model.hf_config import CONFIG_FILE
+from ictx.serve.lora import CONFIG as ADAPTER_CONFIG
 from ictx.track.mlflow import Tracker
 
 EXPERIMENT = "registered"
@@ -17,8 +18,10 @@ def register(folder: Path, model: str, alias: str) -> str:
 
     SHA256SUMS is written beside them. Raises UserError for a folder without a model.
     """
-    if not (folder / CONFIG_FILE).is_file():
-        raise UserError(f"{folder} is no model's folder: it has no {CONFIG_FILE}")
+    if not any((folder / name).is_file() for name in (CONFIG_FILE, ADAPTER_CONFIG)):
+        raise UserError(
+            f"{folder} is no folder of a model or adapter: it has neither {CONFIG_FILE} nor {ADAPTER_CONFIG}"
+        )
     with tempfile.TemporaryDirectory(prefix="ictx-register-") as notes:
         tracker = Tracker(Path(notes), EXPERIMENT, {"folder": str(folder.resolve())}, patience=60.0)
         try:

@@ -16,10 +16,13 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ictx.errors import UserError
 from ictx.folder import replacing
+from ictx.manifest import digest
 from ictx.train.config import LoopConfig, LoraConfig
 
 ADAPTER = "adapter"
 """In a run's folder: what it learned, as PEFT reads it."""
+BASE = "base.json"
+"""In it: the checksums of the weights that it was trained with."""
 A, B = ".lora_A", ".lora_B"
 """End the names of the small matrices in state dicts."""
 FEED_FORWARD = {"gate_proj", "up_proj", "down_proj"}
@@ -107,9 +110,12 @@ def merged(weights: Mapping[str, Tensor], config: LoraConfig) -> tuple[dict[str,
 
 
 def write_adapter(
-    directory: Path, learned: Mapping[str, Tensor], config: LoraConfig, base: Path, dtype: torch.dtype
+    directory: Path, learned: Mapping[str, Tensor], config: LoraConfig, base: Path, origin: str, dtype: torch.dtype
 ) -> None:
-    """Writes what was learned as PEFT's `PeftModel.from_pretrained` reads it, for the model in the folder `base`."""
+    """Writes what was learned as PEFT's `PeftModel.from_pretrained` reads it, for the model in the folder `base`.
+
+    BASE has the checksums of that model's weights, and `origin`, which names it: an adapter on other weights is noise.
+    """
     targets = {name.split(".")[-2] for name in learned}
     settings: dict[str, Any] = {
         "peft_type": "LORA",
@@ -129,4 +135,6 @@ def write_adapter(
     }
     with replacing(directory) as draft:
         (draft / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+        trained = {"origin": origin, "sha256": {file.name: digest(file).sha256 for file in base.glob("*.safetensors")}}
+        (draft / BASE).write_text(json.dumps(trained, indent=2) + "\n")
         save_file(tensors, draft / "adapter_model.safetensors", metadata={"format": "pt"})

@@ -46,7 +46,7 @@ def publish(
     if lora := config.train.lora:
         weights, learned = merged(weights, lora)
         assert stage.parent
-        write_adapter(config.run.dir / ADAPTER, learned, lora, stage.parent.directory, dtype)
+        write_adapter(config.run.dir / ADAPTER, learned, lora, stage.parent.directory, stage.parent.registered, dtype)
         result["adapter_dir"] = str(config.run.dir / ADAPTER)
     directory = config.run.dir / "export"
     write_pretrained(directory, config.model, weights, stage.vocabulary, dtype, end_of_text=stage.end_of_text)
