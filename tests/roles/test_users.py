@@ -8,9 +8,10 @@ from typing import Any
 import yaml
 from ansible.template import Templar
 from cluster import ROOT, Cluster, trusted
-from programs import play
+from programs import loaded, play
 
-USERS = [
+people = loaded(ROOT / "playbooks/plugins/filter/people.py")
+USERS: list[dict[str, Any]] = [
     {"name": "alice", "uid": 2001, "state": "present", "ssh_keys": ["ssh-ed25519 AAAA a"]},
     {"name": "bob", "uid": 2002},
     {"name": "carol", "uid": 2003, "state": "absent", "ssh_keys": ["ssh-ed25519 AAAA c"]},
@@ -43,6 +44,35 @@ def test_present_is_as_no_state_and_absent_is_nobody() -> None:
         "mlflow_users_people": people,
         "mlflow_users_absent": ["carol"],
     }
+
+
+def test_only_accounts_that_differ_are_changed() -> None:
+    accounts = """alice:x:2001:2001::/home/alice:/bin/bash
+bob:x:2002:2002::/home/bob:/bin/bash
+--
+ictx:x:2000:alice,dave,bob
+alice:x:2001:
+bob:x:2002:
+"""
+
+    def changed(text: str, users: list[dict[str, Any]] = USERS) -> list[str]:
+        return [user["name"] for user in people.users_to_change(users, text, "ictx")]
+
+    assert changed(accounts) == []
+    assert changed("--\nictx:x:2000:") == ["alice", "bob"]
+    assert changed("--") == ["alice", "bob"]
+    # carol is gone from the inventory, not from the node.
+    assert changed("carol:x:2003:2003::/home/carol:/bin/bash\n" + accounts) == ["carol"]
+    for before, after in [
+        ("alice:x:2001:2001:", "alice:x:2009:2001:"),
+        ("alice:x:2001:2001:", "alice:x:2001:100:"),
+        ("/home/alice:/bin/bash", "/home/alice:/usr/sbin/nologin"),
+        ("alice,dave", "dave"),
+        ("\nalice:x:2001:\n", "\n"),
+        ("\nalice:x:2001:\n", "\nalice:x:2009:\n"),
+    ]:
+        assert before in accounts
+        assert changed(accounts.replace(before, after)) == ["alice"], after
 
 
 def test_the_jobs_and_the_association_of_a_user_who_is_gone_end(tmp_path: Path) -> None:
