@@ -18,11 +18,13 @@ import yaml
 CACHE = Path(os.environ.get("ICTX_CACHE", Path.home() / ".cache/ictx"))
 PACKAGES = {
     "amtool": ["prometheus-alertmanager"],
+    "docker-registry": ["docker-registry"],
     "etcd": ["etcd-server"],
     "nft": ["nftables", "libnftables1", "libnftnl11", "libjansson4", "libmnl0"],
     "prometheus": ["prometheus"],
     "promtool": ["prometheus"],
     "restic": ["restic"],
+    "skopeo": ["skopeo"],
 }
 
 

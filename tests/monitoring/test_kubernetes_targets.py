@@ -101,6 +101,18 @@ def test_a_service_of_a_served_model_is_a_target_even_without_pods() -> None:
     assert found["labels"]["instance"] == "ictx-serving"
 
 
+def test_kube_state_metrics_is_a_target_without_the_labels_of_its_pod() -> None:
+    state = pod("False")
+    state["metadata"] |= {"name": "ksm-0", "namespace": "ictx-monitoring"}
+    state["metadata"]["labels"] = {"app.kubernetes.io/name": "kube-state-metrics"}
+    state["status"]["phase"] = "Running"
+    gone = {**state, "status": {"phase": "Failed"}}
+    (found,) = targets.state_targets({"items": [pod(), gone, state]}, API)
+    path = "/api/v1/namespaces/ictx-monitoring/pods/ksm-0:8080/proxy/metrics"
+    # One that does not get ready is not silent: TargetDown.
+    assert found == {"targets": [API], "labels": {"__metrics_path__": path, "instance": "ksm-0:8080"}}
+
+
 def run(tmp_path: Path, api: str) -> subprocess.CompletedProcess[str]:
     """Runs the program for one cluster."""
     (tmp_path / "token").write_text("secret\n")

@@ -6,6 +6,8 @@ examples:
   artifacts fetch k3s --from URL      one entry, from another mirror
   artifacts export bundle.tar         one file for a network without a way out
   artifacts import bundle.tar         takes it over there
+  artifacts push registry.example.org:5000 --ca ca.crt --user ictx --password-file FILE
+                                      copies the mirrored images into a registry
 
 Exit status: 0, or 1 where something cannot be had or is not what the lock expects.
 """
@@ -20,7 +22,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from . import wheels
+from . import images, wheels
 from .download import reachable
 from .lock import Artifact, ArtifactError, read
 from .mirror import Mirror
@@ -101,6 +103,12 @@ def main() -> int:
         command.add_argument("names", nargs="*", help="entries of the lock; all unless some are named")
         if name == "table":
             command.add_argument("--json", action="store_true", help="for programs")
+    push = commands.add_parser("push", help="copy the mirrored images into a registry", parents=[common])
+    push.add_argument("registry", metavar="HOST:PORT")
+    push.add_argument("names", nargs="*", help="images of the lock; all that are mirrored unless some are named")
+    push.add_argument("--ca", type=Path, help="certificate of its authority; those that this host trusts unless given")
+    push.add_argument("--user", default="", help="who logs in; nobody unless given")
+    push.add_argument("--password-file", type=Path, help="file with the password")
     commands.add_parser("import", help="take a bundle over", parents=[common]).add_argument("bundle", type=Path)
     known = argparse.Namespace(
         lock=project / "playbooks/vars/artifacts.yml", mirror=Path.home() / ".cache/ictx/mirror", source=""
@@ -134,6 +142,15 @@ def run(arguments: argparse.Namespace, project: Path) -> int:
     if arguments.command == "export":
         files = mirror.export(artifacts, arguments.bundle)
         print(f"{arguments.bundle}: {len(artifacts)} entries, {files} files")
+        return 0
+    if arguments.command == "push":
+        registry = images.Registry(arguments.registry, arguments.ca, arguments.user, arguments.password_file)
+        wanted = [each for each in artifacts if each.kind == "image" and (arguments.names or mirror.cached(each))]
+        for each in wanted:
+            mirror.verify(each)
+            fresh = images.push_image(each, arguments.mirror, registry)
+            print(f"{'pushed' if fresh else 'already there'} {each.name} {each.version}", flush=True)
+        print(f"{len(wanted)} images are in {arguments.registry}")
         return 0
     failed = mirror.fetch_all(artifacts, arguments.source, lambda line: print(line, flush=True), Progress())
     print(f"{len(artifacts) - failed} of {len(artifacts)} are in {arguments.mirror}")

@@ -55,6 +55,19 @@ class Mirror:
             return f"{artifact.path} is not the file of the lock"
         return ""
 
+    def verify(self, artifact: Artifact) -> None:
+        """Validates that an entry is here and is what was fetched.
+
+        Raises:
+            ArtifactError: it is not.
+        """
+        if not self.cached(artifact):
+            raise ArtifactError(
+                f"{artifact.name} {artifact.version} is not in {self.root}: fetch it first, or name others"
+            )
+        if problem := self.problem(artifact):
+            raise ArtifactError(f"{artifact.name}: {problem}: fetch it again")
+
     def fetch(self, artifact: Artifact, source: str, progress: Progress) -> bool:
         """Has the files of an entry in their places; returns whether something was downloaded.
 
@@ -120,12 +133,7 @@ class Mirror:
             ArtifactError: an entry is not there or not what it was, or the bundle cannot be written.
         """
         for each in artifacts:
-            if not self.cached(each):
-                raise ArtifactError(
-                    f"{each.name} {each.version} is not in {self.root}: fetch it first, or name what to export"
-                )
-            if problem := self.problem(each):
-                raise ArtifactError(f"{each.name}: {problem}: fetch it again")
+            self.verify(each)
         files = sorted({path for each in artifacts for path in self.manifest[each.name]["files"]})
         chosen = {each.name: self.manifest[each.name] for each in artifacts}
         part = bundle.with_name(bundle.name + ".part")
