@@ -44,9 +44,37 @@ def users_to_change(users: Iterable[User], accounts: str, group: str) -> list[Us
     return [user for user in users if not right(user)]
 
 
+def folders_to_change(users: Iterable[str], folders: Iterable[User], root: str, found: Iterable[User]) -> list[User]:
+    """Returns path, owner, group and mode of the users' folders that are missing or not as they should be.
+
+    Args:
+        users: names of users.
+        folders: path below the root, mode, and maybe the group, of what each user has a folder in.
+        root: where the shared directory is.
+        found: files that the module `find` returned.
+    """
+    there = {file["path"]: (file["pw_name"], file["gr_name"], int(file["mode"], 8)) for file in found}
+    wanted = [
+        {"path": f"{root}/{folder['path']}/{user}", "owner": user, "group": folder.get("group", user)}
+        | {"mode": folder["mode"]}
+        for user in users
+        for folder in folders
+    ]
+    return [
+        folder
+        for folder in wanted
+        if there.get(folder["path"]) != (folder["owner"], folder["group"], int(folder["mode"], 8))
+    ]
+
+
 class FilterModule:
     """Filters of this file."""
 
     def filters(self) -> dict[str, Callable[..., Any]]:
         """Returns the filters by name."""
-        return {"absent_users": absent_users, "present_users": present_users, "users_to_change": users_to_change}
+        return {
+            "absent_users": absent_users,
+            "folders_to_change": folders_to_change,
+            "present_users": present_users,
+            "users_to_change": users_to_change,
+        }
