@@ -1,13 +1,14 @@
-"""MkDocs hook: makes the reference pages from their sources, so that they cannot differ from them.
+"""MkDocs hook: generates the reference pages from their sources.
 
 Pages: roles (argument specs and defaults), variables of an inventory, configuration of runs (dataclasses), commands
-(`ictx --help`), alerts and recording rules, metrics of our exporters, charts.
+(`ictx --help`), programs of nodes and scripts, alerts and recording rules, metrics of our exporters, charts.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
+import itertools
 import os
 import re
 import sys
@@ -37,6 +38,7 @@ def pages() -> Iterator[tuple[str, str]]:
     yield "inventory.md", inventory()
     yield "configuration.md", configuration()
     yield "commands.md", commands()
+    yield "programs.md", programs()
     yield "alerts.md", alerts()
     yield "metrics.md", metrics()
     for readme in sorted(ROOT.glob("charts/*/README.md")):
@@ -172,6 +174,26 @@ def commands() -> str:
     text += [
         f"{'##' if name.count(' ') < 2 else '###'} {name}\n\n```text\n{text}```\n\n" for name, text in helps(parser())
     ]
+    return "".join(text)
+
+
+def head(path: Path) -> str:
+    """Returns what a program's file begins with: the docstring, or the comment of a shell script."""
+    text = path.read_text()
+    if "python" in text.partition("\n")[0]:
+        return (ast.get_docstring(ast.parse(text)) or "") + "\n"
+    lines = itertools.takewhile(lambda line: line.startswith("#"), text.splitlines()[1:])
+    return "".join(f"{line[2:]}\n" for line in lines if "shellcheck" not in line)
+
+
+def programs() -> str:
+    """Returns the page of the programs that roles install on nodes, and of the repository's scripts."""
+    installed = sorted(ROOT.glob("roles/*/files/ictx-*"), key=lambda path: path.name)
+    scripts = [path for path in sorted(ROOT.glob("scripts/*")) if os.access(path, os.X_OK)]
+    text = ["# Programs and scripts\n\n## On nodes\n\nIn `/opt/ictx/bin`, from the roles' files.\n\n"]
+    text += [f"### {path.name}\n\nRole `{path.parts[-3]}`.\n\n```text\n{head(path)}```\n\n" for path in installed]
+    text.append("## In the repository\n\nPrinted by `--help`, too.\n\n")
+    text += [f"### scripts/{path.name}\n\n```text\n{head(path)}```\n\n" for path in scripts]
     return "".join(text)
 
 
