@@ -56,6 +56,12 @@ WRONG: list[tuple[str, Document, str]] = [
         },
         "adapters.maxLoaded is 1",
     ),
+    ("serving", {"router.backends": [{"service": "Large"}]}, "router.backends.0.service"),
+    ("serving", {"router.backends": [{"service": "ictx-serving"}]}, '"ictx-serving" is this release'),
+    ("serving", {"router.backends": [{"service": "a"}], "router.enabled": False}, "router.enabled is false"),
+    ("serving", {"router.backends": [{"service": "a"}], "canary.service": "a"}, '"a" is this release, or named twice'),
+    ("serving", {"canary": {"service": "a", "weight": 101}}, "canary.weight"),
+    ("serving", {"canary": {"service": "a", "by": "edge"}}, "canary.by is edge"),
     ("serving", {"gpu.count": -1}, "gpu.count"),
     ("serving", {"gpu.resourceName": "gpu"}, "gpu.resourceName"),
     ("serving", {"image.digest": "sha256:abc"}, "image.digest"),
@@ -783,3 +789,56 @@ def test_another_list_of_adapters_rolls_no_pod() -> None:
     )
     assert before == after
     assert "ictx-serving-adapters" not in json.dumps(render(CHARTS["serving"]))
+
+
+CANARY = {"service": "next-serving", "weight": 10}
+
+
+def backends_of(documents: list[Document]) -> tuple[str, dict[str, int]]:
+    """Returns this release's weight and the others', as the router's front is given them."""
+    (front,) = [
+        {each["name"]: each.get("value", "") for each in container["env"]}
+        for pod in pods(documents)
+        for container in pod.containers
+        if container["name"] == "front"
+    ]
+    return front["ICTX_WEIGHT"], {each["url"]: each["weight"] for each in json.loads(front["ICTX_BACKENDS"])}
+
+
+def test_a_canary_is_divided_by_the_router_where_there_is_no_edge() -> None:
+    documents = render(CHARTS["serving"], values={"canary": CANARY, "router.backends": [{"service": "large"}]})
+    assert backends_of(documents) == ("90", {"https://large:8000": 100, "https://next-serving:8000": 10})
+    policy = next(each for each in documents if name_of(each) == "NetworkPolicy/ictx-serving-router")
+    allowed = [peer["podSelector"] for rule in policy["spec"]["egress"] for peer in rule.get("to", [])]
+    assert {"key": "app.kubernetes.io/component", "operator": "In", "values": ["server", "router"]} in [
+        expression for selector in allowed for expression in selector.get("matchExpressions", [])
+    ]
+
+
+def test_a_canary_is_divided_by_the_gateway_or_the_ingress_where_there_is_one() -> None:
+    route = {"httpRoute": {"enabled": True, "parentRefs": [{"name": "public"}], "caConfigMap": "ca"}}
+    documents = render(CHARTS["serving"], values={"canary": CANARY, **route})
+    (rule,) = only(documents, "HTTPRoute")["spec"]["rules"]
+    assert {each["name"]: each["weight"] for each in rule["backendRefs"]} == {"ictx-serving": 90, "next-serving": 10}
+    policies = [each for each in documents if each["kind"] == "BackendTLSPolicy"]
+    assert {each["spec"]["validation"]["hostname"] for each in policies} == {"ictx-serving", "next-serving"}
+    assert not [pod for pod in pods(documents) if "router" in pod.owner], "one division is enough"
+
+    ingress = {"ingress": {"enabled": True, "host": "a.example.org", "annotations": {"a/b": "c"}}}
+    documents = render(CHARTS["serving"], values={"canary": CANARY, **ingress})
+    second = next(each for each in documents if name_of(each) == "Ingress/ictx-serving-canary")
+    assert second["metadata"]["annotations"] == {
+        "nginx.ingress.kubernetes.io/canary": "true", "nginx.ingress.kubernetes.io/canary-weight": "10", "a/b": "c"
+    }  # fmt: skip
+    (path,) = second["spec"]["rules"][0]["http"]["paths"]
+    assert path["backend"]["service"]["name"] == "next-serving"
+
+    both = render(CHARTS["serving"], values={"canary": {**CANARY, "by": "router"}, **ingress})
+    assert backends_of(both) == ("90", {"https://next-serving:8000": 10})
+    assert [name_of(each) for each in both if each["kind"] == "Ingress"] == ["Ingress/ictx-serving"]
+
+
+def test_without_a_canary_nothing_is_divided() -> None:
+    route = {"httpRoute": {"enabled": True, "parentRefs": [{"name": "public"}]}}
+    (rule,) = only(render(CHARTS["serving"], values=route), "HTTPRoute")["spec"]["rules"]
+    assert rule["backendRefs"] == [{"name": "ictx-serving", "port": 8000}]

@@ -30,10 +30,58 @@ app.kubernetes.io/part-of: infinitecontext
 {{- end }}
 {{- end }}
 
+{{/* Whether the router divides the requests between this release and the canary: `true`, or nothing. */}}
+{{- define "serving.canaryByRouter" -}}
+{{- $edge := or .Values.ingress.enabled .Values.httpRoute.enabled }}
+{{- if and .Values.canary.service (or (eq .Values.canary.by "router") (and (eq .Values.canary.by "auto") (not $edge))) }}
+{{- true }}
+{{- end }}
+{{- end }}
+
+{{/* Whether Ingress and HTTPRoute do. */}}
+{{- define "serving.canaryByEdge" -}}
+{{- if and .Values.canary.service (not (include "serving.canaryByRouter" .)) }}
+{{- true }}
+{{- end }}
+{{- end }}
+
+{{/* Releases behind this one's address, as a list. */}}
+{{- define "serving.backends" -}}
+{{- $scheme := include "serving.scheme" . }}
+{{- $backends := list }}
+{{- range .Values.router.backends }}
+{{- $secret := .caSecret | default (printf "%s-tls" .service) }}
+{{- $backends = append $backends (dict "service" .service "secret" $secret "weight" 100 "url" (printf "%s://%s:%d" $scheme .service (int (.port | default 8000)))) }}
+{{- end }}
+{{- if include "serving.canaryByRouter" . }}
+{{- with .Values.canary }}
+{{- $secret := .caSecret | default (printf "%s-tls" .service) }}
+{{- $backends = append $backends (dict "service" .service "secret" $secret "weight" (int .weight) "url" (printf "%s://%s:%d" $scheme .service (int .port))) }}
+{{- end }}
+{{- end }}
+{{- toJson $backends }}
+{{- end }}
+
+{{- define "serving.checkCanary" -}}
+{{- if and (include "serving.backends" . | fromJsonArray) (eq (toString .Values.router.enabled) "false") }}
+{{- fail "router.backends and a canary that the router divides need the router, and router.enabled is false: set it to auto" }}
+{{- end }}
+{{- if and (eq .Values.canary.by "edge") .Values.canary.service (not (or .Values.ingress.enabled .Values.httpRoute.enabled)) }}
+{{- fail "canary.by is edge, and neither ingress.enabled nor httpRoute.enabled is true" }}
+{{- end }}
+{{- $names := list (include "serving.fullname" .) }}
+{{- range include "serving.backends" . | fromJsonArray }}
+{{- if has .service $names }}
+{{- fail (printf "router.backends, canary.service: %q is this release, or named twice" .service) }}
+{{- end }}
+{{- $names = append $names .service }}
+{{- end }}
+{{- end }}
+
 {{/* Whether requests go through the router: `true`, or nothing. */}}
 {{- define "serving.routed" -}}
 {{- $most := ternary .Values.replicaCount .Values.autoscaling.maxReplicas (eq .Values.autoscaling.type "none") | int }}
-{{- if or (eq (toString .Values.router.enabled) "true") (and (eq (toString .Values.router.enabled) "auto") (gt $most 1)) }}
+{{- if or (eq (toString .Values.router.enabled) "true") (and (eq (toString .Values.router.enabled) "auto") (or (gt $most 1) (include "serving.backends" . | fromJsonArray))) }}
 {{- true }}
 {{- end }}
 {{- end }}
@@ -225,4 +273,5 @@ capabilities:
 {{- end }}
 {{- include "serving.checkExtra" . }}
 {{- include "serving.checkAdapters" . }}
+{{- include "serving.checkCanary" . }}
 {{- end }}

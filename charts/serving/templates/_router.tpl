@@ -97,6 +97,19 @@ env:
     value: http://127.0.0.1:30000
   - name: ICTX_REPLICAS
     value: {{ printf "%s-replicas" (include "serving.fullname" .) }}
+  {{- $backends := include "serving.backends" . | fromJsonArray }}
+  {{- if $backends }}
+  - name: ICTX_SERVICE
+    value: {{ include "serving.fullname" . }}
+  - name: ICTX_WEIGHT
+    value: {{ ternary (sub 100 (int .Values.canary.weight)) 100 (eq (include "serving.canaryByRouter" .) "true") | quote }}
+  - name: ICTX_BACKENDS
+    value: {{ toJson $backends | quote }}
+  {{- if .Values.tls.enabled }}
+  - name: ICTX_BACKENDS_CA
+    value: /etc/ictx/backends
+  {{- end }}
+  {{- end }}
   {{- if .Values.tls.enabled }}
   - name: ICTX_REPLICAS_NAME
     value: {{ include "serving.fullname" . }}
@@ -134,6 +147,11 @@ volumeMounts:
   - name: tls
     mountPath: /etc/ictx/tls
     readOnly: true
+  {{- if $backends }}
+  - name: backends
+    mountPath: /etc/ictx/backends
+    readOnly: true
+  {{- end }}
   {{- end }}
   - name: tmp
     mountPath: /tmp

@@ -4,8 +4,11 @@
 (`ROUTED`: it chooses the replica by prefix, session or load, and tries another where one fails). All else goes to a
 replica directly: no other path of the router can be reached, and clients see what vLLM answers.
 
+Where other releases stand behind the same address (`ictx.serve.backends`), a request goes to one that serves the model
+that it names.
+
 Served by uvicorn: `uvicorn ictx.serve.front:app`, behind `ictx.serve.gate.Gate`. Variables: those of the gate and of
-`ictx.serve.replicas.from_environment`.
+`ictx.serve.replicas.from_environment` and `ictx.serve.backends.from_environment`.
 """
 
 from __future__ import annotations
@@ -20,6 +23,8 @@ from contextlib import suppress
 import aiohttp
 from yarl import URL
 
+from ictx.serve import backends as other_releases
+from ictx.serve.backends import Backend, Backends, Refused, requested
 from ictx.serve.gate import App, Gate, Message, Receive, Send
 from ictx.serve.replicas import LOGGER, Replicas, from_environment
 
@@ -31,7 +36,9 @@ DROPPED = HOP | {b"transfer-encoding", b"upgrade"}
 OF_REQUESTS = frozenset({b"host", b"content-length", b"expect"})
 """Headers of requests that are made anew."""
 SECONDS = 2.0
-"""Between two looks at which replicas are ready."""
+"""Between two looks at which replicas are ready, and at what other releases serve."""
+SERVED_BY = b"x-ictx-served-by"
+"""Header of answers: the Service of the release that answered, where there are several."""
 
 
 def _passed_on(
@@ -53,7 +60,12 @@ async def _body(receive: Receive) -> AsyncIterator[bytes]:
 
 async def _answer(send: Send, status: int, text: str) -> None:
     """Answers in vLLM's form of errors; `GET /health` too, whose readers look at the status alone."""
-    body = json.dumps({"error": {"message": text, "code": status}} if status >= 400 else {}).encode()
+    await _send(
+        send, status, json.dumps({"error": {"message": text, "code": status}} if status >= 400 else {}).encode()
+    )
+
+
+async def _send(send: Send, status: int, body: bytes) -> None:
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
@@ -62,8 +74,9 @@ async def _answer(send: Send, status: int, text: str) -> None:
 class Front:
     """ASGI application that passes requests on, as they are, and their answers as they come."""
 
-    def __init__(self, replicas: Replicas) -> None:
+    def __init__(self, replicas: Replicas, backends: Backends | None = None) -> None:
         self._replicas = replicas
+        self._backends = backends
         self._turn = itertools.count()
         self._session: aiohttp.ClientSession | None = None
 
@@ -89,23 +102,34 @@ class Front:
             aiohttp.ClientSession(timeout=timeout, connector=connector, auto_decompress=False) as self._session,
             aiohttp.ClientSession(timeout=brief) as registering,
         ):
-            following = asyncio.create_task(self._replicas.follow(registering, SECONDS))
+            following = [asyncio.create_task(self._replicas.follow(registering, SECONDS))]
+            if self._backends:
+                following.append(asyncio.create_task(self._backends.follow(registering, self._replicas, SECONDS)))
             await send({"type": "lifespan.startup.complete"})
             await receive()
-            following.cancel()
-            with suppress(asyncio.CancelledError):
-                await following
+            for task in following:
+                task.cancel()
+                with suppress(asyncio.CancelledError):
+                    await task
         await send({"type": "lifespan.shutdown.complete"})
 
     async def _health(self, send: Send) -> None:
-        """Answers 200 where the router has a replica to send requests to."""
+        """Answers 200 where the router has a replica to send requests to, or another release answers."""
         assert self._session is not None, "the server has not started"
         try:
             async with self._session.get(f"{self._replicas.router}/readiness") as answer:
                 ready = answer.status == 200
         except (aiohttp.ClientError, TimeoutError):
             ready = False
+        ready = ready or (self._backends is not None and any(backend.up for backend in self._backends.every))
         await _answer(send, 200 if ready else 503, "no replica is ready")
+
+    async def _releases(self, scope: Message, body: bytes) -> list[Backend]:
+        """Returns the releases that a request may go to, in turn; none where this one is alone. Raises Refused."""
+        if self._backends is None:
+            return []
+        model, session = await asyncio.to_thread(requested, body, scope["headers"])
+        return [self._backends.own] if model is None else self._backends.choose(model, session)
 
     def _target(self, scope: Message) -> str | None:
         """Returns whom a request goes to: the router, or the next replica; None without any."""
@@ -132,11 +156,29 @@ class Front:
 
     async def _pass_on(self, scope: Message, body: bytes, send: Send) -> None:
         """Sends a request and returns its answer piece by piece."""
-        assert self._session is not None, "the server has not started"
-        target = self._target(scope)
-        if target is None:
-            await _answer(send, 503, "no replica is ready")
+        if self._backends and scope["method"] == "GET" and scope["path"] == "/v1/models":
+            await _send(send, 200, self._backends.listed())
             return
+        try:
+            releases = await self._releases(scope, body)
+        except Refused as refusal:
+            await _answer(send, refusal.status, str(refusal))
+            return
+        choices: list[Backend | None] = [*releases] or [None]
+        for number, release in enumerate(choices, 1):
+            own = release is None or self._backends is None or release is self._backends.own
+            target = self._target(scope) if own or release is None else release.url
+            if target is None:
+                await _answer(send, 503, "no replica is ready")
+                return
+            if await self._try(scope, body, send, target, release, last=number == len(choices)):
+                return
+
+    async def _try(
+        self, scope: Message, body: bytes, send: Send, target: str, release: Backend | None, last: bool
+    ) -> bool:
+        """Sends a request to one target; returns False where nothing listens there and it is not the last one."""
+        assert self._session is not None, "the server has not started"
         # The path as it came, `%2F` included: what was compared with ROUTED is what is sent there.
         raw = scope["path"] if target == self._replicas.router else scope["raw_path"].decode("latin-1")
         query = scope["query_string"].decode("latin-1")
@@ -151,9 +193,11 @@ class Front:
                 headers=headers,
                 data=body or None,
                 allow_redirects=False,
+                ssl=(release.context if release else None) or True,
                 skip_auto_headers=("Accept", "Accept-Encoding", "Content-Type", "User-Agent"),
             ) as answer:
-                start = {"status": answer.status, "headers": _passed_on(answer.raw_headers)}
+                named = [(SERVED_BY, release.service.encode())] if release else []
+                start = {"status": answer.status, "headers": [*_passed_on(answer.raw_headers), *named]}
                 await send({"type": "http.response.start", **start})
                 started = True
                 async for piece in answer.content.iter_any():
@@ -162,11 +206,14 @@ class Front:
             LOGGER.warning("%s %s: %s", scope["method"], scope["path"], error)
             if started:
                 raise  # the client must not take a part of an answer for all of it: uvicorn breaks the connection
+            if isinstance(error, aiohttp.ClientConnectorError) and not last:
+                return False
             await _answer(send, 502, "the replica that computed this request is gone: try again")
-            return
+            return True
         await send({"type": "http.response.body", "body": b""})
+        return True
 
 
 def app() -> App:
     """Returns the application, behind the gate (`uvicorn --factory`)."""
-    return Gate(Front(from_environment(os.environ)))
+    return Gate(Front(from_environment(os.environ), other_releases.from_environment(os.environ)))

@@ -1,0 +1,172 @@
+"""Other releases behind one address: several models, and a share of a model's requests for its next version.
+
+vLLM's router (0.1.17) goes by the `model` of a request too (`--enable-igw`), but has no weights, keys or verified TLS.
+Here each backend is a Service of another release, and what it serves its `/v1/models` lists: adapters are found by
+their names like models. Where several list a name, their weights divide its requests.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import itertools
+import json
+import logging
+import ssl
+from bisect import bisect
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+from yarl import URL
+
+from ictx.serve.gate import KEYS, accepted
+from ictx.serve.replicas import LOGGER, Replicas
+
+GOLDEN = 0.6180339887498949
+"""Multiples of it, less their whole part, fill 0 to 1 evenly: shares are met within a few requests, not by chance."""
+SESSION = (b"x-session-id", b"x-user-id")
+"""Headers by which a client stays with one version, as with one replica of the router."""
+
+
+class Refused(Exception):
+    """A request that no backend can answer: status and text."""
+
+    def __init__(self, status: int, text: str) -> None:
+        super().__init__(text)
+        self.status = status
+
+
+@dataclass(eq=False)
+class Backend:
+    """A release: its Service, its share, and what it listed last."""
+
+    service: str
+    url: str
+    weight: float = 100
+    context: ssl.SSLContext | None = None
+    cards: list[dict[str, Any]] | None = None
+    """As in `/v1/models`; None until it has answered once."""
+    up: bool = False
+    _noted: str = ""
+
+    def note(self, text: str) -> None:
+        """Logs what changed."""
+        if text != self._noted:
+            LOGGER.log(logging.INFO if self.up else logging.WARNING, "%s %s", self.service, text)
+        self._noted = text
+
+    @property
+    def models(self) -> set[str]:
+        """Returns the names that it serves, or served when it answered last."""
+        return {card["id"] for card in self.cards or ()}
+
+
+@dataclass
+class Backends:
+    """This release and the others; the first one is this release."""
+
+    every: list[Backend]
+    keys: Path
+    _turn: itertools.count[int] = field(default_factory=itertools.count)
+
+    @property
+    def own(self) -> Backend:
+        """Returns this release."""
+        return self.every[0]
+
+    async def follow(self, session: aiohttp.ClientSession, replicas: Replicas, seconds: float) -> None:
+        """Keeps what each backend lists, until it is cancelled."""
+        while True:
+            self.own.url = replicas.urls[0] if replicas.urls else ""
+            await asyncio.gather(*(self._look(session, backend) for backend in self.every))
+            await asyncio.sleep(seconds)
+
+    async def _look(self, session: aiohttp.ClientSession, backend: Backend) -> None:
+        try:
+            if not backend.url:
+                raise ConnectionError("no replica is ready")
+            headers = {"Authorization": f"Bearer {accepted(self.keys)[0].decode()}"}
+            url = f"{backend.url}/v1/models"
+            async with session.get(url, headers=headers, ssl=backend.context or True) as answer:
+                answer.raise_for_status()
+                backend.cards = [card for card in (await answer.json())["data"] if isinstance(card["id"], str)]
+        except (OSError, aiohttp.ClientError, TimeoutError, ValueError, LookupError, TypeError) as error:
+            backend.up = False
+            backend.note(f"does not list its models: {error or type(error).__name__}")
+            return
+        backend.up = True
+        backend.note(f"serves {', '.join(sorted(backend.models))}")
+
+    def listed(self) -> bytes:
+        """Returns the answer of `/v1/models`: what all that answer list, each name once."""
+        cards: dict[str, Any] = {}
+        for backend in self.every:
+            if backend.up and backend.weight:
+                for card in backend.cards or ():
+                    cards.setdefault(card["id"], card)
+        return json.dumps({"object": "list", "data": list(cards.values())}).encode()
+
+    def choose(self, model: str, session: bytes | None = None) -> list[Backend]:
+        """Returns whom a request for a model goes to: first the one whose turn it is, then those that could stand in.
+
+        The same session always has the same turn. Raises Refused: 404 for a name that nobody knows, 503 for one whose
+        backends are down.
+        """
+        able = [backend for backend in self.every if backend.weight and model in backend.models]
+        ready = [backend for backend in able if backend.up]
+        if ready:
+            if session is None:
+                point = next(self._turn) * GOLDEN % 1
+            else:
+                point = int.from_bytes(hashlib.sha256(session).digest()[:6], "big") / (1 << 48)
+            ends = list(itertools.accumulate(backend.weight for backend in ready))
+            first = ready[bisect(ends[:-1], point * ends[-1])]
+            return [first, *(backend for backend in ready if backend is not first)]
+        if able:
+            raise Refused(503, f"the model `{model}` is not ready: {_names(able)} does not answer")
+        if missing := [backend for backend in self.every if backend.cards is None]:
+            raise Refused(503, f"the model `{model}` is not known yet: {_names(missing)} did not answer so far")
+        names = sorted({name for backend in self.every for name in backend.models})
+        raise Refused(404, f"the model `{model}` does not exist: served are {', '.join(names)}")
+
+
+def _names(backends: Iterable[Backend]) -> str:
+    return ", ".join(backend.service for backend in backends)
+
+
+def requested(body: bytes, headers: Iterable[tuple[bytes, bytes]]) -> tuple[str | None, bytes | None]:
+    """Returns the model that a request names and its session, a header or the body's `user`; None for what it lacks."""
+    try:
+        content = json.loads(body)
+    except ValueError:
+        return None, None
+    if not isinstance(content, dict):
+        return None, None
+    model, user = content.get("model"), content.get("user")
+    session = next((value for name, value in headers if name.lower() in SESSION), None)
+    if session is None and isinstance(user, str):
+        session = user.encode()
+    return model if isinstance(model, str) else None, session
+
+
+def from_environment(environment: Mapping[str, str]) -> Backends | None:
+    """Returns the releases that the chart's variables describe; None where there is this one alone."""
+    others = json.loads(environment.get("ICTX_BACKENDS") or "[]")
+    if not others:
+        return None
+    own = Backend(environment.get("ICTX_SERVICE", "this release"), "", float(environment.get("ICTX_WEIGHT", "100")))
+    every = [own]
+    for other in others:
+        url = URL(other["url"])
+        service = url.host or ""
+        context = None
+        if url.scheme == "https":
+            # That of a release with an authority of its own, else this release's, else the system's.
+            files = [Path(environment.get("ICTX_BACKENDS_CA", "")) / f"{service}.crt"]
+            files.append(Path(environment.get("ICTX_REPLICAS_CA", "")))
+            context = ssl.create_default_context(cafile=next((str(file) for file in files if file.is_file()), None))
+        every.append(Backend(service, other["url"].rstrip("/"), float(other["weight"]), context))
+    return Backends(every, Path(environment[KEYS]))
