@@ -364,12 +364,16 @@ def test_proxies_and_versions_of_packages(tmp_path: Path) -> None:
             {"packages": ["slurmctld", "slurmd"], "version": "22.05.8*"},
             {"packages": ["slurmd", "grafana"], "version": "11*"},
         ],
+        "prometheus_source": "upstream",
+        "prometheus_version": "3.99.0",
     }
     assert found(tmp_path, variables) == {
         "ictx_proxy: http: http://proxy.example.org has no port, of which programs take different ones: add it, as :3128",
         "common_apt_pins (all hosts): slurmd has 2 pins, of which apt takes the first: leave one",
         "common_apt_pins (all hosts): grafana has a variable of its own: grafana_version",
+        "prometheus_version: 3.99.0 is not one of prometheus_checksums (3.13.2): add the SHA-256 of its archive",
     }
+    assert found(tmp_path / "known", {"prometheus_source": "upstream"}) == set()
 
 
 @pytest.mark.parametrize(

@@ -59,6 +59,15 @@ def test_k3s_is_that_of_the_lock() -> None:
     assert role["k3s_device_plugin_image"].split("@")[0] == f"{plugin['url']}:{plugin['version']}"
 
 
+def test_prometheus_is_that_of_the_lock() -> None:
+    entry, role = LOCK["prometheus"], defaults("prometheus")
+    assert entry["version"] == role["prometheus_version"]
+    assert entry["sha256"] == role["prometheus_checksums"][role["prometheus_version"]]
+    below = f"/v{entry['version']}/prometheus-{entry['version']}.linux-amd64.tar.gz"
+    assert entry["url"] == address(role["prometheus_mirror"]) + below
+    assert f"M/{entry['path']}" == address(role["prometheus_mirror"], "M") + below
+
+
 def test_repositories_are_those_of_the_lock() -> None:
     grafana, role = LOCK["grafana"], defaults("grafana")
     assert grafana["packages"] == {"grafana": role["grafana_version"]}

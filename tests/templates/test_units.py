@@ -93,9 +93,9 @@ def test_a_unit_is_shut_in_or_named_with_a_reason(name: str, texts: dict[str, li
         role = name.split("/")[0]
         if "\nDescription=" not in text:
             text = f"[Service]\n{PACKAGED[role]}\n{text}"
-        elif name == "grafana/grafana-server.service":
-            # Wherever Grafana comes from, the drop-in belongs to its unit.
-            text += texts["grafana/unit.conf"][0]
+        elif name in ("grafana/grafana-server.service", "prometheus/prometheus.service"):
+            # Wherever they come from, the drop-in belongs to their unit.
+            text += texts[f"{role}/unit.conf"][0]
         rated = exposure(text, tmp_path)
         assert (rated > MOST) == (name in EXCEPTIONS), f"{name}: {rated}"
 

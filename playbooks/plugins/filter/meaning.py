@@ -559,10 +559,14 @@ def scrapes(site: Inventory) -> Iterator[Problem]:
 
 
 def versions(site: Inventory) -> Iterator[Problem]:
-    """A pinned driver is of the configured branch."""
+    """A pinned driver is of the configured branch, and a release of Prometheus is known by its checksum."""
     branch, version = (str(site.get(f"nvidia_driver_{part}") or "") for part in ("branch", "version"))
     if branch and version and version.split(".")[0] != branch:
         yield "nvidia_driver_version", f"{version} is not of nvidia_driver_branch {branch}", ""
+    release, known = str(site.get("prometheus_version") or ""), site.get("prometheus_checksums") or {}
+    if site.get("prometheus_source") == "upstream" and release and release not in known:
+        text = f"{release} is not one of prometheus_checksums ({', '.join(known)}): add the SHA-256 of its archive"
+        yield "prometheus_version", text, ""
 
 
 def ports(site: Inventory) -> Iterator[Problem]:
