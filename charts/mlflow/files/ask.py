@@ -29,7 +29,7 @@ def get(path, credentials=""):
 
 
 def check(what, wanted, answer):
-    """Says what was tried; the first failure ends the test."""
+    """Prints what was tried; the first failure ends the test."""
     print(("ok: " if answer[0] == wanted else "FAILED: ") + what, flush=True)
     if answer[0] != wanted:
         sys.exit(f"{answer[0]} {answer[1][:2000]}")

@@ -80,7 +80,7 @@ def _authenticate():
 
 
 def _reads():
-    """Tells whether the request changes nothing: searches are POST requests."""
+    """Returns whether the request changes nothing: searches are POST requests."""
     return request.method in ("GET", "HEAD") or (request.endpoint or "").startswith("_search_")
 
 

@@ -31,7 +31,7 @@ def post(key, **more):
 
 
 def check(what, good, detail):
-    """Says what was tried; the first failure ends the test."""
+    """Prints what was tried; the first failure ends the test."""
     print(("ok: " if good else "FAILED: ") + what, flush=True)
     if not good:
         sys.exit(detail[:2000])

@@ -155,7 +155,7 @@ def _number(name: str) -> int:
     if name in EARLY:
         return EARLY.index(name)
     if year < 24 or month not in (5, 11):
-        raise AnsibleFilterError(f"{name} is no release of SLURM that this playbook knows")
+        raise AnsibleFilterError(f"{name} is not a release of SLURM that this playbook supports")
     return len(EARLY) + (year - 24) * 2 + month // 11
 
 

@@ -94,7 +94,7 @@ def disk_problems(params: dict) -> list[str]:
 
 
 def port_is_taken(address: str, port: int) -> bool:
-    """Tells whether binding the TCP port fails because somebody listens on it."""
+    """Returns whether binding the TCP port fails because somebody listens on it."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
