@@ -8,14 +8,14 @@
 
 {{/* Names and paths that the chart itself uses are refused, whether or not these values use them: a later value might. */}}
 {{- define "serving.checkExtra" -}}
-{{- $volumes := list "keys" "tls" "models" "shm" "cache" "tmp" "mlflow-ca" "adapters" "adapters-list" "adapters-state" }}
+{{- $volumes := list "keys" "tls" "models" "shm" "cache" "tmp" "mlflow-ca" "adapters" "adapters-list" "adapters-state" "kv" }}
 {{- range include "serving.extra" (list . "extraVolumes") | fromYamlArray }}
 {{- if has .name $volumes }}
 {{- fail (printf "extraVolumes: the pod has a volume %q already: take another name" .name) }}
 {{- end }}
 {{- $volumes = append $volumes .name }}
 {{- end }}
-{{- $paths := list "/adapters" "/cache" "/dev/shm" "/etc/ictx/keys" "/etc/ictx/tls" "/models" "/run/ictx" "/tmp" }}
+{{- $paths := list "/adapters" "/cache" "/dev/shm" "/etc/ictx/keys" "/etc/ictx/tls" "/kv" "/models" "/run/ictx" "/tmp" }}
 {{- range include "serving.extra" (list . "extraVolumeMounts") | fromYamlArray }}
 {{- if not (has .name $volumes) }}
 {{- fail (printf "extraVolumeMounts: there is no volume %q: add it to extraVolumes" .name) }}

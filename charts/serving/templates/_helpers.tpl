@@ -274,4 +274,6 @@ capabilities:
 {{- include "serving.checkExtra" . }}
 {{- include "serving.checkAdapters" . }}
 {{- include "serving.checkCanary" . }}
+{{- include "serving.checkFit" . }}
+{{- include "serving.checkOffload" . }}
 {{- end }}

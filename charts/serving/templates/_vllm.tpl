@@ -8,7 +8,7 @@
 - --port
 - "8000"
 - --dtype
-- {{ .Values.vllm.dtype }}
+- {{ include "serving.dtype" . }}
 - --kv-cache-dtype
 - {{ .Values.vllm.kvCacheDtype }}
 - --tensor-parallel-size
@@ -19,13 +19,13 @@
 {{- end }}
 {{- if gt (int .Values.gpu.count) 0 }}
 - --gpu-memory-utilization
-- {{ .Values.vllm.gpuMemoryUtilization | quote }}
+- {{ include "serving.utilization" . | quote }}
 {{- end }}
 {{- with .Values.vllm.maxNumSeqs }}
 - --max-num-seqs
 - {{ . | int64 | quote }}
 {{- end }}
-{{- with .Values.vllm.maxNumBatchedTokens }}
+{{- with include "serving.chunk" . }}
 - --max-num-batched-tokens
 - {{ . | int64 | quote }}
 {{- end }}
@@ -40,6 +40,7 @@
 # The router has prompts turned into tokens by a pod (/v1/completions/render), by which it finds their beginnings.
 - --enable-scale-out
 {{- end }}
+{{- include "serving.offloadArgs" . }}
 {{- if .Values.adapters.enabled }}
 - --enable-lora
 - --max-lora-rank
@@ -139,7 +140,7 @@ startupProbe:
   {{- include "serving.probe" . | nindent 2 }}
   periodSeconds: 5
   timeoutSeconds: 5
-  failureThreshold: {{ mul 12 (int .Values.startupTimeoutMinutes) }}
+  failureThreshold: {{ mul 12 (include "serving.startupMinutes" . | int) }}
 readinessProbe:
   {{- include "serving.probe" . | nindent 2 }}
   periodSeconds: 5
@@ -183,6 +184,10 @@ volumeMounts:
     mountPath: /cache
   - name: tmp
     mountPath: /tmp
+  {{- if .Values.kvOffload.diskClaim }}
+  - name: kv
+    mountPath: /kv
+  {{- end }}
   {{- if .Values.adapters.enabled }}
   - name: adapters
     mountPath: /adapters
