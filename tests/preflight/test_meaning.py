@@ -213,6 +213,38 @@ def test_groups_of_nodes(tmp_path: Path) -> None:
     }
 
 
+def test_devices_of_mig_are_those_that_the_driver_makes(tmp_path: Path) -> None:
+    caps = "/dev/nvidia-caps/nvidia-cap"
+    two = [f"/dev/nvidia3,{caps}{number},{caps}{number + 1}" for number in (408, 417)]
+    right = {"name": "gpu", "type": "a100_3g.20gb", "count": 2, "devices": two}
+    whole = {"name": "gpu", "type": "a100", "count": 3, "file": "/dev/nvidia[0-2]"}
+
+    def hosts(*gres: Any, profiles: Any = ("3g.20gb", "3g.20gb"), gpus: Any = (3,)) -> Callable[[Any], None]:
+        driver = [{"gpus": list(gpus), "profiles": list(profiles)}]
+        host = {"ansible_host": "192.0.2.8", "slurm_gres": list(gres), "nvidia_driver_mig": driver}
+
+        def add(groups: Any) -> None:
+            for name in ("slurm_compute", "gpu"):
+                groups.setdefault(name, {}).setdefault("hosts", {})
+                groups[name]["hosts"] = {**(groups[name]["hosts"] or {}), "n8": host if name == "gpu" else None}
+
+        return add
+
+    assert found(tmp_path / "a", {}, hosts(right, whole)) == set()
+    assert found(tmp_path / "b", {}, hosts({**whole, "count": 4, "file": "/dev/nvidia[0-3]"})) == {
+        "slurm_gres (n8): gpu:a100 has /dev/nvidia3, which nvidia_driver_mig divides: give its MIG devices in devices"
+    }
+    assert found(tmp_path / "c", {}, hosts(right, profiles=["1g.5gb"])) == {
+        "slurm_gres (n8): gpu:a100_3g.20gb has devices, but nvidia_driver_mig makes 1g.5gb: name it after one"
+    }
+    assert found(tmp_path / "d", {}, hosts(right, profiles=["3g.20gb"])) == {
+        "slurm_gres (n8): gpu:a100_3g.20gb has the count 2, but nvidia_driver_mig makes 1"
+    }
+    assert found(tmp_path / "e", {}, hosts({**right, "count": 3}, gpus=[])) == {
+        "slurm_gres (n8): gpu:a100_3g.20gb has the count 3, but its devices are 2"
+    }
+
+
 def test_gpus_of_groups_and_of_measured_nodes_count_for_jobs(tmp_path: Path) -> None:
     a100 = {"name": "gpu", "type": "a100", "count": 4}
     variables = {

@@ -277,8 +277,13 @@ def _gres_problems(where: str, prefix: str, given: Sequence[Mapping[str, Any]], 
         except ValueError as error:
             yield where, f"{prefix}{error}", host
             continue
+        what, several = f"{gres['name']}:{gres.get('type')}", gres.get("devices") or []
+        if devices and several:
+            yield where, f"{prefix}{what} has file and devices: leave one", host
+        elif several and len(several) != int(gres["count"]):
+            text = f"{prefix}{what} has the count {gres['count']}, but its devices are {len(several)}"
+            yield where, text, host
         if devices and len(devices) != int(gres["count"]):
-            what = f"{gres['name']}:{gres.get('type')}"
             text = f"{prefix}{what} has the count {gres['count']}, but {gres['file']} are {len(devices)} devices"
             yield where, text, host
 
@@ -293,6 +298,29 @@ def resources(site: Inventory) -> Iterator[Problem]:
         if _gpus(site, host) and host in {*site.hosts("k3s_agent"), *site.hosts("k3s_server")}:
             text = "has GPUs for jobs (slurm_gres) and is a node of Kubernetes: two schedulers would allocate the same"
             yield f"host {host}", text, ""
+
+
+def mig(site: Inventory) -> Iterator[Problem]:
+    """SLURM hands out the devices of a GPU that MIG divides, as many as there are, and never the GPU itself."""
+    for host in site.hosts("slurm_compute"):
+        divided = [entry for entry in site.of(host, "nvidia_driver_mig") or [] if entry.get("profiles")]
+        every = any(not entry.get("gpus") for entry in divided)
+        cards = {int(number) for entry in divided for number in entry.get("gpus") or []}
+        made = Counter(each for entry in divided for each in entry["profiles"] for _ in entry.get("gpus") or [0])
+        for gres in site.gres(host) if divided else []:
+            what = f"{gres['name']}:{gres['type']}"
+            for file in nodes(gres["file"]) if gres.get("file") else []:
+                number = re.fullmatch(r"/dev/nvidia(\d+)", file)
+                if number and (every or int(number[1]) in cards):
+                    text = f"{what} has {file}, which nvidia_driver_mig divides: give its MIG devices in devices"
+                    yield "slurm_gres", text, host
+            profile = str(gres["type"]).rpartition("_")[2]
+            if gres.get("devices") and profile not in made:
+                text = f"{what} has devices, but nvidia_driver_mig makes {', '.join(sorted(made))}: name it after one"
+                yield "slurm_gres", text, host
+            elif gres.get("devices") and not every and int(gres["count"]) > made[profile]:
+                text = f"{what} has the count {gres['count']}, but nvidia_driver_mig makes {made[profile]}"
+                yield "slurm_gres", text, host
 
 
 def topology(site: Inventory) -> Iterator[Problem]:
@@ -584,8 +612,8 @@ def ports(site: Inventory) -> Iterator[Problem]:
 
 
 RULES: tuple[Callable[[Inventory], Iterator[Problem]], ...] = (
-    partitions, jobs, accounts, node_groups, resources, controllers, addresses, endpoints, folders, receivers, versions,
-    ports, settings, topology, scrapes, proxies, pins, registries
+    partitions, jobs, accounts, node_groups, resources, mig, controllers, addresses, endpoints, folders, receivers,
+    versions, ports, settings, topology, scrapes, proxies, pins, registries
 )  # fmt: skip
 
 
