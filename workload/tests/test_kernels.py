@@ -194,6 +194,31 @@ def test_decode_from_quantised_caches_on_a_gpu(
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("stored", ["int8", "fp8"])
+@pytest.mark.parametrize(
+    ("lens", "heads", "query", "page"),
+    [
+        *CASES[:3],
+        pytest.param([70, 1], 2, 8, 0, id="contiguous, speculative"),
+        pytest.param([4095, 4096, 4097, 0, 33], 16, 1, 64, id="boundaries"),
+        pytest.param([131072], 16, 1, 64, id="many parts"),
+        pytest.param([9000] * 5, 16, 1, 64, id="parts of five sequences"),
+        pytest.param([5, 2047] * 100, 16, 1, 64, id="200 sequences"),
+    ],
+)
+def test_decode_with_products_of_a_group_of_warps_on_a_gpu(
+    lens: list[int], heads: int, query: int, page: int, stored: str, dtype: torch.dtype
+) -> None:
+    """On an H100, too, which takes others."""
+    if dispatch.capability(torch.device("cuda")) != 90:
+        pytest.skip("Hopper's own products")
+    config = decode_config(90, 16, stored, fast=True)
+    assert config.warpgroup
+    agrees(inputs(lens, heads, query, page, dtype, "cuda"), stored, config)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("stored", ["int8", "fp8"])
 def test_every_stored_byte_means_what_it_says(stored: str) -> None:
     """One token whose latent holds every byte: its row comes back, whatever the query is."""

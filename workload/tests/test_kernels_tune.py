@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import time
 from concurrent.futures import Future
@@ -20,7 +21,7 @@ from ictx.kernels.attention import tuning as attention_tuning
 from ictx.kernels.attention.tuning import Tiles, attention_config
 from ictx.kernels.build import offline
 from ictx.kernels.decode import tuning
-from ictx.kernels.decode.op import block_m_of, mla_decode
+from ictx.kernels.decode.op import SHORT, SHORT_QUANTISED, block_m_of, launch_of, mla_decode
 from ictx.kernels.decode.tuning import DecodeConfig
 from ictx.kernels.tune import attention as attention_tune
 from ictx.kernels.tune import decode as decode_tune
@@ -49,12 +50,26 @@ def test_cards_of_fast_memory_have_configurations_of_their_own() -> None:
     assert tuning.decode_config(80, 16, None, fast=True) == tuning.decode_config(80, 16, None)
 
 
+@pytest.mark.parametrize("stored", [None, "int8", "fp8"])
+def test_short_caches_are_cut_up_as_on_other_cards(stored: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "capability", lambda device: 90)
+    monkeypatch.setattr(dispatch, "fast_memory", lambda device: True)
+    monkeypatch.setattr(dispatch, "interpreted", lambda: False)
+    device = torch.device("meta")
+    most = SHORT_QUANTISED if stored else SHORT
+    short, long = (launch_of(device, 16, stored, room=room)[0] for room in (most, most + 1))
+    assert short == tuning.decode_config(90, 16, stored) != long
+    # A workspace is made for the longest.
+    assert long == tuning.decode_config(90, 16, stored, fast=True) == launch_of(device, 16, stored)[0]
+    assert long.programs >= short.programs
+
+
 def test_both_kinds_of_memory_are_compiled_for() -> None:
     """A folder of compiled kernels serves an H100 and an H200."""
 
     def step() -> None:
         q, cache = (torch.empty(*shape, 576, dtype=torch.bfloat16, device="meta") for shape in ((1, 1, 16), (2, 64)))
-        lens, table = (torch.empty(shape, dtype=torch.int32, device="meta") for shape in ((1,), (1, 2)))
+        lens, table = (torch.empty(shape, dtype=torch.int32, device="meta") for shape in ((1,), (1, 512)))
         mla_decode(q, cache, lens, 0.07, table)
 
     with mock.patch.object(launches, "run", lambda target: step()):
@@ -72,7 +87,21 @@ def test_every_target_knows_every_kind_of_input() -> None:
                 continue
             target = int(name.removeprefix("sm_"))
             for rows in {block_m_of(rows, target) for rows in (1, 16, 17, 128)}:
-                assert tuning.decode_config(target, rows, stored).warps in (4, 8)
+                config = tuning.decode_config(target, rows, stored)
+                # Hopper's own products are for cards of fast memory alone: newer targets take sm_90's others.
+                assert config.warps in (4, 8) and not config.warpgroup
+
+
+@pytest.mark.parametrize("stored", ["int8", "fp8"])
+def test_products_of_a_group_of_warps_are_fit_to_ship(stored: str, tmp_path: Path) -> None:
+    config = tuning.decode_config(90, 16, stored, fast=True)
+    assert config.warpgroup
+    try:
+        fits = functools.partial(decode_tune.decode_fits, tmp_path, target=90, stored=stored, block_m=16)
+        assert fits(config)
+        assert not fits(replace(config, stages=config.stages + 1)), "two of these are too much shared memory"
+    finally:
+        tuning.override = None
 
 
 def test_a_kind_that_compiles_slowly_does_not_starve_the_next() -> None:

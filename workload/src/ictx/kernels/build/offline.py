@@ -116,6 +116,7 @@ class Launch:
         """Returns Triton's compiled kernel; within `compiling` for its target."""
         from triton import compile as compiled
         from triton.compiler import ASTSource, make_backend
+        from triton.experimental.gluon._runtime import GluonASTSource
         from triton.runtime import driver
 
         # JITFunction.preload reads the same, but takes a constant "int8" for a dtype.
@@ -127,7 +128,9 @@ class Launch:
         kernel = getattr(importlib.import_module(self.module), self.function)
         target = driver.active.get_current_target()
         options = make_backend(target).parse_options(_tuples(content["options"]))
-        source = ASTSource(kernel, content["signature"], constants, attributes)
+        source = (GluonASTSource if kernel.is_gluon() else ASTSource)(
+            kernel, content["signature"], constants, attributes
+        )
         with turing.tensor_cores(self.target) if self.turing else nullcontext():
             return compiled(source, target=target, options=options.__dict__)
 

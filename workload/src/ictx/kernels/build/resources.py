@@ -58,7 +58,7 @@ def inspect(launch: Launch, name: str, compiled: Any) -> Report:
     spilled = found["STACK"] + found["LOCAL"]
     faults = []
     programs = 1
-    if launch.kernel == "decode.decode":
+    if launch.kernel in ("decode.decode", "decode_warpgroup.decode"):
         constants = launch.parameters
         stored = None if constants["STORED"] == "plain" else constants["STORED"]
         tuned = [tuning.decode_config(launch.target, constants["BLOCK_M"], stored, fast) for fast in (False, True)]

@@ -20,6 +20,9 @@ INTERPRETER = DecodeConfig(block_n=64, warps=4, stages=1, programs=1, reduce_all
 INTERPRETER_PROGRAMS = 3
 MOST_QUERIES, MOST_HEADS = 8, 128
 """Of one sequence in one launch."""
+SHORT, SHORT_QUANTISED = 8192, 4096
+"""Tokens that a batch's caches have room for, up to which cards of fast memory take what others do: where there is
+little to read, fewer programs are done sooner."""
 
 
 @dataclass
@@ -141,12 +144,18 @@ def block_m_of(rows: int, cc: int) -> int:
 
 
 def launch_of(
-    device: torch.device, block_m: int, stored: str | None, config: DecodeConfig | None = None
+    device: torch.device, block_m: int, stored: str | None, config: DecodeConfig | None = None, room: int | None = None
 ) -> tuple[DecodeConfig, int]:
-    """Returns how the kernel is cut up, by the tuned configuration unless one is given, and how many programs run."""
+    """Returns how the kernel is cut up, by the tuned configuration unless one is given, and how many programs run.
+
+    `room` is the number of tokens that the caches of all sequences can hold, many unless given: their lengths are not
+    known here.
+    """
     if dispatch.interpreted():
-        return replace(config or INTERPRETER, reduce_all=False), INTERPRETER_PROGRAMS
-    config = config or decode_config(dispatch.capability(device), block_m, stored, dispatch.fast_memory(device))
+        return replace(config or INTERPRETER, reduce_all=False, warpgroup=False), INTERPRETER_PROGRAMS
+    short = room is not None and room <= (SHORT_QUANTISED if stored else SHORT)
+    fast = dispatch.fast_memory(device) and not short
+    config = config or decode_config(dispatch.capability(device), block_m, stored, fast)
     return config, multiprocessors(device) * config.programs
 
 
@@ -187,8 +196,6 @@ def _launch(
     config: DecodeConfig | None,
 ) -> tuple[Tensor, Tensor]:
     """Runs the Triton kernel."""
-    from ictx.kernels.decode import triton as kernels
-
     batch, query, heads, _ = q.shape
     rows, block_m = query * heads, block_m_of(query * heads, dispatch.capability(q.device))
     row_blocks = -(-rows // block_m)
@@ -199,7 +206,12 @@ def _launch(
     lse = torch.empty(batch, query, heads, dtype=torch.float32, device=q.device)
     if batch == 0:
         return out, lse
-    config, programs = launch_of(q.device, block_m, stored, config)
+    room = batch * cache.shape[1] * (1 if table is None else table.shape[1])
+    config, programs = launch_of(q.device, block_m, stored, config, room)
+    if config.warpgroup:
+        from ictx.kernels.decode import warpgroup_triton as kernels
+    else:
+        from ictx.kernels.decode import triton as kernels
     work = workspace or _workspace(q.device, programs, block_m, batch * row_blocks)
     # The same bytes, seen as each of the dtypes that a row holds.
     flat = layout.flat(cache)

@@ -27,6 +27,8 @@ class DecodeConfig:
     """Sequences whose lengths are read at once in the search for the first tile."""
     columns: int = 0
     """Columns of the result that are joined at once out of up to 160 parts, 64 or 32; 0 leaves it to the kernel."""
+    warpgroup: bool = False
+    """Whether tokens are rows of Hopper's own products (`warpgroup_triton`): for quantised caches, tiles of 64."""
 
 
 def decode_key(block_m: int, stored: str | None, fast: bool = False) -> str:

@@ -33,6 +33,13 @@ def decode_candidates() -> list[DecodeConfig]:
     return found
 
 
+def warpgroup_candidates(rows: int, stored: str | None, fast: bool) -> list[DecodeConfig]:
+    """Returns those with Hopper's own products (`decode.warpgroup_triton`)."""
+    if not fast or not stored or rows > 16:
+        return []
+    return [DecodeConfig(64, 4, stages, programs, warpgroup=True) for stages, programs in ((2, 2), (3, 1), (4, 1))]
+
+
 def decode_kinds(target: int, fast: bool = False) -> list[Kind]:
     """Returns the kinds of input of `mla_decode`, those with more bytes saved first; `fast` as in `decode_config`."""
     dtype = dispatch.half(target)
@@ -46,7 +53,7 @@ def decode_kinds(target: int, fast: bool = False) -> list[Kind]:
                     "decode",
                     tuning.decode_key(rows, stored, fast),
                     tuning.decode_config(target, rows, stored, fast),
-                    decode_candidates(),
+                    [*decode_candidates(), *warpgroup_candidates(rows, stored, fast)],
                     functools.partial(decode_fits, target=target, stored=stored, block_m=rows),
                     functools.partial(decode_inputs, stored, rows, dtype),
                 )
