@@ -76,7 +76,7 @@ def test_nobody_listens() -> None:
         ((200, {}, b"[]"), "is no OpenAI-compatible endpoint: its answer has no list 'choices'"),
         ((200, {}, b'{"choices": [{"message": {"content": null}}]}'), "answers without text"),
         ((200, {}, b'{"choices": []}'), "answers without text"),
-        ((400, {}, b"too long\n\x1b[1m"), r"takes no such request: HTTP 400 \(.*too long"),
+        ((400, {}, b"too long\n\x1b[1m"), r"rejects the request: HTTP 400 \(.*too long"),
         ((404, {}, b"no"), r"answers HTTP 404 \(no\): expected an OpenAI-compatible endpoint"),
         ((302, {"Location": "http://127.0.0.1:1/"}, b"elsewhere"), "answers HTTP 302"),
     ],

@@ -55,7 +55,7 @@ def test_tasks_of_one_s_own_are_measured_without_a_network_and_kept(
         command += ["--key-env", "KEY", "--tasks-dir", folder / "tasks", "--samples", 0, "--tasks"]
         monkeypatch.setenv("KEY", "k")
         assert ictx(monkeypatch, *command, "capitals", "nosuch") == 2
-        assert "task nosuch is not known to lm-eval 0.4.13" in capsys.readouterr().err
+        assert "task nosuch does not exist in lm-eval 0.4.13" in capsys.readouterr().err
         (folder / "out/settings.json").unlink()
         assert ictx(monkeypatch, *command, "capitals") == 0
         asked = len(server.asked)

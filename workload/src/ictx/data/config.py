@@ -99,7 +99,7 @@ class DataConfig:
 
     @property
     def dirs(self) -> list[Path]:
-        """Folders of prepared data, in the order of `weights`. Raises UserError where one is not known."""
+        """Folders of prepared data, in the order of `weights`. Raises UserError for an unknown one."""
         found = [corpus.dir or self.dir for corpus in self.mix] if self.mix else [self.dir]
         known = [path for path in found if path]
         if len(known) < len(found):

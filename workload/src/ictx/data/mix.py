@@ -23,7 +23,7 @@ from ictx.data.stream import Integers, Stream, shuffled
 from ictx.errors import UserError
 
 LEAST_BLOCK, MOST_BLOCK = 256, 1 << 20
-# Tells the order of sources from the orders of documents under the same seed.
+# Separates the order of sources from the orders of documents under the same seed.
 ORDER = 0x6D6978
 
 

@@ -13,7 +13,7 @@ PAUSE = 10.0
 
 
 class Progress:
-    """Counts bytes, or what `unit` names. A total that is not known leaves the share and the remaining time out."""
+    """Counts bytes, or what `unit` names. Without a total, share and remaining time are left out."""
 
     def __init__(self, what: str, total: int | None = None, unit: str = "B") -> None:
         """Starts at nothing."""

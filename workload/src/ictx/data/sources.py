@@ -158,7 +158,7 @@ def _below(folder: Path, skipped: Skipped, seen: set[tuple[int, int]]) -> Iterat
 
 @dataclass(frozen=True)
 class Hub:
-    """A data set by its name on the Hugging Face Hub, or a folder in any layout that `datasets` knows."""
+    """A data set by its name on the Hugging Face Hub, or a folder in any layout that `datasets` supports."""
 
     name: str
     config: str | None

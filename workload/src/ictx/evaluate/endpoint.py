@@ -147,7 +147,7 @@ class Endpoint:
             seconds = min(float(after), LONGEST_PAUSE) if after.isdecimal() else 0.0
             return _Passing(f"{self.url} answers HTTP {error.code} ({said})", seconds)
         if error.code in (400, 413, 422):
-            return Rejected(f"{self.url} takes no such request: HTTP {error.code} ({said})")
+            return Rejected(f"{self.url} rejects the request: HTTP {error.code} ({said})")
         return UserError(f"{self.url} answers HTTP {error.code} ({said}): expected an OpenAI-compatible endpoint")
 
 

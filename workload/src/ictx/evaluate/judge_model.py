@@ -37,7 +37,7 @@ def convert(gguf: Path, out: Path) -> None:
     try:
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         read = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype="float32")
-    except Exception as error:  # of the reader of the format, of a model or a tokenizer that is not known
+    except Exception as error:  # of the reader of the format, of an unsupported model or tokenizer
         raise UserError(f"{gguf} cannot be read: {type(error).__name__}: {str(error).partition(chr(10))[0]}") from error
     # What was read counts as quantised, which transformers does not write: the same weights in a model that is not.
     config = read.config

@@ -131,7 +131,7 @@ def _rows(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def _text(value: object) -> str:
-    """Returns a value as a reader wants it."""
+    """Returns a value in a readable format."""
     if isinstance(value, float):
         return f"{value:,.0f}" if value.is_integer() else f"{value:.4g}"
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

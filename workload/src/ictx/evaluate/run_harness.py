@@ -81,7 +81,7 @@ def _known(arguments: argparse.Namespace, tasks: Sequence[str]) -> Any:
     manager = TaskManager(include_path=str(arguments.tasks_dir) if arguments.tasks_dir else None)
     unknown = [task for task in tasks if task not in manager.all_tasks]
     if unknown:
-        raise UserError(f"task {shown(unknown[0])} is not known to lm-eval {VERSION}: `lm_eval ls tasks` lists them")
+        raise UserError(f"task {shown(unknown[0])} does not exist in lm-eval {VERSION}: `lm_eval ls tasks` lists all")
     return manager
 
 

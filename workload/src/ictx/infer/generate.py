@@ -17,7 +17,7 @@ from ictx.kernels import dispatch, layout
 from ictx.model import Transformer
 
 BLOCK_SIZE = 64
-"""Tokens of a cache block unless told otherwise: what kernels are shipped for."""
+"""Default tokens per cache block: kernels are shipped for it."""
 
 
 @dataclass

@@ -67,7 +67,7 @@ class LatentStorage:
         self.layers = [torch.zeros(shape, dtype=held, device=device) for _ in range(config.num_hidden_layers)]
         self.block_tables = torch.zeros((batch, per_sequence), dtype=torch.int32, device=device)
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
-        # The host knows the lengths too: to ask the device for them would wait for it in every step.
+        # The host has the lengths too: reading them from the device would wait for it in every step.
         self._lengths = [0] * batch
         self._owned: list[list[int]] = [[] for _ in range(batch)]
         self._free = list(range(count - 1, -1, -1))

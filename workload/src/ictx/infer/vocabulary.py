@@ -57,7 +57,7 @@ class Vocabulary:
         return Template(source, self.special)
 
     def encode(self, text: str, chat: bool) -> list[int]:
-        """Returns the tokens of a text, or of a chat in which a user has said it. Raises UserError.
+        """Returns the tokens of a text, or of a chat with it as the user's turn. Raises UserError.
 
         As in transformers, the tokenizer itself begins a text, and a template a chat.
         """

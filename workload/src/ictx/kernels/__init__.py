@@ -1,1 +1,1 @@
-"""Multi-head Latent Attention's operations: Triton kernels, and a PyTorch version of each that says what is right."""
+"""Multi-head Latent Attention's operations: Triton kernels, and a PyTorch reference of each."""

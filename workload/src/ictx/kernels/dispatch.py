@@ -1,4 +1,4 @@
-"""Which implementation runs: decided in one place from device, dtype and shape, and said with its reason on request."""
+"""Which implementation runs: decided in one place from device, dtype and shape; the reason is available on request."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def choose(
     Args:
         shape: what the kernel cannot do with the inputs' shape.
         equal: whether all documents are equally long.
-        flash4: whether FlashAttention 4 has the inputs' widths, and is told where their documents lie.
+        flash4: whether FlashAttention 4 has the inputs' widths, and gets the boundaries of their documents.
 
     Raises:
         UserError: the environment variable has no such value, or forces Triton where it cannot run.
@@ -186,7 +186,7 @@ def flash4_version() -> str | None:
 
 
 def takes_edges(device: torch.device) -> bool:
-    """Whether packed documents may be attended to by a library that is told where each of them begins."""
+    """Whether packed documents may be attended to by a library that gets the beginning of each."""
     return device.type == "cuda" and _lacking("flash4", torch.bfloat16, capability(device), False, True) is None
 
 

@@ -44,7 +44,7 @@ def flops_per_token(config: ModelConfig, sequence_length: int) -> Flops:
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Returns what one device can do a second, or None where that is not known (such as on a CPU)."""
+    """Returns what one device can do a second, or None if unknown (such as on a CPU)."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
@@ -54,7 +54,7 @@ def peak_flops(device: torch.device) -> float | None:
 def model_flops_utilisation(tokens_per_second: float, flops: Flops, peak: float | None) -> dict[str, float]:
     """Returns the fields `mfu_causal` and `mfu`, 0 to 1, by `Flops.causal` and `Flops.full`.
 
-    Nothing where the peak of all devices together is not known.
+    Nothing if the peak of a device is unknown.
     """
     if not peak:
         return {}

@@ -208,7 +208,7 @@ class LatentAttention(nn.Module):
     def _attend(self, q_bhsd: Tensor, k_bhsd: Tensor, v_bhsv: Tensor, mask: Tensor | None) -> Tensor:
         """Returns softmax(q·kᵀ·scale)·v, causal where there is no mask."""
         width, scale = v_bhsv.shape[-1], self.config.softmax_scale
-        # PyTorch's fused attention on the CPU, unlike on GPUs, wants values as wide as keys.
+        # PyTorch's fused attention on the CPU, unlike on GPUs, requires values as wide as keys.
         if q_bhsd.device.type == "cpu" and width < q_bhsd.shape[-1]:
             v_bhsv = F.pad(v_bhsv, (0, q_bhsd.shape[-1] - width))
         out = F.scaled_dot_product_attention(q_bhsd, k_bhsd, v_bhsv, mask, is_causal=mask is None, scale=scale)

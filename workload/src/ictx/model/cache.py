@@ -36,7 +36,7 @@ class Slots:
     lengths_b: Tensor
     """Tokens of each sequence once these are in, int64."""
     lengths: list[int]
-    """Those lengths, where the host knows them."""
+    """Those lengths, where the host has them."""
 
     @property
     def longest(self) -> int:

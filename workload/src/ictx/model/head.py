@@ -17,7 +17,7 @@ LOGITS = 1 << 28
 
 
 class Head(nn.Linear):
-    """A linear layer without bias that knows its loss."""
+    """A linear layer without bias, with its loss."""
 
     def __init__(self, hidden_size: int, vocab_size: int) -> None:
         super().__init__(hidden_size, vocab_size, bias=False)

@@ -40,7 +40,7 @@ logger = init_logger("vllm.ictx")
 
 @functools.cache
 def _ran(what: str) -> None:
-    """Says once in a process that our code computes, and what."""
+    """Logs once per process that our code computes, and what."""
     logger.info("ictx computes %s", what)
 
 

@@ -198,7 +198,7 @@ class Tracker:
                 raise
 
     def _announce(self) -> None:
-        """Says that the run goes on, and where; once a start."""
+        """Logs that the run continues, and where; once per start."""
         if not self._announced:
             self.client.update_run(self.run_id, status="RUNNING")
             self.tag(self.tags)

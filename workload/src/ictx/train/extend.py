@@ -1,4 +1,4 @@
-"""Extension: a trained model learns longer contexts, with YaRN's stretched positions (arXiv:2309.00071)."""
+"""Extension: trains a model for longer contexts, with YaRN's stretched positions (arXiv:2309.00071)."""
 
 from __future__ import annotations
 

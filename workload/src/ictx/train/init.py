@@ -50,7 +50,7 @@ class Parent:
     version: str
     """Its version, empty where there is none."""
     run_id: str
-    """MLflow run that trained it, empty where that is not known."""
+    """MLflow run that trained it, empty if unknown."""
     directory: Path
     """The files, as `ictx.model.hf` writes them."""
     config: ModelConfig

@@ -69,7 +69,7 @@ class OnCorpus:
         return self.validation.examine(model, self)
 
     def conclude(self, result: dict[str, Any]) -> tuple[dict[str, Any], str]:
-        """Returns the loss of a model that knows frequencies alone, and how far this one's is from it."""
+        """Returns the loss of a model of token frequencies only, and how far this one's is from it."""
         entropy = self.unigram_entropy
         change = result["val_loss"] / entropy - 1
         return {"unigram_entropy": entropy}, (

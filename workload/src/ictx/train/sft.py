@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: a model learns the answers of conversations."""
+"""Supervised fine-tuning: trains a model on the answers of conversations."""
 
 from __future__ import annotations
 

@@ -105,7 +105,7 @@ def dpo_row(record: Any) -> Row:
 
 
 READ: dict[str, Callable[[Any], Row]] = {"sft": sft_row, "dpo": dpo_row}
-"""What makes a row of what stands in a file, by the kind of the data."""
+"""Converters from an entry of a file to a row, by the kind of the data."""
 
 
 def prompt_of(row: Row) -> list[Message]:

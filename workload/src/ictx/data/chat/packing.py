@@ -18,7 +18,7 @@ from ictx.errors import UserError
 
 ALIGNED = 64
 """Windows that are not packed are as long as the longest conversation of a batch, rounded up to a multiple."""
-# Tells the order of windows from that of conversations under the same seed.
+# Separates the order of windows from that of conversations under the same seed.
 WINDOWS = 0x736674
 
 

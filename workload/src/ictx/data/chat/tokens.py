@@ -1,4 +1,4 @@
-"""Conversations as tokens: what the model reads, and which of it are answers, which it learns."""
+"""Conversations as tokens: what the model reads, and which tokens are answers, which the loss covers."""
 
 from __future__ import annotations
 

@@ -114,4 +114,4 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, 
 
 operation.register_autograd(_backward, setup_context=_keep)
 OPERATION = torch.ops.ictx.flash_attention_4.default
-"""What selective recompute knows it by."""
+"""The operation's name for selective recompute."""

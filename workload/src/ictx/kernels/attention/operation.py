@@ -84,4 +84,4 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, 
 
 operation.register_autograd(_backward, setup_context=_keep)
 OPERATION = torch.ops.ictx.mla_attention.default
-"""What selective recompute knows the kernels by."""
+"""The operations' names for selective recompute."""

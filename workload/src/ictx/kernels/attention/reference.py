@@ -23,7 +23,7 @@ def mla_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, bounds: list[in
     for first, end in pairwise([0, *bounds, q.shape[0]]):
         if first < end:
             q_1htd, k_1htd, v_1htv = (x[first:end].transpose(0, 1)[None] for x in (q, k, v))
-            # PyTorch's fused attention on the CPU, unlike on GPUs, wants values as wide as keys.
+            # PyTorch's fused attention on the CPU, unlike on GPUs, requires values as wide as keys.
             if q.device.type == "cpu":
                 v_1htv = F.pad(v_1htv, (0, max(q.shape[-1] - v.shape[-1], 0)))
             out = F.scaled_dot_product_attention(q_1htd, k_1htd, v_1htv, is_causal=True, scale=scale)

@@ -35,7 +35,7 @@ class AttentionConfig:
     queries: Tiles
 
     def numbers(self) -> list[int]:
-        """Returns all values in a row, for an operation that PyTorch knows: it takes no classes."""
+        """Returns all values in a row, for an operation of PyTorch, which takes no classes."""
         return [int(value) for tiles in (self.forward, self.keys_values, self.queries) for value in astuple(tiles)]
 
     @classmethod
@@ -65,7 +65,7 @@ def attention_config(cc: int) -> AttentionConfig:
 
 @functools.cache
 def _tuned(cc: int) -> AttentionConfig:
-    """Returns what the file says."""
+    """Returns the content of the file."""
     known = tuned.section("attention")
     targets = sorted(int(name.removeprefix("sm_")) for name in known)
     found = known[f"sm_{max((target for target in targets if target <= cc), default=targets[0])}"]

@@ -79,7 +79,7 @@ def inspect(launch: Launch, name: str, compiled: Any) -> Report:
 
 
 def serialised(ptx: str, target: int) -> bool:
-    """Whether the assembler gives up running Hopper's products beside other work, as its notes C7510 to C7519 say."""
+    """Whether the assembler serialises Hopper's products with other work, which its notes C7510 to C7519 report."""
     if "wgmma.mma_async" not in ptx:
         return False
     from triton import knobs

@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 @functools.cache
 def _usable(cache: str) -> Path | None:
-    """Returns the folder where it is what this process needs; says once why it is not."""
+    """Returns the folder where it is what this process needs; logs once why it is not."""
     if not cache or not Path(cache).is_dir():
         return None
     now = state(Path(cache))

@@ -17,7 +17,7 @@ PART = 1024
 
 @dataclass(frozen=True)
 class Places:
-    """Where the next tokens of each sequence go: what the host knows before the first of them is decoded."""
+    """Where the next tokens of each sequence go: known to the host before the first of them is decoded."""
 
     first_b: Tensor
     """Position of the first of them, int32 [batch]."""

@@ -22,7 +22,7 @@ from ictx.kernels.layout import LATENT, ROW, rows_of
 from ictx.kernels.prefill import reference
 
 WORKSPACE = 1 << 29
-"""Bytes that expanded keys and values take at most, unless told otherwise."""
+"""Default limit of the bytes that expanded keys and values take."""
 SLICE = 8
 """Query positions that `mla_decode` takes at once."""
 
