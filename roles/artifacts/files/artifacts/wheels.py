@@ -16,15 +16,15 @@ REQUIREMENT = re.compile(
     r"^([A-Za-z0-9][A-Za-z0-9._-]*)==\S+(?:\s*;[^\n\\]*)?((?:\s*\\\n\s+--hash=sha256:[0-9a-f]{64})+)", re.MULTILINE
 )
 PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check")
-# Those of roles/image_bake, which takes the wheels; a test compares both.
-PLATFORMS = (
-    *(f"manylinux_2_{minor}_x86_64" for minor in (35, 34, 31, 28, 27, 26, 24, 17)),
-    "manylinux2014_x86_64",
-    "manylinux_2_12_x86_64",
-    "manylinux_2_5_x86_64",
-    "manylinux1_x86_64",
-)
 HASH = re.compile(r"sha256:([0-9a-f]{64})")
+MACHINES = {"amd64": "x86_64", "arm64": "aarch64"}
+
+
+def platforms(architecture: str) -> list[str]:
+    """Returns the platforms whose wheels are wanted: those of roles/image_bake; a test compares both."""
+    machine = MACHINES[architecture]
+    older = ["manylinux2010_x86_64", "manylinux1_x86_64"] if machine == "x86_64" else []
+    return [*(f"manylinux_2_{minor}_{machine}" for minor in range(35, 4, -1)), f"manylinux2014_{machine}", *older]
 
 
 def index_problem() -> str:
@@ -53,7 +53,7 @@ def mirror_wheels(artifact: Artifact, project: Path, root: Path, source: str) ->
     command = [
         *PIP, "download", "--quiet", "--no-deps", "--require-hashes", "--only-binary=:all:", "--implementation=cp",
         f"--python-version={artifact.python}", f"--dest={folder}", f"--find-links={folder}",
-        *(f"--platform={name}" for name in PLATFORMS),
+        *(f"--platform={name}" for name in platforms(artifact.architecture)),
     ]  # fmt: skip
     if source != artifact.url:
         command += ["--no-index", f"--find-links={source}/", f"--trusted-host={urlsplit(source).hostname}"]
