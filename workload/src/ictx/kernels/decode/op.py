@@ -209,9 +209,9 @@ def _launch(
     room = batch * cache.shape[1] * (1 if table is None else table.shape[1])
     config, programs = launch_of(q.device, block_m, stored, config, room)
     if config.warpgroup:
-        from ictx.kernels.decode import warpgroup_triton as kernels
+        from ictx.kernels.decode.warpgroup_triton import decode as kernel
     else:
-        from ictx.kernels.decode import triton as kernels
+        from ictx.kernels.decode.triton import decode as kernel
     work = workspace or _workspace(q.device, programs, block_m, batch * row_blocks)
     # The same bytes, seen as each of the dtypes that a row holds.
     flat = layout.flat(cache)
@@ -219,7 +219,7 @@ def _launch(
     if stored:
         latent, scales, rope = flat.view(torch.int16), flat.view(torch.float32), flat.view(q.dtype)
     with turing.tensor_cores(dispatch.capability(q.device)):
-        kernels.decode[(programs,)](
+        kernel[(programs,)](
             q, latent, scales, rope, table if table is not None else lens, lens, out, lse,
             work.part.view(q.dtype), work.part_lse, work.counters, scale * math.log2(math.e),
             q.stride(0) // 8, q.stride(2) // 8, cache.stride(0) // cache.stride(1), cache.shape[1],
