@@ -77,9 +77,10 @@ def rendered(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[Path, d
         texts = result.setdefault(name, {})
         for playbook in playbooks:
             for role, play, hosts in cluster.uses(playbook):
-                for template in sorted(Path(role._role_path, "templates").glob("**/*.j2")):
-                    for host in hosts:
-                        variables = {**cluster.variables(host, play, role), **REGISTERED.get(role.get_name(), {})}
+                templates = sorted(Path(role._role_path, "templates").glob("**/*.j2"))
+                for host in hosts if templates else []:
+                    variables = {**cluster.variables(host, play, role), **REGISTERED.get(role.get_name(), {})}
+                    for template in templates:
                         texts.setdefault(template.relative_to(ROOT), {})[host] = render(cluster, template, variables)
     return result
 
