@@ -164,10 +164,10 @@ class Front:
         except Refused as refusal:
             await _answer(send, refusal.status, str(refusal))
             return
+        own = self._backends.own if self._backends else None
         choices: list[Backend | None] = [*releases] or [None]
         for number, release in enumerate(choices, 1):
-            own = release is None or self._backends is None or release is self._backends.own
-            target = self._target(scope) if own or release is None else release.url
+            target = self._target(scope) if release is None or release is own else release.url
             if target is None:
                 await _answer(send, 503, "no replica is ready")
                 return
