@@ -14,11 +14,11 @@ from cluster import ROOT, Cluster
 Check = Callable[..., list[str]]
 
 
-def problems(inventory: Path, extra: dict[str, Any] | None = None) -> list[str]:
+def problems(inventory: Path, extra: dict[str, Any] | None = None, playbook: Path = ROOT / "site.yml") -> list[str]:
     """Returns what the action plug-in finds."""
     result = Cluster(inventory, extra).act(
         "check_inventory",
-        playbook=str(ROOT / "site.yml"),
+        playbook=str(playbook),
         roles_dir=str(ROOT / "roles"),
         schema=str(ROOT / "playbooks/plugins/inventory_schema.yml"),
         formats=str(ROOT / "playbooks/plugins/inventory_formats.yml"),
@@ -190,6 +190,33 @@ def test_a_missing_variable_of_a_role_names_the_role_and_the_host(check: Check, 
     del content["image_bake_base"]
     file.write_text(yaml.safe_dump(content))
     assert problems(copy) == ["image_bake_base (svc1): missing; role image_bake needs it: What the image is built on."]
+
+
+def test_variables_that_a_play_reads_from_files_are_given(tmp_path: Path) -> None:
+    """Files are found from the playbook that names them, which another one imports."""
+    given = {"one": {"k3s_cache_dir": "/one"}, "two": {"k3s_token_file": "/two", "k3s_agent_token_file": "/three"}}
+
+    def found(inventory: Path, *files: str) -> dict[str, str]:
+        site = tmp_path / "-".join([inventory.name, *files]) / "site.yml"
+        plays = site.parent / "playbooks"
+        shutil.copytree(ROOT / "playbooks/vars", plays / "vars")
+        for name in files:
+            (plays / f"vars/{name}.yml").write_text(yaml.safe_dump(given[name]))
+        play = {"hosts": "k3s_server", "vars_files": [f"vars/{name}.yml" for name in files], "roles": ["k3s"]}
+        (plays / "k3s.yml").write_text(yaml.safe_dump([play]))
+        site.write_text(yaml.safe_dump([{"import_playbook": "playbooks/k3s.yml"}]))
+        lines = problems(inventory, playbook=site)
+        return dict(line.split(" (kube1): ", 1) for line in lines if " (kube1): " in line)
+
+    lab = ROOT / "inventories/lab"
+    without, with_files = found(lab), found(lab, "one", "two")
+    named = {name for variables in given.values() for name in variables}
+    assert {without[name].partition(";")[0] for name in named} == {"missing"}
+    assert without.keys() - with_files.keys() == named
+    changed = shutil.copytree(lab, tmp_path / "changed")
+    (changed / "group_vars/all/zz_test.yml").write_text("k3s_cache_dir: /x")
+    assert found(changed, "one")["k3s_cache_dir"] == "has no effect: playbooks/k3s.yml sets it to /one"
+    assert "k3s_cache_dir" not in found(changed)
 
 
 def test_a_missing_variable_of_the_cluster_is_named(tmp_path: Path) -> None:
