@@ -69,8 +69,8 @@ def loaded(path: Path) -> types.ModuleType:
 def play(folder: Path, tasks: list[dict[str, Any]], variables: dict[str, Any]) -> subprocess.CompletedProcess[str]:
     """Runs tasks on this machine."""
     file = folder / "play.yml"
-    told = {**variables, "ansible_python_interpreter": sys.executable}
-    start = {"hosts": "localhost", "connection": "local", "gather_facts": False, "vars": told, "tasks": tasks}
+    given = {**variables, "ansible_python_interpreter": sys.executable}
+    start = {"hosts": "localhost", "connection": "local", "gather_facts": False, "vars": given, "tasks": tasks}
     file.write_text(yaml.safe_dump([start]))
     return subprocess.run(
         ["ansible-playbook", "-i", "localhost,", str(file)],

@@ -73,9 +73,9 @@ def test_a_backup_reaches_prometheus(lab: Lab) -> None:
     assert done.returncode == 0, lab.run("ctl", "journalctl --no-pager --unit=ictx-backup --lines=20").stdout
     prometheus = dashboards.Prometheus.of_lab()
 
-    def told() -> set[str]:
+    def exposed() -> set[str]:
         found = prometheus.instant(f"ictx_backup_last_success_timestamp_seconds >= {began}")
         return {series["metric"]["what"] for series in found if series["metric"]["node"] == "ctl"}
 
-    wait_for("the backup's metric in Prometheus", lambda: told() == {"accounting", "slurm-state"}, seconds=90)
+    wait_for("the backup's metric in Prometheus", lambda: exposed() == {"accounting", "slurm-state"}, seconds=90)
     assert not [path for path in (SHARED / "backup").rglob("*") if path.stat().st_mode & 0o077]

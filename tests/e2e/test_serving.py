@@ -212,7 +212,7 @@ def test_a_damaged_version_is_not_promoted(registry: Registry, lab: Lab) -> None
     keeps="every request of a steady client; the version before serves on",
     acts="/opt/ictx/bin/ictx promote VERSION --alias champion; ansible-playbook playbooks/serving.yml",
 )
-def test_a_model_that_cannot_be_served_is_told_and_the_one_before_serves_on(
+def test_a_model_that_cannot_be_served_is_reported_and_the_one_before_serves_on(
     registry: Registry, lab: Lab, steady: Client, drill: Drill
 ) -> None:
     change = """
@@ -225,13 +225,13 @@ file.write_text(file.read_text().replace('"kv_lora_rank": 512', '"kv_lora_rank":
     lab.user(PROMOTE.format(bad))
     try:
         # Far within the time that the release has: a container that fails again and again is not waited for.
-        told = playbook("playbooks/serving.yml", status=2)
+        printed = playbook("playbooks/serving.yml", status=2)
     finally:
         lab.user(PROMOTE.format(good))
-    told = " ".join(told.split())
-    assert "a container failed three times in a row" in told
-    assert re.search(reason, told), told[-3000:]
-    assert "the previous release serves on" in told
+    printed = " ".join(printed.split())
+    assert "a container failed three times in a row" in printed
+    assert re.search(reason, printed), printed[-3000:]
+    assert "the previous release serves on" in printed
     with drill.recovery():
         playbook("playbooks/serving.yml")
     assert steady.answered > 0
@@ -264,8 +264,8 @@ def test_a_release_that_was_cut_off_is_repaired(steady: Client, drill: Drill) ->
 @pytest.mark.full
 def test_an_alias_that_does_not_exist_changes_nothing(core: client.CoreV1Api) -> None:
     before = server(core).metadata.name
-    told = playbook("playbooks/serving.yml", "-e", '{"_serving_alias": "nobody"}')
-    assert f"models:/{MODEL}@nobody does not exist: nothing is rolled out" in told
+    printed = playbook("playbooks/serving.yml", "-e", '{"_serving_alias": "nobody"}')
+    assert f"models:/{MODEL}@nobody does not exist: nothing is rolled out" in printed
     assert server(core).metadata.name == before
 
 
@@ -287,12 +287,12 @@ def test_a_registry_that_is_down_is_named_and_the_model_serves_on(steady: Client
 
     scale(0)
     try:
-        told = playbook("playbooks/serving.yml", status=2)
+        printed = playbook("playbooks/serving.yml", status=2)
     finally:
         with drill.recovery():
             scale(1)
-    told = " ".join(told.split())
-    assert re.search(r"MLflow at https?://\S+:30500 does not answer.*what is served stays", told), told
+    printed = " ".join(printed.split())
+    assert re.search(r"MLflow at https?://\S+:30500 does not answer.*what is served stays", printed), printed
     answered = steady.answered
     wait_for("another answer", lambda: steady.answered > answered)
     assert steady.failures == []

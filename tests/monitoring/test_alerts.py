@@ -140,7 +140,7 @@ def broken(lab: Lab, notifications: list[dict[str, Any]]) -> Iterator[list[dict[
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_is_told(broken: list[dict[str, Any]], fault: str) -> None:
+def test_a_fault_is_reported(broken: list[dict[str, Any]], fault: str) -> None:
     labels, says = FAULTS[fault]
     alert = wait_for(broken, "firing", 300, **labels)
     assert alert["labels"]["severity"] == "critical"
@@ -150,7 +150,7 @@ def test_a_fault_is_told(broken: list[dict[str, Any]], fault: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def mended(lab: Lab, broken: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def repaired(lab: Lab, broken: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Returns the notifications after all faults have ended."""
     for node, command in (("n2", "systemctl start slurmd"), ("n1", EMPTY)):
         assert lab.run(node, command).returncode == 0
@@ -159,5 +159,5 @@ def mended(lab: Lab, broken: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_its_end_is_told_too(mended: list[dict[str, Any]], fault: str) -> None:
-    wait_for(mended, "resolved", 300, **FAULTS[fault][0])
+def test_its_end_is_reported_too(repaired: list[dict[str, Any]], fault: str) -> None:
+    wait_for(repaired, "resolved", 300, **FAULTS[fault][0])

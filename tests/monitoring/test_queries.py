@@ -156,15 +156,15 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 
 def has_data(prometheus: Any, query: str, over_time: bool) -> bool:
-    """Tells whether a query finds series; an alert's condition is looked at without its limits."""
+    """Returns whether a query finds series; an alert's condition is looked at without its limits."""
     if over_time:
         return bool(prometheus.range(query, seconds=7200))
     return bool(prometheus.instant(query) or prometheus.instant(comparable(query)))
 
 
-TOLD = {name for file in RECORDED for name in re.findall(r"^([a-zA-Z_:][\w:]*)", file.read_text(), re.MULTILINE)}
+EXPOSED = {name for file in RECORDED for name in re.findall(r"^([a-zA-Z_:][\w:]*)", file.read_text(), re.MULTILINE)}
 # Whether something answers is queried by its job.
-TOLD -= {"up", "probe_success"}
+EXPOSED -= {"up", "probe_success"}
 RECORDS = {
     rule["record"]: rule["expr"]
     for file in RULES
@@ -174,13 +174,13 @@ RECORDS = {
 }
 
 
-def told(query: str) -> bool:
-    """Tells whether all metrics of a query are recorded, those of rules by what they are made of."""
-    return all(name in TOLD or (name in RECORDS and told(RECORDS[name])) for name in names(query))
+def all_recorded(query: str) -> bool:
+    """Returns whether all metrics of a query are recorded, those of rules by what they are made of."""
+    return all(name in EXPOSED or (name in RECORDS and all_recorded(RECORDS[name])) for name in names(query))
 
 
 # Those that the lab cannot answer, and without a lab at least those whose exporters were recorded.
-WITH_RECORDED = [key for key, (query, _) in QUERIES.items() if absent(query) or (names(query) and told(query))]
+WITH_RECORDED = [key for key, (query, _) in QUERIES.items() if absent(query) or (names(query) and all_recorded(query))]
 
 
 @pytest.mark.parametrize("key", WITH_RECORDED)
@@ -202,11 +202,11 @@ def test_names_are_found_in_a_query() -> None:
     assert names(query) == {"b_total", "f:g:h", "i"}
 
 
-def test_what_is_told_of_gpus_is_what_is_asked_for() -> None:
+def test_gpu_metrics_that_are_exposed_are_those_that_are_queried() -> None:
     counters = (ROOT / "roles/dcgm_exporter/files/counters.csv").read_text()
-    told = set(re.findall(r"^(DCGM_\w+),", counters, re.MULTILINE))
-    asked = {name for query, _ in QUERIES.values() for name in names(query) if name.startswith("DCGM_")}
-    assert told == asked
+    exposed = set(re.findall(r"^(DCGM_\w+),", counters, re.MULTILINE))
+    queried = {name for query, _ in QUERIES.values() for name in names(query) if name.startswith("DCGM_")}
+    assert exposed == queried
 
 
 @pytest.fixture(scope="module")

@@ -54,7 +54,7 @@ def test_the_lab_has_no_problem() -> None:
     assert problems(ROOT / "inventories/lab") == []
 
 
-def test_the_example_asks_only_for_what_nobody_else_can_know() -> None:
+def test_the_example_lacks_only_what_nobody_else_can_know() -> None:
     found = problems(ROOT / "inventories/example")
     assert len(found) == 1, found
     assert found[0].startswith("image_bake_base (all hosts): replace CHANGE-ME in nvcr.io/")
@@ -247,7 +247,7 @@ def test_a_missing_group_is_named_with_the_one_that_was_meant(check: Check) -> N
     ]
 
 
-def test_a_missing_group_is_told_with_what_cannot_be_evaluated_without_it(check: Check) -> None:
+def test_a_missing_group_is_reported_with_what_cannot_be_evaluated_without_it(check: Check) -> None:
     def remove(groups: Any) -> None:
         del groups["registry"], groups["lab_nodes"]["children"]["registry"]
         groups["image_builder"]["hosts"]["svc1"] = {"ansible_host": "10.203.77.31"}

@@ -85,7 +85,7 @@ def test_a_sound_cluster_passes(tmp_path: Path) -> None:
     assert "failed=0" in done.stdout
 
 
-def test_every_problem_is_one_line_and_all_are_told_at_once(tmp_path: Path) -> None:
+def test_every_problem_is_one_line_and_all_are_reported_at_once(tmp_path: Path) -> None:
     done = preflight(
         tmp_path,
         gone={"ansible_host": "127.0.0.1", "ansible_port": 1},
@@ -121,7 +121,7 @@ def test_a_host_that_is_down_is_left_out_when_asked_unless_others_depend_on_it(t
         assert re.search(r"^here .* unreachable=0 .*failed=0", output, re.MULTILINE)
 
 
-def test_a_host_whose_address_cannot_be_evaluated_is_told_with_the_rest(tmp_path: Path) -> None:
+def test_a_host_whose_address_cannot_be_evaluated_is_reported_with_the_rest(tmp_path: Path) -> None:
     done = preflight(tmp_path, gone={"ansible_host": "{{ nowhere }}"}, slurm_kill_wait="soon")
     assert done.returncode != 0
     output = done.stdout + done.stderr

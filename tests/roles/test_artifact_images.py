@@ -91,8 +91,8 @@ def publish(address: str, folder: Path, ca: Path) -> str:
     manifests = []
     for architecture in ("amd64", "arm64"):
         rootfs = {"type": "layers", "diff_ids": []}
-        told = {"architecture": architecture, "os": "linux", "rootfs": rootfs}
-        config = blob(json.dumps(told).encode(), "config.v1+json")
+        described = {"architecture": architecture, "os": "linux", "rootfs": rootfs}
+        config = blob(json.dumps(described).encode(), "config.v1+json")
         manifest = {"schemaVersion": 2, "mediaType": "application/vnd.oci.image.manifest.v1+json"}
         content = json.dumps({**manifest, "config": config, "layers": []}).encode()
         platform = {"architecture": architecture, "os": "linux"}
@@ -169,9 +169,9 @@ def test_an_image_goes_from_its_publisher_through_the_mirror_into_our_registry(
     variables["kube_state_metrics_digest"] = f"sha256:{64 * '0'}"
     done = play(tmp_path, tasks[:1], variables)
     assert done.returncode == 0, done.stdout
-    told = " ".join(done.stdout.split())
-    assert f"is left out: {variables['kube_state_metrics_registries'][0]['address']} cannot be queried" in told
-    assert f"{ours} has no such image" in told
+    printed = " ".join(done.stdout.split())
+    assert f"is left out: {variables['kube_state_metrics_registries'][0]['address']} cannot be queried" in printed
+    assert f"{ours} has no such image" in printed
     done = play(tmp_path, tasks[:1], {**variables, "kube_state_metrics_required": True})
     assert done.returncode != 0
     assert "cannot be had" in done.stdout

@@ -105,7 +105,7 @@ def artifacts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
 def entry(url: str, **fields: Any) -> dict[str, Any]:
     """Returns an entry of a lock: a file, unless the fields differ."""
     known = {"name": "tool", "version": "1.0", "kind": "file", "url": f"{url}/tool", "path": "tools/1.0/tool"}
-    told = {
+    rest = {
         "sha256": DIGEST,
         "licence": "MIT",
         "looked_at": date.today(),
@@ -113,7 +113,7 @@ def entry(url: str, **fields: Any) -> dict[str, Any]:
         "newest": "1.0",
         "why": "",
     }
-    return {**known, **told, **fields}
+    return {**known, **rest, **fields}
 
 
 def one_line(done: subprocess.CompletedProcess[str], *words: str) -> None:
@@ -158,7 +158,7 @@ def test_what_was_cut_off_goes_on_where_it_was(publisher: Any, artifacts: Run, t
     assert left(tmp_path / "mirror") == ["tools/1.0/tool"]
 
 
-def test_a_truncated_download_is_told_and_not_in_its_place(publisher: Any, artifacts: Run, tmp_path: Path) -> None:
+def test_a_truncated_download_is_reported_and_not_in_its_place(publisher: Any, artifacts: Run, tmp_path: Path) -> None:
     folder, url, handler = publisher
     (folder / "tool").write_bytes(CONTENT)
     handler.fault = "truncated"
@@ -168,14 +168,14 @@ def test_a_truncated_download_is_told_and_not_in_its_place(publisher: Any, artif
     assert artifacts([entry(url)], "fetch").returncode == 0
 
 
-def test_a_wrong_checksum_is_told_and_nothing_is_kept(publisher: Any, artifacts: Run, tmp_path: Path) -> None:
+def test_a_wrong_checksum_is_reported_and_nothing_is_kept(publisher: Any, artifacts: Run, tmp_path: Path) -> None:
     folder, url, _ = publisher
     (folder / "tool").write_bytes(CONTENT + b"!")
     one_line(artifacts([entry(url)], "fetch"), f"expected {DIGEST}", "its SHA-256 is", "not kept")
     assert left(tmp_path / "mirror") == []
 
 
-def test_a_mirror_that_goes_down_in_mid_run_is_told(publisher: Any, artifacts: Run, tmp_path: Path) -> None:
+def test_a_mirror_that_goes_down_in_mid_run_is_reported(publisher: Any, artifacts: Run, tmp_path: Path) -> None:
     folder, url, handler = publisher
     (folder / "tool").write_bytes(CONTENT)
     handler.fault = "down"
@@ -185,7 +185,9 @@ def test_a_mirror_that_goes_down_in_mid_run_is_told(publisher: Any, artifacts: R
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small disk")
 @pytest.mark.parametrize("fault", ["", "no length"])
-def test_a_full_disk_is_told_and_nothing_is_left(publisher: Any, artifacts: Run, tmp_path: Path, fault: str) -> None:
+def test_a_full_disk_is_reported_and_nothing_is_left(
+    publisher: Any, artifacts: Run, tmp_path: Path, fault: str
+) -> None:
     folder, url, handler = publisher
     (folder / "tool").write_bytes(CONTENT)
     handler.fault = fault
@@ -380,8 +382,8 @@ def publish(folder: Path, environment: dict[str, str]) -> None:
 
 def repository(url: str, fingerprint: str, **fields: Any) -> dict[str, Any]:
     """Returns an entry of an apt repository."""
-    told = {"kind": "apt", "path": "apt/test", "suite": "/", "key": "key.asc", "packages": {"app": "1.*"}}
-    return entry("", **told, fingerprints=[fingerprint], sha256=None) | {"url": url} | fields
+    own = {"kind": "apt", "path": "apt/test", "suite": "/", "key": "key.asc", "packages": {"app": "1.*"}}
+    return entry("", **own, fingerprints=[fingerprint], sha256=None) | {"url": url} | fields
 
 
 @needs_apt

@@ -69,7 +69,7 @@ class Site:
         status: int = loaded(PROGRAM).main(words)
         return status
 
-    def told(self) -> dict[str, float]:
+    def exposed(self) -> dict[str, float]:
         """Returns when each backup was last good, as exposed to Prometheus."""
         lines = [line for file in self.metrics.glob("*.prom") for line in file.read_text().splitlines()]
         found = [line.rsplit(" ", 1) for line in lines if line.startswith(METRIC)]
@@ -111,8 +111,8 @@ def test_a_run_saves_everything_encrypted_and_tells_when(site: Site) -> None:
     before = int(loaded(PROGRAM).time.time())
     assert site("run") == 0
     assert site.snapshots() == ["accounting", "state"]
-    assert site.told().keys() == {"accounting", "state"}
-    assert min(site.told().values()) >= before
+    assert site.exposed().keys() == {"accounting", "state"}
+    assert min(site.exposed().values()) >= before
     assert site.drafts() == []
     assert sorted(path.suffix for path in site.metrics.iterdir()) == [".prom", ".prom"]
     stored = [path for path in site.repository.rglob("*") if path.is_file()]
@@ -131,8 +131,8 @@ def test_a_dump_that_fails_keeps_its_old_time_and_the_rest_goes_on(
     site.database.with_suffix(f".{fault}").touch()
     assert site("run") == 1
     assert f"ictx-backup: accounting: {'the dump ' if fault == 'cut' else ''}{words}" in capfd.readouterr().err
-    assert site.told()["accounting"] == 1000
-    assert site.told()["state"] > 1000
+    assert site.exposed()["accounting"] == 1000
+    assert site.exposed()["state"] > 1000
     assert site.snapshots() == ["state"], "half a dump is no snapshot"
     assert site.drafts() == []
 
@@ -141,7 +141,7 @@ def test_a_folder_that_is_gone_is_named(site: Site, capfd: pytest.CaptureFixture
     site.settings["paths"]["lost"] = "/nowhere/at-all"
     assert site("run") == 1
     assert "lost: restic backup of /nowhere/at-all ended with" in capfd.readouterr().err
-    assert site.told().keys() == {"accounting", "state"}
+    assert site.exposed().keys() == {"accounting", "state"}
 
 
 def test_a_damaged_repository_is_no_success(site: Site, capfd: pytest.CaptureFixture[str]) -> None:
@@ -155,7 +155,7 @@ def test_a_damaged_repository_is_no_success(site: Site, capfd: pytest.CaptureFix
     pack.write_bytes(content)
     assert site("run") == 1
     assert "restic check ended with 1" in capfd.readouterr().err
-    assert site.told() == {}
+    assert site.exposed() == {}
 
 
 def test_old_snapshots_go_by_name(site: Site) -> None:

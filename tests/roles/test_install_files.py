@@ -34,8 +34,8 @@ class Place:
             given.pop("check", None)
             for kind in {"folders", "files"} & given.keys():
                 given[kind] = [OWN | entry for entry in given[kind]]
-            told = json.loads(json.dumps(given).replace("root/", f"{self.root}/"))
-            task = {"install_files": told, "check_mode": check, "diff": True, "ignore_errors": True}
+            placed = json.loads(json.dumps(given).replace("root/", f"{self.root}/"))
+            task = {"install_files": placed, "check_mode": check, "diff": True, "ignore_errors": True}
             tasks.append(task | {"register": f"done{number}"})
         results = ", ".join(f"done{number}" for number in range(len(wanted)))
         tasks.append(

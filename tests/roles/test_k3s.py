@@ -39,14 +39,14 @@ def mirror(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 def choose(folder: Path, wanted: str, mirror: str, *, lab: bool, **variables: str) -> tuple[bool, str]:
     """Returns whether a choice was made, and what was printed."""
-    told = {
+    given = {
         "_kubernetes_wanted": wanted,
         "_kubernetes_is_lab": lab,
         "ictx_cache_dir": str(folder / "cache"),
         "k3s_mirror": mirror,
         **variables,
     }
-    done = play(folder, [{"import_tasks": str(ROOT / "playbooks/tasks/choose_kubernetes.yml")}], told)
+    done = play(folder, [{"import_tasks": str(ROOT / "playbooks/tasks/choose_kubernetes.yml")}], given)
     return done.returncode == 0, " ".join((done.stdout + done.stderr).split())
 
 
@@ -57,7 +57,7 @@ def test_k3s_is_chosen_where_it_can_be_fetched(tmp_path: Path, mirror: str, want
     assert f"Kubernetes: K3s, because kubernetes_distribution is {wanted} and {mirror}" in said
 
 
-def test_a_lab_that_cannot_fetch_k3s_says_so_and_takes_debians_sources(tmp_path: Path) -> None:
+def test_a_lab_that_cannot_fetch_k3s_reports_it_and_takes_debians_sources(tmp_path: Path) -> None:
     done, said = choose(tmp_path, "auto", NOWHERE, lab=True)
     assert done, said
     assert f"K3s {VERSION} cannot be fetched from {NOWHERE}" in said
@@ -81,7 +81,7 @@ def test_a_folder_that_lacks_a_file_is_named(tmp_path: Path) -> None:
     assert f"lacks k3s-airgap-images-amd64.tar.zst in k3s_airgap_dir {tmp_path}" in said
 
 
-def test_the_lab_takes_debians_sources_when_told_to_and_asks_nobody(tmp_path: Path, mirror: str) -> None:
+def test_the_lab_takes_debians_sources_when_configured_and_queries_nothing(tmp_path: Path, mirror: str) -> None:
     done, said = choose(tmp_path, "debian", mirror, lab=True)
     assert done, said
     assert "sources (lab only), because kubernetes_distribution is debian" in said

@@ -20,7 +20,7 @@ def objects() -> dict[str, dict[str, Any]]:
         if role.get_name() == "kube_state_metrics":
             variables = cluster.variables("localhost", play, role)
             answer = {"status": 200, "item": {"address": "registry.example:5000"}}
-            variables["_kube_state_metrics_asked"] = {"results": [{"status": 404, "item": {"address": "a"}}, answer]}
+            variables["_kube_state_metrics_answers"] = {"results": [{"status": 404, "item": {"address": "a"}}, answer]}
             templar = Templar(cluster.loader, variables=variables)
             text = cluster.render(ROOT / "roles/kube_state_metrics/templates/objects.yaml.j2", variables)
             assert templar.template(trusted("{{ _kube_state_metrics_image }}")).startswith("registry.example:5000/")

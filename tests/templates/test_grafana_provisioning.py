@@ -65,7 +65,7 @@ def test_identifiers_are_each_one_of_a_kind() -> None:
 
 
 @pytest.mark.parametrize(
-    ("file", "place", "wrong", "told"),
+    ("file", "place", "wrong", "reported"),
     [
         ("datasources", "datasources", {"is_default": True}, "'is_default' was unexpected"),
         ("datasources", "datasources", {"url": "prometheus:9090"}, "'prometheus:9090' does not match"),
@@ -75,7 +75,7 @@ def test_identifiers_are_each_one_of_a_kind() -> None:
         ("contact_points", "contactPoints", {"receivers": []}, "[] should be non-empty"),
     ],
 )
-def test_a_wrong_provisioning_file_is_told(file: str, place: str, wrong: dict[str, Any], told: str) -> None:
+def test_a_wrong_provisioning_file_is_reported(file: str, place: str, wrong: dict[str, Any], reported: str) -> None:
     content = copy.deepcopy(provisioned("example", file, more=True)[0])
     content[place][0] |= wrong
-    assert any(told in problem for problem in problems(file, content)), problems(file, content)
+    assert any(reported in problem for problem in problems(file, content)), problems(file, content)

@@ -97,7 +97,7 @@ def test_nobody_gossips_without_a_certificate_of_the_platform() -> None:
         connection.recv(1)
 
 
-def test_what_one_alertmanager_is_told_the_other_knows() -> None:
+def test_a_silence_of_one_alertmanager_reaches_the_other() -> None:
     silence = "amtool silence add alertname=Test --comment=test --author=test --duration=10m --alertmanager.url=https://m1:9093"
     config = "{basic_auth: {username: admin, password: '" + secret("prometheus_password") + "'}"
     config += ", tls_config: {ca_file: /etc/ictx/tls/ca.crt}}"
