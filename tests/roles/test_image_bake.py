@@ -102,6 +102,34 @@ def test_triton_reads_the_folder_that_the_build_fills(name: str) -> None:
     assert text.index("COPY configs /opt/ictx/configs") < text.index("kernels build")
 
 
+@pytest.mark.parametrize("name", BUILT_WITH_KERNELS)
+def test_an_image_holds_what_its_version_names(name: str, tmp_path: Path) -> None:
+    """The commit, and the lock files where `ictx.version` looks for them; the build's own line runs here."""
+    text = (ROOT / "images" / name / "Dockerfile").read_text()
+    (line,) = re.findall(r"for lock in \$\{REQUIREMENTS\}; do install .*", text)
+    locks = ROOT / "workload/requirements"
+    script = line.replace("/requirements/", f"{locks}/").replace("/opt/ictx/venv", str(tmp_path))
+    names = ["cpu.txt", "torch-cpu.txt"]
+    for requirements, status in ((" ".join(names), 0), ("cpu.txt none.txt cpu.txt", 1)):
+        done = subprocess.run(["sh", "-c", script], env={**os.environ, "REQUIREMENTS": requirements}, check=False)
+        assert done.returncode == status
+    (pattern,) = re.findall(r'^INSTALLED = "(.*)"$', (ROOT / "workload/src/ictx/version.py").read_text(), re.MULTILINE)
+    assert {file.name: file.read_bytes() for file in tmp_path.glob(pattern)} == {
+        pattern.replace("*.txt", lock): (locks / lock).read_bytes() for lock in names
+    }
+    last_stage = text[text.rindex("\nFROM ") :]
+    assert last_stage.index("ARG REQUIREMENTS") < last_stage.index(line)
+    assert last_stage.rindex("\nRUN ") < last_stage.index("ARG GIT_COMMIT") < last_stage.index("=${GIT_COMMIT}")
+
+
+@pytest.mark.parametrize(("tag", "commit"), [("0123456789ab-dirty", "0123456789ab-dirty"), ("inputs-0123456789ab", "")])
+def test_an_image_of_no_checkout_has_no_commit(tag: str, commit: str) -> None:
+    cluster = Cluster(ROOT / "inventories/lab")
+    role, play, hosts = next(use for use in cluster.uses("playbooks/images.yml") if use[0].get_name() == "image_bake")
+    variables = cluster.variables(hosts[0], play, role) | {"_image_bake_tag": tag}
+    assert Templar(cluster.loader, variables=variables).template(trusted("{{ _image_bake_commit }}")) == commit
+
+
 def digest(number: int) -> str:
     """Returns the name of a layout."""
     return f"{number:064x}"

@@ -1,7 +1,8 @@
-"""`ictx --version` names the commit and the image that run."""
+"""`ictx --version` names the commit, the image and the lock files of what runs."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import subprocess
@@ -9,13 +10,28 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
+import pytest
+
 from ictx import __version__
 
+LOCKS = {"cpu.txt": b"torch==1\n", "torch-cpu.txt": b"torch==2\n"}
 
-def printed(source: Path, **environment: str) -> list[str]:
+
+@pytest.fixture
+def environment(tmp_path: Path) -> Path:
+    """A virtual environment that was installed from two lock files."""
+    folder = tmp_path / "environment"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
+    for name, content in LOCKS.items():
+        (folder / f".installed-{name}").write_bytes(content)
+    (folder / ".installed-pyproject.toml").write_text("no lock")
+    return folder
+
+
+def printed(source: Path, python: Path = Path(sys.executable), **environment: str) -> list[str]:
     """Returns the lines that the program prints from a folder of sources."""
     variables = {"PATH": os.environ["PATH"], "PYTHONPATH": ":".join([str(source), *sys.path]), **environment}
-    command = [sys.executable, "-m", "ictx", "--version"]
+    command = [python, "-m", "ictx", "--version"]
     return subprocess.run(command, env=variables, capture_output=True, text=True, check=True).stdout.splitlines()
 
 
@@ -35,7 +51,7 @@ def checkout(folder: Path) -> Path:
 def test_a_checkout_is_named_by_its_commit_and_whether_it_was_changed(tmp_path: Path) -> None:
     source = checkout(tmp_path / "repository")
     head = subprocess.run(["git", "-C", source, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout
-    first, packages = printed(source)
+    first, *_, packages = printed(source)
     commit = first.removeprefix(f"ictx {__version__} (commit ").removesuffix(")")
     assert len(commit) >= 7
     assert head.startswith(commit)
@@ -51,3 +67,29 @@ def test_a_job_names_its_image(tmp_path: Path) -> None:
     assert printed(source)[0] == f"ictx {__version__}"
     lines = printed(source, ICTX_GIT_COMMIT="0123abc", ICTX_IMAGE_DIGEST="sha256:12")
     assert lines[:2] == [f"ictx {__version__} (commit 0123abc)", "image sha256:12"]
+
+
+def test_an_installed_wheel_names_the_lock_files_of_its_environment_and_no_commit(
+    tmp_path: Path, environment: Path
+) -> None:
+    copy = shutil.copytree(Path(__file__).parents[1] / "src", tmp_path / "workload/src").parent
+    shutil.copy(Path(__file__).parents[1] / "pyproject.toml", copy)
+    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
+    subprocess.run([*build, "--wheel-dir", tmp_path, copy], check=True)
+    (packages,) = environment.glob("lib/python*/site-packages")
+    (wheel,) = tmp_path.glob("ictx-*.whl")
+    shutil.unpack_archive(wheel, packages, "zip")
+    shutil.rmtree(copy)
+    first, *rest, below = printed(packages, environment / "bin/python")
+    assert first == f"ictx {__version__}"
+    hashes = {name: hashlib.sha256(content).hexdigest()[:12] for name, content in LOCKS.items()}
+    assert rest == ["locks " + ", ".join(f"{name} {digits}" for name, digits in hashes.items())]
+    assert below.startswith("Python ")
+
+
+def test_an_environment_of_unknown_origin_names_no_lock_file(tmp_path: Path, environment: Path) -> None:
+    for name in LOCKS:
+        (environment / f".installed-{name}").unlink()
+    lines = printed(checkout(tmp_path / "repository"), environment / "bin/python")
+    assert len(lines) == 2
+    assert lines[0].startswith(f"ictx {__version__} (commit ")

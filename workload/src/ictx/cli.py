@@ -71,7 +71,7 @@ def parser() -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    top.add_argument("--version", action=Version, nargs=0, help="print release, commit, image and packages")
+    top.add_argument("--version", action=Version, nargs=0, help="print release, commit, image, lock files and packages")
     areas = top.add_subparsers(metavar="AREA", required=True)
     for room in ROOMS:
         room.register(areas)

@@ -1,16 +1,20 @@
-"""What runs: the release, the commit that it was built of, and the packages below."""
+"""What runs: the release, the commit that it was built of, the packages below, and the lock files of these."""
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import os
 import platform
 import subprocess
+import sys
 from pathlib import Path
 
 from ictx import __version__
 
 BELOW = ("torch", "triton", "transformers", "vllm")
+INSTALLED = ".installed-*.txt"
+"""Copies of the lock files that an environment was installed from, in its folder (images, scripts/bootstrap)."""
 
 
 def installed(package: str) -> str:
@@ -22,7 +26,7 @@ def installed(package: str) -> str:
 
 
 def commit() -> str:
-    """Returns the commit of the image, in a job, or of the checkout (`-dirty` where it was changed); may be empty."""
+    """Returns the commit of the image, or of the checkout (`-dirty` where it was changed); may be empty."""
     if found := os.environ.get("ICTX_GIT_COMMIT"):
         return found
     # workload/src/ictx of a checkout. An installed package may lie in a repository of somebody else's.
@@ -36,12 +40,20 @@ def commit() -> str:
         return ""
 
 
+def locks() -> dict[str, str]:
+    """Returns the first 12 digits of the SHA-256 of each lock file of this environment, by name; none where unknown."""
+    found = sorted(Path(sys.prefix).glob(INSTALLED))
+    return {file.name.removeprefix(".installed-"): hashlib.sha256(file.read_bytes()).hexdigest()[:12] for file in found}
+
+
 def describe() -> str:
     """Returns what `ictx --version` prints."""
     of = commit()
     lines = [f"ictx {__version__}" + (f" (commit {of})" if of else "")]
     if image := os.environ.get("ICTX_IMAGE_DIGEST"):
         lines.append(f"image {image}")
+    if hashes := locks():
+        lines.append("locks " + ", ".join(f"{name} {short}" for name, short in hashes.items()))
     versions = {"Python": platform.python_version()} | {name: installed(name) for name in BELOW}
     lines.append(", ".join(f"{name} {version}" for name, version in versions.items() if version))
     return "\n".join(lines)

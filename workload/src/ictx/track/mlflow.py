@@ -154,7 +154,7 @@ class Tracker:
     @property
     def tags(self) -> dict[str, str]:
         """What this start of the run is labelled with."""
-        return {tag: os.environ[name] for tag, name in TAGS.items() if name in os.environ} | self.lineage.tags
+        return {tag: os.environ[name] for tag, name in TAGS.items() if os.environ.get(name)} | self.lineage.tags
 
     @property
     def url(self) -> str:
