@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from ptx_warpgroup import DEPTH, InFlight, places
 
 Array = np.ndarray[Any, Any]
 Place = tuple[int, int, int]
@@ -28,7 +29,7 @@ KINDS = {
 WIDER = {np.uint16: np.uint32, np.int16: np.int32, np.uint32: np.uint64, np.int32: np.int64}
 COMPARE = {
     "eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal,
-    "neu": np.not_equal,
+    "neu": np.not_equal, "leu": lambda a, b: ~(a > b),
 }  # fmt: skip
 OPERAND = re.compile(r"\{[^}]*\}|\[[^\]]*\]|[^,\s]+")
 """Between commas, but not those within a vector's braces."""
@@ -117,6 +118,7 @@ class Threads:
         self.arguments, self.lane = arguments, (thread % 32).astype(np.int64)
         self.all = np.ones(self.threads, np.bool_)
         self.touched = False
+        self.products = InFlight(shared.size)
 
     def run(self) -> Iterator[str]:
         """Runs to the end; yields "turn" where other programs must have theirs, and "barrier"."""
@@ -153,6 +155,7 @@ class Threads:
 
     def get(self, operand: str, kind: type) -> Array:
         """Returns an operand's value as an array of a kind."""
+        self.products.uses(operand)
         if operand.startswith("%") and operand not in self.registers:
             # None of these threads wrote it.
             return np.full(self.threads, -1, f"i{np.dtype(kind).itemsize}").view(kind)
@@ -175,6 +178,10 @@ class Threads:
         """Writes a register where threads are active."""
         if name == "_":
             return
+        self.products.writes(name)
+        self._put(name, value, active)
+
+    def _put(self, name: str, value: Array, active: Array) -> None:
         value = value if value.dtype == np.bool_ else np.ascontiguousarray(value).view(RAW[value.itemsize])
         if not active.all():
             old = self.registers.get(name, np.zeros(self.threads, value.dtype))
@@ -220,6 +227,8 @@ class Threads:
         if active.any():
             size = np.dtype(kind).itemsize
             content, index = self._place("shared" in parts, statement.operands[0], active, size * len(names))
+            if "shared" in parts:
+                self.products.stores(index)
             columns = np.stack([self.get(name, RAW[size]) for name in names], 1)
             content[index] = columns[active].view(np.uint8)
 
@@ -276,6 +285,11 @@ class Threads:
 
     def do_cvt(self, statement: Statement, active: Array) -> None:
         *_, to, since = statement.opcode.split(".")
+        if since == "e4m3x2":
+            target, source = statement.operands
+            pair = torch.from_numpy(self.get(source, np.uint16).view(np.uint8).copy()).view(torch.float8_e4m3fn)
+            self.put(target, pair.to(torch.float16).numpy().view(np.uint32), active)
+            return
         if to == "f16x2":
             target, *halves = statement.operands
             high, low = (self.get(half, np.float32).astype(np.float16).view(np.uint16) for half in halves)
@@ -310,6 +324,7 @@ class Threads:
         wanted, length = _integer(size), self.get(read[0] if read else size, np.uint32)[active]
         _, into = self._place(True, target, active, wanted)
         some = length > 0
+        self.products.stores(into)
         self.shared[into] = 0
         if some.any():
             content, since = self.memory.at(self.address(source)[active][some], wanted)
@@ -319,7 +334,11 @@ class Threads:
     def do_membar(self, statement: Statement, active: Array) -> None:
         """What was written is there at once."""
 
-    do_fence = do_membar
+    def do_fence(self, statement: Statement, active: Array) -> None:
+        """Products of a group of warps see what was written before; to all else it is there at once."""
+        if statement.opcode.startswith("fence.proxy.async"):
+            assert active.all()
+            self.products.unseen[:] = False
 
     def do_ldmatrix(self, statement: Statement, active: Array) -> None:
         """Thread i of matrix j's eight gives its row i; each thread gets two neighbours of each matrix."""
@@ -341,6 +360,7 @@ class Threads:
             matrix = self.get(name, np.uint32).view(np.uint16).reshape(-1, 8, 8)
             if ".trans" in statement.opcode:
                 matrix = np.ascontiguousarray(matrix.transpose(0, 2, 1))
+            self.products.stores(rows[..., None] + np.arange(16))
             self.shared[rows[..., None] + np.arange(16)] = matrix.view(np.uint8)
 
     def do_mma(self, statement: Statement, active: Array) -> None:
@@ -360,6 +380,50 @@ class Threads:
         for number, (name, since) in enumerate(zip(target, third, strict=True)):
             mine = product[:, 8 * (number // 2) : 8 * (number // 2) + 8, number % 2 :: 2].reshape(-1)
             self.put(name, self.get(since, np.float32) + mine, active)
+
+    def do_wgmma(self, statement: Statement, active: Array) -> None:
+        """d = a · b + d, 64 × 16 by 16 × columns, of four warps: each has 16 rows, laid out as those of `mma`."""
+        assert active.all(), statement
+        step = statement.opcode.split(".")[1]
+        if step == "fence":
+            self.products.unfenced.clear()
+        elif step == "commit_group":
+            self.products.group += 1
+        elif step == "wait_group":
+            self.products.wait(int(statement.operands[0]))
+        else:
+            self._products(statement)
+
+    def _products(self, statement: Statement) -> None:
+        shape = re.fullmatch(r"wgmma\.mma_async\.sync\.aligned\.m64n(\d+)k16\.f32\.f16\.f16", statement.opcode)
+        assert shape, statement
+        columns, warps = int(shape[1]), self.threads // 32
+        target, first, second, kept, *signs = statement.operands
+        assert signs[:2] == ["1", "1"] and (first.startswith("{") or signs[2] == "0"), statement
+        results, read = self.names(target), []
+
+        def matrix(operand: str, rows: int, transposed: bool) -> Array:
+            found = {int(value) for value in self.get(operand, np.uint64)}
+            assert len(found) == 1, "all warps name one matrix"
+            read.append(places(found.pop(), rows, transposed))
+            return self.shared[read[-1]].view(np.float16)[..., 0].astype(np.float32)
+
+        a = np.zeros((warps, 16, DEPTH), np.float32)
+        if first.startswith("{"):
+            for part, name in enumerate(self.names(first)):
+                rows, depth = slice(8 * (part % 2), 8 * (part % 2) + 8), slice(8 * (part // 2), 8 * (part // 2) + 8)
+                a[:, rows, depth] = self._halves(name)
+        else:
+            number = self.registers["%tid.x"][::32] // 32 % 4
+            a = matrix(first, 64, False).reshape(4, 16, DEPTH)[number]
+        product = a @ matrix(second, columns, signs[-1] == "1").T
+        self.products.begin(results, self.names(first) if first.startswith("{") else (), read)
+        keep = self.get(kept, np.bool_)
+        for number, name in enumerate(results):
+            rows, at = slice(8 * (number // 2 % 2), 8 * (number // 2 % 2) + 8), 8 * (number // 4) + number % 2
+            mine = product[:, rows, at : at + 8 : 2].reshape(-1)
+            old = self.registers[name].view(np.float32) if keep.all() else np.float32(0)
+            self._put(name, old + mine, self.all)
 
     def _halves(self, name: str) -> Array:
         """A register's pairs of float16 as 8 × 8 matrices, one a warp."""

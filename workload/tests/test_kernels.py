@@ -210,7 +210,7 @@ def test_decode_from_quantised_caches_on_a_gpu(
 def test_decode_with_products_of_a_group_of_warps_on_a_gpu(
     lens: list[int], heads: int, query: int, page: int, stored: str, dtype: torch.dtype
 ) -> None:
-    """On an H100, too, which takes others."""
+    """Of short caches, too, for which others are taken."""
     if dispatch.capability(torch.device("cuda")) != 90:
         pytest.skip("Hopper's own products")
     config = decode_config(90, 16, stored, fast=True)

@@ -63,5 +63,6 @@ def test_every_peer_has_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     assert rows["ictx"].share_of_copy == pytest.approx(128 * 1152 / 1e-3 / 1e12)
     for name in ("vllm triton mla", "flashmla", "flashinfer", "flashattention 3"):
         assert rows[name].microseconds is None and rows[name].note == "not installed"
+    assert [row.implementation for row in bench.measure(1, 128, None, 1e12, peers=False)] == ["ictx"]
     assert "its result differs by" in rows["wrong"].note
     assert rows["broken"].note == "TypeError: plan() takes 3 arguments"

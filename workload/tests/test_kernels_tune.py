@@ -48,12 +48,30 @@ def test_cards_of_fast_memory_have_configurations_of_their_own() -> None:
     assert tuning.decode_config(90, 16, None, fast=True) != tuning.decode_config(90, 16, None)
     assert tuning.decode_config(90, 32, "int8", fast=True) == tuning.decode_config(90, 32, "int8")
     assert tuning.decode_config(80, 16, None, fast=True) == tuning.decode_config(80, 16, None)
+    # A newer target takes sm_90's others: it has no products of Hopper's kind.
+    assert tuning.decode_config(100, 16, "int8", fast=True) == tuning.decode_config(90, 16, "int8")
+
+
+@pytest.mark.parametrize(("memory", "plain"), [(85e9, False), (151e9, True)])
+def test_hopper_takes_its_own_products_for_quantised_caches(
+    memory: float, plain: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On an H100 and on an H200, which takes another cut for the other caches, too."""
+    device = torch.device("meta")
+    monkeypatch.setattr(dispatch, "interpreted", lambda: False)
+    monkeypatch.setattr(dispatch, "_total_memory", lambda device: memory)
+    monkeypatch.setattr(dispatch, "capability", lambda device: 90)
+    assert launch_of(device, 16, "int8")[0].warpgroup and launch_of(device, 16, "fp8")[0].warpgroup
+    assert launch_of(device, 16, None)[0] == tuning.decode_config(90, 16, None, fast=plain)
+    monkeypatch.setattr(dispatch, "capability", lambda device: 100)
+    for stored in (None, "int8", "fp8"):
+        assert launch_of(device, 16, stored)[0] == tuning.decode_config(90, 16, stored)
 
 
 @pytest.mark.parametrize("stored", [None, "int8", "fp8"])
 def test_short_caches_are_cut_up_as_on_other_cards(stored: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "capability", lambda device: 90)
-    monkeypatch.setattr(dispatch, "fast_memory", lambda device: True)
+    monkeypatch.setattr(dispatch, "fast_memory", lambda device, stored: True)
     monkeypatch.setattr(dispatch, "interpreted", lambda: False)
     device = torch.device("meta")
     most = SHORT_QUANTISED if stored else SHORT
@@ -88,7 +106,7 @@ def test_every_target_knows_every_kind_of_input() -> None:
             target = int(name.removeprefix("sm_"))
             for rows in {block_m_of(rows, target) for rows in (1, 16, 17, 128)}:
                 config = tuning.decode_config(target, rows, stored)
-                # Hopper's own products are for cards of fast memory alone: newer targets take sm_90's others.
+                # Newer targets take these, so that Hopper's own products must not be among them.
                 assert config.warps in (4, 8) and not config.warpgroup
 
 
@@ -132,6 +150,8 @@ def test_kinds_of_each_target() -> None:
     assert names[75] == {"plain/rows16", "int8/rows16"}
     assert names[80] == {"plain/rows16", "plain/rows32", "int8/rows16", "int8/rows32"}
     assert names[90] == names[80] | {"fp8/rows16", "fp8/rows32"}
+    fast = {kind.name for kind in decode_tune.decode_kinds(90, lambda stored: stored is not None)}
+    assert fast >= {"plain/rows16", "int8/rows16/fast", "fp8/rows16/fast"}
     for cc in (75, 90):
         assert [kind.name for kind in attention_tune.attention_kinds(cc)] == ["forward", "keys_values", "queries"]
 

@@ -1,6 +1,6 @@
 """The kernels as they are compiled for Turing, of which there is none here: their PTX runs on the CPU (see `ptx`).
 
-What runs it is checked by the same kernels for sm_80 and sm_90: the decode for sm_90 was run on such a GPU.
+What runs it is checked by the same kernels for sm_80 and sm_90: the decodes for sm_90 were run on such a GPU.
 """
 
 from __future__ import annotations
@@ -85,6 +85,49 @@ def have_run(target: int, *names: str) -> bool:
 def test_decode_agrees(target: int, lens: list[int], heads: int, query: int, page: int, stored: str | None) -> None:
     test_kernels.agrees(test_kernels.inputs(lens, heads, query, page), stored)
     assert have_run(target, "decode")
+
+
+@pytest.mark.parametrize(
+    ("target", "stored", "lens", "heads", "query", "page"),
+    [
+        pytest.param(90, "int8", [0, 1, 65, 200], 16, 1, 64, id="ragged, int8"),
+        pytest.param(90, "fp8", [0, 65, 200], 16, 1, 64, id="ragged, fp8"),
+        pytest.param(90, "int8", [150, 3], 3, 2, 16, id="small blocks"),
+        pytest.param((90, False), "int8", [70], 16, 1, 64, id="warp after warp"),
+    ],
+    indirect=["target"],
+)
+def test_products_of_a_group_of_warps_agree(
+    target: int, stored: str, lens: list[int], heads: int, query: int, page: int
+) -> None:
+    """Those of Hopper, which its cards take for quantised caches."""
+    config = decode_config(target, 16, stored, fast=True)
+    assert config.warpgroup
+    test_kernels.agrees(test_kernels.inputs(lens, heads, query, page), stored, config)
+    assert {name for name, _ in launched} == {"decode"}
+    shapes = {shape for _, text in launched for shape in re.findall(r"\bmma_async\.sync\.aligned\.(\w+)\.", text)}
+    assert shapes == {"m64n16k16"}
+
+
+@pytest.mark.parametrize("target", [(90, False)], indirect=True)
+def test_what_these_products_wait_for_is_missed(target: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiler puts barriers and fences where the source has none: here they are taken out of the PTX."""
+    given, config, run = test_kernels.inputs([140], 16, 1, 64), decode_config(target, 16, "int8", fast=True), ptx.run
+    for instruction, message in (
+        ("fence.proxy.async", "is written without fence.proxy.async before its product"),
+        ("wgmma.fence", "is written without wgmma.fence before its product"),
+        ("wgmma.wait_group", "before its product is waited for"),
+        ("bar.sync", ""),
+    ):
+
+        def without(text: str, *given: Any, line: str = rf"\n\s*{re.escape(instruction)}.*", **options: Any) -> None:
+            less = re.sub(line, "", text)
+            assert less != text
+            run(less, *given, **options)
+
+        monkeypatch.setattr(ptx, "run", without)
+        with pytest.raises(AssertionError, match=message or None):
+            test_kernels.agrees(given, "int8", config)
 
 
 @pytest.mark.parametrize("target", [75, 80], indirect=True)

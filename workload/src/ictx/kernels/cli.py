@@ -25,6 +25,7 @@ BENCH = """
 examples:
   ictx kernels bench --out bench/
   ictx kernels bench --quick --only decode --out bench/
+  ictx kernels bench --only decode --no-peers --out bench/
 """
 
 
@@ -86,6 +87,7 @@ def register(areas: Any) -> None:
     bench.add_argument("--out", type=Path, required=True, help="folder of the CSV and the plots")
     bench.add_argument("--quick", action="store_true", help="only the shortest contexts")
     bench.add_argument("--only", choices=("decode", "attention"), help="one part (default: both)")
+    bench.add_argument("--no-peers", dest="peers", action="store_false", help="our kernels alone")
     bench.set_defaults(run=run_bench)
 
 
@@ -139,4 +141,4 @@ def run_bench(arguments: argparse.Namespace) -> int:
     """`ictx kernels bench`."""
     from ictx.kernels.bench.run import main
 
-    return main(arguments.out, arguments.quick, arguments.only)
+    return main(arguments.out, arguments.quick, arguments.only, arguments.peers)

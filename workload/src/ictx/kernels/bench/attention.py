@@ -158,8 +158,8 @@ def prefill(new: int, prefix: int) -> dict[str, Callable[[], Tensor]]:
     }
 
 
-def measure(rate: float, quick: bool) -> list[Row]:
-    """Returns the times of every implementation in every case; `rate` is that of products, in operations per second."""
+def measure(rate: float, quick: bool, peers: bool = True) -> list[Row]:
+    """Returns the times of all implementations, or of ours alone; `rate` is that of products in operations a second."""
     rows = []
 
     def take(case: str, name: str, work: float, call: Callable[[], object]) -> None:
@@ -181,6 +181,8 @@ def measure(rate: float, quick: bool) -> list[Row]:
     # 2 · 192 operations for each score and 2 · 128 for each value; the gradient takes 2.6 times as many.
     work = 640 * HEADS * tokens * (tokens + 1) / 2
     for name, (call, inputs, grad) in training(tokens).items():
+        if name != "ictx" and not peers:
+            continue
         with torch.no_grad():
             take(f"forward {tokens}", name, work, call)
         if inputs:
@@ -191,6 +193,8 @@ def measure(rate: float, quick: bool) -> list[Row]:
     new, prefix = (512, 7680) if quick else (8192, 122880)
     work = 640 * HEADS * new * (prefix + (new + 1) / 2) + 2 * HEADS * 256 * layout.LATENT * (new + prefix)
     for name, attend in prefill(new, prefix).items():
+        if name != "ictx" and not peers:
+            continue
         with torch.no_grad():
             take(f"prefill {new} on {prefix}", name, work, attend)
     return rows

@@ -125,11 +125,11 @@ def plot(rows: list[Row], out: Path) -> None:
     figure.savefig(out / "decode.png", dpi=110)
 
 
-def run(out: Path, quick: bool, bandwidth: float) -> None:
+def run(out: Path, quick: bool, bandwidth: float, peers: bool = True) -> None:
     """Measures, prints and saves what decodes."""
     rows: list[Row] = []
     for batch, context, stored in CASES[:2] if quick else CASES:
-        for row in measure(batch, context, stored, bandwidth, peers=True):
+        for row in measure(batch, context, stored, bandwidth, peers):
             rows.append(row)
             time = f"{row.microseconds:10.1f} µs {100 * (row.share_of_copy or 0):6.1f} % " if row.microseconds else ""
             where = f"batch {batch:3} context {context:8} {row.cache:5}"

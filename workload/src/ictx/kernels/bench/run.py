@@ -15,7 +15,7 @@ from ictx.kernels.bench import attention, decode
 from ictx.kernels.bench.timing import copy_bandwidth, matrix_rate
 
 
-def main(out: Path, quick: bool, only: str | None = None) -> int:
+def main(out: Path, quick: bool, only: str | None = None, peers: bool = True) -> int:
     """Measures, prints and saves; returns the exit status."""
     if not torch.cuda.is_available():
         raise UserError("no NVIDIA GPU: nothing can be measured here")
@@ -29,7 +29,7 @@ def main(out: Path, quick: bool, only: str | None = None) -> int:
     )
     print(f"copy {bandwidth * 1e-12:.3f} TB/s, bfloat16 product {rate * 1e-12:.0f} TFLOP/s")
     if only != "attention":
-        decode.run(out, quick, bandwidth)
+        decode.run(out, quick, bandwidth, peers)
     if only != "decode":
-        attention.save(attention.measure(rate, quick), out)
+        attention.save(attention.measure(rate, quick, peers), out)
     return 0

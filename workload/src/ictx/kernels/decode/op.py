@@ -154,7 +154,7 @@ def launch_of(
     if dispatch.interpreted():
         return replace(config or INTERPRETER, reduce_all=False, warpgroup=False), INTERPRETER_PROGRAMS
     short = room is not None and room <= (SHORT_QUANTISED if stored else SHORT)
-    fast = dispatch.fast_memory(device) and not short
+    fast = dispatch.fast_memory(device, stored) and not short
     config = config or decode_config(dispatch.capability(device), block_m, stored, fast)
     return config, multiprocessors(device) * config.programs
 

@@ -43,7 +43,8 @@ override: DecodeConfig | None = None
 def decode_config(cc: int, block_m: int, stored: str | None, fast: bool = False) -> DecodeConfig:
     """Returns the configuration of the newest target that is not newer than compute capability `cc`.
 
-    Where memory is `fast` (see `dispatch.fast_memory`), programs must overlap more of their own work with it.
+    Where memory is `fast` (see `dispatch.fast_memory`), programs must overlap more of their own work with it. What was
+    found for such cards is theirs alone: the instructions that it takes may be missing on a newer target.
     """
     if override is not None:
         return override
@@ -52,4 +53,4 @@ def decode_config(cc: int, block_m: int, stored: str | None, fast: bool = False)
     target = max((known for known in targets if known <= cc), default=targets[0])
     kinds = section[f"sm_{target}"]
     key = decode_key(block_m, stored, fast)
-    return DecodeConfig(**kinds[key if key in kinds else decode_key(block_m, stored)])
+    return DecodeConfig(**kinds[key if key in kinds and target == cc else decode_key(block_m, stored)])

@@ -40,8 +40,8 @@ def warpgroup_candidates(rows: int, stored: str | None, fast: bool) -> list[Deco
     return [DecodeConfig(64, 4, stages, programs, warpgroup=True) for stages, programs in ((2, 2), (3, 1), (4, 1))]
 
 
-def decode_kinds(target: int, fast: bool = False) -> list[Kind]:
-    """Returns the kinds of input of `mla_decode`, those with more bytes saved first; `fast` as in `decode_config`."""
+def decode_kinds(target: int, fast: Callable[[str | None], bool] = lambda stored: False) -> list[Kind]:
+    """Returns the kinds of input of `mla_decode`, those with more bytes saved first; `fast`: `fast_memory` by cache."""
     dtype = dispatch.half(target)
     kinds = []
     for stored, rows in itertools.product(
@@ -51,9 +51,9 @@ def decode_kinds(target: int, fast: bool = False) -> list[Kind]:
             kinds.append(
                 Kind(
                     "decode",
-                    tuning.decode_key(rows, stored, fast),
-                    tuning.decode_config(target, rows, stored, fast),
-                    [*decode_candidates(), *warpgroup_candidates(rows, stored, fast)],
+                    tuning.decode_key(rows, stored, fast(stored)),
+                    tuning.decode_config(target, rows, stored, fast(stored)),
+                    [*decode_candidates(), *warpgroup_candidates(rows, stored, fast(stored))],
                     functools.partial(decode_fits, target=target, stored=stored, block_m=rows),
                     functools.partial(decode_inputs, stored, rows, dtype),
                 )

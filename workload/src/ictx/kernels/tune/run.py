@@ -6,6 +6,7 @@ shared memory) are left out. Each kind has its share of the time: what one does 
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import os
 import random
@@ -57,7 +58,7 @@ def main(limit: float, out: Path, jobs: int, wanted: list[str] | None = None) ->
         raise UserError("no NVIDIA GPU: nothing can be tuned here")
     began, device = time.monotonic(), torch.device("cuda")
     target = dispatch.capability(device)
-    kinds = [*decode_kinds(target, dispatch.fast_memory(device)), *attention_kinds(target)]
+    kinds = [*decode_kinds(target, functools.partial(dispatch.fast_memory, device)), *attention_kinds(target)]
     if unknown := sorted(set(wanted or ()) - {kind.name for kind in kinds}):
         raise UserError(f"no such kind on this GPU: {unknown[0]} (there are {', '.join(kind.name for kind in kinds)})")
     kinds = [kind for kind in kinds if not wanted or kind.name in wanted]
