@@ -21,7 +21,14 @@ from ictx.kernels.attention import tuning as attention_tuning
 from ictx.kernels.attention.tuning import Tiles, attention_config
 from ictx.kernels.build import offline
 from ictx.kernels.decode import tuning
-from ictx.kernels.decode.op import SHORT, SHORT_QUANTISED, block_m_of, launch_of, mla_decode
+from ictx.kernels.decode.op import (
+    SHORT,
+    SHORT_QUANTISED,
+    SHORT_QUANTISED_HBM3,
+    block_m_of,
+    launch_of,
+    mla_decode,
+)
 from ictx.kernels.decode.tuning import DecodeConfig
 from ictx.kernels.tune import attention as attention_tune
 from ictx.kernels.tune import decode as decode_tune
@@ -63,6 +70,8 @@ def test_hopper_takes_its_own_products_for_quantised_caches(
     monkeypatch.setattr(dispatch, "capability", lambda device: 90)
     assert launch_of(device, 16, "int8")[0].warpgroup and launch_of(device, 16, "fp8")[0].warpgroup
     assert launch_of(device, 16, None)[0] == tuning.decode_config(90, 16, None, fast=plain)
+    most = SHORT_QUANTISED if plain else SHORT_QUANTISED_HBM3
+    assert [launch_of(device, 16, "fp8", room=room)[0].warpgroup for room in (most, most + 1)] == [False, True]
     monkeypatch.setattr(dispatch, "capability", lambda device: 100)
     for stored in (None, "int8", "fp8"):
         assert launch_of(device, 16, stored)[0] == tuning.decode_config(90, 16, stored)
@@ -71,7 +80,7 @@ def test_hopper_takes_its_own_products_for_quantised_caches(
 @pytest.mark.parametrize("stored", [None, "int8", "fp8"])
 def test_short_caches_are_cut_up_as_on_other_cards(stored: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "capability", lambda device: 90)
-    monkeypatch.setattr(dispatch, "fast_memory", lambda device, stored: True)
+    monkeypatch.setattr(dispatch, "fast_memory", lambda device, stored=None: True)
     monkeypatch.setattr(dispatch, "interpreted", lambda: False)
     device = torch.device("meta")
     most = SHORT_QUANTISED if stored else SHORT

@@ -20,9 +20,9 @@ INTERPRETER = DecodeConfig(block_n=64, warps=4, stages=1, programs=1, reduce_all
 INTERPRETER_PROGRAMS = 3
 MOST_QUERIES, MOST_HEADS = 8, 128
 """Of one sequence in one launch."""
-SHORT, SHORT_QUANTISED = 8192, 4096
+SHORT, SHORT_QUANTISED, SHORT_QUANTISED_HBM3 = 8192, 4096, 131072
 """Tokens that a batch's caches have room for, up to which cards of fast memory take what others do: where there is
-little to read, fewer programs are done sooner."""
+little to read, fewer programs are done sooner. Quantised caches of an H100, whose memory is HBM3, gain later."""
 
 
 @dataclass
@@ -153,7 +153,8 @@ def launch_of(
     """
     if dispatch.interpreted():
         return replace(config or INTERPRETER, reduce_all=False, warpgroup=False), INTERPRETER_PROGRAMS
-    short = room is not None and room <= (SHORT_QUANTISED if stored else SHORT)
+    quantised = SHORT_QUANTISED if dispatch.fast_memory(device) else SHORT_QUANTISED_HBM3
+    short = room is not None and room <= (quantised if stored else SHORT)
     fast = dispatch.fast_memory(device, stored) and not short
     config = config or decode_config(dispatch.capability(device), block_m, stored, fast)
     return config, multiprocessors(device) * config.programs
