@@ -304,6 +304,33 @@ def test_services_folders_and_receivers(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("releases", "line"),
+    [
+        (
+            [{"name": "a", "model": "m", "wieght": 5}],
+            "ictx_serving_releases (all hosts): ictx_serving_releases.wieght. Supported parameters include: alias, model, name, state, values, version, weight.",
+        ),
+        (
+            [{"name": "a", "weight": "much"}],
+            "ictx_serving_releases (all hosts): each item weight must be a whole number from 0 to 2147483647, got 'much'",
+        ),
+        ([{"name": "a", "model": "m"}, {"name": "a", "model": "n"}], "ictx_serving_releases (all hosts): 2 items have the name a"),
+        (
+            [{"name": "a", "weight": 5}],
+            "ictx_serving_releases: a: has a weight, and serves what ictx serves (@champion): set version, or another alias",
+        ),
+        (
+            [{"name": "a", "model": "m", "values": {"service": {"type": "NodePort", "nodePort": 30800}}}],
+            "ictx_serving_releases: a: service.nodePort 30800 is that of ictx_serving_values too",
+        ),
+        ([{"name": "a", "model": "m", "values": {"vllm": {"extraArgs": ["--a b\n"]}}}, {"name": "b", "version": 2, "weight": 0}], None),
+    ],
+)  # fmt: skip
+def test_further_releases(tmp_path: Path, releases: Any, line: str | None) -> None:
+    assert found(tmp_path, {"ictx_serving_releases": releases}) == ({line} if line else set())
+
+
 def test_jobs_of_prometheus(tmp_path: Path) -> None:
     plays = yaml.safe_load((ROOT / "playbooks/monitoring.yml").read_text())
     (own,) = (play["vars"] for play in plays if play["name"] == "Prometheus")

@@ -459,8 +459,11 @@ def endpoints(site: Inventory) -> Iterator[Problem]:
             text = f"{name} is not a name of {hosts[0]}, so that its certificate lacks it: take one of {one_of(names)}"
             yield "ictx_registry", f"{text}, or add it to registry_hosts", ""
     ports: dict[int, str] = {}
-    for values in ("ictx_mlflow_values", "ictx_serving_values", "ictx_judge_values"):
-        service = (site.get(values) or {}).get("service") or {}
+    charts = {name: site.get(name) for name in ("ictx_mlflow_values", "ictx_serving_values", "ictx_judge_values")}
+    for release in site.get("ictx_serving_releases") or []:
+        charts[f"ictx_serving_releases: {release['name']}"] = release.get("values")
+    for values, given in charts.items():
+        service = (given or {}).get("service") or {}
         node_port = service.get("nodePort") if isinstance(service, Mapping) else None
         if service.get("type") != "NodePort" or not isinstance(node_port, int):
             continue
@@ -472,6 +475,13 @@ def endpoints(site: Inventory) -> Iterator[Problem]:
         uri = re.fullmatch(r"https?://[^/]+?(?::(\d+))?(?:/.*)?", str(site.get("ictx_mlflow_uri", "")))
         if values == "ictx_mlflow_values" and uri and uri[1] != str(node_port):
             yield "ictx_mlflow_uri", f"its port is {uri[1] or 'not given'}, but MLflow's nodePort is {node_port}", ""
+
+
+def releases(site: Inventory) -> Iterator[Problem]:
+    """Releases behind the address of the served model can be told apart."""
+    described = filter_loader.get("release_problems").j2_function
+    for text in described(site.get("ictx_serving_releases") or [], site.get("ictx_serving_values") or {}):
+        yield "ictx_serving_releases", text, ""
 
 
 def registries(site: Inventory) -> Iterator[Problem]:
@@ -613,7 +623,7 @@ def ports(site: Inventory) -> Iterator[Problem]:
 
 RULES: tuple[Callable[[Inventory], Iterator[Problem]], ...] = (
     partitions, jobs, accounts, node_groups, resources, mig, controllers, addresses, endpoints, folders, receivers,
-    versions, ports, settings, topology, scrapes, proxies, pins, registries
+    versions, ports, settings, topology, scrapes, proxies, pins, registries, releases
 )  # fmt: skip
 
 
