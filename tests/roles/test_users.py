@@ -53,14 +53,17 @@ bob:x:2002:2002::/home/bob:/bin/bash
 ictx:x:2000:alice,dave,bob
 alice:x:2001:
 bob:x:2002:
+--
+/home/alice
+/home/bob
 """
 
     def changed(text: str, users: list[dict[str, Any]] = USERS) -> list[str]:
         return [user["name"] for user in people.users_to_change(users, text, "ictx")]
 
     assert changed(accounts) == []
-    assert changed("--\nictx:x:2000:") == ["alice", "bob"]
-    assert changed("--") == ["alice", "bob"]
+    assert changed("--\nictx:x:2000:\n--") == ["alice", "bob"]
+    assert changed("--\n--") == ["alice", "bob"]
     # carol is gone from the inventory, not from the node.
     assert changed("carol:x:2003:2003::/home/carol:/bin/bash\n" + accounts) == ["carol"]
     for before, after in [
@@ -70,6 +73,7 @@ bob:x:2002:
         ("alice,dave", "dave"),
         ("\nalice:x:2001:\n", "\n"),
         ("\nalice:x:2001:\n", "\nalice:x:2009:\n"),
+        ("--\n/home/alice\n", "--\n"),
     ]:
         assert before in accounts
         assert changed(accounts.replace(before, after)) == ["alice"], after

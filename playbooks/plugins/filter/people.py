@@ -23,14 +23,17 @@ def users_to_change(users: Iterable[User], accounts: str, group: str) -> list[Us
 
     Args:
         users: name and uid of each, and maybe their state.
-        accounts: lines of the passwd database, a line "--", and lines of the group database (getent).
+        accounts: lines of the passwd database and of the group database (getent), and homes that exist; a line "--"
+            before the second and the third.
         group: group that each present user is a member of, beside one of the user's own name and number.
     """
-    lines = [line.split(":") for line in accounts.splitlines()]
-    end = lines.index(["--"])
-    found = {name: fields for name, *fields in lines[:end]}
-    gids = {name: gid for name, _, gid, _ in lines[end + 1 :]}
-    members = {name: listed.split(",") for name, _, _, listed in lines[end + 1 :]}
+    lines = accounts.splitlines()
+    first, second = (number for number, line in enumerate(lines) if line == "--")
+    found = {name: fields for name, *fields in (line.split(":") for line in lines[:first])}
+    groups = [line.split(":") for line in lines[first + 1 : second]]
+    gids = {name: gid for name, _, gid, _ in groups}
+    members = {name: listed.split(",") for name, _, _, listed in groups}
+    homes = lines[second + 1 :]
 
     def right(user: User) -> bool:
         name, uid = user["name"], str(user["uid"])
@@ -38,8 +41,8 @@ def users_to_change(users: Iterable[User], accounts: str, group: str) -> list[Us
             return name not in found
         if name not in found or gids.get(name) != uid or name not in members.get(group, []):
             return False
-        _, its_uid, gid, _, _, shell = found[name]
-        return (its_uid, gid, shell) == (uid, uid, "/bin/bash")
+        _, its_uid, gid, _, home, shell = found[name]
+        return (its_uid, gid, shell) == (uid, uid, "/bin/bash") and home in homes
 
     return [user for user in users if not right(user)]
 
