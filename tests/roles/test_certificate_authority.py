@@ -207,7 +207,7 @@ def test_what_is_no_name_of_a_host_is_refused(ca: Path, name: str) -> None:
 )
 def test_what_is_no_request_is_refused(text: str) -> None:
     with pytest.raises(MODULE.RefusedError):
-        MODULE.public_key(text)
+        MODULE.requested_key(text)
 
 
 def test_a_long_name_is_no_subject(ca: Path) -> None:
@@ -229,6 +229,30 @@ def test_a_certificate_stays_until_something_changes(ca: Path, tmp_path: Path) -
     assert issue(ca, present=text, renew_days=398)[2].startswith("it ends on ")
     certify(tmp_path / "other")
     assert issue(tmp_path / "other", present=text)[2] == "another authority issued it"
+
+
+def test_without_a_request_the_certificate_in_place_is_only_validated(ca: Path, tmp_path: Path) -> None:
+    _, text, _ = issue(ca)
+
+    def reason(
+        folder: Path = ca, key: Any = KEY, names: tuple[str, ...] = ("n1", "10.0.0.1"), present: str = text
+    ) -> str:
+        public = key.public_key().public_bytes(PEM, serialization.PublicFormat.SubjectPublicKeyInfo).decode()
+        certificate, reason = MODULE.issue(folder, "", names, ["serverAuth"], present, 397, 30, public)
+        assert certificate == ("" if reason else text)
+        return str(reason)
+
+    assert reason() == ""
+    assert reason(names=("n2",)) == "names or usages differ"
+    assert reason(key=ec.generate_private_key(ec.SECP256R1())) == "it has another key"
+    assert reason(key=rsa.generate_private_key(65537, 2048)) == "the key in place cannot be used"
+    assert reason(present="") == "there is none"
+    certify(tmp_path / "other")
+    assert reason(tmp_path / "other") == "another authority issued it"
+    assert MODULE.issue(ca, "", ["n1"], ["serverAuth"], text, 397, 30, "none") == (
+        "",
+        "the key in place cannot be used",
+    )
 
 
 def test_a_certificate_ends_no_later_than_its_authority(tmp_path: Path) -> None:
@@ -287,7 +311,9 @@ def test_the_role_is_idempotent_and_follows_names_and_authority(converge: Callab
     assert "failed=0" in converge("--check")
     assert not folder.exists()
     assert "restarted" in converge()
-    assert "changed=0" in converge()
+    unchanged = converge()
+    assert "changed=0" in unchanged
+    assert "Create the key" not in unchanged
     key, crt = folder / "issued/mlflow.key", folder / "issued/mlflow.crt"
     assert [oct(path.stat().st_mode & 0o777) for path in (folder, folder / "ca.key", key.parent, key)] == [
         "0o700",
@@ -302,6 +328,14 @@ def test_the_role_is_idempotent_and_follows_names_and_authority(converge: Callab
     verify = ["openssl", "verify", "-x509_strict", "-purpose", "sslserver", "-CAfile", str(folder / "ca.crt")]
     subprocess.run([*verify, "-verify_hostname", "kube1", str(crt)], check=True)
     subprocess.run([*verify, "-verify_ip", "10.0.0.9", str(crt)], check=True)
+
+    for file in (key, crt):
+        file.chmod(0o666)
+        assert "restarted" in converge()
+        assert file.stat().st_mode & 0o777 == (0o600 if file == key else 0o644)
+    key.unlink()
+    converge()
+    subprocess.run([*verify, str(crt)], check=True)
 
     before = crt.read_text()
     assert "changed=1" in converge("--check", names="[kube2]")

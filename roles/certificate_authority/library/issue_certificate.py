@@ -28,8 +28,13 @@ options:
   ca_dir: {type: path, required: true, description: Folder with C(current.crt) and C(ca.key) of the authority.}
   names: {type: list, elements: str, required: true, description: DNS names and IP addresses; the first is the subject.}
   present: {type: str, default: "", description: Certificate in place (PEM), which stays while it is right.}
+  public_key:
+    type: str
+    default: ""
+    description:
+      - Public key of the key in place (PEM). Instead of a request, it checks the certificate in place and issues none.
   renew_days: {type: int, default: 30, description: Days before the end from which a new one is issued.}
-  request: {type: str, required: true, description: Certificate request (PEM).}
+  request: {type: str, default: "", description: Certificate request (PEM).}
   usages:
     type: list
     elements: str
@@ -50,8 +55,8 @@ EXAMPLES = r"""
 """
 
 RETURN = r"""
-certificate: {type: str, returned: success, description: The certificate (PEM), the one in place where it is right.}
-reason: {type: str, returned: success, description: Why a new one was issued; empty when the one in place stays.}
+certificate: {type: str, returned: with request, description: The certificate (PEM), the one in place where it is right.}
+reason: {type: str, returned: success, description: Why a new one is needed; empty when the one in place stays.}
 """
 
 Name = x509.DNSName | x509.IPAddress
@@ -77,7 +82,16 @@ def parse_name(text: str) -> Name:
     return x509.DNSName(text)
 
 
-def public_key(request: str) -> Any:
+def key_in_place(public_key: str) -> Any:
+    """Returns the public key of the key in place, which only a check trusts; None where it is not what the role makes."""
+    try:
+        key = serialization.load_pem_public_key(public_key.encode())
+    except (ValueError, UnsupportedAlgorithm):
+        return None
+    return key if isinstance(key, ec.EllipticCurvePublicKey) and isinstance(key.curve, ec.SECP256R1) else None
+
+
+def requested_key(request: str) -> Any:
     """Returns the public key of a request, once its signature is checked and it is strong enough."""
     if len(request) > LARGEST_REQUEST:
         raise RefusedError(f"the request has more than {LARGEST_REQUEST} characters")
@@ -165,18 +179,24 @@ def issue(
     present: str,
     valid_days: int,
     renew_days: int,
+    public_key: str = "",
 ) -> tuple[str, str]:
-    """Returns the certificate (PEM) and why it is a new one, empty when it is the one in place."""
+    """Returns the certificate (PEM) and why it is a new one, empty when it is the one in place.
+
+    Without a request none is issued: it returns no certificate where one is needed.
+    """
     authority = x509.load_pem_x509_certificate((ca_dir / "current.crt").read_bytes())
-    key = public_key(request)
+    key = requested_key(request) if request else key_in_place(public_key)
+    if key is None:
+        return "", "the key in place cannot be used"
     parsed = [parse_name(name) for name in dict.fromkeys(names)]
     if not parsed:
         raise RefusedError("a certificate needs a name")
     wanted = extensions(key, parsed, usages, authority)
     now = datetime.datetime.now().astimezone()
     reason = why_not(present, key, wanted, parsed, authority, now + datetime.timedelta(days=renew_days))
-    if not reason:
-        return present, ""
+    if not (reason and request):
+        return "" if reason else present, reason
     builder = (
         x509.CertificateBuilder()
         .subject_name(subject(parsed))
@@ -200,10 +220,13 @@ def main() -> None:
             "names": {"type": "list", "elements": "str", "required": True},
             "present": {"type": "str", "default": ""},
             "renew_days": {"type": "int", "default": 30},
-            "request": {"type": "str", "required": True},
+            "public_key": {"type": "str", "default": ""},
+            "request": {"type": "str", "default": ""},
             "usages": {"type": "list", "elements": "str", "choices": list(USAGES), "default": ["serverAuth"]},
             "valid_days": {"type": "int", "default": 397},
         },
+        mutually_exclusive=[("public_key", "request")],
+        required_one_of=[("public_key", "request")],
         supports_check_mode=True,
     )
     options = dict(module.params)
