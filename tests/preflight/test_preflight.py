@@ -271,3 +271,23 @@ def test_more_hardware_than_there_is_is_refused_and_less_is_not(tmp_path: Path) 
     less = {"name": "small", "nodes": "here", "cpus": 1, "memory_mb": 64, "gres": [card]}
     done = preflight(tmp_path, slurm_node_groups=[less], slurm_measured_nodes=[{"nodes": "here", "memory_mb": 1 << 30}])
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_facts_of_packages_and_groups_are_those_of_ansibles_modules() -> None:
+    report = """python
+system debian 12
+package ii  0.5.15-2+b2 munge
+package rc  1.0-1 nginx-light
+package ii  12 python3-cryptography
+group munge:x:110:
+group ictx:x:2000:alice,bob
+MemTotal: 1 kB"""
+    facts = loaded(ROOT / "playbooks/plugins/action/check_node.py").facts
+    assert facts(report.splitlines()) == {
+        "packages": {
+            "munge": [{"name": "munge", "version": "0.5.15-2+b2", "source": "apt"}],
+            "python3-cryptography": [{"name": "python3-cryptography", "version": "12", "source": "apt"}],
+        },
+        "getent_group": {"munge": ["x", "110", ""], "ictx": ["x", "2000", "alice,bob"]},
+    }
+    assert facts(["python", "group root:x:0:"]) == {}

@@ -18,6 +18,7 @@ short_description: Checks that a node answers, has Python, room in the shared di
 description:
   - Reads only. A node that does not answer is not dropped from the play, but RV(reached) is false then; every problem
     is one line of RV(problems).
+  - The facts C(packages) and C(getent_group) are set as ansible.builtin.package_facts and getent set them.
 options:
   shared_dir: {type: path, required: true, description: The shared directory; it is looked at once it is mounted.}
   min_free_gb: {type: float, required: true, description: Least free space of the shared directory in GB.}
@@ -31,6 +32,11 @@ SCRIPT = """
 command -v python3 >/dev/null && echo python
 (. /etc/os-release && echo "system $ID $VERSION_ID")
 ! mountpoint -q {path} || timeout 10 df -Pk {path} | tail -n 1 || echo stuck
+"""
+# Facts as package_facts and getent return them, at no module's cost. Roles skip what is installed already by them.
+FACTS = """
+dpkg-query --show --showformat 'package ${db:Status-Abbrev} ${Version} ${Package}\\n' 2>/dev/null
+getent group | sed 's/^/group /'
 """
 # What a node has, as slurmd sees it, which SLURM compares with slurm.conf; without slurmd, as the kernel does.
 HARDWARE = """
@@ -47,6 +53,20 @@ VERSIONS = """
 ls /var/lib/apt/lists/*_Packages* >/dev/null 2>&1 && echo apt && apt-cache madison {packages}
 """
 REMEDY = "correct it, or let playbooks/measure-nodes.yml write what the node has"
+
+
+def facts(report: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Returns the node's installed packages and its groups, as ansible.builtin's package_facts and getent do."""
+    packages: dict[str, Any] = {}
+    groups: dict[str, list[str]] = {}
+    for line in report:
+        words = line.split()
+        if words[:2] == ["package", "ii"] and len(words) == 4:
+            packages.setdefault(words[3], []).append({"name": words[3], "version": words[2], "source": "apt"})
+        elif words[:1] == ["group"]:
+            name, *fields = line.removeprefix("group ").split(":")
+            groups[name] = fields
+    return {"packages": packages, "getent_group": groups} if packages else {}
 
 
 def devices(hardware: dict[str, Any]) -> list[str]:
@@ -106,7 +126,7 @@ class ActionModule(ActionBase):
         node = variables["inventory_hostname"]
         shown = f"host {node} ({self._templar.template(variables.get('ansible_host', node))})"
         shared = arguments["shared_dir"]
-        script = SCRIPT.format(path=shlex.quote(shared))
+        script = SCRIPT.format(path=shlex.quote(shared)) + FACTS
         pins = arguments["apt_pins"]
         if pins:
             packages = " ".join(shlex.quote(name) for pin in pins for name in pin["packages"])
@@ -126,7 +146,7 @@ class ActionModule(ActionBase):
         found = self._problems(shown, done, shared, arguments["min_free_gb"])
         report = done["stdout_lines"]
         found = found or [*missing(node, hardware, report), *unknown_versions(node, pins, report)]
-        return {**result, "changed": False, "problems": found}
+        return {**result, "changed": False, "problems": found, "ansible_facts": facts(report)}
 
     @staticmethod
     def _problems(shown: str, done: dict[str, Any], shared: str, min_free_gb: float) -> list[str]:

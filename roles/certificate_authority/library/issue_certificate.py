@@ -55,7 +55,7 @@ EXAMPLES = r"""
 """
 
 RETURN = r"""
-certificate: {type: str, returned: with request, description: The certificate (PEM), the one in place where it is right.}
+certificate: {type: str, returned: with request, description: "PEM, the one in place where it is right."}
 reason: {type: str, returned: success, description: Why a new one is needed; empty when the one in place stays.}
 """
 
@@ -83,7 +83,7 @@ def parse_name(text: str) -> Name:
 
 
 def key_in_place(public_key: str) -> Any:
-    """Returns the public key of the key in place, which only a check trusts; None where it is not what the role makes."""
+    """Returns the public key of the key in place, for a check only; None where the role makes another kind."""
     try:
         key = serialization.load_pem_public_key(public_key.encode())
     except (ValueError, UnsupportedAlgorithm):
