@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import pwd
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -18,19 +16,16 @@ KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIJUpyrhU3cLNpn7FPVUs7WuyR7XGEIJvbs1JS
 
 def converge(folder: Path, users: list[dict[str, Any]]) -> str:
     """Runs the tasks with their files in a folder; returns what was printed."""
-    me = pwd.getpwuid(os.getuid())
-    text = (ROLE / "tasks/keys.yml").read_text().replace("owner: root", f"owner: {me.pw_name}")
-    tasks = yaml.safe_load(text.replace("group: root", f"group: '{me.pw_gid}'"))
-    for task in tasks:
-        if template := task.get("ansible.builtin.template"):
-            template.pop("validate")
-            template["src"] = str(ROLE / "templates/sshd.conf.j2")
+    tasks = yaml.safe_load((ROLE / "tasks/keys.yml").read_text())
     variables = {
         **yaml.safe_load((ROLE / "vars/main.yml").read_text()),
         "common_users": users,
         "_common_keys_dir": str(folder / "keys"),
         "_common_sshd_config": str(folder / "sshd.conf"),
     }
+    # There may be no sshd here that could validate it.
+    (sshd,) = variables["_common_keys_sshd"]
+    variables["_common_keys_sshd"] = [{"template": str(ROLE / "templates/sshd.conf.j2"), "dest": sshd["dest"]}]
     handlers = [{"name": "Reload sshd", "ansible.builtin.debug": {"msg": "reloaded"}}]
     play = {"hosts": "localhost", "connection": "local", "gather_facts": False, "vars": variables}
     (folder / "play.yml").write_text(yaml.safe_dump([{**play, "tasks": tasks, "handlers": handlers}]))
