@@ -478,7 +478,7 @@ def endpoints(site: Inventory) -> Iterator[Problem]:
 
 
 def releases(site: Inventory) -> Iterator[Problem]:
-    """Releases behind the address of the served model can be told apart."""
+    """Releases behind the address of the served model have names and models of their own."""
     described = filter_loader.get("release_problems").j2_function
     for text in described(site.get("ictx_serving_releases") or [], site.get("ictx_serving_values") or {}):
         yield "ictx_serving_releases", text, ""

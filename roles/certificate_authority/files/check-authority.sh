@@ -1,5 +1,5 @@
 #!/bin/sh
-# Exits with 0 where the authority in a folder is as tasks/main.yml makes it; anything else is left to the modules there.
+# Exits with 0 where the authority in a folder is as tasks/create.yml makes it, else with 1.
 # check-authority.sh FOLDER NAME SECONDS-THAT-IT-LASTS
 set -u
 cd -- "$1" 2>/dev/null || exit 1
