@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-import socket
 import ssl
 import subprocess
 import sys
@@ -20,7 +18,7 @@ from typing import Any
 import pytest
 import yaml
 from cluster import ROOT
-from programs import CACHE, program
+from kubernetes_api import api_server, kubectl
 
 pytestmark = pytest.mark.full
 
@@ -38,39 +36,10 @@ esac
 """
 
 
-def free_port() -> int:
-    """Returns a port that nothing listens on."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder with an API server's kubeconfig, an inventory of one node, and SLURM's programs."""
     made = tmp_path_factory.mktemp("lending")
-    client, peer, port = free_port(), free_port(), free_port()
-    key = made / "accounts.key"
-    subprocess.run(["openssl", "genrsa", "-out", key, "2048"], check=True, capture_output=True)
-    (made / "tokens").write_text('secret,admin,1,"system:masters"\n')
-    store = [
-        program("etcd"), f"--data-dir={made}/etcd", f"--listen-client-urls=http://127.0.0.1:{client}",
-        f"--advertise-client-urls=http://127.0.0.1:{client}", f"--listen-peer-urls=http://127.0.0.1:{peer}",
-    ]  # fmt: skip
-    server = [
-        str(CACHE / "kubernetes/current/kube-apiserver"),
-        f"--etcd-servers=http://127.0.0.1:{client}", f"--secure-port={port}",
-        "--bind-address=127.0.0.1", f"--cert-dir={made}/pki", f"--token-auth-file={made}/tokens",
-        "--service-account-issuer=x", f"--service-account-key-file={key}", f"--service-account-signing-key-file={key}",
-        "--disable-admission-plugins=ServiceAccount,TaintNodesByCondition", "--authorization-mode=AlwaysAllow",
-        "--advertise-address=127.0.0.1",
-    ]  # fmt: skip
-    address = f"https://127.0.0.1:{port}"
-    (made / "kubeconfig").write_text(yaml.safe_dump({
-        "apiVersion": "v1", "kind": "Config", "current-context": "x",
-        "clusters": [{"name": "x", "cluster": {"server": address, "insecure-skip-tls-verify": True}}],
-        "users": [{"name": "x", "user": {"token": "secret"}}],
-        "contexts": [{"name": "x", "context": {"cluster": "x", "user": "x"}}],
-    }))  # fmt: skip
     groups: dict[str, Any] = {"slurm_compute": {"GPU1": None}, "k3s_agent": {"GPU1": None}, "k3s_server": {}}
     groups |= {"slurm_controller": {"ctl": None}}
     common = {"ansible_connection": "local", "ansible_become": False, "ictx_state_dir": str(made)}
@@ -80,25 +49,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     for name, text in {"scontrol": SCONTROL.format(folder=made), "squeue": f"#!/bin/sh\ncat {made}/jobs\n"}.items():
         (made / name).write_text(text)
         (made / name).chmod(0o755)
-    with (made / "log").open("w") as log:
-        started = [subprocess.Popen(command, stdout=log, stderr=log, cwd=made) for command in (store, server)]
-    try:
-        end = time.monotonic() + 120
-        while subprocess.run([*kubectl(made), "get", "--raw=/readyz"], capture_output=True, check=False).returncode:
-            assert time.monotonic() < end, (made / "log").read_text()[-3000:]
-            time.sleep(1)
+    with api_server(made):
         yield made
-    finally:
-        for process in reversed(started):
-            process.terminate()
-            process.wait()
-
-
-def kubectl(folder: Path) -> list[str]:
-    """Returns kubectl with its options."""
-    found = shutil.which("kubectl")
-    assert found
-    return [found, f"--kubeconfig={folder}/kubeconfig"]
 
 
 def applied(folder: Path, *objects: dict[str, Any]) -> None:

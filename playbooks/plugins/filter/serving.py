@@ -59,6 +59,11 @@ def present_releases(releases: Iterable[Values], main: Values) -> list[dict[str,
     return found
 
 
+def absent_releases(releases: Iterable[Values]) -> list[dict[str, Any]]:
+    """Returns the releases that are to be removed, each with its Service."""
+    return [{**each, "service": _service(each["name"])} for each in releases if each.get("state") == "absent"]
+
+
 def released_versions(releases: Iterable[Values], answers: Iterable[Values]) -> list[dict[str, Any]]:
     """Returns the releases whose version the registry has (`answers`: one for each release), with it as `found`."""
     versions = [(answer.get("json") or {}).get("model_version") for answer in answers]
@@ -152,6 +157,7 @@ class FilterModule:
     def filters(self) -> dict[str, Callable[..., Any]]:
         """Returns them by name."""
         return {
+            "absent_releases": absent_releases,
             "address_values": address_values,
             "present_releases": present_releases,
             "release_problems": release_problems,
