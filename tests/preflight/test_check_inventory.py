@@ -70,7 +70,7 @@ def test_the_example_lacks_only_what_nobody_else_can_know() -> None:
         ),
         pytest.param(
             "slurm_kill_wait: soon",
-            "slurm_kill_wait (all hosts): must be a whole number from 0 to 2147483647, got 'soon'",
+            "slurm_kill_wait (all hosts): must be a whole number from 0 to 65533, got 'soon'",
             id="no number",
         ),
         pytest.param(
@@ -88,7 +88,7 @@ def test_the_example_lacks_only_what_nobody_else_can_know() -> None:
             "image_bake_base: debian", "image_bake_base (all hosts): must be a dictionary, got 'debian'", id="no dict"
         ),
         pytest.param(
-            "image_bake_base: {image: a, release: b}",
+            f"image_bake_base: {{image: 'a@sha256:{'a' * 64}', release: b}}",
             "image_bake_base (all hosts): parameters are mutually exclusive: image|release found in image_bake_base",
             id="exclusive",
         ),
@@ -172,7 +172,7 @@ def test_a_time_that_yaml_takes_for_a_number_is_refused(check: Check) -> None:
 
 def test_a_variable_of_one_group_names_its_hosts(check: Check) -> None:
     assert check("slurm_kill_wait: soon", "slurm_compute") == [
-        "slurm_kill_wait (n1, n2): must be a whole number from 0 to 2147483647, got 'soon'"
+        "slurm_kill_wait (n1, n2): must be a whole number from 0 to 65533, got 'soon'"
     ]
 
 
@@ -234,7 +234,7 @@ def test_a_variable_of_the_cluster_is_the_same_everywhere(check: Check) -> None:
 
 def test_extra_variables_are_checked_too() -> None:
     found = problems(ROOT / "inventories/lab", {"slurm_kill_wait": "soon"})
-    assert found == ["slurm_kill_wait (all hosts): must be a whole number from 0 to 2147483647, got 'soon'"]
+    assert found == ["slurm_kill_wait (all hosts): must be a whole number from 0 to 65533, got 'soon'"]
 
 
 def test_a_missing_group_is_named_with_the_one_that_was_meant(check: Check) -> None:

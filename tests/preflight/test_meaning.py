@@ -470,7 +470,7 @@ slurm_qos: [{name: normal}]
 storage_nfs_clients: 10.0.0.0/8
 """)
     quotes = "must be text: put it in quotes"
-    system = "must be a login name of small letters, digits, '_' or '-' that no account of the system has"
+    system = "must be a login name of small letters, digits, '_' or '-' that no account or group of the system has"
     assert set(problems(copy)) == {
         f"slurm_jobs_time (all hosts): {quotes}",
         f"slurm_partitions (all hosts): each item max_time {quotes}",

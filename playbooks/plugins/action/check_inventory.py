@@ -131,6 +131,9 @@ class Formats:
                 self.number_error(form, float(text)) if digits else f"must be {rule['description']}, got {shown(text)}"
             )
         sound = re.fullmatch(rule["pattern"], text) and text.lower() not in rule.get("reserved", ())
+        found = re.findall(r":([0-9]+)(?=/|$)", text) if sound and rule.get("ports") else []
+        if outside := [port for port in found if not 0 < int(port) < 65536]:
+            return f"has the port {outside[0]}, must be from 1 to 65535, got {shown(text)}"
         return "" if sound else f"must be {rule['description']}, got {shown(text)}"
 
     def number_error(self, form: str, value: float) -> str:
