@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,13 @@ MAP = "apiVersion: v1\nkind: ConfigMap\nmetadata: {name: {{ .Release.Name }}-own
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder with an API server's kubeconfig, and a chart that needs no node."""
+    """A folder with an API server's kubeconfig, and a chart that needs no node, of which two releases are installed."""
     made = tmp_path_factory.mktemp("helm")
     (made / "serving/templates").mkdir(parents=True)
     (made / "serving/Chart.yaml").write_text("apiVersion: v2\nname: serving\nversion: 1.2.3\n")
     (made / "serving/templates/map.yaml").write_text(MAP)
     with api_server(made):
+        installed(made, "next", "large")
         yield made
 
 
@@ -67,7 +69,6 @@ def objects(folder: Path) -> set[str]:
 
 
 def test_a_removed_release_leaves_nothing_of_its_own(folder: Path) -> None:
-    installed(folder, "next", "large")
     before = objects(folder)
     assert "secret/next-serving-tls" in before
     remove = task("Remove releases")
@@ -79,3 +80,18 @@ def test_a_removed_release_leaves_nothing_of_its_own(folder: Path) -> None:
     gone = {"secret/next-serving-tls", "configmap/next-own", "secret/sh.helm.release.v1.next.v1"}
     assert objects(folder) == before - gone
     assert played(folder, remove, ictx_serving_releases=releases)[0] == 0
+
+
+def test_a_release_that_was_deleted_from_the_list_is_reported(folder: Path) -> None:
+    helm = [Path(sys.executable).parent / "helm", f"--kubeconfig={folder}/kubeconfig", "--namespace=ictx"]
+    subprocess.run([*helm, "install", "anothers", folder / "serving"], check=True, capture_output=True)
+    tasks = [task("List the installed releases"), task("Report releases that are not in ictx_serving_releases")]
+    mine = [{"name": "next", "state": "absent"}]
+    changed, text = played(folder, *tasks, ictx_serving_releases=mine)
+    assert changed == 0
+    assert (
+        "large: installed by this playbook before, not in ictx_serving_releases, still running. To remove it, add"
+        in text
+    )
+    assert "anothers" not in text
+    assert "still running" not in played(folder, *tasks, ictx_serving_releases=[*mine, {"name": "large"}])[1]

@@ -240,3 +240,14 @@ def test_releases_that_make_no_sense_are_refused(releases: Any, main: Any, probl
     assert len(found) == len(problems), found
     for line, start in zip(sorted(found), sorted(problems), strict=True):
         assert line.startswith(start), found
+
+
+def test_what_the_playbook_installed_and_nobody_declares_is_found() -> None:
+    listed = [
+        {"name": name, "chart": f"{chart}+0123456789ab"}
+        for name, chart in (("ictx", "serving-0.1.0"), ("ictx-judge", "serving-0.1.0"), ("ictx-mlflow", "mlflow-0.1.0"),
+                            ("large", "serving-0.1.0"), ("old", "serving-0.1.0"), ("former", "serving-0.2.0-rc.1"))
+    ]  # fmt: skip
+    listed.append({"name": "somebodys", "chart": "serving-0.1.0"})
+    assert SERVING.undeclared_releases(listed, RELEASES) == ["former"]
+    assert SERVING.undeclared_releases(listed, []) == ["former", "large", "old"]

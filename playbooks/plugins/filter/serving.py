@@ -15,6 +15,8 @@ MAIN, ALIAS = "ictx", "champion"
 # Service `NAME-serving` has at most 52 characters, and the first one of a Service is a letter.
 NAME = re.compile("[a-z]([a-z0-9-]{0,42}[a-z0-9])?")
 DIGEST = re.compile("sha256:[0-9a-f]{64}")
+# The chart as helm lists it: the role helm_release packs it with a hash of its content in the version, others do not.
+PACKED = re.compile(r"serving-[^+]+\+[0-9a-f]{12}")
 TAKEN = {"ictx": "the served model", "ictx-judge": "the judge", "ictx-mlflow": "MLflow"}
 # Values of the main release that a canary does not begin with: they would claim names and addresses a second time.
 OF_THE_ADDRESS = ("canary", "fullnameOverride", "httpRoute", "ingress", "nameOverride", "router", "service", "tls")
@@ -62,6 +64,17 @@ def present_releases(releases: Iterable[Values], main: Values) -> list[dict[str,
 def absent_releases(releases: Iterable[Values]) -> list[dict[str, Any]]:
     """Returns the releases that are to be removed, each with its Service."""
     return [{**each, "service": _service(each["name"])} for each in releases if each.get("state") == "absent"]
+
+
+def undeclared_releases(installed: Iterable[Values], releases: Iterable[Values]) -> list[str]:
+    """Returns the names of releases that serving.yml installed, and that the inventory does not name any more.
+
+    Args:
+        installed: what `helm list --output json` prints.
+        releases: `ictx_serving_releases`.
+    """
+    known = {*TAKEN, *(release["name"] for release in releases)}
+    return sorted(each["name"] for each in installed if PACKED.fullmatch(each["chart"]) and each["name"] not in known)
 
 
 def released_versions(releases: Iterable[Values], answers: Iterable[Values]) -> list[dict[str, Any]]:
@@ -163,4 +176,5 @@ class FilterModule:
             "release_problems": release_problems,
             "release_values": release_values,
             "released_versions": released_versions,
+            "undeclared_releases": undeclared_releases,
         }
