@@ -227,6 +227,14 @@ def test_versions_that_no_repository_has_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.lab
+@pytest.mark.parametrize("saved", ["test", "hpc"])
+def test_a_cluster_with_jobs_is_not_renamed(tmp_path: Path, saved: str) -> None:
+    (tmp_path / "clustername").write_text(saved)
+    done = preflight(tmp_path, slurm_state_dir=str(tmp_path), ictx_cluster_name="test")
+    line = f"- ictx_cluster_name: test: {tmp_path} on here is the state of cluster hpc, with which "
+    assert (line in done.stdout + done.stderr) == (saved == "hpc"), done.stdout + done.stderr
+
+
 def test_the_lab_passes() -> None:
     done = subprocess.run(
         ["ansible-playbook", "playbooks/preflight.yml"], cwd=ROOT, capture_output=True, text=True, check=False

@@ -371,6 +371,11 @@ class ActionModule(ActionBase):
             "unreadable": sorted(self._unreadable),
             "accepted": accepted,
             "apt_pins": {host: own["common_apt_pins"] for host, own in right.items() if own.get("common_apt_pins")},
+            "slurm_state_dirs": {
+                host: right[host]["slurm_state_dir"]
+                for host in groups.get("slurm_controller", [])
+                if "slurm_state_dir" in right.get(host, {})
+            },
             "hardware": filter_loader.get("declared_by_node").j2_function(right, groups),
         }
 

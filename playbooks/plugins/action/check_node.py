@@ -23,6 +23,8 @@ options:
   shared_dir: {type: path, required: true, description: The shared directory; it is looked at once it is mounted.}
   min_free_gb: {type: float, required: true, description: Least free space of the shared directory in GB.}
   apt_pins: {type: list, elements: dict, default: [], description: "Versions of packages to install (common_apt_pins)."}
+  cluster: {type: str, default: "", description: "Name of the SLURM cluster, where the node controls one."}
+  slurm_state_dir: {type: path, default: "", description: "Where its controller saves state."}
   hardware: {type: dict, default: {}, description: "What it is declared to have, by variable (declared_by_node)."}
 author: [InfiniteContext]
 """
@@ -51,6 +53,10 @@ TOO_OLD = {"ubuntu 22.04": "its SLURM 21.08, Prometheus 2.31 and node_exporter 1
 # Versions that apt knows; a node whose lists of packages have been removed, as those of containers, knows none.
 VERSIONS = """
 ls /var/lib/apt/lists/*_Packages* >/dev/null 2>&1 && echo apt && apt-cache madison {packages}
+"""
+# slurmctld does not start on the state of a cluster of another name.
+STATE = """
+echo "cluster $(cat {folder}/clustername 2>/dev/null)"
 """
 REMEDY = "correct it, or let playbooks/measure-nodes.yml write what the node has"
 
@@ -93,6 +99,17 @@ def missing(node: str, hardware: dict[str, Any], report: list[str]) -> Iterator[
             yield f"{variable} ({node}): {key} is {declared}, but the node has {found}: {REMEDY}"
 
 
+def renamed(node: str, cluster: str, folder: str, report: Iterable[str]) -> Iterator[str]:
+    """Yields a line where the controller's state is that of a cluster of another name."""
+    saved = next((line.removeprefix("cluster ").strip() for line in report if line.startswith("cluster ")), "")
+    if cluster and saved not in ("", cluster):
+        yield (
+            f"ictx_cluster_name: {cluster}: {folder} on {node} is the state of cluster {saved}, with which "
+            f"slurmctld would not start: set {saved}, or another slurm_state_dir; to rename it, stop slurmctld "
+            f"and delete {folder}/clustername there"
+        )
+
+
 def unknown_versions(node: str, pins: list[dict[str, Any]], report: list[str]) -> Iterator[str]:
     """Yields a line for each pinned package of which the node's repositories do not have the version."""
     known: dict[str, list[str]] = {}
@@ -119,6 +136,8 @@ class ActionModule(ActionBase):
                 "shared_dir": {"type": "path", "required": True},
                 "min_free_gb": {"type": "float", "required": True},
                 "apt_pins": {"type": "list", "elements": "dict", "default": []},
+                "cluster": {"type": "str", "default": ""},
+                "slurm_state_dir": {"type": "path", "default": ""},
                 "hardware": {"type": "dict", "default": {}},
             }
         )
@@ -131,6 +150,9 @@ class ActionModule(ActionBase):
         if pins:
             packages = " ".join(shlex.quote(name) for pin in pins for name in pin["packages"])
             script += VERSIONS.format(packages=packages)
+        cluster, folder = arguments["cluster"], arguments["slurm_state_dir"]
+        if folder:
+            script += STATE.format(folder=shlex.quote(folder))
         if hardware := arguments["hardware"]:
             script += HARDWARE.format(devices=" ".join(map(shlex.quote, devices(hardware))))
         try:
@@ -145,7 +167,11 @@ class ActionModule(ActionBase):
             return {**result, "changed": False, "problems": [text]}
         found = self._problems(shown, done, shared, arguments["min_free_gb"])
         report = done["stdout_lines"]
-        found = found or [*missing(node, hardware, report), *unknown_versions(node, pins, report)]
+        found = found or [
+            *missing(node, hardware, report),
+            *unknown_versions(node, pins, report),
+            *renamed(node, cluster, folder, report),
+        ]
         return {**result, "changed": False, "problems": found, "ansible_facts": facts(report)}
 
     @staticmethod
