@@ -17,6 +17,8 @@ Problem = tuple[str, str, str]
 """The variable or group, what is wrong and what to do, and the host (empty: the whole cluster)."""
 
 SYSTEM_FOLDERS = re.compile(r"/|/(bin|boot|dev|etc|lib|lib64|root|run|sbin|sys|tmp|usr|var|var/lib|var/tmp)")
+# What a mount there would hide, or jobs do not see.
+HIDDEN_FOLDERS = re.compile(r"/(boot|dev|etc|root|run|sys|tmp)/.*|/home|/opt(/ictx(/.*)?)?")
 K3S_NETWORKS = {"cluster-cidr": "10.42.0.0/16", "service-cidr": "10.43.0.0/16"}  # its defaults
 LAB_NETWORKS = {"kube_lab_pod_network": "10.244.0.0/24", "kube_lab_service_network": "10.96.0.0/24"}  # the role's
 NODE_PORTS = range(30000, 32768)
@@ -135,13 +137,15 @@ def jobs(site: Inventory) -> Iterator[Problem]:
         return
     common = {
         name: site.get(f"slurm_jobs_{name}")
-        for name in ("partition", "nodes", "gpus_per_node", "time", "grace_seconds")
+        for name in ("partition", "nodes", "gpus_per_node", "cpus_per_node", "time", "grace_seconds")
     }
     yield from _job(site, "slurm_jobs_", common, known)
     for stage, about in site.get("slurm_jobs_stages", {}).items():
         own = {name: about[name] for name in common if name in about}
+        # What does not train is on one node, as filter/stages.py has it.
+        single = {} if about.get("kind", stage) in ("pretrain", "extend", "sft", "dpo") else {"nodes": 1}
         if own:
-            yield from _job(site, f"slurm_jobs_stages: {stage}: ", common | own, known)
+            yield from _job(site, f"slurm_jobs_stages: {stage}: ", common | single | own, known)
 
 
 def _job(site: Inventory, where: str, job: Mapping[str, Any], known: Mapping[str, Any]) -> Iterator[Problem]:
@@ -170,6 +174,21 @@ def _job(site: Inventory, where: str, job: Mapping[str, Any], known: Mapping[str
             f"{gpus} GPUs on each of {wanted} nodes, but slurm_gres of the partition {name} has at most {most} a node",
             "",
         )
+    cpus = int(job["cpus_per_node"] or 1)
+    have = [_cpus(site, host) for host in hosts]
+    if all(have) and wanted <= len(hosts) and sum(number >= cpus for number in have) < wanted:
+        text = f"{cpus} CPUs on each of {wanted} nodes, but the partition {name} has at most {max(have)} a node"
+        yield f"{where}cpus_per_node", f"{text}: jobs would never start", ""
+
+
+def _cpus(site: Inventory, host: str) -> int:
+    """Returns how many CPUs a node is declared to have; 0 where nothing declares it."""
+    for layer in site.hardware(host).values():
+        if "cpus" in layer:
+            return int(layer["cpus"])
+        if "sockets" in layer:
+            return int(layer["sockets"]) * int(layer["cores_per_socket"]) * int(layer["threads_per_core"])
+    return 0
 
 
 def _gpus(site: Inventory, host: str) -> int:
@@ -246,6 +265,9 @@ def _ancestors(parents: Mapping[str, str]) -> Iterator[Problem]:
 def node_groups(site: Inventory) -> Iterator[Problem]:
     """Groups have nodes that exist, each node is in one group, and what is declared is enough and adds up."""
     compute, seen = site.hosts("slurm_compute"), {}
+    for name, count in Counter(str(group["name"]).lower() for group in site.get("slurm_node_groups", [])).items():
+        if count > 1:
+            yield "slurm_node_groups", f"{count} groups have the name {name} but for capitals: rename one", ""
     for group in site.get("slurm_node_groups", []):
         name = group["name"]
         try:
@@ -268,6 +290,7 @@ def node_groups(site: Inventory) -> Iterator[Problem]:
 
 
 def _gres_problems(where: str, prefix: str, given: Sequence[Mapping[str, Any]], host: str) -> Iterator[Problem]:
+    seen: dict[str, str] = {}
     for (name, kind), count in Counter((gres["name"], gres.get("type")) for gres in given).items():
         if count > 1:
             yield where, f"{prefix}{count} items are {name}:{kind}: add their counts up", host
@@ -286,6 +309,10 @@ def _gres_problems(where: str, prefix: str, given: Sequence[Mapping[str, Any]], 
         if devices and len(devices) != int(gres["count"]):
             text = f"{prefix}{what} has the count {gres['count']}, but {gres['file']} are {len(devices)} devices"
             yield where, text, host
+        for device in devices:
+            if device in seen:
+                yield where, f"{prefix}{what} and {seen[device]} both have {device}: take it out of one", host
+            seen.setdefault(device, what)
 
 
 def resources(site: Inventory) -> Iterator[Problem]:
@@ -508,7 +535,8 @@ def folders(site: Inventory) -> Iterator[Problem]:
     shared, state, cache = (site.get(f"ictx_{kind}_dir") for kind in ("shared", "state", "cache"))
     named = {"ictx_shared_dir": shared, "ictx_state_dir": state, "ictx_cache_dir": cache}
     for name, folder in named.items():
-        if folder and SYSTEM_FOLDERS.fullmatch(str(folder).rstrip("/") or "/"):
+        hidden = name == "ictx_shared_dir" and HIDDEN_FOLDERS.fullmatch(str(folder).rstrip("/"))
+        if folder and (hidden or SYSTEM_FOLDERS.fullmatch(str(folder).rstrip("/") or "/")):
             yield name, f"{folder} is the system's: take a folder of its own, such as {folder.rstrip('/')}/ictx", ""
     if shared and state and _below(state, shared):
         yield "ictx_state_dir", f"{state} has the platform's secrets, and is on shared storage ({shared}): move it", ""
@@ -625,6 +653,8 @@ RULES: tuple[Callable[[Inventory], Iterator[Problem]], ...] = (
     partitions, jobs, accounts, node_groups, resources, mig, controllers, addresses, endpoints, folders, receivers,
     versions, ports, settings, topology, scrapes, proxies, pins, registries, releases
 )  # fmt: skip
+# Filters that return more of them.
+RULES_ELSEWHERE = ("slurm_rules",)
 
 
 def meaning_problems(values: Mapping[str, Mapping[str, Any]], groups: Mapping[str, Sequence[str]]) -> list[Problem]:
@@ -633,7 +663,8 @@ def meaning_problems(values: Mapping[str, Mapping[str, Any]], groups: Mapping[st
     A rule that meets a value of another form than it expects, which is reported elsewhere, finds nothing.
     """
     site, found = Inventory(values, groups), []
-    for rule in RULES:
+    others = [rule for name in RULES_ELSEWHERE for rule in filter_loader.get(name).j2_function()]
+    for rule in (*RULES, *others):
         try:
             found += list(rule(site))
         except (AttributeError, KeyError, TypeError, ValueError):

@@ -1,0 +1,138 @@
+# ruff: noqa: E501 (problems stand here as people see them, in one line)
+"""What SLURM's programs would refuse, or never start, is refused by preflight; what is next to it and right passes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from cluster import ROOT
+from programs import loaded
+
+meaning = loaded(ROOT / "playbooks/plugins/filter/meaning.py")
+HOSTS = {
+    "slurm_controller": ["ctl1", "ctl2"],
+    "slurm_database": ["db1"],
+    "slurm_login": ["login1"],
+    "slurm_compute": ["n1", "n2"],
+}
+GPU = {"name": "gpu", "type": "a100", "count": 4, "file": "/dev/nvidia[0-3]"}
+BASE = {
+    "ictx_shared_dir": "/shared",
+    "slurm_account": "ictx",
+    "slurm_gres": [GPU],
+    "slurm_partitions": [{"name": "batch", "default": True}],
+    "slurm_process_tracking": "cgroup",
+    "slurm_slurmd_restart_seconds": 330,
+    "slurm_slurmd_timeout": 300,
+    "slurm_state_dir": "/shared/slurm",
+}
+
+
+def found(per_host: dict[str, dict[str, Any]] | None = None, **variables: Any) -> list[str]:
+    """Returns the problems of a small cluster with these variables, as VARIABLE (HOST): TEXT."""
+    slurm = sorted({host for hosts in HOSTS.values() for host in hosts})
+    groups = {**HOSTS, "slurm": slurm, "all": slurm}
+    values = {host: {**BASE, **variables, **(per_host or {}).get(host, {})} for host in slurm}
+    problems = meaning.meaning_problems(values, groups)
+    return [f"{name}{f' ({host})' if host else ''}: {text}" for name, text, host in problems]
+
+
+def qos(**parts: Any) -> dict[str, Any]:
+    return {"slurm_qos": [{"name": "normal"}, {"name": "high", **parts}]}
+
+
+def account(**parts: Any) -> dict[str, Any]:
+    return {"slurm_qos": [{"name": "normal"}, {"name": "high"}], "slurm_accounts": [{"name": "physics", **parts}]}
+
+
+def mig(*entries: Any) -> dict[str, Any]:
+    return {"slurm_gres": [], "nvidia_driver_mig": [{"gpus": gpus, "profiles": profiles} for gpus, profiles in entries]}
+
+
+RIGHT = {
+    "base": {},
+    "limits": qos(grp_tres={"cpu": 64, "mem": "1T", "node": 2, "gres/gpu": 8, "license/matlab": 2}),
+    "tracked by type": {**qos(grp_tres={"gres/gpu_a100": 8}), "slurm_config": {"AccountingStorageTRES": ["gres/gpu", "gres/gpu_a100"]}},
+    "flags": qos(flags=["denyonlimit", "OverPartQOS"]),
+    "preempts": {**qos(preempt=["Normal"]), "slurm_preempt_type": "qos"},
+    "default QOS": account(qos=["Normal", "HIGH"], default_qos="High"),
+    "absent ones": {**account(state="absent"), "slurm_qos": [{"name": "normal"}, {"name": "old", "state": "absent"}]},
+    "group": {"slurm_node_groups": [{"name": "a", "nodes": "n[1-2]", "cpus": 8, "memory_mb": 1000}], "slurm_real_memory_mb": 1000,
+              "slurm_jobs_cpus_per_node": 8, "slurm_jobs_nodes": 2},
+    "mig": mig(([0], ["3g.20gb", "3g.20gb", "1g.5gb"]), ([1], ["7g.40gb"])),
+    "config": {"slurm_config": {"MaxJobCount": 5, "schedulerparameters": "x", "FutureKeyOfSlurm": 1}, "slurm_cgroup_config": {"ConstrainCores": True}},
+    "evaluation on one node": {
+        "slurm_jobs_nodes": 2,
+        "slurm_partitions": [{"name": "batch", "default": True}, {"name": "one", "nodes": "n1"}],
+        "slurm_jobs_stages": {"eval": {"config": "eval/tiny.yaml", "after": "pretrain", "partition": "one"}},
+    },
+    "files": {"slurm_jobs_pretrain_config": "pretrain/ictx-1b.yaml", "slurm_jobs_sweep_config": "sweep/tiny.yaml"},
+    "own image": {"slurm_jobs_image_dir": "/shared/images/mine", "slurm_jobs_pretrain_config": "mine.yaml"},
+}  # fmt: skip
+# What stands in a problem, and the variables that it is about.
+WRONG: dict[str, dict[str, Any]] = {
+    "slurm_qos: high: grp_tres has gres/gpus, which no node has and SLURM does not know; did you mean gres/gpu?": qos(grp_tres={"gres/gpus": 8}),
+    "slurm_qos: high: max_tres_per_user has cpus, which no node has and SLURM does not know; did you mean cpu?": qos(max_tres_per_user={"cpus": 8}),
+    "slurm_accounts: physics: grp_tres has memory, which no node has and SLURM does not know": account(grp_tres={"memory": "8G"}),
+    "slurm_qos: high has the flag DenyOnLimits, which SLURM does not know; did you mean DenyOnLimit?": qos(flags=["DenyOnLimits"]),
+    "slurm_qos: high preempts itself, through high: take one preempt out": {**qos(preempt=["high"]), "slurm_preempt_type": "qos"},
+    "slurm_qos: normal preempts itself, through high, normal: take one preempt out": {
+        "slurm_preempt_type": "qos", "slurm_qos": [{"name": "normal", "preempt": ["HIGH"]}, {"name": "high", "preempt": ["normal"]}]},
+    "slurm_accounts: physics: default_qos high is not one of its qos (normal): add it there": account(qos=["normal"], default_qos="high"),
+    "slurm_accounts: 4you begins with a digit, which sacctmgr takes for a number: begin with a letter": {"slurm_accounts": [{"name": "4you"}]},
+    "slurm_accounts: ICTX is slurm_account, which every user is in: it cannot be absent": {"slurm_accounts": [{"name": "ICTX", "state": "absent"}]},
+    "slurm_qos: normal is what jobs have that name none: it cannot be absent": {"slurm_qos": [{"name": "normal", "state": "absent"}]},
+    "slurm_partitions: is empty, so that no job can run": {"slurm_partitions": []},
+    "slurm_real_memory_mb (n1): 900 is more than the node has by slurm_node_groups (500): SLURM would drain it": {
+        "slurm_real_memory_mb": 900, "slurm_node_groups": [{"name": "a", "nodes": "n[1-2]", "cpus": 8, "memory_mb": 500}]},
+    "slurm_jobs_cpus_per_node: 64 CPUs on each of 1 nodes, but the partition batch has at most 8 a node: jobs would never start": {
+        "slurm_jobs_cpus_per_node": 64, "slurm_node_groups": [{"name": "a", "nodes": "n[1-2]", "cpus": 8, "memory_mb": 500}]},
+    "slurm_slurmd_restart_seconds: 60 is not longer than slurm_slurmd_timeout (300)": {"slurm_slurmd_restart_seconds": 60},
+    "nvidia_driver_mig (n1): 4g.20gb, 4g.20gb are 8 slices of a GPU that has 7: take some out": mig(([0], ["4g.20gb", "4g.20gb"])),
+    "nvidia_driver_mig (n1): GPU 0 is in more than one entry: leave it in one": mig(([0], ["3g.20gb"]), ([0], ["1g.5gb"])),
+    "nvidia_driver_mig (n2): GPU 1 is in more than one entry": mig(([], ["3g.20gb"]), ([1], ["1g.5gb"])),
+    "slurm_gres (n1): gpu:h100 and gpu:a100 both have /dev/nvidia3: take it out of one": {
+        "slurm_gres": [GPU, {**GPU, "type": "h100", "count": 2, "file": "/dev/nvidia[3-4]"}]},
+    "slurm_private_tmp_dir: /shared/tmp is on the shared directory (/shared): take a folder of a local disk": {"slurm_private_tmp_dir": "/shared/tmp"},
+    "slurm_private_tmp_dir: /tmp is the system's, or lost at a reboot: take a folder of its own": {"slurm_private_tmp_dir": "/tmp"},
+    "slurm_state_dir: /run/slurm is the system's, or lost at a reboot": {"slurm_state_dir": "/run/slurm"},
+    "slurm_state_dir: /shared is the shared directory itself": {"slurm_state_dir": "/shared"},
+    "slurm_health_disks: 2 items have the path /": {"slurm_health_disks": [{"path": "/", "min_free_mb": 1}, {"path": "/", "min_free_mb": 5}]},
+    "slurm_config: MaxJobCuont is no key of SLURM; did you mean MaxJobCount?": {"slurm_config": {"MaxJobCuont": 5}},
+    "slurm_cgroup_config: ConstrainCore is no key of SLURM; did you mean ConstrainCores?": {"slurm_cgroup_config": {"ConstrainCore": True}},
+    "slurm_config: 2 keys are maxjobcount but for capitals": {"slurm_config": {"MaxJobCount": 5, "maxjobcount": 6}},
+    "slurm_node_groups: 2 groups have the name a but for capitals: rename one": {
+        "slurm_node_groups": [{"name": name, "nodes": node, "cpus": 1, "memory_mb": 1} for name, node in (("A", "n1"), ("a", "n2"))]},
+    "slurm_jobs_pretrain_config: pretrain/ictx-1bb.yaml is not in workload/configs, which images are made of; did you mean pretrain/ictx-1b.yaml?": {
+        "slurm_jobs_pretrain_config": "pretrain/ictx-1bb.yaml"},
+    "slurm_jobs_stages: sft: sft/none.yaml is not in workload/configs": {"slurm_jobs_stages": {"sft": {"config": "sft/none.yaml", "after": "pretrain"}}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("variables", RIGHT.values(), ids=RIGHT)
+def test_what_slurm_takes_passes(variables: dict[str, Any]) -> None:
+    assert found(**variables) == []
+
+
+@pytest.mark.parametrize(("text", "variables"), WRONG.items())
+def test_what_slurm_refuses_is_named_with_what_to_do(text: str, variables: dict[str, Any]) -> None:
+    lines = found(**variables)
+    assert [line for line in lines if line.startswith(text)], lines
+
+
+@pytest.mark.parametrize(
+    ("host", "name", "value"),
+    [
+        ("login1", "slurm_partitions", [{"name": "other", "default": True}]),
+        ("ctl2", "slurm_slurmd_timeout", 200),
+        ("n2", "slurm_process_tracking", "linuxproc"),
+    ],
+)
+def test_what_all_files_of_slurm_have_in_common_does_not_differ_by_host(host: str, name: str, value: Any) -> None:
+    (line,) = found({host: {name: value}})
+    assert line.startswith(f"{name}: differs on ")
+    assert host in line
+    assert line.endswith(": set it for the group slurm, or for all")
+    # Compute nodes do not write slurm.conf.
+    assert found({"n1": {"slurm_slurmd_timeout": 200}}) == []
