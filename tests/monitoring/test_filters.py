@@ -6,6 +6,7 @@ import importlib.util
 
 import bcrypt
 import pytest
+import yaml
 from ansible.errors import AnsibleFilterError
 from cluster import ROOT
 
@@ -42,6 +43,15 @@ def test_targets_are_the_hosts_addresses_with_their_names() -> None:
         {"address": "a:9100", "labels": {"node": "a", "cluster": "x"}},
         {"address": "192.0.2.2:9100", "labels": {"node": "b", "cluster": "x"}},
     ]
+
+
+def test_targets_have_the_port_on_which_the_host_listens() -> None:
+    hostvars = {"a": {"node_exporter_listen": "192.0.2.1:9101"}, "b": {"node_exporter_listen": ":9102"}, "c": {}}
+    found = FILTERS.scrape_targets(["a", "b", "c"], hostvars, 9100, "x")
+    assert [target["address"] for target in found] == ["a:9101", "b:9102", "c:9100"]
+    for port, name in FILTERS.LISTEN.items():
+        defaults = yaml.safe_load((ROOT / f"roles/{name.removesuffix('_listen')}/defaults/main.yml").read_text())
+        assert defaults[name] == f":{port}"
 
 
 def test_gpus_of_a_host_that_was_not_looked_at_are_scraped_on() -> None:

@@ -106,3 +106,12 @@ def test_the_dead_man_s_switch_receives_no_other_alert_wherever_it_stands(tmp_pa
         route = yaml.safe_load(text)["route"]
         assert route["receiver"] == "ops"
         assert [child["receiver"] for child in route["routes"]] == ["watchdog"]
+
+
+@pytest.mark.parametrize(("variables", "user"), [("{}", "ictx"), ("registry_user: puller", "puller")])
+def test_nodes_pull_as_the_user_that_the_registry_has(tmp_path: Path, variables: str, user: str) -> None:
+    path = inventory(tmp_path, NAMES)
+    (path / "group_vars/all/zz_test.yml").write_text(variables)
+    site = Site(path, tmp_path)
+    assert site.value("registry", "infra1", "{{ registry_user }}") == user
+    assert [entry["user"] for entry in site.value("k3s", "k3s1", "{{ k3s_registries }}")] == [user]

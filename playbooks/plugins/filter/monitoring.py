@@ -11,6 +11,16 @@ import yaml
 from ansible.errors import AnsibleFilterError
 from ansible.plugins.loader import filter_loader
 
+# Which variable has the address and port that a service listens on, by its usual port.
+LISTEN = {
+    9090: "prometheus_listen",
+    9093: "alertmanager_listen",
+    9100: "node_exporter_listen",
+    9104: "mysqld_exporter_listen",
+    9115: "blackbox_exporter_listen",
+    9400: "dcgm_exporter_listen",
+}
+
 
 def web_password(password: str, salt: str) -> str:
     """Returns the bcrypt hash of a password, the same each time for the same salt (21 letters or digits)."""
@@ -29,11 +39,18 @@ def web_users(passwords: Mapping[str, str], salt: str, host: str) -> dict[str, s
 
 
 def scrape_targets(hosts: Iterable[str], hostvars: Mapping[str, Any], port: int, cluster: str) -> list[dict[str, Any]]:
-    """Returns the targets of a port on some hosts, each labelled with its host's name in the inventory."""
+    """Returns the targets of a service on some hosts, each labelled with its host's name in the inventory.
+
+    `port` is the service's usual one; where the inventory has another for a host (LISTEN), it is that.
+    """
     address_of, in_url = (filter_loader.get(name).j2_function for name in ("host_address", "in_url"))
+
+    def port_of(host: str) -> str:
+        return str(hostvars[host].get(LISTEN.get(port, "")) or port).rpartition(":")[2]
+
     return [
         {
-            "address": f"{in_url(address_of(host, hostvars))}:{port}",
+            "address": f"{in_url(address_of(host, hostvars))}:{port_of(host)}",
             "labels": {"node": str(host), "cluster": cluster},
         }
         for host in sorted(hosts)
