@@ -301,6 +301,8 @@ def test_services_folders_and_receivers(tmp_path: Path) -> None:
         "alertmanager_receivers: ops needs webhook_url, slack_url_file or email_to",
         "alertmanager_receivers: mail has email_to, which needs alertmanager_smtp",
         "alertmanager_receivers: 2 items have the name mail",
+        "alertmanager_receivers: /x is not on the control host: put it there",
+        "alertmanager_receivers: mail and mail would get nothing: of those without matchers ops gets all; add matchers",
     }
 
 

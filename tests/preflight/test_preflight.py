@@ -18,6 +18,7 @@ from cluster import ROOT
 from programs import loaded
 
 GROUPS = yaml.safe_load((ROOT / "playbooks/plugins/inventory_schema.yml").read_text())["groups"]
+EMPTY = ("k3s_agent", "storage_server")
 
 
 def preflight(folder: Path, *arguments: str, **variables: Any) -> subprocess.CompletedProcess[str]:
@@ -34,10 +35,11 @@ def preflight(folder: Path, *arguments: str, **variables: Any) -> subprocess.Com
                 "ictx_users": [],
                 "image_bake_base": {"release": "bookworm"},
                 "ansible_become": False,
+                "storage_type": "external",
             },
             "hosts": {"here": {"ansible_connection": "local"}},
-            "children": {name: {"hosts": {"here": None}} for name in GROUPS if name != "storage_server"}
-            | {"storage_server": None},
+            "children": {name: {"hosts": {"here": None}} for name in GROUPS if name not in EMPTY}
+            | dict.fromkeys(EMPTY),
         }
     }
     for name, value in variables.items():
@@ -88,7 +90,7 @@ def test_a_sound_cluster_passes(tmp_path: Path) -> None:
 def test_every_problem_is_one_line_and_all_are_reported_at_once(tmp_path: Path) -> None:
     done = preflight(
         tmp_path,
-        gone={"ansible_host": "127.0.0.1", "ansible_port": 1},
+        gone={"ansible_host": "127.0.0.1", "ansible_port": 1, "ictx_address": "192.0.2.9"},
         ictx_shared_min_free_gb=0.001,
         slurm_process_tracking="foo",
     )
@@ -108,7 +110,7 @@ def test_every_problem_is_one_line_and_all_are_reported_at_once(tmp_path: Path) 
 
 @pytest.mark.parametrize("first", [False, True])
 def test_a_host_that_is_down_is_left_out_when_asked_unless_others_depend_on_it(tmp_path: Path, first: bool) -> None:
-    gone = {"ansible_host": "127.0.0.1", "ansible_port": 1}
+    gone = {"ansible_host": "127.0.0.1", "ansible_port": 1, "ictx_address": "192.0.2.9"}
     groups = {"slurm_controller": ["gone", "here"]} if first else {}
     done = preflight(tmp_path, "--extra-vars", "ictx_skip_unreachable=true", groups=groups, gone=gone)
     output = done.stdout + done.stderr

@@ -33,6 +33,7 @@ author: [InfiniteContext]
 """
 
 PLACEHOLDER = "CHANGE-ME"
+CONNECTION = ("ansible_connection", "ansible_host", "ansible_port", "ansible_user")
 SCALAR_TYPES = ("str", "path", "int", "float", "bool")
 # Deeper than any value that means something, and far from Python's own limit.
 DEEPEST = 30
@@ -400,7 +401,7 @@ class ActionModule(ActionBase):
             if not isinstance(name, str):
                 problems.add(f"variable {shown(name)}", "its name must be text", host)
                 continue
-            if name.startswith("ansible_") and not name.startswith(("ansible_host", "ansible_user", "ansible_port")):
+            if name.startswith("ansible_") and name not in CONNECTION:
                 continue
             try:
                 values[name] = templar.template(raw[name])

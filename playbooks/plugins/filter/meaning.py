@@ -654,7 +654,7 @@ RULES: tuple[Callable[[Inventory], Iterator[Problem]], ...] = (
     versions, ports, settings, topology, scrapes, proxies, pins, registries, releases
 )  # fmt: skip
 # Filters that return more of them.
-RULES_ELSEWHERE = ("slurm_rules",)
+RULES_ELSEWHERE = ("slurm_rules", "host_rules", "service_rules")
 
 
 def meaning_problems(values: Mapping[str, Mapping[str, Any]], groups: Mapping[str, Sequence[str]]) -> list[Problem]:
