@@ -79,6 +79,9 @@ def test_pods_run_the_programs_unchanged() -> None:
     guard = only(documents, "ConfigMap")["data"]
     for name in ("ictx_guard", "ictx_bounded"):
         assert guard[f"{name}.py"].strip() == program("mlflow", name).strip()
+    assert "ictx_oidc.py" not in guard, "people sign in at a provider only where there is one"
+    mine = only(render(CHARTS["mlflow"], CHARTS["mlflow"] / "ci/oidc.yaml"), "ConfigMap")["data"]
+    assert mine["ictx_oidc.py"].strip() == program("mlflow", "ictx_oidc").strip()
     assert guard["entry_points.txt"].splitlines() == ["[mlflow.app]", "basic-auth = ictx_bounded:create_app"]
     pod = only(render(CHARTS["mlflow"], None, {"metrics.annotations": True}), "Deployment")["spec"]["template"]
     (metrics,) = (each for each in pod["spec"]["containers"] if each["name"] == "metrics")

@@ -393,6 +393,18 @@ def test_a_registry_that_somebody_else_runs(tmp_path: Path, ours: bool, external
     assert found(tmp_path, variables, hosts) == lines
 
 
+def test_sign_in_at_a_provider(tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("x")
+    right = {"issuer": "https://sso.example.org", "client_id": "mlflow", "client_secret_file": str(tmp_path / "secret")}
+    assert found(tmp_path / "a", {"ictx_mlflow_oidc": {**right, "url": "https://mlflow.example.org"}}) == set()
+    wrong = {"issuer": "http://sso.example.org", "url": "http://m.example.org", "ca_file": "/nonexistent/ca.crt"}
+    assert found(tmp_path / "b", {"ictx_mlflow_oidc": {**right, **wrong}}) == {
+        "ictx_mlflow_oidc: issuer is 'http://sso.example.org': must be the provider's https:// URL",
+        "ictx_mlflow_oidc: sessions would be readable on the network: set url to https://",
+        "ictx_mlflow_oidc: ca_file /nonexistent/ca.crt is not on the control host: put it there",
+    }
+
+
 def test_settings_of_units(tmp_path: Path) -> None:
     dropins = {
         "slurmd": {"Service": {"LimitNOFILE": 1048576, "Environment": ["A=1", "B=2"], "MemoryMax": None}},

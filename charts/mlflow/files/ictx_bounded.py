@@ -58,6 +58,11 @@ class TooLargeError(Exception):
 
 def create_app():
     """Returns the app that `mlflow server --app-name basic-auth` runs: the entry point here comes before MLflow's."""
-    from mlflow.server import auth
+    from mlflow.server import app, auth
 
+    if "OIDC_ISSUER" in os.environ:
+        import ictx_oidc
+
+        # Before MLflow's own: it refuses who is about to sign in.
+        ictx_oidc.install(app)
     return Bounded(auth.create_app(), int(os.environ["MOST_BODY_BYTES"]))

@@ -5,7 +5,7 @@ MLflow lets everyone who may register versions of a model move its aliases too. 
 them, tags under `ictx.promoted`. Experiments and versions keep their files where the server keeps them. Members of the
 role `reader` change nothing. Everything else is MLflow's own decision, which comes after this one.
 
-Environment: FREE_ALIASES, separated by commas.
+Environment: FREE_ALIASES, separated by commas; OIDC_ISSUER where people sign in (ictx_oidc.py).
 """
 
 import os
@@ -15,6 +15,11 @@ from mlflow.exceptions import MlflowException
 from mlflow.protos import model_registry_pb2 as messages
 from mlflow.protos.service_pb2 import CreateExperiment
 from mlflow.server import auth, handlers
+
+if "OIDC_ISSUER" in os.environ:
+    import ictx_oidc
+else:
+    ictx_oidc = None
 
 FREE_ALIASES = frozenset(os.environ["FREE_ALIASES"].split(","))
 PROMOTER, READER = "promoter", "reader"
@@ -67,8 +72,13 @@ def _raise(error):
 
 
 def _authenticate():
-    """Accepts a user's password, and until the end of a rotation the one before."""
+    """Accepts a user's password, and until the end of a rotation the one before; without one, who has signed in."""
     credentials = request.authorization
+    if credentials is None and ictx_oidc:
+        if person := ictx_oidc.signed_in():
+            return person
+        if request.method == "GET" and "text/html" in request.headers.get("Accept", ""):
+            return ictx_oidc.to_login()
     if credentials is None or credentials.type != "basic":
         return auth.make_basic_auth_response()
     answer = auth.authenticate_request_basic_auth()

@@ -91,6 +91,9 @@ env:
       secretKeyRef:
         name: {{ include "mlflow.authSecret" . }}
         key: flask-secret-key
+  {{- with include "mlflow.oidcEnv" . }}
+  {{- . | nindent 2 }}
+  {{- end }}
   {{- end }}
   - name: MLFLOW_SERVER_ENABLE_JOB_EXECUTION
     value: {{ .Values.server.jobExecution | quote }}
@@ -139,6 +142,11 @@ volumeMounts:
   {{- if .Values.auth.enabled }}
   - name: guard
     mountPath: /etc/mlflow-guard
+    readOnly: true
+  {{- end }}
+  {{- if .Values.auth.oidc.caSecret }}
+  - name: provider
+    mountPath: /etc/mlflow-provider
     readOnly: true
   {{- end }}
   {{- if .Values.tls.existingSecret }}

@@ -8,14 +8,14 @@
 
 {{/* Names and paths that the chart itself uses are refused, whether or not these values use them: a later value might. */}}
 {{- define "mlflow.checkExtra" -}}
-{{- $volumes := list "data" "backup" "tmp" "run" "metrics" "guard" "tls" }}
+{{- $volumes := list "data" "backup" "tmp" "run" "metrics" "guard" "provider" "tls" }}
 {{- range include "mlflow.extra" (list . "extraVolumes") | fromYamlArray }}
 {{- if has .name $volumes }}
 {{- fail (printf "extraVolumes: the pod has a volume %q already: take another name" .name) }}
 {{- end }}
 {{- $volumes = append $volumes .name }}
 {{- end }}
-{{- $paths := list "/data" "/etc/mlflow-guard" "/etc/mlflow-tls" "/run/mlflow" "/run/mlflow/metrics" "/tmp" }}
+{{- $paths := list "/data" "/etc/mlflow-guard" "/etc/mlflow-provider" "/etc/mlflow-tls" "/run/mlflow" "/run/mlflow/metrics" "/tmp" }}
 {{- range include "mlflow.extra" (list . "extraVolumeMounts") | fromYamlArray }}
 {{- if not (has .name $volumes) }}
 {{- fail (printf "extraVolumeMounts: there is no volume %q: add it to extraVolumes" .name) }}

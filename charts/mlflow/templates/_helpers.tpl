@@ -156,6 +156,9 @@ batch/v1beta1
 {{- if .Values.ingress.enabled }}
 {{- $bare = append $bare .Values.ingress.host }}
 {{- end }}
+{{- with .Values.auth.oidc.url }}
+{{- $bare = append $bare (urlParse .).hostname }}
+{{- end }}
 {{- $hosts := list }}
 {{- range $bare }}
 {{- $hosts = concat $hosts (list . (printf "%s:*" .)) }}

@@ -530,6 +530,23 @@ def registries(site: Inventory) -> Iterator[Problem]:
             yield "ictx_registry_external", f"{name} {file} is not on the control host: put it there", ""
 
 
+def sign_in(site: Inventory) -> Iterator[Problem]:
+    """The provider at which people sign in to MLflow is verified, and what opens it is there."""
+    oidc = site.get("ictx_mlflow_oidc")
+    if oidc is None:
+        return
+    if not re.fullmatch(r"https://[^\s?#]+", str(oidc.get("issuer", ""))):
+        yield "ictx_mlflow_oidc", f"issuer is {oidc.get('issuer')!r}: must be the provider's https:// URL", ""
+    if not str(oidc.get("url") or site.get("ictx_mlflow_uri", "")).startswith("https://"):
+        yield "ictx_mlflow_oidc", "sessions would be readable on the network: set url to https://", ""
+    if not site.hosts("k3s_server"):
+        yield "ictx_mlflow_oidc", "has no effect: the group k3s_server is empty, so there is no server of MLflow", ""
+    for name in ("client_secret_file", "ca_file"):
+        file = oidc.get(name)
+        if file and not Path(file).is_file():
+            yield "ictx_mlflow_oidc", f"{name} {file} is not on the control host: put it there", ""
+
+
 def folders(site: Inventory) -> Iterator[Problem]:
     """The platform's folders are its own, and secrets are not on shared storage."""
     shared, state, cache = (site.get(f"ictx_{kind}_dir") for kind in ("shared", "state", "cache"))
@@ -651,7 +668,7 @@ def ports(site: Inventory) -> Iterator[Problem]:
 
 RULES: tuple[Callable[[Inventory], Iterator[Problem]], ...] = (
     partitions, jobs, accounts, node_groups, resources, mig, controllers, addresses, endpoints, folders, receivers,
-    versions, ports, settings, topology, scrapes, proxies, pins, registries, releases
+    versions, ports, settings, topology, scrapes, proxies, pins, registries, releases, sign_in
 )  # fmt: skip
 # Filters that return more of them.
 RULES_ELSEWHERE = ("slurm_rules", "host_rules", "service_rules")
