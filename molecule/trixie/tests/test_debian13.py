@@ -31,6 +31,24 @@ def test_service_runs_and_starts_at_boot(name: str, service: str) -> None:
     assert not node(name).check_output("systemctl --failed --no-legend --plain")
 
 
+def test_packages_come_through_the_site_s_proxy() -> None:
+    log = node("ctl").file("/var/log/site-proxy.log").content_string
+    for name in ("ctl2", *COMPUTE):
+        address = node("ctl").check_output(f"getent ahostsv4 {name}").split()[0]
+        assert re.search(rf"Connect .*\b{re.escape(address)}\b", log), f"{name} went past the proxy"
+    assert "GET http" in log
+
+
+@pytest.mark.parametrize(
+    ("name", "unit", "files"),
+    [("ctl", "slurmctld", 300000), ("ctl2", "slurmctld", 300000), ("n1", "slurmd", 200000), ("n2", "munge", 4096)],
+)
+def test_a_unit_runs_with_the_site_s_settings(name: str, unit: str, files: int) -> None:
+    # What the process has is no more than the machine lets its containers have.
+    shown = node(name).check_output(f"systemctl show --property=ActiveState,LimitNOFILE,NeedDaemonReload {unit}")
+    assert set(shown.splitlines()) == {"ActiveState=active", f"LimitNOFILE={files}", "NeedDaemonReload=no"}
+
+
 @pytest.mark.parametrize("name", COMPUTE)
 def test_systemd_knows_when_slurmd_is_ready(name: str) -> None:
     shown = node(name).check_output("systemctl show --property=Type,NotifyAccess,StatusText,Delegate slurmd")
