@@ -66,12 +66,14 @@ def loaded(path: Path) -> types.ModuleType:
     return module
 
 
-def play(folder: Path, tasks: list[dict[str, Any]], variables: dict[str, Any]) -> subprocess.CompletedProcess[str]:
-    """Runs tasks on this machine."""
+def play(
+    folder: Path, tasks: list[dict[str, Any]], variables: dict[str, Any], **keywords: Any
+) -> subprocess.CompletedProcess[str]:
+    """Runs tasks on this machine, in a play with these keywords."""
     file = folder / "play.yml"
     given = {**variables, "ansible_python_interpreter": sys.executable}
     start = {"hosts": "localhost", "connection": "local", "gather_facts": False, "vars": given, "tasks": tasks}
-    file.write_text(yaml.safe_dump([start]))
+    file.write_text(yaml.safe_dump([start | keywords]))
     return subprocess.run(
         ["ansible-playbook", "-i", "localhost,", str(file)],
         cwd=Path(__file__).resolve().parents[1],
