@@ -19,7 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.language.extra.cuda import gdc_wait
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ictx.kernels.decode.join_triton import arrive, ticket_of, wait
 from ictx.kernels.decode.schedule_triton import first_of, owner_of, parts_of, program_of, sequence_tiles, span_of
@@ -77,6 +77,7 @@ def decode(
     program = gl.program_id(0)
     programs = gl.num_programs(0)
     if DEPENDENT:
+        gdc_launch_dependents()
         gdc_wait()
     alone = batch == 1
     total = 0

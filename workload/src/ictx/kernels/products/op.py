@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ictx.kernels import dispatch
+from ictx.kernels.carveout import prefer_l1
 from ictx.kernels.layout import LATENT, ROPE
 from ictx.kernels.rope_cache.op import check, mla_rope_cache, row_constants, rows_of, strides_of
 
@@ -87,11 +88,12 @@ def project(
     out = torch.empty(1, rows, dtype=x.dtype, device=x.device)
     fixed = constants(width, up is not None)
     grid = (-(-rows // fixed["BLOCK"]), 1)
-    kernels.project[grid](
+    launched = kernels.project[grid](
         x, gain if gain is not None else x, weight, up if up is not None else weight,
         residual if residual is not None else x, out, eps, rows, 0, 0, weight.stride(0), 0,
         NORM=gain is not None, GATED=up is not None, ADD=residual is not None, **fixed, **_options(x.device),
     )  # fmt: skip
+    prefer_l1(launched)
     return out
 
 
@@ -118,12 +120,13 @@ def absorb(q: Tensor, w_kv: Tensor, cos: Tensor, sin: Tensor, new: NewRow) -> Te
     from ictx.kernels.products import triton as kernels
 
     out = torch.empty(1, 1, heads, LATENT + ROPE, dtype=q.dtype, device=q.device)
-    kernels.absorb[(heads * (LATENT // COLUMNS) + 1,)](
+    launched = kernels.absorb[(heads * (LATENT // COLUMNS) + 1,)](
         q, w_kv, cos, sin, out, w_kv.stride(0), heads, new.x, new.gain, new.slots,
         *rows_of(new.cache, q.dtype, new.stored), new.eps, new.x.stride(0), *strides_of(new.cache),
         NOPE=nope, PADDED=1 << (nope - 1).bit_length(), COLUMNS=COLUMNS,
         **row_constants(new.stored), **_options(q.device),
     )  # fmt: skip
+    prefer_l1(launched)
     return out
 
 
@@ -142,8 +145,9 @@ def expand(out: Tensor, w_kv: Tensor, value: int) -> Tensor:
 
     result = torch.empty(1, heads * value, dtype=out.dtype, device=out.device)
     fixed = constants(LATENT, False)
-    kernels.project[(-(-value // fixed["BLOCK"]), heads)](
+    launched = kernels.project[(-(-value // fixed["BLOCK"]), heads)](
         out, out, weight, weight, out, result, 0.0, value, LATENT, weight.stride(0), weight.stride(1), value,
         NORM=False, GATED=False, ADD=False, **fixed, **_options(out.device),
     )  # fmt: skip
+    prefer_l1(launched)
     return result

@@ -2,7 +2,8 @@
 
 A program asks for its part of the weight before it waits for the vector: on Hopper and later (DEPENDENT) the launch
 before it is still running then (programmatic dependent launch), so that the weights are on their way while it ends.
-Sums are float32.
+They are read once, and so are the first to leave the caches (`evict_first`): the vector, which all programs read, and
+what the next launch reads stay. Sums are float32.
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ def project(
     row_ok, column_ok = row < rows, column < WIDTH
     ok = row_ok[:, None] & column_ok[None, :]
     at = row[:, None].to(tl.int64) * weight_row + column[None, :]
-    weight = tl.load(weight_ptr + group * weight_group + at, ok, other=0.0)
+    weight = tl.load(weight_ptr + group * weight_group + at, ok, other=0.0, eviction_policy="evict_first")
     if GATED:
-        up = tl.load(up_ptr + at, ok, other=0.0)
+        up = tl.load(up_ptr + at, ok, other=0.0, eviction_policy="evict_first")
     if NORM:
         gain = tl.load(gain_ptr + column, column_ok, other=0.0).to(tl.float32)
     if DEPENDENT:
@@ -85,7 +86,8 @@ def absorb(
         column = part * COLUMNS + tl.arange(0, COLUMNS)
         ok = row < NOPE
         weight = tl.load(
-            weight_ptr + head * weight_head + row[:, None] * LATENT + column[None, :], ok[:, None], other=0.0
+            weight_ptr + head * weight_head + row[:, None] * LATENT + column[None, :], ok[:, None], other=0.0,
+            eviction_policy="evict_first",
         )  # fmt: skip
         if DEPENDENT:
             gdc_launch_dependents()
