@@ -113,7 +113,7 @@ WRONG: dict[str, dict[str, Any]] = {
     "ansible_host (n2): 255.255.255.255 is no address of a host": at("255.255.255.255"),
     "ictx_address: n1 and n2 have the same address, 192.0.2.77": {
         "per_host": {"n1": {"ictx_address": "192.0.2.77"}, "n2": {"ictx_address": "192.0.2.77", "ansible_port": 2222}}},
-    "host n1: is N1 but for capitals, which names in DNS do not tell apart": {"groups": {"slurm_login": ["login1", "N1"]}},
+    "host n1: differs from N1 in capitals only, which DNS ignores": {"groups": {"slurm_login": ["login1", "N1"]}},
     "host prometheus: has the name of a group": {"groups": {"prometheus": ["prometheus"]}},
     "host localhost: is left out by the plays: give it the machine's name": {"groups": {"slurm_login": ["localhost"]}},
     "host n-.x: has a part that is empty, or begins or ends with '-'": {"groups": {"slurm_login": ["n-.x"]}},

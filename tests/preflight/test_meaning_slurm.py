@@ -101,8 +101,8 @@ WRONG: dict[str, dict[str, Any]] = {
     "slurm_health_disks: 2 items have the path /": {"slurm_health_disks": [{"path": "/", "min_free_mb": 1}, {"path": "/", "min_free_mb": 5}]},
     "slurm_config: MaxJobCuont is no key of SLURM; did you mean MaxJobCount?": {"slurm_config": {"MaxJobCuont": 5}},
     "slurm_cgroup_config: ConstrainCore is no key of SLURM; did you mean ConstrainCores?": {"slurm_cgroup_config": {"ConstrainCore": True}},
-    "slurm_config: 2 keys are maxjobcount but for capitals": {"slurm_config": {"MaxJobCount": 5, "maxjobcount": 6}},
-    "slurm_node_groups: 2 groups have the name a but for capitals: rename one": {
+    "slurm_config: 2 keys are maxjobcount, whatever their capitals": {"slurm_config": {"MaxJobCount": 5, "maxjobcount": 6}},
+    "slurm_node_groups: 2 groups are named a, whatever their capitals: rename one": {
         "slurm_node_groups": [{"name": name, "nodes": node, "cpus": 1, "memory_mb": 1} for name, node in (("A", "n1"), ("a", "n2"))]},
     "slurm_jobs_pretrain_config: pretrain/ictx-1bb.yaml is not in workload/configs, which images are made of; did you mean pretrain/ictx-1b.yaml?": {
         "slurm_jobs_pretrain_config": "pretrain/ictx-1bb.yaml"},

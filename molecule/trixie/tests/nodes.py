@@ -59,7 +59,7 @@ def power_on(name: str) -> None:
     environment = {**os.environ, "CONTAINERS_CONF": os.path.join(os.environ["ICTX_LAB_STATE"], "containers.conf")}
     for command in (["podman", "wait", container], ["podman", "start", container]):
         subprocess.run(command, check=True, capture_output=True, env=environment, timeout=900)
-    node("ctl").check_output("/usr/local/sbin/use-up-namespace-ids")  # the program says why
+    node("ctl").check_output("/usr/local/sbin/use-up-namespace-ids")  # its docstring has the reason
 
 
 def played(*arguments: str, status: int = 0) -> str:

@@ -267,7 +267,7 @@ def node_groups(site: Inventory) -> Iterator[Problem]:
     compute, seen = site.hosts("slurm_compute"), {}
     for name, count in Counter(str(group["name"]).lower() for group in site.get("slurm_node_groups", [])).items():
         if count > 1:
-            yield "slurm_node_groups", f"{count} groups have the name {name} but for capitals: rename one", ""
+            yield "slurm_node_groups", f"{count} groups are named {name}, whatever their capitals: rename one", ""
     for group in site.get("slurm_node_groups", []):
         name = group["name"]
         try:

@@ -62,12 +62,12 @@ def addresses(site: Any) -> Iterator[Problem]:
 
 
 def names(site: Any) -> Iterator[Problem]:
-    """Hosts are told apart by their names, without capitals, and from groups."""
+    """Names of hosts are unique, whatever their capitals, and no group has the same one."""
     hosts = site.hosts("all")
     for name, count in Counter(str(host).lower() for host in hosts).items():
         if count > 1:
             first, second = [host for host in hosts if host.lower() == name][:2]
-            text = f"is {first} but for capitals, which names in DNS do not tell apart: rename one"
+            text = f"differs from {first} in capitals only, which DNS ignores: rename one"
             yield f"host {second}", text, ""
     for host in hosts:
         if host in site.groups:

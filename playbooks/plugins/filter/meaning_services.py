@@ -265,7 +265,7 @@ def kubernetes(site: Any) -> Iterator[Problem]:
             nets = ranges["service-cidr"]
             # Nodes of IPv6 have other networks unless set.
             set_here = "service-cidr" in config or ":" not in text
-            inside = at and any(at.version == net.version and at.subnet_of(net) for net in nets)  # type: ignore[arg-type]
+            inside = at and any(at.version == net.version and at.subnet_of(net) for net in nets)
             if text and set_here and not inside:
                 yield "k3s_config.cluster-dns", f"{text} is not in service-cidr ({', '.join(map(str, nets))})", host
 

@@ -205,7 +205,7 @@ def keys(site: Any) -> Iterator[Problem]:
                 yield where, f"{key} is no key of SLURM{_hint(key, known)}", ""
         for key, count in Counter(map(str.lower, given)).items():
             if count > 1:
-                yield where, f"{count} keys are {key} but for capitals, which SLURM does not tell apart: leave one", ""
+                yield where, f"{count} keys are {key}, whatever their capitals, which SLURM ignores: leave one", ""
 
 
 def same(site: Any) -> Iterator[Problem]:
