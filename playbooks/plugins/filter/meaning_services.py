@@ -33,22 +33,14 @@ CALENDAR = (
 CRON = ((0, 59), (0, 23), (1, 31), (1, 12), (0, 7))
 MODULES = ("http", "https", "tcp")
 SCRAPE_KEYS = (
-    *(
-        "job_name",
-        "scrape_interval",
-        "scrape_timeout",
-        "metrics_path",
-        "scheme",
-        "params",
-        "honor_labels",
-        "basic_auth",
-    ),
-    *("honor_timestamps", "static_configs", "relabel_configs", "metric_relabel_configs", "authorization", "oauth2"),
-    *("tls_config", "proxy_url", "follow_redirects", "enable_http2", "sample_limit", "label_limit", "target_limit"),
-    *("body_size_limit", "label_name_length_limit", "label_value_length_limit", "scrape_protocols", "file_sd_configs"),
-    *("http_sd_configs", "dns_sd_configs", "kubernetes_sd_configs", "consul_sd_configs", "ec2_sd_configs", "no_proxy"),
-    *("keep_dropped_targets", "track_timestamps_staleness", "proxy_from_environment", "enable_compression"),
-)
+    "job_name", "scrape_interval", "scrape_timeout", "metrics_path", "scheme", "params", "honor_labels",
+    "basic_auth", "honor_timestamps", "static_configs", "relabel_configs", "metric_relabel_configs",
+    "authorization", "oauth2", "tls_config", "proxy_url", "follow_redirects", "enable_http2", "sample_limit",
+    "label_limit", "target_limit", "body_size_limit", "label_name_length_limit", "label_value_length_limit",
+    "scrape_protocols", "file_sd_configs", "http_sd_configs", "dns_sd_configs", "kubernetes_sd_configs",
+    "consul_sd_configs", "ec2_sd_configs", "no_proxy", "keep_dropped_targets", "track_timestamps_staleness",
+    "proxy_from_environment", "enable_compression"
+)  # fmt: skip
 DURATION = re.compile(r"(\d+(ms|[ywdhms]))+")
 
 
@@ -101,11 +93,8 @@ def folders(site: Any) -> Iterator[Problem]:
     for name in ("prometheus_storage_dir", "storage_nfs_export"):
         folder = str(site.get(name) or "")
         if shared and f"{folder}/".startswith(f"{shared}/"):
-            what = (
-                "a network file system, where it would be damaged"
-                if name.startswith("p")
-                else "where its clients mount it"
-            )
+            export = name == "storage_nfs_export"
+            what = "where its clients mount it" if export else "a network file system, where it would be damaged"
             yield name, f"{folder} is on the shared directory ({shared}), {what}: take a folder of a local disk", ""
     state, backup = (str(site.get(f"ictx_{name}") or "") for name in ("state_dir", "backup_repository"))
     if state and backup and f"{backup}/".startswith(f"{state.rstrip('/')}/"):
