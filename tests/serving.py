@@ -46,7 +46,7 @@ def complete(secret: str, **more: Any) -> tuple[int, str]:
 
 @dataclass
 class Client:
-    """Asks again and again, as fast as answers come, until it is left; remembers every failure."""
+    """Sends requests, as fast as answers come, until it is left; remembers every failure."""
 
     secret: Callable[[], str] = key
     answered: int = 0

@@ -9,7 +9,7 @@ from programs import play
 
 
 def test_facts_are_gathered_afresh_on_each_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("ANSIBLE_CACHE_PLUGIN")  # what ansible.cfg says counts
+    monkeypatch.delenv("ANSIBLE_CACHE_PLUGIN")  # the value in ansible.cfg counts
     fact = tmp_path / "mounted.fact"
     # As a play gathers them, which with `gathering = smart` trusts a cache.
     tasks = [{"ansible.builtin.debug": {"msg": "mounted: {{ ansible_facts.ansible_local.mounted }}"}}]

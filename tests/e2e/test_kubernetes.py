@@ -78,7 +78,7 @@ def url(image: str, core: client.CoreV1Api, lab: Lab) -> Iterator[str]:
 
 
 def ours(volume: Any) -> bool:
-    """Tells whether a volume is the release's."""
+    """Returns whether a volume is the release's."""
     return bool(volume.spec.claim_ref.namespace == NAMESPACE)
 
 

@@ -61,7 +61,7 @@ def basic(user: str, password: str) -> str:
 
 @contextmanager
 def steady(ask: Callable[[], int]) -> Iterator[list[int]]:
-    """Asks again and again until the block ends; yields the statuses that were not 200."""
+    """Queries again and again until the block ends; yields the statuses that were not 200."""
     refused: list[int] = []
     asked, ended = threading.Event(), threading.Event()
 

@@ -151,7 +151,7 @@ class Api(BaseHTTPRequestHandler):
         self.wfile.write(json.dumps(OBJECTS[self.path] if allowed else {}).encode())
 
     def log_message(self, *words: object) -> None:
-        """Says nothing."""
+        """Logs nothing."""
 
 
 @pytest.fixture

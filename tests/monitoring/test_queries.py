@@ -88,7 +88,7 @@ def metrics_of(prometheus: Any) -> set[str]:
 
 
 class Exporter(BaseHTTPRequestHandler):
-    """Tells the recorded metrics."""
+    """Exposes the recorded metrics."""
 
     def do_GET(self) -> None:
         """Answers every request with all of them."""
@@ -99,7 +99,7 @@ class Exporter(BaseHTTPRequestHandler):
         self.wfile.write(text.encode())
 
     def log_message(self, *words: object) -> None:
-        """Says nothing."""
+        """Logs nothing."""
 
 
 @pytest.fixture(scope="module")

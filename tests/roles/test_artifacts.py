@@ -65,7 +65,7 @@ class Publisher(SimpleHTTPRequestHandler):
         return None
 
     def log_message(self, format: str, *arguments: object) -> None:
-        """Says nothing."""
+        """Logs nothing."""
 
 
 @pytest.fixture
@@ -253,7 +253,7 @@ def test_a_bundle_that_is_not_whole_leaves_nothing(artifacts: Run, tmp_path: Pat
     there = tmp_path / "there"
     digest = hashlib.sha256(b"x").hexdigest()
     for files, listed, words in [
-        ({"a": b"y"}, {"a": digest}, "a is not what its manifest says"),
+        ({"a": b"y"}, {"a": digest}, "a differs from its manifest"),
         ({}, {"a": digest}, "lacks a"),
         ({"a": b"x", "b": b"x"}, {"a": digest}, "has b, which its manifest does not list"),
         ({"../a": b"x"}, {"../a": digest}, "has ../a, which"),

@@ -22,7 +22,7 @@ class Quiet(SimpleHTTPRequestHandler):
     """Serves a folder and logs nothing."""
 
     def log_message(self, format: str, *arguments: object) -> None:
-        """Says nothing."""
+        """Logs nothing."""
 
 
 @pytest.fixture(scope="module")

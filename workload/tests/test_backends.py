@@ -218,7 +218,7 @@ def test_releases_are_verified_by_their_own_authority(tmp_path: Path, certificat
     authority, crt, key = certificate
     with running("one", "small") as one, running("two", "large", tls=(crt, key)) as two:
         with fronting(tmp_path, one, (two, 100), ICTX_REPLICAS_CA=str(authority)) as url:
-            # The certificate is for `ictx-serving`, the address says `localhost`.
+            # The certificate is for `ictx-serving`, the address is `localhost`.
             assert models(url) == ["small"]
         with pytest.MonkeyPatch.context() as patch:
             found = socket.getaddrinfo

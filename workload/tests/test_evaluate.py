@@ -90,9 +90,9 @@ def test_the_command_measures_files_and_goes_on_where_it_was(
     command = ["eval", "perplexity", "--model", checkpoint, "--files", tmp_path / "text", "--length", 100]
     command += ["--samples", 6, "--out", tmp_path / "out"]
     assert ictx(monkeypatch, *command, "--batch-size", 2) == 0
-    told = capsys.readouterr().out
-    assert "perplexity: 6 samples; 600 tokens to read and write, batch size 2" in told
-    assert "the first batch took" in told and (tmp_path / "out/perplexity.png").stat().st_size > 1000
+    printed = capsys.readouterr().out
+    assert "perplexity: 6 samples; 600 tokens to read and write, batch size 2" in printed
+    assert "the first batch took" in printed and (tmp_path / "out/perplexity.png").stat().st_size > 1000
     first, lines = result(tmp_path / "out"), (tmp_path / "out/samples.jsonl").read_bytes()
     # A killed process leaves half a line.
     kept = lines.splitlines(keepends=True)
@@ -155,8 +155,8 @@ def test_wrong_requests_are_one_line(
     words = [word.format(text=tmp_path / "text") for word in arguments]
     model = [] if "--model" in words else ["--model", checkpoint]
     assert ictx(monkeypatch, "eval", *words, *model, "--out", tmp_path / "out") == 2
-    told = capsys.readouterr().err
-    assert message in told and told.count("\n") == 1
+    printed = capsys.readouterr().err
+    assert message in printed and printed.count("\n") == 1
 
 
 def test_a_needle_is_where_it_is_said_to_be_and_the_prompt_as_long(checkpoint: Path) -> None:

@@ -71,5 +71,5 @@ def test_a_version_that_does_not_exist_is_one_line(
     command: list[object], tmp_path: Path, uri: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert ictx(monkeypatch, *command, uri, "--out", tmp_path / "out") == 2
-    told = capsys.readouterr().err
-    assert f"{uri} does not exist" in told and told.count("\n") == 1
+    printed = capsys.readouterr().err
+    assert f"{uri} does not exist" in printed and printed.count("\n") == 1

@@ -82,8 +82,8 @@ def test_a_wrong_setting_is_one_line(
     stage: list[object], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], setting: str, message: str
 ) -> None:
     assert ictx(monkeypatch, *stage, "--set", setting) == 2
-    told = capsys.readouterr().err
-    assert message in told and told.count("\n") == 1
+    printed = capsys.readouterr().err
+    assert message in printed and printed.count("\n") == 1
 
 
 def test_options_are_words_of_the_command_line(tmp_path: Path) -> None:

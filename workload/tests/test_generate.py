@@ -182,8 +182,8 @@ def test_wrong_requests_are_one_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert ictx(monkeypatch, "generate", "--checkpoint", checkpoint, *arguments) == 2
-    told = capsys.readouterr().err
-    assert message in told and told.count("\n") == 1
+    printed = capsys.readouterr().err
+    assert message in printed and printed.count("\n") == 1
 
 
 def test_sizes_beyond_all_bounds_are_those_of_the_text(
@@ -208,8 +208,8 @@ def test_weights_that_are_not_finite_are_refused_by_name(
         model.model.embed_tokens.weight[5, 3] = value
     save_pretrained(model, tmp_path / "model", checkpoint)
     assert ictx(monkeypatch, *command, "--checkpoint", tmp_path / "model") == 2
-    told = capsys.readouterr().err
-    assert "tensor model.embed_tokens.weight holds NaN or infinity" in told and told.count("\n") == 1
+    printed = capsys.readouterr().err
+    assert "tensor model.embed_tokens.weight holds NaN or infinity" in printed and printed.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
 
@@ -231,20 +231,20 @@ def test_the_command_streams_text_and_tells_speed_and_cache(
 ) -> None:
     arguments = ["generate", "--checkpoint", checkpoint, "--max-new-tokens", "20", "--chunk-size", "4"]
     assert ictx(monkeypatch, *arguments, "--prompt", "grün", "--cache-dtype", "bfloat16") == 0
-    told = capsys.readouterr()
+    printed = capsys.readouterr()
     prompt = Vocabulary.load(checkpoint).encode("grün", chat=False)
     assert len(prompt) == 5, "ü is two bytes"
     model = load_pretrained(checkpoint)
     stop = Vocabulary.load(checkpoint).stop
     tokens = list(generate(model, prompt, max_new_tokens=20, stop=stop, cache_dtype=torch.bfloat16))
     text = Vocabulary.load(checkpoint).tokenizer.decode(tokens)
-    assert told.out.rstrip("\n").rstrip("�") == text.rstrip("�").rstrip("\n")
+    assert printed.out.rstrip("\n").rstrip("�") == text.rstrip("�").rstrip("\n")
     assert re.search(
-        r"5 prompt tokens at [\d,]+ tokens/s, \d+ new tokens at [\d,.]+ tokens/s, cache [\d.]+ MiB", told.err
+        r"5 prompt tokens at [\d,]+ tokens/s, \d+ new tokens at [\d,.]+ tokens/s, cache [\d.]+ MiB", printed.err
     )
     (tmp_path / "prompt").write_text("grün")
     assert ictx(monkeypatch, *arguments, "--prompt-file", tmp_path / "prompt", "--cache-dtype", "bfloat16") == 0
-    assert capsys.readouterr().out == told.out
+    assert capsys.readouterr().out == printed.out
 
 
 def test_a_chat_uses_the_template(checkpoint: Path, tmp_path: Path) -> None:
@@ -346,7 +346,7 @@ def test_a_gpu_generates_by_the_captured_step(cache_dtype: str | None, monkeypat
 def test_what_is_compiled_is_in_no_rate(checkpoint: Path, tmp_path: Path) -> None:
     """A first use, which compiles everything, is as fast as the next. Float32 weights become 16-bit ones."""
     save_pretrained(small(vocab_size=258), tmp_path / "model", checkpoint)
-    told = []
+    printed = []
     for _ in range(2):
         done = subprocess.run(
             [sys.executable, "-m", "ictx", "generate", "--checkpoint", tmp_path / "model", "--prompt", "x" * 40],
@@ -357,8 +357,8 @@ def test_what_is_compiled_is_in_no_rate(checkpoint: Path, tmp_path: Path) -> Non
             r"at ([\d,]+) tokens/s, .* at ([\d,.]+) tokens/s, .* ([\d.]+) s to .* step captured", done.stderr
         )
         assert found, done.stderr
-        told.append([float(number.replace(",", "")) for number in found.groups()])
-    (prefill, decode, ready), (warm_prefill, warm_decode, warm_ready) = told
+        printed.append([float(number.replace(",", "")) for number in found.groups()])
+    (prefill, decode, ready), (warm_prefill, warm_decode, warm_ready) = printed
     assert prefill > warm_prefill / 3 and decode > warm_decode / 3 and ready > warm_ready
 
 

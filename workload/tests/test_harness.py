@@ -76,8 +76,8 @@ def test_what_must_be_downloaded_is_one_line_without_a_network(
         # Offline is read when `datasets` is imported, which may have been before.
         monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
         assert ictx(monkeypatch, *command, "--tasks", "hellaswag", "--samples", 1) == 2
-        told = capsys.readouterr().err.splitlines()[-1]
-        assert told.startswith("ictx: a task's data cannot be downloaded") and "--tasks-dir" in told
+        printed = capsys.readouterr().err.splitlines()[-1]
+        assert printed.startswith("ictx: a task's data cannot be downloaded") and "--tasks-dir" in printed
         for words, reason in (
             (["--samples", "-1"], "samples is -1: expected 0 or more"),
             (["--batch-size", "0"], "batch-size is 0: expected 1 or more"),

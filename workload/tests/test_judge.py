@@ -109,9 +109,9 @@ def test_grades_are_asked_with_the_settings_and_summed_up(
     with serving(Server(answer=fair)) as server:
         command = ["--model", checkpoint, "--prompts", prompts, "--out", tmp_path / "out", "--temperature", 0.4]
         assert run(monkeypatch, server, *command, "--check", 4, "--sampling", '{"repetition_penalty": 1.03}') == 0
-    told = capsys.readouterr().out
-    assert "the judge prefers the right answer to a wrong one in 100% of 4" in told
-    assert "judge: 6 samples" in told and "judge_score: 4 (95 %: 4 to 4)" in told
+    printed = capsys.readouterr().out
+    assert "the judge prefers the right answer to a wrong one in 100% of 4" in printed
+    assert "judge: 6 samples" in printed and "judge_score: 4 (95 %: 4 to 4)" in printed
     body = server.asked[0]
     assert (body["temperature"], body["top_p"], body["max_tokens"], body["repetition_penalty"]) == (
         0.4,
@@ -155,9 +155,9 @@ def test_a_judge_that_answers_nonsense_ends_it_in_one_line(
     with serving(Server(answer=lambda body: text("I like it."))) as server:
         command = ["--model", checkpoint, "--prompts", prompts, "--out", tmp_path / "out", "--attempts", 2]
         assert run(monkeypatch, server, *command) == 2
-        told = capsys.readouterr()
-        assert "none of the judge's answers could be parsed (6 tried, 0 rejected)" in told.err
-        assert "its grades mean nothing" in told.out and told.err.count("\n") == 1
+        printed = capsys.readouterr()
+        assert "none of the judge's answers could be parsed (6 tried, 0 rejected)" in printed.err
+        assert "its grades mean nothing" in printed.out and printed.err.count("\n") == 1
         server.answer = lambda body: (400, {}, b"too long")
         assert run(monkeypatch, server, *command[:4], "--out", tmp_path / "out2", "--check", 0) == 2
         assert "(6 tried, 6 rejected)" in capsys.readouterr().err
@@ -192,8 +192,8 @@ def test_wrong_requests_are_one_line(
     with serving(Server(answer=fair)) as server:
         given = [] if "--prompts" in words else ["--prompts", prompts]
         assert run(monkeypatch, server, "--model", checkpoint, *given, *words, "--out", tmp_path / "out") == 2
-    told = capsys.readouterr().err
-    assert reason in told and told.count("\n") == 1
+    printed = capsys.readouterr().err
+    assert reason in printed and printed.count("\n") == 1
 
 
 def test_a_chat_s_last_answer_is_the_reference() -> None:

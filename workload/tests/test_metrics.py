@@ -72,10 +72,10 @@ def test_the_peak_follows_the_gpus_name(name: str, peak: float | None, monkeypat
     assert peak_flops(torch.device("cuda", 0)) == peak
 
 
-@pytest.mark.parametrize(("loss", "told"), [(9.377, "27% above"), (3.69, "50% below"), (7.383, "0% below")])
-def test_a_loss_is_reported_above_or_below_the_unigram_entropy(loss: float, told: str) -> None:
+@pytest.mark.parametrize(("loss", "expected"), [(9.377, "27% above"), (3.69, "50% below"), (7.383, "0% below")])
+def test_a_loss_is_reported_above_or_below_the_unigram_entropy(loss: float, expected: str) -> None:
     stage = object.__new__(Pretraining)
     stage.unigram_entropy = 7.383
     further, line = stage.conclude({"val_loss": loss})
     assert further == {"unigram_entropy": 7.383}
-    assert line == f"validation loss {loss:.3f} nats per token, {told} the corpus's unigram entropy 7.383"
+    assert line == f"validation loss {loss:.3f} nats per token, {expected} the corpus's unigram entropy 7.383"

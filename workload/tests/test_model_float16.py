@@ -145,10 +145,10 @@ def test_export_refuses_names_the_layer_and_rescales(
     command = ["ictx", "export", "--checkpoint", str(tmp_path / "model"), "--out", str(tmp_path / "half")]
     monkeypatch.setattr(sys, "argv", [*command, "--dtype", "float16"])
     assert main() == 2
-    told = capsys.readouterr().err
-    assert "ictx: model.layers.1.mlp." in told
-    assert "within 4× of float16's largest number, 65,504" in told
-    assert "export with --rescale, or as bfloat16" in told
+    printed = capsys.readouterr().err
+    assert "ictx: model.layers.1.mlp." in printed
+    assert "within 4× of float16's largest number, 65,504" in printed
+    assert "export with --rescale, or as bfloat16" in printed
     assert not (tmp_path / "half").exists()
     monkeypatch.setattr(sys, "argv", [*command, "--dtype", "float16", "--rescale"])
     assert main() == 0
@@ -160,5 +160,5 @@ def test_export_refuses_names_the_layer_and_rescales(
         model.lm_head.weight.mul_(2.0**14)
     save_pretrained(model, tmp_path / "model")
     assert main() == 2
-    assert "lm_head output reaches" in (told := capsys.readouterr().err)
-    assert "no scale of the weights changes that" in told
+    assert "lm_head output reaches" in (printed := capsys.readouterr().err)
+    assert "no scale of the weights changes that" in printed

@@ -71,8 +71,8 @@ def test_a_record_tells_what_a_step_is_made_of(whole: Path) -> None:
 
 
 def test_a_record_tells_of_what_comes_between_steps(whole: Path) -> None:
-    told = records(whole)
-    pauses = {name: [r["step"] for r in told if r[f"{name}_seconds"] > 0] for name in ("evaluation", "checkpoint")}
+    logged = records(whole)
+    pauses = {name: [r["step"] for r in logged if r[f"{name}_seconds"] > 0] for name in ("evaluation", "checkpoint")}
     # A checkpoint is written after the record of its step; that of the last step is in none.
     assert pauses == {"evaluation": [60, 120], "checkpoint": [EVERY + 1, 2 * EVERY + 1]}
 
@@ -411,9 +411,9 @@ def test_a_gradient_that_is_not_finite_changes_nothing(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", commands.tracking_uri)
     make_nan(monkeypatch, {3, 6})
     assert train(short(commands, prepared, tmp_path)) == 0
-    told = [strict(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [record["skipped_steps"] for record in told] == [0, 0, 1, 0, 0, 1]
-    assert ["gradient_norm" in record for record in told] == [True, True, False, True, True, False]
+    logged = [strict(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [record["skipped_steps"] for record in logged] == [0, 0, 1, 0, 0, 1]
+    assert ["gradient_norm" in record for record in logged] == [True, True, False, True, True, False]
     assert strict((tmp_path / "result.json").read_text())["val_loss"] > 0
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000006"]
     for name, weight in load_pretrained(tmp_path / "export").state_dict().items():

@@ -147,8 +147,8 @@ def test_the_command_scores_what_the_model_writes(
     model = export(tmp_path / "model", max_position_embeddings=3000)
     command = ["eval", "ruler", "--model", model, "--tasks", "qa_1", "niah_single_1", "--lengths", 1200, "--samples", 2]
     assert ictx(monkeypatch, *command, "--out", tmp_path / "out") == 0
-    told = capsys.readouterr().out
-    assert "ruler: 4 samples; 4,800 tokens to read and write" in told
+    printed = capsys.readouterr().out
+    assert "ruler: 4 samples; 4,800 tokens to read and write" in printed
     records = [json.loads(line) for line in (tmp_path / "out/samples.jsonl").read_text().splitlines()]
     assert [record["task"] for record in records] == ["niah_single_1"] * 2 + ["qa_1"] * 2
     result = json.loads((tmp_path / "out/result.json").read_text())
@@ -161,8 +161,8 @@ def test_the_command_scores_what_the_model_writes(
         (["--samples", "0"], "samples is 0: expected 1 or more"),
     ):
         assert ictx(monkeypatch, *command, *words_, "--out", tmp_path / "other") == 2
-        told = capsys.readouterr().err
-        assert reason in told and told.count("\n") == 1
+        printed = capsys.readouterr().err
+        assert reason in printed and printed.count("\n") == 1
 
 
 def test_a_model_behind_an_endpoint_answers_each_task_within_its_room(

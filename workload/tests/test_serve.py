@@ -181,9 +181,9 @@ def test_two_pods_that_share_a_volume_take_turns(registered: Registered, exporte
     version, target = registered(), tmp_path / "m"
     command = [sys.executable, "-m", "ictx", "pull", f"models:/{NAME}/{version}", "--to", str(target)]
     pods = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    told = [pod.communicate(timeout=600)[0] for pod in pods]
-    assert [pod.returncode for pod in pods] == [0, 0], told
-    assert sorted("fetched model.safetensors" in text for text in told) == [False, True], told
+    printed = [pod.communicate(timeout=600)[0] for pod in pods]
+    assert [pod.returncode for pod in pods] == [0, 0], printed
+    assert sorted("fetched model.safetensors" in text for text in printed) == [False, True], printed
     assert files(target) == files(exported)
 
 

@@ -95,7 +95,7 @@ class Handler(BaseHTTPRequestHandler):
     server: WandbServer
 
     def log_message(self, *_: Any) -> None:
-        """Says nothing."""
+        """Logs nothing."""
 
     def answer(self) -> None:
         """Answers a request of any kind."""

@@ -56,7 +56,7 @@ def test_a_user_sees_idle_nodes() -> None:
 def test_a_user_runs_a_job_on_every_node_and_finds_it_in_the_accounts() -> None:
     assert sorted(as_user("srun --nodes=2 hostname").split()) == COMPUTE
     accounts = "sacct --noheader --allocations --parsable2 --format=State,NodeList --name=hostname"
-    # The controller tells the database a moment later.
+    # The controller reports to the database a moment later.
     for _ in range(30):
         if found := as_user(accounts).split():
             break

@@ -1,4 +1,4 @@
-"""What SLURM enforces with the machine's cgroups: a job has what it asked for, and its user is nowhere without one."""
+"""What SLURM enforces with the machine's cgroups: a job has what it requested, and its user is nowhere without one."""
 
 from __future__ import annotations
 

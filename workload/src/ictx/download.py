@@ -33,7 +33,7 @@ class Source:
 
     @classmethod
     def find(cls, client: MlflowClient, ref: ModelRef) -> Source:
-        """Asks the registry. Raises UserError."""
+        """Queries the registry. Raises UserError."""
         found = ref.find(client)
         uri = client.get_model_version_download_uri(ref.name, found.version)
         tags = found.tags or {}

@@ -176,7 +176,7 @@ class Mirror:
                     archive.extract(member, draft, filter="data")
                     if sha256(draft / member.name) != expected.pop(member.name):
                         raise ArtifactError(
-                            f"{bundle}: {member.name} is not what its manifest says; nothing was taken over"
+                            f"{bundle}: {member.name} differs from its manifest; nothing was taken over"
                         )
                     taken.append(Path(member.name))
             if expected:

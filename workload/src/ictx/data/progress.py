@@ -18,7 +18,7 @@ class Progress:
     def __init__(self, what: str, total: int | None = None, unit: str = "B") -> None:
         """Starts at nothing."""
         self.what, self.total, self.unit, self.done = what, total, unit, 0
-        self.began = self.told = time.monotonic()
+        self.began = self.printed = time.monotonic()
         terminal = sys.stderr.isatty()
         self.bar = tqdm(desc=what, total=total, unit=unit, unit_scale=True, file=sys.stderr) if terminal else None
 
@@ -27,9 +27,9 @@ class Progress:
         self.done += count
         if self.bar is not None:
             self.bar.update(count)
-        elif time.monotonic() - self.told > PAUSE:
-            self.told = time.monotonic()
-            rate = self.done / (self.told - self.began)
+        elif time.monotonic() - self.printed > PAUSE:
+            self.printed = time.monotonic()
+            rate = self.done / (self.printed - self.began)
             share = f" ({min(self.done / self.total, 1):.0%})" if self.total else ""
             if self.unit == "B":
                 print(f"{self.what}: {self.done / 1e6:,.0f} MB{share}, {rate / 1e6:.1f} MB/s", flush=True)

@@ -198,7 +198,7 @@ def rescale(model: Transformer, amax: dict[str, float]) -> list[str]:
         if not found:
             continue
         name, value = max(found.items(), key=lambda item: item[1])
-        # Twice as far from the margin as asked for: what is measured next should not be at the limit again.
+        # Twice as far from the margin as required: what is measured next should not be at the limit again.
         factor = 2.0 ** math.ceil(math.log2(value * 2 * MARGIN / LARGEST))
         for weight in site.shrink:
             weight.div_(factor)

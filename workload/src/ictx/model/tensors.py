@@ -28,7 +28,7 @@ def checksum(tensor: Tensor) -> str:
 
 
 def write_tensors(directory: Path, tensors: Iterable[tuple[str, Tensor]], max_shard_bytes: int) -> None:
-    """Writes tensors (on the CPU) to as many files as their size asks for; no shard is held longer than it is written.
+    """Writes tensors (on the CPU) to as many files as their size requires; no shard is held longer than it is written.
 
     Raises UserError when a file cannot be written.
     """

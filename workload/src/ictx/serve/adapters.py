@@ -1,4 +1,4 @@
-"""`ictx adapters`: keeps the LoRA adapters of a running vLLM what a list says, without a restart.
+"""`ictx adapters`: keeps the LoRA adapters of a running vLLM what a list names, without a restart.
 
 It runs beside vLLM, in the same pod, and reads the list anew on each pass: an adapter that is new there is fetched from
 the registry (`ictx pull`) and loaded, one whose alias moved on is replaced, one that is gone is unloaded. What vLLM

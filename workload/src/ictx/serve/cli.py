@@ -102,7 +102,7 @@ def register(areas: Any) -> None:
 def _register_adapters(areas: Any) -> None:
     adapters = areas.add_parser(
         "adapters",
-        help="keep the LoRA adapters of a running vLLM what a list says",
+        help="keep the LoRA adapters of a running vLLM what a list names",
         epilog=ADAPTERS_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

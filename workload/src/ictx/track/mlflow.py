@@ -48,16 +48,16 @@ def passing(error: MlflowException) -> bool:
 
 def patiently(call: Callable[[], T], seconds: float) -> T:
     """Returns the call's result; one that fails for a passing reason is tried again for that long."""
-    end, told = time.monotonic() + seconds, False
+    end, reported = time.monotonic() + seconds, False
     while True:
         try:
             return call()
         except MlflowException as error:
             if not passing(error) or time.monotonic() + SECONDS_BETWEEN_TRIES > end:
                 raise
-            if not told:
+            if not reported:
                 print(f"MLflow does not answer ({reason(error)}): trying for {seconds:.0f} s", flush=True)
-                told = True
+                reported = True
         time.sleep(SECONDS_BETWEEN_TRIES)
 
 

@@ -31,13 +31,13 @@ class Reports:
         self.waiting: dict[str, float] = {}
         self.busy, self.began, self.done = 0.0, 0.0, 0
         self.counted = self.referred = 0
-        self.told = time.monotonic()
+        self.logged = time.monotonic()
 
     def reference(self, pairs: int) -> None:
         """Counts pairs that the reference model has seen, and prints now and then how many."""
         self.referred += pairs
-        if time.monotonic() - self.told > PAUSE:
-            self.told = time.monotonic()
+        if time.monotonic() - self.logged > PAUSE:
+            self.logged = time.monotonic()
             self.journal.say(f"log-probabilities of the reference model: {self.referred:,} pairs")
 
     def begin(self) -> None:

@@ -141,7 +141,7 @@ class PreferenceStage(Child):
         """
         batch, (place, parts) = self.config.train.batch_size, ranks.part
         found = torch.zeros(len(chosen), 2, dtype=torch.float64, device=ranks.device)
-        told = time.monotonic()
+        logged = time.monotonic()
         # Every rank does as many forwards: sharded weights need all of them. What is left over is done again.
         for first in range(0, len(chosen), batch * ranks.data_count):
             numbers = [first + ranks.data_rank * batch + one for one in range(batch)]
@@ -151,8 +151,8 @@ class PreferenceStage(Child):
             for number, score in zip(numbers, scores, strict=True):
                 if number < len(chosen):
                     found[number] = score / parts
-            if about and time.monotonic() - told > PAUSE:
-                told = time.monotonic()
+            if about and time.monotonic() - logged > PAUSE:
+                logged = time.monotonic()
                 ranks.say(f"{about}: {first:,} of {len(chosen):,} pairs")
         torch.distributed.all_reduce(found)
         return np.asarray(found.float().cpu())

@@ -1,8 +1,8 @@
 """Questions about documents (section 3, Question Answering), those of this machine unless a file has others.
 
 SQuAD and HotpotQA cannot be had without a network. Python's own modules can: a function's docstring is a document. In
-one step the question quotes it and requests the function's name; in two it requests what another document says of the
-module that this function is in. A file of JSON lines `{"question", "answers", "context"}` replaces both.
+one step the question quotes it and requests the function's name; in two it requests another document's description
+of the module that this function is in. A file of JSON lines `{"question", "answers", "context"}` replaces both.
 """
 
 from __future__ import annotations

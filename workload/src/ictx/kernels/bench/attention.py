@@ -171,10 +171,10 @@ def measure(rate: float, quick: bool, peers: bool = True) -> list[Row]:
         except (RuntimeError, torch.OutOfMemoryError) as error:
             row = Row(case, name, None, None, str(error).splitlines()[0][:100])
         rows.append(row)
-        told = (
+        result = (
             f"{row.milliseconds:8.2f} ms {100 * (row.share_of_product or 0):5.1f} %" if row.milliseconds else row.note
         )
-        print(f"{case:28} {name:22} {told}", flush=True)
+        print(f"{case:28} {name:22} {result}", flush=True)
         torch.cuda.empty_cache()
 
     tokens = 4096 if quick else 32768

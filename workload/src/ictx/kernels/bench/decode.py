@@ -70,8 +70,8 @@ def measure(batch: int, context: int, stored: str | None, bandwidth: float, peer
         except ImportError:
             rows.append(Row(name, batch, context, kept, None, None, "not installed"))
         except Exception as error:  # whatever a peer's library raises is its result
-            told = f"{type(error).__name__}: {error}".splitlines()[0]
-            rows.append(Row(name, batch, context, kept, None, None, told[:100]))
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            rows.append(Row(name, batch, context, kept, None, None, reason[:100]))
         torch.cuda.empty_cache()
     return rows
 

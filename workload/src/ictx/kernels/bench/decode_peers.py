@@ -19,7 +19,7 @@ from ictx.kernels.layout import LATENT, ROPE, ROW
 
 Call = Callable[[int], Tensor]
 WORKSPACE = 128 << 20
-"""Bytes that FlashInfer asks for."""
+"""Bytes that FlashInfer requires."""
 
 
 def eager(given: Inputs, scale: float) -> Call:

@@ -1,7 +1,7 @@
 """Ahead-of-time compilation: every kernel that a GPU of each target will be asked to run, with no GPU present.
 
 What is compiled is what the code of the model launches (see `offline`), so its cache holds what a process on such a
-GPU asks for. Beside it lies a manifest of the sources, the versions and the resources that each variant takes.
+GPU requests. Beside it lies a manifest of the sources, the versions and the resources that each variant takes.
 """
 
 from __future__ import annotations

@@ -91,11 +91,11 @@ class Launch:
 
     @property
     def digest(self) -> str:
-        """Tells it from all others, wherever Triton is installed: it names its libraries with their paths."""
+        """Distinguishes it from all others, wherever Triton is installed: it names its libraries with their paths."""
         content = json.loads(self.specialisation)
         content["options"]["extern_libs"] = [name for name, _ in content["options"]["extern_libs"]]
-        told = f"{self.module} {self.function} {self.turing} {json.dumps(content)}"
-        return hashlib.sha256(told.encode()).hexdigest()[:12]
+        parts = f"{self.module} {self.function} {self.turing} {json.dumps(content)}"
+        return hashlib.sha256(parts.encode()).hexdigest()[:12]
 
     @property
     def parameters(self) -> dict[str, Any]:
@@ -107,7 +107,7 @@ class Launch:
 
     @property
     def dtype(self) -> str:
-        """What its first tensor holds, as Triton says it."""
+        """What its first tensor holds, as Triton names it."""
         types = (str(kind) for kind in json.loads(self.specialisation)["signature"].values())
         first = next(kind for kind in types if kind.startswith(("*", "tensordesc")))
         return first.removeprefix("tensordesc<").removeprefix("*").split("[")[0]
@@ -175,8 +175,8 @@ def names(found: Iterable[Launch]) -> dict[Launch, str]:
         keys = sorted({key for values in constants.values() for key in values})
         varying = [key for key in keys if len({str(values.get(key)) for values in constants.values()}) > 1]
         for launch, values in constants.items():
-            told = ",".join(f"{key.lower()}={values[key]}" for key in varying if key in values)
-            name = "/".join(part for part in (kernel, launch.dtype, told) if part)
+            options = ",".join(f"{key.lower()}={values[key]}" for key in varying if key in values)
+            name = "/".join(part for part in (kernel, launch.dtype, options) if part)
             # Alignments and options are not in the name.
             result[launch] = f"{name}/{launch.digest[:4]}" if name in result.values() else name
     return result

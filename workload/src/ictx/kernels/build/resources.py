@@ -88,5 +88,5 @@ def serialised(ptx: str, target: int) -> bool:
         source, result = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
         source.write_text(ptx, "utf-8")
         command = [knobs.nvidia.ptxas.path, f"--gpu-name=sm_{target}a", "-v", source, "-o", result]
-        told = subprocess.run(command, check=True, capture_output=True, text=True)
-    return re.search(r"\(C751\d\)", told.stdout + told.stderr) is not None
+        printed = subprocess.run(command, check=True, capture_output=True, text=True)
+    return re.search(r"\(C751\d\)", printed.stdout + printed.stderr) is not None
