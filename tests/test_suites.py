@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import os
 import shlex
+import subprocess
+import sys
 
 import pytest
 from _pytest.mark.expression import Expression
@@ -30,6 +33,17 @@ def test_whatever_its_markers_a_test_is_in_a_suite(place: str) -> None:
     for count in range(len(marks) + 1):
         for chosen in itertools.combinations(marks, count):
             assert any(one.evaluate(lambda name, _has=chosen, **_: name in _has) for one in wanted), chosen
+
+
+@pytest.mark.parametrize("name", suite.SUITES)
+@pytest.mark.parametrize("place", ["tests", "workload/tests"])
+def test_pytest_starts_in_every_suite(name: str, place: str) -> None:
+    """Both folders choose the number of Hypothesis' examples by the suite's name."""
+    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {place!r}); import conftest"]
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | {"ICTX_SUITE": name}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_every_scenario_of_molecule_is_in_the_full_suite() -> None:
