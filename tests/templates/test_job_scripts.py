@@ -18,7 +18,7 @@ COMMANDS = {
     "srun": 'case "$*" in *"data prepare"*) exit 0;; esac; sh ./inside; exit "$(cat status)"',
     "scontrol": """case $1 in
 requeue) echo requeued >queue; kill -TERM "$PPID" ;;
-show) echo n1 ;;
+show) [ "$2" != job ] && echo n1 || cat job ;;
 *) echo NodeAddr=192.0.2.1 ;;
 esac""",
     "ictx-bundle": "exit 0",
@@ -141,11 +141,19 @@ class Job:
             (folder / name).write_text(f"#!/bin/sh\n{text}\n")
             (folder / name).chmod(0o755)
 
+    def controller(self, restarts: int, state: str = "RUNNING", reason: str = "None") -> None:
+        """Sets what the controller has of the job, and of the rest of its array."""
+        line = "JobId={} JobName=x JobState={} Reason={} Dependency=(null) Requeue=1 Restarts={} BatchFlag=1\n"
+        rest = line.format(18, "PENDING", "Resources", 0)
+        (self.folder / "job").write_text(rest + line.format(17, state, reason, restarts))
+
     def start(self, status: int, inside: str = "", restarts: int = 0) -> str:
         """Starts the job, with the status of its ranks and what they do; returns `requeued` or the job's status."""
         (self.folder / "status").write_text(str(status))
         (self.folder / "inside").write_text(f"run={self.run}\n{inside}\n")
         (self.folder / "queue").write_text("")
+        if not (self.folder / "job").exists():
+            self.controller(restarts)
         array = {"SLURM_ARRAY_JOB_ID": "17", "SLURM_ARRAY_TASK_ID": "1"}
         job = {"SLURM_JOB_ID": "17", "SLURM_JOB_NODELIST": "n1", "SLURM_JOB_NUM_NODES": "1", "SLURM_CPUS_PER_TASK": "1"}
         environment = {"PATH": f"{self.folder}:/usr/bin:/bin", "SLURM_RESTART_COUNT": str(restarts), "USER": self.user}
@@ -210,6 +218,27 @@ def test_a_job_goes_back_to_the_queue_so_often_and_no_more(tmp_path: Path) -> No
     job.run.mkdir()
     assert job.start(1, BEGAN, restarts=19) == "requeued"
     assert job.start(1, BEGAN, restarts=20) == "1"
+
+
+@pytest.mark.parametrize("stage", ["sft", "eval", "sweep"])
+@pytest.mark.parametrize(
+    ("restarts", "state", "reason", "becomes", "bundle"),
+    [
+        (0, "RUNNING", "None", "requeued", True),  # the grace before the time limit, or before a preemption
+        (0, "COMPLETING", "None", "143", False),  # scancel
+        (1, "COMPLETING", "None", "143", True),  # scontrol requeue, a preemption, a lost node
+        (0, "COMPLETING", "TimeLimit", "requeued", True),  # the grace was too short
+    ],
+)
+def test_a_job_that_was_cancelled_does_not_start_again(
+    tmp_path: Path, stage: str, restarts: int, state: str, reason: str, becomes: str, bundle: bool
+) -> None:
+    """The controller sends SIGTERM to the script in each of these cases."""
+    job = Job(tmp_path, stage)
+    kept = tmp_path / f"bundles/{job.user}/17"
+    job.controller(restarts, state, reason)
+    assert job.start(143, f"mkdir -p {kept}; {BEGAN}") == becomes
+    assert kept.exists() == bundle
 
 
 def test_a_folder_that_was_there_before_the_job_is_not_used(tmp_path: Path) -> None:
