@@ -12,7 +12,7 @@ from cluster import ROOT
 from programs import loaded
 
 meaning = loaded(ROOT / "playbooks/plugins/filter/meaning.py")
-services = loaded(ROOT / "playbooks/plugins/filter/meaning_services.py")
+storage = loaded(ROOT / "playbooks/plugins/filter/meaning_storage.py")
 
 HOSTS = {
     "slurm_controller": ["ctl1"], "slurm_compute": ["n1", "n2"], "slurm_login": ["login1"], "storage_server": ["nas1"],
@@ -218,8 +218,8 @@ NO_TIMES = ["nightly", "25:30", "30 2 * * *", "02:70", "Mon Tue 02:30", "at 02:3
 
 
 def test_times_are_those_of_systemd() -> None:
-    assert [time for time in TIMES if not services._is_calendar(time)] == []
-    assert [time for time in NO_TIMES if services._is_calendar(time)] == []
+    assert [time for time in TIMES if not storage._is_calendar(time)] == []
+    assert [time for time in NO_TIMES if storage._is_calendar(time)] == []
     if program := shutil.which("systemd-analyze"):
         codes = [
             subprocess.run([program, "calendar", time], capture_output=True, check=False).returncode

@@ -1,64 +1,22 @@
-"""Ansible filter: rules of preflight (meaning.py) about hosts, groups, people and the ports of services."""
+"""Ansible filter: rules of preflight (meaning.py) about the names of hosts, groups and people."""
 
 from __future__ import annotations
 
 import base64
 import binascii
-import ipaddress
 import re
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterator
 from difflib import get_close_matches
 from typing import Any
 
 Problem = tuple[str, str, str]
 
-# Ports that no variable changes, by group.
-FIXED = {
-    "slurm_controller": {6817: "slurmctld"},
-    "slurm_compute": {6818: "slurmd"},
-    "slurm_database": {6819: "slurmdbd", 3306: "MariaDB"},
-    "storage_server": {2049: "NFS"},
-    "k3s_server": {6443: "the API of Kubernetes", 2379: "etcd", 2380: "etcd", 10250: "the kubelet"},
-    "k3s_agent": {10250: "the kubelet"},
-}
-# Where Prometheus and its hosts reach each other by the host's address.
-REACHED = ("alertmanager", "blackbox_exporter", "dcgm_exporter", "mysqld_exporter", "node_exporter", "prometheus")
+OURS = (
+    *("alertmanager", "gpu", "grafana", "image_builder", "k3s_agent", "k3s_server", "prometheus", "registry", "slurm"),
+    *("slurm_compute", "slurm_controller", "slurm_database", "slurm_login", "storage_client", "storage_server"),
+)
 KEY = re.compile(r"(?:^|.*[\s,\"])((?:ssh|ecdsa|sk-ssh|sk-ecdsa)-[a-z0-9@.-]+)(?: +(\S+).*)?$")
-
-
-def _ip(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
-    try:
-        return ipaddress.ip_address(text)
-    except ValueError:
-        return None
-
-
-def addresses(site: Any) -> Iterator[Problem]:
-    """Addresses are written out, of hosts, and reached from other hosts."""
-    seen: dict[str, list[str]] = defaultdict(list)
-    several = len(site.hosts("all")) > 1
-    for host in site.hosts("all"):
-        if site.of(host, "ansible_connection") == "local" and not site.of(host, "ictx_address"):
-            continue
-        name = "ictx_address" if site.of(host, "ictx_address") else "ansible_host"
-        text = site.address(host)
-        address = _ip(text)
-        if address is None and text != host and re.fullmatch(r"[0-9.]+", text):
-            yield name, f"{text} is no address: four numbers from 0 to 255, without zeros before them", host
-        elif text == "localhost" or (address and address.is_loopback):
-            if several:
-                what = "is this host for every other one: set ictx_address to one that they reach"
-                yield name, f"{text} {what}", host
-        elif address and address.is_link_local:
-            yield name, f"{text} counts on one network link only: take an address that other hosts reach", host
-        elif str(address) == "255.255.255.255":
-            yield name, f"{text} is no address of a host", host
-        if site.of(host, "ictx_address"):
-            seen[text].append(host)
-    for text, hosts in seen.items():
-        if len(hosts) > 1:
-            yield "ictx_address", f"{' and '.join(hosts)} have the same address, {text}", ""
 
 
 def names(site: Any) -> Iterator[Problem]:
@@ -105,12 +63,6 @@ def groups(site: Any) -> Iterator[Problem]:
         yield "group storage_server", text, ""
 
 
-OURS = (
-    *("alertmanager", "gpu", "grafana", "image_builder", "k3s_agent", "k3s_server", "prometheus", "registry", "slurm"),
-    *("slurm_compute", "slurm_controller", "slurm_database", "slurm_login", "storage_client", "storage_server"),
-)
-
-
 def people(site: Any) -> Iterator[Problem]:
     """Keys are public keys of SSH as a whole, and Ansible's own account stays."""
     for user in site.get("ictx_users", []):
@@ -142,36 +94,9 @@ def _key_problem(key: str) -> str:
     return "" if whole else f"is not a whole key ({found[1]}): copy the line of the file .pub again"
 
 
-def ports(site: Any) -> Iterator[Problem]:
-    """Services do not listen where others of their host do, nor where nobody reaches them."""
-    for host in site.hosts("all"):
-        fixed = {port: what for group, own in FIXED.items() if host in site.hosts(group) for port, what in own.items()}
-        local: dict[str, list[str]] = defaultdict(list)
-        for name in sorted(site.of(host, "_listening") or []):
-            value = str(site.of(host, name, ""))
-            found = re.fullmatch(r"(?:(.*):)?(\d+)", value)
-            if not found:
-                continue
-            what = fixed.get(int(found[2]))
-            if what and name not in ("firewall_ssh_port", "k3s_api_port"):
-                yield name, f"{value}: {what} listens on port {found[2]} there: take another", host
-            if 30000 <= int(found[2]) <= 32767 and host in (*site.hosts("k3s_server"), *site.hosts("k3s_agent")):
-                yield name, f"{value}: Kubernetes gives the ports 30000 to 32767 to its Services: take another", host
-            at_home = (found[1] or "").startswith("127.") or found[1] in ("localhost", "[::1]")
-            if at_home and name.removesuffix("_listen") in REACHED:
-                yield name, f"{value}: Prometheus reaches it by the host's address: leave the address out", host
-            local[found[2]].append(name)
-            homes = [other for other in local[found[2]] if str(site.of(host, other, "")).startswith("127.")]
-            if len(local[found[2]]) > 1 and homes:
-                yield name, f"{local[found[2]][0]} listens on port {found[2]} too", host
-
-
-RULES: tuple[Callable[[Any], Iterator[Problem]], ...] = (addresses, names, groups, people, ports)
-
-
-def host_rules() -> tuple[Callable[[Any], Iterator[Problem]], ...]:
+def rules() -> tuple[Callable[[Any], Iterator[Problem]], ...]:
     """Returns the rules of this file."""
-    return RULES
+    return (names, groups, people)
 
 
 class FilterModule:
@@ -179,4 +104,4 @@ class FilterModule:
 
     def filters(self) -> dict[str, Callable[..., Any]]:
         """Returns the filters by name."""
-        return {"host_rules": host_rules}
+        return {"meaning_hosts": rules}

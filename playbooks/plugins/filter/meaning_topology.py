@@ -1,0 +1,54 @@
+"""Ansible filter: rules of preflight (meaning.py) about SLURM's topology."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+Problem = tuple[str, str, str]
+
+
+def topology(site: Any) -> Iterator[Problem]:
+    """Each node is at one switch (or in one block), and switches above others exist and come after them."""
+    compute, seen = site.hosts("slurm_compute"), {}
+    given = site.get("slurm_topology", [])
+    names: list[str] = []
+    for item in given:
+        name, below = item["name"], item.get("switches", [])
+        if bool(item.get("nodes")) == bool(below):
+            yield "slurm_topology", f"{name} needs nodes or switches, and not both", ""
+        if below and site.get("slurm_topology_type") == "block":
+            yield "slurm_topology", f"{name} has switches, which slurm_topology_type: block has not", ""
+        for switch in below:
+            if switch not in names:
+                yield "slurm_topology", f"{name} is above {switch}, which is not listed before it", ""
+        names.append(name)
+        try:
+            listed = site.listed(item) if item.get("nodes") else []
+        except ValueError as error:
+            yield "slurm_topology", f"{name}: {error}", ""
+            continue
+        for node in listed:
+            if node not in compute:
+                hint = site.close(node, compute)
+                yield "slurm_topology", f"{name} has the node {node}, which is not in slurm_compute{hint}", ""
+            elif node in seen:
+                yield "slurm_topology", f"{node} is at {seen[node]} and at {name}: take it out of one", ""
+            seen[node] = name
+    left = [node for node in compute if node not in seen]
+    if given and left:
+        text = f"{site.one_of(left)} is at no switch: no job would have it together with another node"
+        yield "slurm_topology", text, ""
+
+
+def rules() -> tuple[Callable[[Any], Iterator[Problem]], ...]:
+    """Returns the rules of this file."""
+    return (topology,)
+
+
+class FilterModule:
+    """Filters of this file."""
+
+    def filters(self) -> dict[str, Callable[..., Any]]:
+        """Returns the filters by name."""
+        return {"meaning_topology": rules}
