@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lab import ROOT, SHARED, Lab
+from lab import ROOT, SHARED, Lab, wait_for
 
 pytestmark = pytest.mark.lab
 
@@ -127,6 +127,18 @@ def test_a_job_that_loses_a_node_resumes_and_its_curve_goes_on(lab: Lab, trained
     # The node came back by itself: the second start ran on it, and so does what is sent to it now.
     assert lab.accounts(job, "NodeList") == "n[1-2]"
     assert lab.user("srun --nodelist=n2 --immediate=120 hostname") == "n2"
+
+
+@pytest.mark.full
+def test_a_cancelled_job_does_not_start_again(lab: Lab, trained: str) -> None:
+    job = lab.submit("--nodes=1", "pretrain/tiny.yaml", "train.steps=100000", "run.model_name=")
+    lab.wait_in(job, "the first record", lambda: len(lab.records(job)) > 0)
+    lab.user(f"scancel {job}")
+    wait_for("the job's end", lambda: not lab.user(f"squeue --noheader --jobs={job}"), 180)
+    assert lab.accounts(job, "State").startswith("CANCELLED")
+    assert lab.restarts(job) == 0
+    assert lab.folder(job).with_name(f"{job}.log").read_text().endswith("] cancelled\n")
+    assert not (SHARED / "bundles/researcher" / job).exists()
 
 
 def assert_resumed(lab: Lab, job: str) -> None:
