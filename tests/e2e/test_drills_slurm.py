@@ -43,6 +43,11 @@ def state(lab: Lab, job: str) -> str:
     return lab.user(f"squeue --me --noheader --format='%i %T' | sed -n 's/^{job} //p'")
 
 
+def patience(lab: Lab) -> int:
+    """Returns the seconds after which the controller sets a silent node down."""
+    return int(on(lab, "ctl", "scontrol show config | sed -n 's/^SlurmdTimeout *= \\([0-9]*\\) sec/\\1/p'"))
+
+
 def end(lab: Lab, job: str) -> None:
     """Lets a job end that waits for the file."""
     lab.user(f"touch {GO}")
@@ -56,11 +61,11 @@ def end(lab: Lab, job: str) -> None:
 )
 def test_a_short_partition_costs_nothing(lab: Lab, drill: Drill) -> None:
     job = waiting(lab, "n2", GO)
-    limit = int(on(lab, "ctl", "scontrol show config | sed -n 's/^SlurmdTimeout *= \\([0-9]*\\) sec/\\1/p'"))
+    seconds = patience(lab) / 2
     with drill.recovery():
         with cut_off(lab, "n2"):
             assert lab.run("n2", f"timeout 1 bash -c '</dev/tcp/{lab.address('ctl')}/6817'").returncode != 0
-            time.sleep(limit / 2)
+            time.sleep(seconds)
         assert (state(lab, job), lab.restarts(job)) == ("RUNNING", 0)
         end(lab, job)
 
@@ -90,7 +95,7 @@ AHEAD = "LD_PRELOAD=/usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1 FAKETIME
 
 
 @pytest.mark.drill(
-    "the clock by which MUNGE works on a node is an hour ahead for half a minute",
+    "the clock by which MUNGE works on a node is an hour ahead for half of SlurmdTimeout",
     keeps="the job that runs there, without a restart; no credential is accepted there meanwhile",
     acts="nobody",
 )
@@ -105,7 +110,7 @@ def test_a_clock_that_jumps_is_refused_and_harms_no_job(lab: Lab, drill: Drill) 
         on(lab, "n2", f"mkdir -p {CLOCK.rpartition('/')[0]} && printf '[Service]\\nEnvironment={AHEAD}\\n' >{CLOCK}")
         on(lab, "n2", "systemctl daemon-reload && systemctl restart munge")
         assert not accepted()
-        time.sleep(30)
+        time.sleep(patience(lab) / 2)
     finally:
         with drill.recovery():
             on(lab, "n2", f"rm -f {CLOCK} && systemctl daemon-reload && systemctl restart munge")
