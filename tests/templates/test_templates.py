@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from typing import Any
 import pytest
 import yaml
 from ansible.errors import AnsibleError
+from ansible.playbook.play import Play
+from ansible.playbook.role import Role
 from cluster import ROOT, Cluster, trusted
 from programs import program
 
@@ -67,21 +70,46 @@ def render(cluster: Cluster, template: Path, variables: dict[str, Any]) -> str |
         return error
 
 
+class Texts(Mapping[str, Any]):
+    """host → text of a template in an inventory; a host is rendered when it is read."""
+
+    def __init__(self, cluster: Cluster, template: Path) -> None:
+        self.cluster, self.template = cluster, template
+        self.uses: dict[str, tuple[Role, Play]] = {}
+        self.texts: dict[str, Any] = {}
+
+    def __getitem__(self, host: str) -> Any:
+        if host not in self.texts:
+            role, play = self.uses[host]
+            variables = {**self.cluster.variables(host, play, role), **REGISTERED.get(role.get_name(), {})}
+            self.texts[host] = render(self.cluster, self.template, variables)
+        return self.texts[host]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.uses)
+
+    def __len__(self) -> int:
+        return len(self.uses)
+
+    def kinds(self) -> list[str]:
+        """Returns a host of each kind: those in the same groups differ in names and addresses only."""
+        found = {host: self.cluster.inventory.get_host(host) for host in reversed(self.uses)}
+        return list({frozenset(map(str, about.get_groups())): host for host, about in found.items()}.values())
+
+
 @pytest.fixture(scope="session")
-def rendered(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[Path, dict[str, Any]]]:
-    """Returns inventory → template → host → text, of all templates of the roles that the playbooks run."""
+def rendered(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[Path, Texts]]:
+    """Returns inventory → template → texts, of all templates of the roles that the playbooks run."""
     state = tmp_path_factory.mktemp("state")
-    result: dict[str, dict[Path, dict[str, Any]]] = {}
+    result: dict[str, dict[Path, Texts]] = {}
     for name, playbooks in PLAYBOOKS.items():
         cluster = Cluster(ROOT / "inventories" / name, {"lab_state_dir": str(state), "ictx_state_dir": str(state)})
         texts = result.setdefault(name, {})
         for playbook in playbooks:
             for role, play, hosts in cluster.uses(playbook):
-                templates = sorted(Path(role._role_path, "templates").glob("**/*.j2"))
-                for host in hosts if templates else []:
-                    variables = {**cluster.variables(host, play, role), **REGISTERED.get(role.get_name(), {})}
-                    for template in templates:
-                        texts.setdefault(template.relative_to(ROOT), {})[host] = render(cluster, template, variables)
+                for template in sorted(Path(role._role_path, "templates").glob("**/*.j2")) if hosts else []:
+                    found = texts.setdefault(template.relative_to(ROOT), Texts(cluster, template))
+                    found.uses |= dict.fromkeys(hosts, (role, play))
     return result
 
 
@@ -90,7 +118,8 @@ def test_a_template_renders_for_every_inventory_that_has_its_role(rendered: Any,
     inventories = [name for name, texts in rendered.items() if template in texts]
     assert inventories == (["lab"] if template.parts[1] == "lab" else ["lab", "example"])
     for name in inventories:
-        for host, text in rendered[name][template].items():
+        for host in rendered[name][template].kinds():
+            text = rendered[name][template][host]
             assert not isinstance(text, AnsibleError), f"{template} for {host}: {text}"
             assert text.strip(), f"{template} is empty for {host}"
             assert "{{" not in text, f"{template} leaves an expression for {host}"
