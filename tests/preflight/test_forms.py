@@ -50,7 +50,7 @@ RIGHT: dict[str, list[Any]] = {
     "ictx_mlflow_uri": ["https://[fd00::1]:30500", "https://mlflow.example.org/ictx"], "ictx_registry_mirror_of": [["docker.io", "quay.io:443"]],
     "ictx_serving_names": [["models.example.org", "192.0.2.7", "fd00::7"]], "ictx_serving_releases": [named(version=1)],
     "ictx_serving_timeout_minutes": [1], "ictx_users": [[{"name": "shadowfax", "uid": 2001}]],
-    "ictx_validate": [{"pair_share": 0.85, "kernel_share": 1}], "image_bake_base": [{"image": f"nvcr.io/nvidia/cuda:13.0@{DIGEST}"}],
+    "image_bake_base": [{"image": f"nvcr.io/nvidia/cuda:13.0@{DIGEST}"}],
     "image_bake_python": ["3.11"], "journal_max_days": [1], "journal_max_size": ["20G", "500M", "1000000"],
     "k3s_etcd_snapshot_retention": [1], "k3s_etcd_snapshot_schedule": ["0 */12 * * *"],
     "k3s_node_labels": [["gpu=a100", "example.org/rack=r1", "node.kubernetes.io/instance-type=big", "a="]],
@@ -67,6 +67,14 @@ RIGHT: dict[str, list[Any]] = {
     "slurm_partitions": [named(priority_tier=65533, max_time="30", grace_seconds=0)],
     "slurm_propagate_limits": ["ALL", "NONE", "MEMLOCK,NOFILE"], "slurm_qos": [named(max_wall="1:00")],
     "slurmdbd_purge_after": ["24month", "NONE", "10days"], "storage_folders": [folder("0755"), folder("1775")],
+    "artifacts_from": ["", "http://m.example.org:8081"], "artifacts_mirror": ["", "http://m.example.org:8081", "https://m.example.org/ictx"],
+    "k3s_mirror": ["https://m.example.org/k3s"], "lab_mirror": ["", "http://deb.debian.org/debian", "file:///srv/debian", "copy:/srv/debian"],
+    "nvidia_driver_repository_key": ["", "https://m.example.org/key.pub"], "storage_nfs_server": ["", "nas1", "fd00::1"],
+    "slurm_jobs_mlflow_uri": ["https://m.example.org", "sqlite:////shared/mlflow.db", "postgresql+psycopg2://db/mlflow", "/shared/mlflow"],
+    "firewall_undo_seconds": [20, 90], "helm_release_timeout_minutes": [1], "ictx_validate": [{"pair_share": 0.85, "kernel_share": 1}, {"clock_ms": 0.5, "failed_connections": 0, "pair_share": 0}],
+    "image_bake_cache_gb": [0], "image_bake_keep": [1], "k3s_audit_days": [1], "k3s_forget_seconds": [5], "k3s_open_files": [8192],
+    "slurm_jobs_requeue_limit": [0], "slurm_slurmd_timeout": [0], "slurm_exporter_interval": [1],
+    "slurm_associations": [[{"user": "alice", "account": "a", "max_tres_per_job": {"gres/gpu:a100": 4, "gres/gpu:a100_3g.20gb": 1, "cpu": 8}}]],
 }
 WRONG: dict[str, list[Any]] = {
     "alertmanager_group_by": [["cluster-name"], ["1a"]], "alertmanager_group_wait": [30, "30", "1m1h", "fast"],
@@ -84,7 +92,6 @@ WRONG: dict[str, list[Any]] = {
     "ictx_serving_names": [["https://models.example.org"], ["a:8000"]], "ictx_serving_releases": [named(version=0)],
     "ictx_serving_timeout_minutes": [0],
     "ictx_users": [[{"name": name, "uid": 2001}] for name in ("sudo", "shadow", "ictx-tls", "docker", "disk", "video", "k3s")],
-    "ictx_validate": [{"pair_share": 85}, {"kernel_share": 1.01}],
     "image_bake_base": [{"image": "nvcr.io/nvidia/cuda:13.0"}, {"image": "nvcr.io/nvidia/cuda@sha256:abc"}],
     "image_bake_python": ["2.7", "3", "3.9", 3.1, "3.12.1"], "journal_max_days": [0], "journal_max_size": ["20GB", "0", "20 G"],
     "k3s_etcd_snapshot_retention": [0], "k3s_etcd_snapshot_schedule": [720],
@@ -107,6 +114,14 @@ WRONG: dict[str, list[Any]] = {
     "slurm_propagate_limits": ["MEMLOK", "MEMLOCK NOFILE"], "slurm_qos": [named(max_wall="0")], "slurm_slurmd_timeout": [70000],
     "slurmdbd_innodb_buffer_pool_mb": [0], "slurmdbd_purge_after": ["0", "0month"], "storage_folders": [folder(0o644), folder("rw")],
     "storage_user_folders": [folder(0o770)],
+    "artifacts_from": ["/srv/mirror", "ftp://m.example.org"], "artifacts_mirror": ["ftp://m.example.org", "m.example.org", "/srv/mirror", "s3://mirror"],
+    "k3s_mirror": ["ftp://m.example.org", "github.com/k3s"], "prometheus_mirror": ["rsync://m.example.org"], "lab_mirror": ["ftp://deb.debian.org", "deb.debian.org"],
+    "kube_lab_mirror": ["rsync://deb.debian.org/debian"], "nvidia_driver_repository_key": ["/root/key.pub"], "storage_nfs_server": ["nas1:/export", "nfs://nas1"],
+    "slurm_jobs_mlflow_uri": ["ftp://m.example.org", "m.example.org", "s3://runs"],
+    "firewall_undo_seconds": [0, 5], "helm_release_timeout_minutes": [0], "ictx_validate": [{"pair_share": 85}, {"kernel_share": 1.01}, {"clock_ms": 0}, {"round_trip_ms": 0}],
+    "image_bake_keep": [0], "journal_metrics_interval": [0], "k3s_audit_days": [0], "k3s_forget_seconds": [0], "k3s_open_files": [0],
+    "kube_lab_build_timeout": [0], "registry_exporter_interval": [0], "slurm_exporter_group_id": [0], "slurm_exporter_interval": [0],
+    "slurm_associations": [[{"user": "alice", "account": "a", "max_tres_per_job": {"gres/gpu:": 4}}], [{"user": "alice", "account": "a", "max_tres_per_job": {"gres/gpu:a=b": 4}}]],
 }
 # fmt: on
 

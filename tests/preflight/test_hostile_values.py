@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import re
 import sys
 from collections.abc import Iterator
@@ -283,7 +284,7 @@ def values(path: str, option: dict[str, Any]) -> st.SearchStrategy[Any]:
         return st.booleans()
     form = format_of(path, kind)
     if "pattern" not in form:
-        return st.integers(form["min"], int(form["max"]))
+        return st.integers(math.ceil(form["min"]), int(form["max"]))
     return (
         st.from_regex(re.compile(form["pattern"], re.ASCII), fullmatch=True)
         | st.text(max_size=8)

@@ -109,6 +109,7 @@ class Formats:
         self._formats = content["formats"]
         self._types = content["types"]
         self._rules = [(rule["match"], rule["format"]) for rule in content["variables"]]
+        self._keys = [(rule["match"], rule["format"]) for rule in content["keys"]]
         self.unique: Mapping[str, list[str]] = content["unique"]
         self._wholes: Mapping[str, str] = content["wholes"]
         self.connection: Options = content["connection"]
@@ -117,6 +118,12 @@ class Formats:
     def _name_of(self, path: str, kind: str) -> str:
         named = (form for pattern, form in self._rules if fnmatchcase(path, pattern))
         return next(named, self._types.get(kind, "word"))
+
+    def key_error(self, path: str, key: str) -> str:
+        """Returns what is wrong with a key of a dictionary, empty when nothing is."""
+        if self.name_of(path, "free") == "multiline":
+            return ""
+        return self.text_error(next((form for pattern, form in self._keys if fnmatchcase(path, pattern)), "key"), key)
 
     def whole_errors(self, name: str, value: Any) -> list[str]:
         """Returns what the variable's own filter finds wrong with it as a whole."""
@@ -223,7 +230,7 @@ def part_errors(
     """Yields what is wrong with a key of a dictionary and its value."""
     if not isinstance(key, str):
         yield f"has the key {shown(key)}: {QUOTE}"
-    elif formats.name_of(path, "free") != "multiline" and (text := formats.text_error("key", key)):
+    elif text := formats.key_error(path, key):
         yield f"has the key {shown(key)}: {text}"
     else:
         for text in value_errors(f"{path}.{key}", part, option, formats, depth + 1):
