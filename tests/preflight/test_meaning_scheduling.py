@@ -117,6 +117,7 @@ def test_a_topology_has_each_node_once(tmp_path: Path) -> None:
     }
     assert found(tmp_path, variables) == {
         "slurm_topology: spine is above leaf1, which is not listed before it",
+        "slurm_topology: leaf1 is below spine and below leaf2: a tree has one way up, take it out of one",
         "slurm_topology: spine is above leaf3, which is not listed before it",
         "slurm_topology: leaf1 has the node n9, which is not in slurm_compute",
         "slurm_topology: leaf2 needs nodes or switches, and not both",

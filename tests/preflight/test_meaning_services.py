@@ -84,6 +84,7 @@ FOLDERS = [{"path": path, "mode": "0755"} for path in (".", "bundles", "data", "
 RIGHT: dict[str, dict[str, Any]] = {
     "base": {},
     "IPv6": at("fd00::15", ictx_address="192.0.2.200"),
+    "a domain": {"groups": {"slurm_login": ["login1.example.org", "n1b.example.org"]}},
     "a name": {"per_host": {"n2": {"ansible_host": "n2.example.org"}}},
     "a tunnel": at("127.0.0.1", ansible_port=2222, ictx_address="192.0.2.200"),
     "this machine": {"per_host": {"n2": {"ansible_connection": "local"}}},
@@ -97,6 +98,8 @@ RIGHT: dict[str, dict[str, Any]] = {
     "receivers": receivers({"name": "all"}, {"name": "night", "matchers": ["severity=critical"]}, {"name": "watchdog"}),
     "scrapes": {**scrape(name="y"), **native(scrape_interval="1m30s", metric_relabel_configs=[])},
     "probes": scrape(module="https", targets=[{"address": "https://h.example.org/x"}]),
+    "probes without a scheme": scrape(module="http", targets=[{"address": "h.example.org"}]),
+    "probes of TCP": scrape(module="tcp", targets=[{"address": "h.example.org:22"}]),
     "SMTP": {"alertmanager_smtp": {"smarthost": "m:25", "from": "a@b"}},
     "networks": {"per_host": {"k1": {"k3s_config": {"cluster-cidr": "10.60.0.0/16,fd01::/56", "service-cidr": "10.61.0.0/16,fd02::/112", "cluster-dns": "10.61.0.10"}}}},
     "firewall": opened("80", "1000-1999", source="fd00::/64"),
@@ -114,6 +117,7 @@ WRONG: dict[str, dict[str, Any]] = {
     "ictx_address: n1 and n2 have the same address, 192.0.2.77": {
         "per_host": {"n1": {"ictx_address": "192.0.2.77"}, "n2": {"ictx_address": "192.0.2.77", "ansible_port": 2222}}},
     "host n1: differs from N1 in capitals only, which DNS ignores": {"groups": {"slurm_login": ["login1", "N1"]}},
+    "host n1.example.org: is n1 with its domain, which SLURM and DNS take for the same machine: remove one": {"groups": {"slurm_login": ["n1.example.org"]}},
     "host prometheus: has the name of a group": {"groups": {"prometheus": ["prometheus"]}},
     "host localhost: is left out by the plays: give it the machine's name": {"groups": {"slurm_login": ["localhost"]}},
     "host n-.x: has a part that is empty, or begins or ends with '-'": {"groups": {"slurm_login": ["n-.x"]}},
@@ -161,6 +165,8 @@ WRONG: dict[str, dict[str, Any]] = {
     "prometheus_interval: 5s must be from 10s": {"prometheus_interval": "5s"},
     "prometheus_interval: 10m must be from 10s": {"prometheus_interval": "10m"},
     "prometheus_extra_scrapes: x: there is no module htpp, only http, https, tcp": scrape(module="htpp"),
+    "prometheus_extra_scrapes: x: ftp://h.example.org/x must be http:// or https:// for the module https": scrape(module="https", targets=[{"address": "ftp://h.example.org/x"}]),
+    "prometheus_extra_scrapes: x: https://h.example.org must be HOST:PORT for the module tcp": scrape(module="tcp", targets=[{"address": "https://h.example.org"}]),
     "prometheus_extra_scrapes: x has a target without address": scrape(targets=[{"adress": "h:1"}]),
     "prometheus_extra_scrapes: x: h.example.org must be HOST:PORT": scrape(targets=[{"address": "h.example.org"}]),
     "prometheus_extra_scrapes: x: http://h.example.org:9100 must be HOST:PORT": scrape(targets=[{"address": "http://h.example.org:9100"}]),

@@ -54,6 +54,10 @@ RIGHT = {
     "base": {},
     "limits": qos(grp_tres={"cpu": 64, "mem": "1T", "node": 2, "gres/gpu": 8, "license/matlab": 2}),
     "tracked by type": {**qos(grp_tres={"gres/gpu_a100": 8}), "slurm_config": {"AccountingStorageTRES": ["gres/gpu", "gres/gpu_a100"]}},
+    "typed": {**qos(grp_tres={"gres/gpu:A100": 8, "gres/gpu": 16}), "slurm_config": {"AccountingStorageTRES": ["gres/gpu", "gres/gpu:a100"]}},
+    "typed as text": {**account(grp_tres={"gres/gpu:a100": 8}), "slurm_config": {"accountingstoragetres": "gres/gpu, gres/gpu:a100"}},
+    "operators": {"slurm_operators": ["alice", "ictx-metrics", "jobmon"], "ictx_users": [{"name": "alice", "uid": 2001}]},
+    "topology": {"slurm_topology": [{"name": "l1", "nodes": "n1"}, {"name": "l2", "nodes": "n2"}, {"name": "s", "switches": ["l1", "l2"]}]},
     "flags": qos(flags=["denyonlimit", "OverPartQOS"]),
     "preempts": {**qos(preempt=["Normal"]), "slurm_preempt_type": "qos"},
     "default QOS": account(qos=["Normal", "HIGH"], default_qos="High"),
@@ -74,6 +78,16 @@ RIGHT = {
 WRONG: dict[str, dict[str, Any]] = {
     "slurm_qos: high: grp_tres has gres/gpus, which no node has and SLURM does not know; did you mean gres/gpu?": qos(grp_tres={"gres/gpus": 8}),
     "slurm_qos: high: max_tres_per_user has cpus, which no node has and SLURM does not know; did you mean cpu?": qos(max_tres_per_user={"cpus": 8}),
+    "slurm_qos: high: grp_tres has gres/gpu:a100, which is counted by type only with slurm_config: {AccountingStorageTRES: [gres/gpu, gres/gpu:a100]}": qos(grp_tres={"gres/gpu:a100": 8}),
+    "slurm_qos: high: grp_tres has gres/gpu, which no node has": {**qos(grp_tres={"gres/gpu": 8}), "slurm_config": {"AccountingStorageTRES": ["gres/gpu:a100"]}},
+    "slurm_qos: high: grp_tres has gres/gpus:a100, which no node has": qos(grp_tres={"gres/gpus:a100": 8}),
+    "slurm_operators: alise is not one of ictx_users; did you mean alice?": {"slurm_operators": ["alise", "ictx-metrics"], "ictx_users": [{"name": "alice", "uid": 2001}]},
+    "slurm_operators: alice is absent in ictx_users": {"slurm_operators": ["alice", "ictx-metrics"], "ictx_users": [{"name": "alice", "uid": 2001, "state": "absent"}]},
+    "slurm_operators: lacks ictx-metrics, which reads": {"slurm_operators": ["alice"], "ictx_users": [{"name": "alice", "uid": 2001}]},
+    "slurm_topology: l1 is below s1 and below s2: a tree has one way up": {
+        "slurm_topology": [{"name": "l1", "nodes": "n[1-2]"}, {"name": "s1", "switches": ["l1"]}, {"name": "s2", "switches": ["l1"]}]},
+    "slurm_topology: b is below itself: take it out of switches of a": {
+        "slurm_topology": [{"name": "l", "nodes": "n[1-2]"}, {"name": "a", "switches": ["b"]}, {"name": "b", "switches": ["a", "l"]}]},
     "slurm_accounts: physics: grp_tres has memory, which no node has and SLURM does not know": account(grp_tres={"memory": "8G"}),
     "slurm_qos: high has the flag DenyOnLimits, which SLURM does not know; did you mean DenyOnLimit?": qos(flags=["DenyOnLimits"]),
     "slurm_qos: high preempts itself, through high: take one preempt out": {**qos(preempt=["high"]), "slurm_preempt_type": "qos"},
@@ -88,6 +102,7 @@ WRONG: dict[str, dict[str, Any]] = {
         "slurm_real_memory_mb": 900, "slurm_node_groups": [{"name": "a", "nodes": "n[1-2]", "cpus": 8, "memory_mb": 500}]},
     "slurm_jobs_cpus_per_node: 64 CPUs on each of 1 nodes, but the partition batch has at most 8 a node: jobs would never start": {
         "slurm_jobs_cpus_per_node": 64, "slurm_node_groups": [{"name": "a", "nodes": "n[1-2]", "cpus": 8, "memory_mb": 500}]},
+    "slurm_slurmd_restart_seconds: 0 is not longer than slurm_slurmd_timeout (300)": {"slurm_slurmd_restart_seconds": 0},
     "slurm_slurmd_restart_seconds: 60 is not longer than slurm_slurmd_timeout (300)": {"slurm_slurmd_restart_seconds": 60},
     "nvidia_driver_mig (n1): 4g.20gb, 4g.20gb are 8 slices of a GPU that has 7: take some out": mig(([0], ["4g.20gb", "4g.20gb"])),
     "nvidia_driver_mig (n1): GPU 0 is in more than one entry: leave it in one": mig(([0], ["3g.20gb"]), ([0], ["1g.5gb"])),

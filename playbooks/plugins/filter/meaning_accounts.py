@@ -10,6 +10,7 @@ Problem = tuple[str, str, str]
 
 # Those of SLURM itself; further ones are gres/NAME of what nodes have, and license/NAME.
 TRES = ("billing", "bb/datawarp", "cpu", "energy", "fs/disk", "fs/lustre", "ic/ofed", "mem", "node", "pages", "vmem")
+METRICS = "ictx-metrics"
 QOS_FLAGS = (
     "DenyOnLimit",
     "EnforceUsageThreshold",
@@ -92,18 +93,38 @@ def limits(site: Any) -> Iterator[Problem]:
     there = {str(gres["name"]) for host in site.hosts("slurm_compute") for gres in site.gres(host)}
     config = {key.lower(): value for key, value in (site.get("slurm_config") or {}).items()}
     more = config.get("accountingstoragetres") or []
-    listed = [name.strip() for name in (more.split(",") if isinstance(more, str) else map(str, more))]
-    known = [*TRES, *(f"gres/{name}" for name in sorted(there)), *listed]
+    listed = [name.strip().lower() for name in (more.split(",") if isinstance(more, str) else map(str, more))]
+    # The role writes those of the nodes, without their types; slurm_config replaces them.
+    known = [*TRES, *(listed or [f"gres/{name}" for name in sorted(there)])]
     for where in ("slurm_qos", "slurm_accounts", "slurm_associations"):
         for entry in site.kept(where):
             who = entry.get("name") or f"{entry['user']} in {entry['account']}"
             for key in (key for key in entry if "tres" in key):
                 for name in entry[key]:
-                    if name.lower() not in known and not name.lower().startswith("license/"):
+                    if name.lower() in known or name.lower().startswith("license/"):
+                        continue
+                    if name.lower().partition(":")[0] in known and ":" in name:
+                        right = ", ".join([*known[len(TRES) :], name])
+                        text = f"counted by type only with slurm_config: {{AccountingStorageTRES: [{right}]}}"
+                        yield where, f"{who}: {key} has {name}, which is {text}", ""
+                    else:
                         hint = (
                             site.hint(name, known) or f": take {', '.join(['cpu', 'mem', 'node', *known[len(TRES) :]])}"
                         )
                         yield where, f"{who}: {key} has {name}, which no node has and SLURM does not know{hint}", ""
+
+
+def operators(site: Any) -> Iterator[Problem]:
+    """Who sees everybody's jobs is a person of the cluster or a service's account, which the role makes."""
+    given, listed = site.get("ictx_users") or [], site.get("slurm_operators")
+    present = [user["name"] for user in given if user.get("state", "present") == "present"]
+    for name in dict.fromkeys(listed or []):
+        if name in [user["name"] for user in given] and name not in present:
+            yield "slurm_operators", f"{name} is absent in ictx_users: remove it here too", ""
+        elif name not in [*present, METRICS] and (near := site.hint(name, [*present, METRICS])):
+            yield "slurm_operators", f"{name} is not one of ictx_users{near}", ""
+    if listed is not None and METRICS not in listed:
+        yield "slurm_operators", f"lacks {METRICS}, which reads the metrics of everybody's jobs: add it", ""
 
 
 def qualities(site: Any) -> Iterator[Problem]:
@@ -154,7 +175,7 @@ def names(site: Any) -> Iterator[Problem]:
 
 def rules() -> tuple[Callable[[Any], Iterator[Problem]], ...]:
     """Returns the rules of this file."""
-    return (accounts, limits, qualities, names)
+    return (accounts, limits, operators, qualities, names)
 
 
 class FilterModule:

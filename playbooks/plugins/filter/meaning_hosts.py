@@ -28,6 +28,10 @@ def names(site: Any) -> Iterator[Problem]:
             text = f"differs from {first} in capitals only, which DNS ignores: rename one"
             yield f"host {second}", text, ""
     for host in hosts:
+        short = host.partition(".")[0]
+        if short != host and short in hosts:
+            text = f"is {short} with its domain, which SLURM and DNS take for the same machine: remove one of them"
+            yield f"host {host}", text, ""
         if host in site.groups:
             yield f"host {host}", "has the name of a group, so that Ansible's patterns mean both: rename it", ""
         if host == "localhost":

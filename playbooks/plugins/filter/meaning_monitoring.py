@@ -47,6 +47,10 @@ def monitoring(site: Any) -> Iterator[Problem]:
                 yield where, f"{scrape['name']} has a target without address: add it, as HOST:PORT", ""
             elif not module and ("/" in at or not re.search(r":\d+$", at)):
                 yield where, f"{scrape['name']}: {at} must be HOST:PORT; the path goes into path", ""
+            elif module == "tcp" and ("/" in at or not re.search(r":\d+$", at)):
+                yield where, f"{scrape['name']}: {at} must be HOST:PORT for the module tcp", ""
+            elif module in ("http", "https") and not re.match(r"https?://", at if "://" in at else "http://"):
+                yield where, f"{scrape['name']}: {at} must be http:// or https:// for the module {module}", ""
     for job in site.get("prometheus_extra_scrape_configs") or []:
         yield from _native(job)
     for write in site.get("prometheus_remote_write") or []:

@@ -128,7 +128,7 @@ def hardware(site: Any) -> Iterator[Problem]:
             text = f"{real} is more than the node has by slurm_node_groups ({there}): SLURM would drain it"
             yield "slurm_real_memory_mb", text, host
     restart, timeout = (site.get(f"slurm_slurmd_{name}") for name in ("restart_seconds", "timeout"))
-    if restart and timeout and int(restart) <= int(timeout):
+    if restart is not None and timeout and int(restart) <= int(timeout):
         text = f"{restart} is not longer than slurm_slurmd_timeout ({timeout}): slurmd may find jobs that are requeued"
         yield "slurm_slurmd_restart_seconds", text, ""
 

@@ -13,6 +13,7 @@ def topology(site: Any) -> Iterator[Problem]:
     compute, seen = site.hosts("slurm_compute"), {}
     given = site.get("slurm_topology", [])
     names: list[str] = []
+    parents: dict[str, str] = {}
     for item in given:
         name, below = item["name"], item.get("switches", [])
         if bool(item.get("nodes")) == bool(below):
@@ -20,6 +21,12 @@ def topology(site: Any) -> Iterator[Problem]:
         if below and site.get("slurm_topology_type") == "block":
             yield "slurm_topology", f"{name} has switches, which slurm_topology_type: block has not", ""
         for switch in below:
+            if switch in parents:
+                text = (
+                    f"{switch} is below {parents[switch]} and below {name}: a tree has one way up, take it out of one"
+                )
+                yield "slurm_topology", text, ""
+            parents.setdefault(switch, name)
             if switch not in names:
                 yield "slurm_topology", f"{name} is above {switch}, which is not listed before it", ""
         names.append(name)
@@ -35,6 +42,13 @@ def topology(site: Any) -> Iterator[Problem]:
             elif node in seen:
                 yield "slurm_topology", f"{node} is at {seen[node]} and at {name}: take it out of one", ""
             seen[node] = name
+    for name in parents:
+        above, seen_above = parents[name], {name}
+        while above in parents and above not in seen_above:
+            seen_above.add(above)
+            above = parents[above]
+        if above == name:
+            yield "slurm_topology", f"{name} is below itself: take it out of switches of {parents[name]}", ""
     left = [node for node in compute if node not in seen]
     if given and left:
         text = f"{site.one_of(left)} is at no switch: no job would have it together with another node"
