@@ -19,7 +19,7 @@ Problem = tuple[str, str, str]
 RULES = (
     "meaning_jobs", "meaning_accounts", "meaning_nodes", "meaning_topology", "meaning_slurm", "meaning_folders",
     "meaning_hosts", "meaning_addresses", "meaning_ports", "meaning_storage", "meaning_monitoring", "meaning_services",
-    "meaning_packages",
+    "meaning_packages", "meaning_charts",
 )  # fmt: skip
 
 
