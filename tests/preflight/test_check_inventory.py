@@ -50,6 +50,25 @@ def check(tmp_path: Path) -> Check:
     return checked
 
 
+def test_files_of_variables_that_nothing_reads_are_named(tmp_path: Path) -> None:
+    copy = shutil.copytree(ROOT / "inventories/lab", tmp_path / "inventory")
+    (copy / "host_vars").mkdir(exist_ok=True)
+    for name in ("n1.yml", "n2", ".n3.yml.swp", "n4.yml~", "README.md", "notes.txt"):
+        (copy / "host_vars" / name).write_text("a: 1")
+    (copy / "group_vars/ungrouped.json").write_text("{}")
+    assert problems(copy) == []
+
+    (copy / "group_vars/slurm_computes.yml").write_text("a: 1")
+    (copy / "group_vars/rack.d").mkdir()
+    (copy / "host_vars/far-away").write_text("a: 1")
+    assert problems(copy) == [
+        "group_vars/rack.d: there is no group rack.d, so that nothing reads it: rename it, or remove it",
+        "group_vars/slurm_computes.yml: there is no group slurm_computes, so that nothing reads it: "
+        "is it slurm_compute, misspelt?",
+        "host_vars/far-away: there is no host far-away, so that nothing reads it: rename it, or remove it",
+    ]
+
+
 def test_the_lab_has_no_problem() -> None:
     assert problems(ROOT / "inventories/lab") == []
 

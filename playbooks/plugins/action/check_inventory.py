@@ -351,6 +351,9 @@ class ActionModule(ActionBase):
         problems = Problems(hosts)
         check_groups(schema["groups"], groups, problems)
         check_hosts(hosts, groups, formats, problems)
+        folders = {own.get("inventory_dir") for own in map(self._vars["hostvars"].raw_get, hosts)} - {None}
+        for file, text in filter_loader.get("stray_variable_files").j2_function(folders, groups, hosts):
+            problems.add(file, text)
         self._unreadable: set[str] = set()
         known = {name for options in roles.values() for name in options}
         values = {host: self._values(host, known, problems) for host in hosts}
