@@ -15,7 +15,7 @@ from kubernetes import client
 from lab import STATE, Lab, wait_for
 from recovery import Drill
 from serving import MODEL, NAMESPACE, Client
-from test_drills_restore import TRACKED, backed_up, command, images, kept, kubectl, serves, steady, upgrade
+from test_drills_restore import TRACKED, backed_up, backup, command, images, kept, kubectl, serves, steady, upgrade
 from test_drills_slurm import GO, end, on, state
 from test_lifecycle import PREFIX, played, waiting
 from test_rotation import secret, status
@@ -159,8 +159,7 @@ def backed_up_elsewhere(lab: Lab, tmp_path: Path) -> Iterator[Path]:
     """MLflow with a backup that was made just now and is not on the Kubernetes node; afterwards without backups."""
     on(lab, "kube1", "install -d -o 10001 -g 10001 -m 0700 /shared/drill-backup")
     elsewhere(tmp_path)
-    kubectl("create", "job", "drill-elsewhere", "--from=cronjob/ictx-mlflow-backup")
-    kubectl("wait", "--for=condition=complete", "--timeout=10m", "job/drill-elsewhere")
+    backup(tmp_path, "drill-elsewhere")
     yield tmp_path
     kubectl("delete", "job", "drill-elsewhere", "--ignore-not-found")
     played("playbooks/mlflow.yml")
