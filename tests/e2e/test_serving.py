@@ -275,7 +275,9 @@ def test_an_alias_that_does_not_exist_changes_nothing(core: client.CoreV1Api) ->
     keeps="every request of a steady client; what is served",
     acts="nobody",
 )
-def test_a_registry_that_is_down_is_named_and_the_model_serves_on(steady: Client, drill: Drill) -> None:
+def test_a_registry_that_is_down_is_named_and_the_model_serves_on(
+    core: client.CoreV1Api, steady: Client, drill: Drill
+) -> None:
     apps = client.AppsV1Api()
 
     def scale(replicas: int) -> None:
