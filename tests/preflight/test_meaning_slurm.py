@@ -65,6 +65,7 @@ RIGHT = {
     "group": {"slurm_node_groups": [{"name": "a", "nodes": "n[1-2]", "cpus": 8, "memory_mb": 1000}], "slurm_real_memory_mb": 1000,
               "slurm_jobs_cpus_per_node": 8, "slurm_jobs_nodes": 2},
     "mig": mig(([0], ["3g.20gb", "3g.20gb", "1g.5gb"]), ([1], ["7g.40gb"])),
+    "built on": {"slurm_config": {"SlurmUser": "slurm", "slurmctldport": 6817}},
     "config": {"slurm_config": {"MaxJobCount": 5, "schedulerparameters": "x", "FutureKeyOfSlurm": 1}, "slurm_cgroup_config": {"ConstrainCores": True}},
     "evaluation on one node": {
         "slurm_jobs_nodes": 2,
@@ -114,6 +115,9 @@ WRONG: dict[str, dict[str, Any]] = {
     "slurm_state_dir: /run/slurm is the system's, or lost at a reboot": {"slurm_state_dir": "/run/slurm"},
     "slurm_state_dir: /shared is the shared directory itself": {"slurm_state_dir": "/shared"},
     "slurm_health_disks: 2 items have the path /": {"slurm_health_disks": [{"path": "/", "min_free_mb": 1}, {"path": "/", "min_free_mb": 5}]},
+    "slurm_config: SlurmdPort is 7000, but the platform is built on 6818: remove it": {"slurm_config": {"SlurmdPort": 7000}},
+    "slurm_config: SlurmUser is None, but the platform is built on slurm": {"slurm_config": {"SlurmUser": None}},
+    "slurm_config: accountingstoragetype is accounting_storage/none, but": {"slurm_config": {"accountingstoragetype": "accounting_storage/none"}},
     "slurm_config: MaxJobCuont is no key of SLURM; did you mean MaxJobCount?": {"slurm_config": {"MaxJobCuont": 5}},
     "slurm_cgroup_config: ConstrainCore is no key of SLURM; did you mean ConstrainCores?": {"slurm_cgroup_config": {"ConstrainCore": True}},
     "slurm_config: 2 keys are maxjobcount, whatever their capitals": {"slurm_config": {"MaxJobCount": 5, "maxjobcount": 6}},

@@ -56,6 +56,9 @@ def monitoring(site: Any) -> Iterator[Problem]:
     for write in site.get("prometheus_remote_write") or []:
         if bool(write.get("user")) != bool(write.get("password_file")):
             yield "prometheus_remote_write", f"{write['url']} needs both user and password_file, or neither", ""
+    labels = site.get("alertmanager_group_by") or []
+    if "..." in labels and len(labels) > 1:
+        yield "alertmanager_group_by", "... is all labels, beside which there is no other: remove the others", ""
     for label, count in Counter(site.get("alertmanager_group_by") or []).items():
         if count > 1:
             yield "alertmanager_group_by", f"has {label} {count} times: leave it once", ""
@@ -72,6 +75,8 @@ def monitoring(site: Any) -> Iterator[Problem]:
         yield "alertmanager_receivers", text, ""
     files = [("prometheus_rules_files", str(file)) for file in site.get("prometheus_rules_files") or []]
     files += [("alertmanager_smtp", smtp["password_file"])] if smtp.get("password_file") else []
+    database = site.get("grafana_database") or {}
+    files += [("grafana_database", database["password_file"])] if database.get("password_file") else []
     files += [("alertmanager_receivers", one["slack_url_file"]) for one in receivers if one.get("slack_url_file")]
     for where, file in files:
         if not Path(file).is_file():
@@ -116,6 +121,9 @@ def scrapes(site: Any) -> Iterator[Problem]:
 def receivers(site: Any) -> Iterator[Problem]:
     """Alerts reach somebody."""
     given = site.get("alertmanager_receivers") or []
+    if given and site.groups.get("alertmanager") == []:
+        text = "have no effect: the group alertmanager is empty: add a host, or remove them"
+        yield "alertmanager_receivers", text, ""
     for name, count in Counter(str(receiver["name"]) for receiver in given).items():
         if count > 1 or name == "nobody":
             text = f"{count} items have the name {name}" if count > 1 else "the name nobody is taken"

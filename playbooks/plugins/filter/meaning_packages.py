@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from difflib import get_close_matches
@@ -45,6 +46,11 @@ def sources(site: Any) -> Iterator[Problem]:
         yield "common_apt_pins", "an item has no packages: name some, or remove it", ""
 
 
+def _minor(version: str) -> tuple[int, ...]:
+    found = re.match(r"v?(\d+)\.(\d+)", version)
+    return (int(found[1]), int(found[2])) if found else ()
+
+
 def kubernetes(site: Any) -> Iterator[Problem]:
     """The release is one of the lock, and its networks are networks, the same on all servers."""
     servers, nodes = site.hosts("k3s_server"), [*site.hosts("k3s_server"), *site.hosts("k3s_agent")]
@@ -54,6 +60,12 @@ def kubernetes(site: Any) -> Iterator[Problem]:
             near = get_close_matches(version, known, n=1, cutoff=0.6)
             hint = f"; did you mean {near[0]}?" if near else ": add the SHA-256 of its files"
             yield "k3s_version", f"{version} is not one of k3s_checksums ({', '.join(known)}){hint}", host
+    first = str(site.of(servers[0], "k3s_version") or "") if servers else ""
+    for host in site.hosts("k3s_agent") if servers else ():
+        version = str(site.of(host, "k3s_version") or "")
+        if _minor(version) > _minor(first) > ():
+            text = f"{version} is newer than that of the servers ({first}), which Kubernetes does not support"
+            yield "k3s_version", f"{text}: upgrade servers before agents", host
     for host in servers:
         config = site.of(host, "k3s_config") or {}
         ranges = {}

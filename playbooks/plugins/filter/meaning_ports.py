@@ -63,6 +63,10 @@ def free(site: Any) -> Iterator[Problem]:
 def firewall(site: Any) -> Iterator[Problem]:
     """What is let in is for ports that there are."""
     for entry in site.get("firewall_extra") or []:
+        for key, meant in (("from", "nobody"), ("ports", "all of them")):
+            if entry.get(key) == []:
+                text = f"{entry['what']}: {key} is empty, which is {meant}: list some, or leave it out for all"
+                yield "firewall_extra", text, ""
         for text in map(str, entry.get("ports") or []):
             ends = [int(end) for end in text.split("-")]
             if ends != sorted(ends) or not all(0 < end < 65536 for end in ends):

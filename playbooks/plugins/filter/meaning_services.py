@@ -45,9 +45,25 @@ def endpoints(site: Any) -> Iterator[Problem]:
             yield "ictx_mlflow_uri", f"its port is {uri[1] or 'not given'}, but MLflow's nodePort is {node_port}", ""
 
 
+def reached(site: Any) -> Iterator[Problem]:
+    """What other hosts use is not at this host for every one of them; the registry is no mirror of itself."""
+    used = ("artifacts_mirror", "ictx_mlflow_uri", "ictx_registry")
+    for name in used if len(site.hosts("all")) > 1 else ():
+        address = str(site.get(name) or "")
+        at = re.fullmatch(r"(?:https?://)?(localhost|127\.[0-9.]+|\[::1\])(?:[:/].*)?", address)
+        if at and not (name == "ictx_registry" and site.hosts("registry")):
+            yield name, f"{at[1]} is each host itself: take a name or address that all hosts reach", ""
+    registry = str(site.get("ictx_registry") or "")
+    if registry and registry in (site.get("ictx_registry_mirror_of") or []):
+        yield "ictx_registry_mirror_of", f"{registry} is ictx_registry itself: list others, as docker.io", ""
+
+
 def releases(site: Any) -> Iterator[Problem]:
     """Releases behind the address of the served model have names and models of their own."""
     described = filter_loader.get("release_problems").j2_function
+    if site.get("ictx_serving_releases") and site.groups.get("k3s_server") == []:
+        text = "has no effect: the group k3s_server is empty: add a host, or remove this"
+        yield "ictx_serving_releases", text, ""
     for text in described(site.get("ictx_serving_releases") or [], site.get("ictx_serving_values") or {}):
         yield "ictx_serving_releases", text, ""
 
@@ -102,7 +118,7 @@ def proxies(site: Any) -> Iterator[Problem]:
 
 def rules() -> tuple[Callable[[Any], Iterator[Problem]], ...]:
     """Returns the rules of this file."""
-    return (endpoints, releases, registries, sign_in, proxies)
+    return (endpoints, reached, releases, registries, sign_in, proxies)
 
 
 class FilterModule:

@@ -21,6 +21,14 @@ OWNED = {
     "clustername": "ictx_cluster_name",
     "statesavelocation": "slurm_state_dir",
 }
+# What the platform is built on.
+FIXED = {
+    "accountingstoragetype": "accounting_storage/slurmdbd",
+    "authtype": "auth/munge",
+    "slurmctldport": "6817",
+    "slurmdport": "6818",
+    "slurmuser": "slurm",
+}
 # Variables that slurm.conf has, which controllers and login nodes each write.
 WRITTEN = (
     "account",
@@ -50,8 +58,11 @@ WRITTEN = (
 
 
 def settings(site: Any) -> Iterator[Problem]:
-    """Keys of slurm.conf that other variables have stay with those."""
-    for key in site.get("slurm_config", {}):
+    """Keys of slurm.conf that other variables have stay with those, and what the platform is built on stays."""
+    for key, value in site.get("slurm_config", {}).items():
+        right = FIXED.get(key.lower())
+        if right and str(value).lower() != right:
+            yield "slurm_config", f"{key} is {value}, but the platform is built on {right}: remove it", ""
         if key.lower() in OWNED:
             yield "slurm_config", f"{key} has a place of its own: {OWNED[key.lower()]}", ""
 

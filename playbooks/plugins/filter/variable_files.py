@@ -29,7 +29,10 @@ def stray_variable_files(folders: Iterable[str], groups: Iterable[str], hosts: I
     """
     found = []
     for folder in sorted(set(folders)):
-        for kind, known in (("group", sorted({*groups, "all", "ungrouped"})), ("host", sorted(hosts))):
+        for kind, known in (
+            ("group", sorted({*map(str, groups), "all", "ungrouped"})),
+            ("host", sorted(map(str, hosts))),
+        ):
             for file, name in _named(Path(folder) / f"{kind}_vars"):
                 if name not in known:
                     near = get_close_matches(name, known, n=1, cutoff=0.75)
