@@ -25,6 +25,7 @@ from ictx.kernels.decode.op import (
     SHORT,
     SHORT_QUANTISED,
     SHORT_QUANTISED_HBM3,
+    SHORTEST,
     block_m_of,
     launch_of,
     mla_decode,
@@ -85,10 +86,29 @@ def test_short_caches_are_cut_up_as_on_other_cards(stored: str | None, monkeypat
     device = torch.device("meta")
     most = SHORT_QUANTISED if stored else SHORT
     short, long = (launch_of(device, 16, stored, room=room)[0] for room in (most, most + 1))
-    assert short == tuning.decode_config(90, 16, stored) != long
+    assert short == tuning.decode_config(90, 16, stored, case="short" if most <= SHORTEST else "") != long
     # A workspace is made for the longest.
     assert long == tuning.decode_config(90, 16, stored, fast=True) == launch_of(device, 16, stored)[0]
     assert long.programs >= short.programs
+
+
+def test_one_sequence_and_the_shortest_caches_have_configurations_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "interpreted", lambda: False)
+    device = torch.device("meta")
+    for target, own in ((90, True), (100, False)):
+        monkeypatch.setattr(dispatch, "capability", lambda device, target=target: target)
+        monkeypatch.setattr(dispatch, "fast_memory", lambda device, stored=None, own=own: own)
+        several, one = (launch_of(device, 16, None, batch=batch)[0] for batch in (2, 1))
+        assert (one != several) == own
+        # A workspace is made for several.
+        assert one.programs <= several.programs
+        monkeypatch.setattr(dispatch, "fast_memory", lambda device, stored=None: False)
+        for stored in (None, "int8", "fp8"):
+            short, longer = (launch_of(device, 16, stored, room=room)[0] for room in (SHORTEST, SHORTEST + 1))
+            assert (short != longer) == own
+            assert short.programs <= longer.programs
+        # What was found for these has 16 rows.
+        assert launch_of(device, 32, None, room=1)[0] == launch_of(device, 32, None)[0]
 
 
 def test_both_kinds_of_memory_are_compiled_for() -> None:

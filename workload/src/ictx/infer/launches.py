@@ -15,6 +15,7 @@ import torch
 from ictx.infer.cache import LatentCache
 from ictx.infer.decode_step import DecodeStep, unfit
 from ictx.kernels import dispatch
+from ictx.kernels.decode.op import SHORTEST
 from ictx.model.config import ModelConfig
 from ictx.model.transformer import Transformer
 from ictx.settings import shipped
@@ -70,11 +71,13 @@ def train(model: Transformer) -> None:
 
 @torch.no_grad()
 def generate(model: Transformer, batch: int, block_size: int | None, stored: str | None) -> None:
-    """Runs a prefill, expanded and absorbed, and a decode step."""
+    """Runs a prefill, expanded and absorbed, and a decode step, on a long and a short cache."""
     dtype, length = model.lm_head.weight.dtype, 2 * sum(CHUNKS) + 1
     cache = LatentCache(model.config, batch, length, block_size=block_size, dtype=dtype, stored=stored, device=META)
     for tokens in CHUNKS:
         chunk = torch.zeros(batch, tokens, dtype=torch.int64, device=META)
         model(chunk, cache=cache, last_only=True, mode="expanded")
         model(chunk, cache=cache, last_only=True, mode="absorbed")
-    DecodeStep(model, cache, torch.zeros(batch, dtype=torch.int64, device=META), 1)()
+    for room in (length, SHORTEST // batch):
+        cache = LatentCache(model.config, batch, room, block_size=block_size, dtype=dtype, stored=stored, device=META)
+        DecodeStep(model, cache, torch.zeros(batch, dtype=torch.int64, device=META), 1)()

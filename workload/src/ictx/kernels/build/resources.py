@@ -61,7 +61,11 @@ def inspect(launch: Launch, name: str, compiled: Any) -> Report:
     if launch.kernel in ("decode.decode", "decode_warpgroup.decode"):
         constants = launch.parameters
         stored = None if constants["STORED"] == "plain" else constants["STORED"]
-        tuned = [tuning.decode_config(launch.target, constants["BLOCK_M"], stored, fast) for fast in (False, True)]
+        tuned = [
+            tuning.decode_config(launch.target, constants["BLOCK_M"], stored, fast, case)
+            for fast in (False, True)
+            for case in tuning.CASES
+        ]
         cut = constants["BLOCK_N"], constants["STAGES"]
         programs = max((config.programs for config in tuned if (config.block_n, config.stages) == cut), default=1)
     if spilled:

@@ -60,12 +60,13 @@ def join_slices(
 @triton.jit
 def join_share(
     out_ptr, lse_ptr, part_ptr, part_lse_ptr, sequence, row_block, rows, first_program, parts, share, shares,
-    BLOCK_M: tl.constexpr, LATENT: tl.constexpr, WIDE: tl.constexpr, COLS: tl.constexpr,
+    BLOCK_M: tl.constexpr, LATENT: tl.constexpr, WIDE: tl.constexpr, COLS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Joins this program's share of a row block.
 
     Slices are as many as there are programs to join them, more or less: whole rows of few parts, narrower ones of more
-    parts, which are all read at once. COLS columns out of up to 160 parts; 32 where that many are too much to hold.
+    parts, which are all read at once. COLS columns out of up to 160 parts, PARTS at once; 32 where that many are too
+    much to hold.
     """
     here = tl.minimum(rows - row_block * BLOCK_M, BLOCK_M)
     base = sequence.to(tl.int64) * rows + row_block * BLOCK_M
@@ -88,7 +89,7 @@ def join_share(
     elif COLS == 64 and parts <= 160:
         join_slices(
             out_ptr, lse_ptr, part_ptr, part_lse_ptr, base, here, first_program, parts, share, shares,
-            BLOCK_M, LATENT, 64, 256,
+            BLOCK_M, LATENT, 64, PARTS,
         )  # fmt: skip
     else:
         join_slices(

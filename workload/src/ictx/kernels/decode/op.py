@@ -23,6 +23,8 @@ MOST_QUERIES, MOST_HEADS = 8, 128
 SHORT, SHORT_QUANTISED, SHORT_QUANTISED_HBM3 = 8192, 4096, 131072
 """Tokens that a batch's caches have room for, up to which cards of fast memory take what others do: where there is
 little to read, fewer programs are done sooner. Quantised caches of an H100, whose memory is HBM3, gain later."""
+SHORTEST = 4096
+"""Tokens of room up to which a multiprocessor has one tile at most."""
 
 
 @dataclass
@@ -144,19 +146,25 @@ def block_m_of(rows: int, cc: int) -> int:
 
 
 def launch_of(
-    device: torch.device, block_m: int, stored: str | None, config: DecodeConfig | None = None, room: int | None = None
+    device: torch.device,
+    block_m: int,
+    stored: str | None,
+    config: DecodeConfig | None = None,
+    room: int | None = None,
+    batch: int | None = None,
 ) -> tuple[DecodeConfig, int]:
     """Returns how the kernel is cut up, by the tuned configuration unless one is given, and how many programs run.
 
     `room` is the number of tokens that the caches of all sequences can hold, many unless given: their lengths are not
-    known here.
+    known here. `batch` is the number of sequences, several unless given.
     """
     if dispatch.interpreted():
         return replace(config or INTERPRETER, reduce_all=False, warpgroup=False), INTERPRETER_PROGRAMS
     quantised = SHORT_QUANTISED if dispatch.fast_memory(device) else SHORT_QUANTISED_HBM3
     short = room is not None and room <= (quantised if stored else SHORT)
     fast = dispatch.fast_memory(device, stored) and not short
-    config = config or decode_config(dispatch.capability(device), block_m, stored, fast)
+    case = "short" if room is not None and room <= SHORTEST else "one" if batch == 1 else ""
+    config = config or decode_config(dispatch.capability(device), block_m, stored, fast, case)
     return config, multiprocessors(device) * config.programs
 
 
@@ -181,6 +189,7 @@ def constants(stored: str | None, page: int, block_m: int, config: DecodeConfig,
         "STAGES": config.stages,
         "SCAN": config.scan,
         "COLS": config.columns or 64,
+        "PARTS": config.parts,
         **dispatch.launch_options(early),
     }
 
@@ -208,7 +217,7 @@ def _launch(
     if batch == 0:
         return out, lse
     room = batch * cache.shape[1] * (1 if table is None else table.shape[1])
-    config, programs = launch_of(q.device, block_m, stored, config, room)
+    config, programs = launch_of(q.device, block_m, stored, config, room, batch)
     if config.warpgroup:
         from ictx.kernels.decode.warpgroup_triton import decode as kernel
     else:

@@ -47,7 +47,7 @@ def decode(
     LATENT: tl.constexpr, ROPE: tl.constexpr, PAGE: tl.constexpr, STORED: tl.constexpr, ASM: tl.constexpr,
     ROW: tl.constexpr, BLOCK_WORDS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, REDUCE_ALL: tl.constexpr, STAGES: tl.constexpr,
-    SCAN: tl.constexpr, COLS: tl.constexpr, DEPENDENT: tl.constexpr,
+    SCAN: tl.constexpr, COLS: tl.constexpr, PARTS: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """out = softmax(q · cacheᵀ · scale) · latent for every row, causal among the last `query` positions.
 
@@ -60,9 +60,7 @@ def decode(
     program = tl.program_id(0)
     programs = tl.num_programs(0)
     if DEPENDENT:
-        # Launched while the launch before it still runs, and so is the one behind it: it begins where there is room, at
-        # the latest as programs of this one end, not a launch later.
-        gdc_launch_dependents()
+        # Launched while the launch before it still runs.
         gdc_wait()
     # Every dependent step before the first load of the cache costs a microsecond: one sequence needs no search.
     alone = batch == 1
@@ -284,7 +282,7 @@ def decode(
                     tl.debug_barrier()
                     join_share(
                         out_ptr, lse_ptr, part_ptr, part_lse_ptr, sequence, row_block, rows, first_program, parts,
-                        0, 1, BLOCK_M, LATENT, True, COLS,
+                        0, 1, BLOCK_M, LATENT, True, COLS, PARTS,
                     )  # fmt: skip
                     tl.atomic_add(count_ptr + item, -parts, sem="relaxed")
 
@@ -293,6 +291,9 @@ def decode(
             first += tiles
             item += 1
 
+    if DEPENDENT:
+        # The next launch begins where there is room: memory is idle from here on, and its weights come meanwhile.
+        gdc_launch_dependents()
     if REDUCE_ALL:
         for which in range(2):
             ticket = tl.where(which == 0, a_ticket, b_ticket)
@@ -303,5 +304,5 @@ def decode(
                 wait(count_ptr + item, ticket)
                 join_share(
                     out_ptr, lse_ptr, part_ptr, part_lse_ptr, item // row_blocks, item % row_blocks, rows,
-                    first_program, parts, program - first_program, parts, BLOCK_M, LATENT, False, COLS,
+                    first_program, parts, program - first_program, parts, BLOCK_M, LATENT, False, COLS, PARTS,
                 )  # fmt: skip

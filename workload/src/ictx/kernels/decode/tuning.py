@@ -27,24 +27,31 @@ class DecodeConfig:
     """Sequences whose lengths are read at once in the search for the first tile."""
     columns: int = 0
     """Columns of the result that are joined at once out of up to 160 parts, 64 or 32; 0 leaves it to the kernel."""
+    parts: int = 256
+    """Parts, of up to 160, that are joined at once: a power of two."""
     warpgroup: bool = False
     """Whether tokens are rows of Hopper's own products (`warpgroup_triton`): for quantised caches, tiles of 64."""
 
 
-def decode_key(block_m: int, stored: str | None, fast: bool = False) -> str:
+CASES = ("", "short", "one")
+"""Inputs of a kind that may have a configuration of their own: short caches, or one sequence."""
+
+
+def decode_key(block_m: int, stored: str | None, fast: bool = False, case: str = "") -> str:
     """Returns the name under which the file holds a kind of input, on cards of `fast` memory one of its own."""
-    return f"{stored or 'plain'}/rows{block_m}{'/fast' if fast else ''}"
+    return f"{stored or 'plain'}/rows{block_m}{'/fast' if fast else ''}{case and f'/{case}'}"
 
 
 override: DecodeConfig | None = None
 """Stands for every tuned configuration in a process that tries another."""
 
 
-def decode_config(cc: int, block_m: int, stored: str | None, fast: bool = False) -> DecodeConfig:
+def decode_config(cc: int, block_m: int, stored: str | None, fast: bool = False, case: str = "") -> DecodeConfig:
     """Returns the configuration of the newest target that is not newer than compute capability `cc`.
 
     Where memory is `fast` (see `dispatch.fast_memory`), programs must overlap more of their own work with it. What was
-    found for such cards is theirs alone: the instructions that it takes may be missing on a newer target.
+    found for such cards is theirs alone: the instructions that it takes may be missing on a newer target. So is what
+    was found for one of CASES.
     """
     if override is not None:
         return override
@@ -52,5 +59,5 @@ def decode_config(cc: int, block_m: int, stored: str | None, fast: bool = False)
     targets = sorted(int(name.removeprefix("sm_")) for name in section)
     target = max((known for known in targets if known <= cc), default=targets[0])
     kinds = section[f"sm_{target}"]
-    key = decode_key(block_m, stored, fast)
-    return DecodeConfig(**kinds[key if key in kinds and target == cc else decode_key(block_m, stored)])
+    own = [decode_key(block_m, stored, fast, case), decode_key(block_m, stored, fast)] if target == cc else []
+    return DecodeConfig(**kinds[next((key for key in own if key in kinds), decode_key(block_m, stored))])

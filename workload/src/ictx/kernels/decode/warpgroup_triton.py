@@ -50,7 +50,7 @@ def decode(
     LATENT: gl.constexpr, ROPE: gl.constexpr, PAGE: gl.constexpr, STORED: gl.constexpr, ASM: gl.constexpr,
     ROW: gl.constexpr, BLOCK_WORDS: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, REDUCE_ALL: gl.constexpr, STAGES: gl.constexpr,
-    SCAN: gl.constexpr, COLS: gl.constexpr, DEPENDENT: gl.constexpr,
+    SCAN: gl.constexpr, COLS: gl.constexpr, PARTS: gl.constexpr, DEPENDENT: gl.constexpr,
 ):  # fmt: skip
     """As `decode.triton`'s, for a quantised cache and all programs resident; BLOCK_N is 64."""
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
@@ -77,7 +77,6 @@ def decode(
     program = gl.program_id(0)
     programs = gl.num_programs(0)
     if DEPENDENT:
-        gdc_launch_dependents()
         gdc_wait()
     alone = batch == 1
     total = 0
@@ -273,6 +272,8 @@ def decode(
             first += tiles
             item += 1
 
+    if DEPENDENT:
+        gdc_launch_dependents()
     for which in range(2):
         ticket = gl.where(which == 0, a_ticket, b_ticket)
         if ticket >= 0:

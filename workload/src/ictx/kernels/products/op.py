@@ -22,6 +22,9 @@ LONGEST = 16384
 COLUMNS = 64
 """Columns of the latent that a program of `absorb` makes."""
 WARPS = 4
+PROGRAMS = {4: 816, 8: 512}
+"""Programs of so many warps that take rows one after the other: a few for each of Hopper's 132 multiprocessors, so that
+all are at work at once and the next launch has room. Found on an H200 for rows of 2,048, gated, and of 5,632."""
 
 
 @dataclass(frozen=True)
@@ -46,15 +49,24 @@ def _choice(x: Tensor, width: int) -> str:
     return dispatch.choose(OPERATION, x.device, x.dtype, shape=shape).name
 
 
-def _options(device: torch.device) -> dict[str, Any]:
+def _options(device: torch.device, warps: int = WARPS) -> dict[str, Any]:
     """Returns options of a launch."""
-    return {"num_warps": WARPS, **dispatch.launch_options(dispatch.launches_early(device))}
+    return {"num_warps": warps, **dispatch.launch_options(dispatch.launches_early(device))}
 
 
-def constants(width: int, gated: bool) -> dict[str, int]:
-    """Returns how `project` is cut up for rows of that many weights."""
+def constants(rows: int, width: int, gated: bool) -> tuple[dict[str, int], int]:
+    """Returns how `project` is cut up for so many rows of that many weights, and warps of a program.
+
+    Rows that are gated or long come one after the other, half a tile each: the next is asked for meanwhile.
+    """
     padded = 1 << (width - 1).bit_length()
-    return {"WIDTH": width, "PADDED": padded, "BLOCK": max(TILE // padded // (2 if gated else 1), 1)}
+    long = 2 * padded > TILE
+    warps, count = (2 * WARPS if long else WARPS), 1
+    block = max(TILE // padded // (2 if gated else 1), 1)
+    if (gated or long) and padded <= TILE:
+        block = max(block // 2, 1)
+        count = -(-rows // (block * PROGRAMS[warps]))
+    return {"WIDTH": width, "PADDED": padded, "BLOCK": block, "COUNT": count}, warps
 
 
 def project(
@@ -86,12 +98,13 @@ def project(
 
     rows, width = weight.shape
     out = torch.empty(1, rows, dtype=x.dtype, device=x.device)
-    fixed = constants(width, up is not None)
-    grid = (-(-rows // fixed["BLOCK"]), 1)
+    fixed, warps = constants(rows, width, up is not None)
+    grid = (-(-rows // (fixed["BLOCK"] * fixed["COUNT"])), 1)
     launched = kernels.project[grid](
         x, gain if gain is not None else x, weight, up if up is not None else weight,
         residual if residual is not None else x, out, eps, rows, 0, 0, weight.stride(0), 0,
-        NORM=gain is not None, GATED=up is not None, ADD=residual is not None, **fixed, **_options(x.device),
+        NORM=gain is not None, GATED=up is not None, ADD=residual is not None, **fixed,
+        **_options(x.device, warps),
     )  # fmt: skip
     prefer_l1(launched)
     return out
@@ -144,10 +157,10 @@ def expand(out: Tensor, w_kv: Tensor, value: int) -> Tensor:
     from ictx.kernels.products import triton as kernels
 
     result = torch.empty(1, heads * value, dtype=out.dtype, device=out.device)
-    fixed = constants(LATENT, False)
+    fixed, warps = constants(value, LATENT, False)
     launched = kernels.project[(-(-value // fixed["BLOCK"]), heads)](
         out, out, weight, weight, out, result, 0.0, value, LATENT, weight.stride(0), weight.stride(1), value,
-        NORM=False, GATED=False, ADD=False, **fixed, **_options(out.device),
+        NORM=False, GATED=False, ADD=False, **fixed, **_options(out.device, warps),
     )  # fmt: skip
     prefer_l1(launched)
     return result

@@ -1,9 +1,11 @@
 """Products of one token's vector with a layer's weights: what a decode step does between its attentions.
 
-A program asks for its part of the weight before it waits for the vector: on Hopper and later (DEPENDENT) the launch
-before it is still running then (programmatic dependent launch), so that the weights are on their way while it ends.
-They are read once, and so are the first to leave the caches (`evict_first`): the vector, which all programs read, and
-what the next launch reads stay. Sums are float32.
+A program lets the next launch in, then asks for its part of the weight before it waits for the vector: on Hopper and
+later (DEPENDENT) the launch before it is still running then (programmatic dependent launch), so that the weights are on
+their way while it ends. Where there are more rows than programs at work at once, each takes several one after the other
+and asks for the next before it multiplies: memory is busy meanwhile, and as all programs have begun, the next launch
+finds room. Weights are read once, and so are the first to leave the caches (`evict_first`): the vector, which all
+programs read, and what the next launch reads stay. Sums are float32.
 """
 
 from __future__ import annotations
@@ -16,42 +18,77 @@ from ictx.kernels.rope_cache.triton import write_row
 
 
 @triton.jit
-def project(
-    x_ptr, gain_ptr, weight_ptr, up_ptr, residual_ptr, out_ptr, eps, rows,
-    x_group, weight_group, weight_row, out_group,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, PADDED: tl.constexpr,
-    NORM: tl.constexpr, GATED: tl.constexpr, ADD: tl.constexpr, DEPENDENT: tl.constexpr,
+def multiply(
+    weight, up, x, factor, residual, out_at, ok,
+    GATED: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
-    """out = weight · x, BLOCK rows a program, one group of the second grid axis each.
-
-    NORM: x is normed (RMSNorm) and multiplied by `gain` first. GATED: silu(weight · x) · (up · x). ADD: + residual.
-    """
-    group = tl.program_id(1)
-    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    column = tl.arange(0, PADDED)
-    row_ok, column_ok = row < rows, column < WIDTH
-    ok = row_ok[:, None] & column_ok[None, :]
-    at = row[:, None].to(tl.int64) * weight_row + column[None, :]
-    weight = tl.load(weight_ptr + group * weight_group + at, ok, other=0.0, eviction_policy="evict_first")
-    if GATED:
-        up = tl.load(up_ptr + at, ok, other=0.0, eviction_policy="evict_first")
-    if NORM:
-        gain = tl.load(gain_ptr + column, column_ok, other=0.0).to(tl.float32)
-    if DEPENDENT:
-        gdc_launch_dependents()
-        gdc_wait()
-    x = tl.load(x_ptr + group * x_group + column, column_ok, other=0.0).to(tl.float32)
-    factor = 1.0
-    if NORM:
-        # The root is taken beside the products, not before them.
-        factor = tl.rsqrt(tl.sum(x * x, 0) / WIDTH + eps)
-        x = x * gain
+    """Stores the rows' products with the vector, times `factor`, and what is added to them."""
     total = tl.sum(weight.to(tl.float32) * x[None, :], 1) * factor
     if GATED:
         total = total * tl.sigmoid(total) * (tl.sum(up.to(tl.float32) * x[None, :], 1) * factor)
     if ADD:
-        total += tl.load(residual_ptr + row, row_ok, other=0.0).to(tl.float32)
-    tl.store(out_ptr + group * out_group + row, total.to(out_ptr.dtype.element_ty), row_ok)
+        total += residual
+    tl.store(out_at, total.to(out_at.dtype.element_ty), ok)
+
+
+@triton.jit
+def project(
+    x_ptr, gain_ptr, weight_ptr, up_ptr, residual_ptr, out_ptr, eps, rows,
+    x_group, weight_group, weight_row, out_group,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, COUNT: tl.constexpr, PADDED: tl.constexpr,
+    NORM: tl.constexpr, GATED: tl.constexpr, ADD: tl.constexpr, DEPENDENT: tl.constexpr,
+):  # fmt: skip
+    """out = weight · x, COUNT times BLOCK rows a program, one group of the second grid axis each.
+
+    NORM: x is normed (RMSNorm) and multiplied by `gain` first. GATED: silu(weight · x) · (up · x). ADD: + residual.
+    """
+    if DEPENDENT:
+        gdc_launch_dependents()
+    group = tl.program_id(1)
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    step = tl.num_programs(0) * BLOCK
+    column = tl.arange(0, PADDED)
+    row_ok, column_ok = row < rows, column < WIDTH
+    weight_ptr += group * weight_group
+    out_ptr += group * out_group
+    at = row[:, None].to(tl.int64) * weight_row + column[None, :]
+    ok = row_ok[:, None] & column_ok[None, :]
+    weight = tl.load(weight_ptr + at, ok, other=0.0, eviction_policy="evict_first")
+    up = weight
+    if GATED:
+        up = tl.load(up_ptr + at, ok, other=0.0, eviction_policy="evict_first")
+    if NORM:
+        gain = tl.load(gain_ptr + column, column_ok, other=0.0)
+    if DEPENDENT:
+        gdc_wait()
+    x = tl.load(x_ptr + group * x_group + column, column_ok, other=0.0).to(tl.float32)
+    # Beside the vector, not behind the product: each is a trip to memory.
+    residual = 0.0
+    if ADD:
+        residual = tl.load(residual_ptr + row, row_ok, other=0.0).to(tl.float32)
+    factor = 1.0
+    if NORM:
+        # The root is taken beside the products, not before them.
+        factor = tl.rsqrt(tl.sum(x * x, 0) / WIDTH + eps)
+        x = x * gain.to(tl.float32)
+    if COUNT == 1:
+        multiply(weight, up, x, factor, residual, out_ptr + row, row_ok, GATED, ADD)
+    else:
+        # The last turn asks for nothing, but is not apart: a second copy of the products takes registers, and so room.
+        for turn in tl.range(COUNT, num_stages=1):
+            at += step.to(tl.int64) * weight_row
+            coming_ok = (row + step < rows) & (turn < COUNT - 1)
+            ok = coming_ok[:, None] & column_ok[None, :]
+            weight_coming = tl.load(weight_ptr + at, ok, other=0.0, eviction_policy="evict_first")
+            up_coming = weight_coming
+            if GATED:
+                up_coming = tl.load(up_ptr + at, ok, other=0.0, eviction_policy="evict_first")
+            residual_coming = residual
+            if ADD:
+                residual_coming = tl.load(residual_ptr + row + step, coming_ok, other=0.0).to(tl.float32)
+            multiply(weight, up, x, factor, residual, out_ptr + row, row < rows, GATED, ADD)
+            weight, up, residual = weight_coming, up_coming, residual_coming
+            row += step
 
 
 @triton.jit(
@@ -82,6 +119,8 @@ def absorb(
             row_stride, block_rows, block_size, LATENT, ROPE, GROUP, ROW, ROW_BYTES, STORED,
         )  # fmt: skip
     else:
+        if DEPENDENT:
+            gdc_launch_dependents()
         row = tl.arange(0, PADDED)
         column = part * COLUMNS + tl.arange(0, COLUMNS)
         ok = row < NOPE
@@ -90,13 +129,10 @@ def absorb(
             eviction_policy="evict_first",
         )  # fmt: skip
         if DEPENDENT:
-            gdc_launch_dependents()
             gdc_wait()
         q_at = q_ptr + head * (NOPE + ROPE)
         out_at = out_ptr + head * (LATENT + ROPE)
         q = tl.load(q_at + row, ok, other=0.0).to(tl.float32)
-        total = tl.sum(weight.to(tl.float32) * q[:, None], 0)
-        tl.store(out_at + column, total.to(out_ptr.dtype.element_ty))
         if part == 0:
             pair = tl.arange(0, ROPE // 2)
             even = tl.load(q_at + NOPE + 2 * pair).to(tl.float32)
@@ -104,3 +140,5 @@ def absorb(
             cos, sin = tl.load(cos_ptr + pair), tl.load(sin_ptr + pair)
             tl.store(out_at + LATENT + 2 * pair, (even * cos - odd * sin).to(out_ptr.dtype.element_ty))
             tl.store(out_at + LATENT + 2 * pair + 1, (even * sin + odd * cos).to(out_ptr.dtype.element_ty))
+        total = tl.sum(weight.to(tl.float32) * q[:, None], 0)
+        tl.store(out_at + column, total.to(out_ptr.dtype.element_ty))

@@ -36,20 +36,22 @@ def write_row(
 
     Strides count elements of `x_ptr`; `block_rows` is the distance of two blocks in rows. A negative slot is skipped.
     """
+    groups: tl.constexpr = LATENT // GROUP
+    group = tl.arange(0, groups)
+    column = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    pair = tl.arange(0, ROPE // 2)
+    x_at = x_ptr + token * row_stride
+    # All at once: one behind the other, each would be a trip to memory.
     slot = tl.load(slot_ptr + token)
+    x = tl.load(x_at + column).to(tl.float32)
+    even = tl.load(x_at + LATENT + 2 * pair).to(tl.float32)
+    odd = tl.load(x_at + LATENT + 2 * pair + 1).to(tl.float32)
+    cos = tl.load(cos_ptr + token * (ROPE // 2) + pair)
+    sin = tl.load(sin_ptr + token * (ROPE // 2) + pair)
+    weight = tl.load(weight_ptr + column).to(tl.float32)
     if slot >= 0:
-        groups: tl.constexpr = LATENT // GROUP
-        group = tl.arange(0, groups)
-        column = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
-        pair = tl.arange(0, ROPE // 2)
-        x_at = x_ptr + token * row_stride
-        x = tl.load(x_at + column).to(tl.float32)
-        even = tl.load(x_at + LATENT + 2 * pair).to(tl.float32)
-        odd = tl.load(x_at + LATENT + 2 * pair + 1).to(tl.float32)
-        cos = tl.load(cos_ptr + token * (ROPE // 2) + pair)
-        sin = tl.load(sin_ptr + token * (ROPE // 2) + pair)
         power = tl.sum(tl.sum(x * x, 1), 0) / LATENT
-        x = x * tl.rsqrt(power + eps) * tl.load(weight_ptr + column).to(tl.float32)
+        x = x * tl.rsqrt(power + eps) * weight
 
         block = (slot // block_size) * block_rows
         inner = slot % block_size
