@@ -93,6 +93,7 @@ def models(key: str) -> int:
     before="the Secret changed and pods went on with the old key; nothing revoked it",
     now="both keys are accepted until the rotation is finished, then the old one gets 401; no request is lost",
 )
+@pytest.mark.full
 def test_a_serving_key_is_replaced_without_a_lost_request_and_the_database_password_with_it(lab: Lab) -> None:
     old = secret("serving_api_key")
     with steady(lambda: models(old)) as refused:
