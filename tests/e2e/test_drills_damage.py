@@ -7,6 +7,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -49,11 +50,12 @@ def pull(lab: Lab, image: str, folder: Path) -> subprocess.CompletedProcess[str]
     registry = f"{lab.address('svc1')}:5000"
     login = ["podman", "login", "--cert-dir", certificates, "--authfile", folder / "auth.json", "--username", "ictx"]
     subprocess.run([*login, "--password-stdin", registry], input=secret("registry_password"), text=True, check=True)
-    place = ["--root", folder / "root", "--runroot", folder / "run"]
     options = ["--cert-dir", certificates, "--authfile", folder / "auth.json", "--quiet"]
-    words = ["podman", *place, "pull", *options, f"{registry}/{image}"]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
-    subprocess.run(["umount", folder / "root/overlay"], stderr=subprocess.DEVNULL, check=False)
+    # podman takes no --runroot of more than 50 characters, as pytest's folders have.
+    with tempfile.TemporaryDirectory(prefix="run-") as run:
+        words = ["podman", "--root", folder / "root", "--runroot", run, "pull", *options, f"{registry}/{image}"]
+        done = subprocess.run(words, capture_output=True, text=True, check=False)
+        subprocess.run(["umount", folder / "root/overlay"], stderr=subprocess.DEVNULL, check=False)
     return done
 
 
