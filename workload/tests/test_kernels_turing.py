@@ -78,7 +78,7 @@ def have_run(target: int, *names: str) -> bool:
     ("lens", "heads", "query", "page"),
     [
         pytest.param([0, 1, 33, 200], 16, 1, 64, id="ragged"),
-        pytest.param([70, 1], 5, 8, 0, id="contiguous, speculative, 40 rows"),
+        pytest.param([70, 1], 5, 8, 0, id="contiguous, speculative, 40 rows", marks=pytest.mark.full),
         pytest.param([150, 3], 3, 2, 16, id="small-blocks"),
     ],
 )
