@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -64,3 +65,14 @@ def test_values_of_the_charts_own_tests_pass(file: Path) -> None:
         for line in found(**{f"ictx_{file.parts[-3]}_values": yaml.safe_load(file.read_text())})
         if "is wrong" in line or "is no value" in line
     ] == []
+
+
+def test_a_control_host_without_the_validator_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An environment of before the lock file had it."""
+    charts = loaded(ROOT / "playbooks/plugins/filter/meaning_charts.py")
+    monkeypatch.setitem(sys.modules, "jsonschema.validators", None)
+    site = meaning.Inventory({"k1": release(replicaCount=2)}, {"all": ["k1"]})
+    ((where, text, _),) = charts.values(site)
+    assert where == "ictx_serving_releases"
+    assert text.startswith("cannot be validated on this control host (")
+    assert text.endswith("): run scripts/bootstrap control")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -36,7 +35,7 @@ def _merged(base: Any, own: Any) -> Any:
     return {key: value for key, value in merged.items() if value is not None or key not in own}
 
 
-def _texts(chart: str, given: Any) -> Iterator[str]:
+def _texts(site: Any, chart: str, given: Any) -> Iterator[str]:
     base, validator = _chart(chart)
     remedy = f"charts/{chart}/README.md lists the values"
     for error in sorted(validator.iter_errors(_merged(base, given)), key=lambda error: str(error.json_path)):
@@ -44,8 +43,7 @@ def _texts(chart: str, given: Any) -> Iterator[str]:
         if error.validator == "additionalProperties" and error.schema.get("additionalProperties") is False:
             known = [*error.schema.get("properties", {})]
             for key in (key for key in error.instance if key not in known):
-                near = get_close_matches(key, known, n=1, cutoff=0.6)
-                hint = f"; did you mean {near[0]}?" if near else f": {remedy}"
+                hint = site.close(key, known) or f": {remedy}"
                 yield f"{at}{'.' if at else ''}{key} is no value of charts/{chart}{hint}"
         else:
             text = error.message if len(error.message) <= LONGEST else f"{error.message[:LONGEST]}…"
@@ -54,13 +52,22 @@ def _texts(chart: str, given: Any) -> Iterator[str]:
 
 def values(site: Any) -> Iterator[Problem]:
     """Helm takes the values of every release."""
-    for name, chart in (("mlflow", "mlflow"), ("serving", "serving"), ("judge", "serving")):
-        for text in _texts(chart, site.get(f"ictx_{name}_values")) if site.get(f"ictx_{name}_values") else ():
-            yield f"ictx_{name}_values", text, ""
-    for release in site.get("ictx_serving_releases") or []:
-        if release.get("values") and release.get("state") != "absent":
-            for text in _texts("serving", release["values"]):
-                yield "ictx_serving_releases", f"{release['name']}: values.{text}", ""
+    given = [
+        (f"ictx_{name}_values", "", chart, site.get(f"ictx_{name}_values"))
+        for name, chart in (("mlflow", "mlflow"), ("serving", "serving"), ("judge", "serving"))
+    ]
+    given += [
+        ("ictx_serving_releases", f"{release['name']}: values.", "serving", release.get("values"))
+        for release in site.get("ictx_serving_releases") or []
+        if release.get("state") != "absent"
+    ]
+    for where, prefix, chart, own in given:
+        try:
+            for text in _texts(site, chart, own) if own else ():
+                yield where, f"{prefix}{text}", ""
+        except ImportError as error:
+            yield where, f"cannot be validated on this control host ({error}): run scripts/bootstrap control", ""
+            return
 
 
 def rules() -> tuple[Callable[[Any], Iterator[Problem]], ...]:
