@@ -6,7 +6,7 @@ The rules are in the files beside this one, by subject; each of them is a filter
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from functools import cached_property
 from typing import Any
@@ -79,6 +79,24 @@ class Inventory:
     def nodes(text: str) -> list[str]:
         """Returns the names in a hostlist. Raises ValueError for one that is none."""
         return list(filter_loader.get("expand_nodes").j2_function(text))
+
+    def strangers(self, where: str, item: str, nodes: Iterable[str]) -> Iterator[Problem]:
+        """Yields a problem for each node of a partition, group or switch that is no compute node."""
+        compute = self.hosts("slurm_compute")
+        for node in (node for node in nodes if node not in compute):
+            hint = self.close(node, compute)
+            yield where, f"{item} has the node {node}, which is not in slurm_compute{hint}", ""
+
+    @staticmethod
+    def loops(parents: Mapping[str, str]) -> Iterator[str]:
+        """Yields the names that are below themselves."""
+        for name in parents:
+            above, seen = parents[name], {name}
+            while above in parents and above not in seen:
+                seen.add(above)
+                above = parents[above]
+            if above == name:
+                yield name
 
     @staticmethod
     def network(text: str) -> ipaddress.IPv4Network | ipaddress.IPv6Network | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 Problem = tuple[str, str, str]
@@ -73,19 +73,9 @@ def accounts(site: Any) -> Iterator[Problem]:
     for user, count in Counter(e["user"] for e in site.kept("slurm_associations") if e.get("default")).items():
         if count > 1:
             yield "slurm_associations", f"{user} has {count} default accounts: let one be", ""
-    yield from _ancestors(
-        {e["name"].lower(): str(e.get("parent", "root")).lower() for e in site.kept("slurm_accounts")}
-    )
-
-
-def _ancestors(parents: Mapping[str, str]) -> Iterator[Problem]:
-    for name in parents:
-        above, seen = parents[name], {name}
-        while above in parents and above not in seen:
-            seen.add(above)
-            above = parents[above]
-        if above == name:
-            yield "slurm_accounts", f"{name} is below itself", ""
+    above = {entry["name"].lower(): str(entry.get("parent", "root")).lower() for entry in site.kept("slurm_accounts")}
+    for name in site.loops(above):
+        yield "slurm_accounts", f"{name} is below itself", ""
 
 
 def limits(site: Any) -> Iterator[Problem]:

@@ -40,7 +40,7 @@ def unique(site: Any) -> Iterator[Problem]:
             continue
         for host in site.hosts("all"):
             inside = site.network(site.address(host))
-            if inside and inside.version == network.version and inside.subnet_of(network):  # type: ignore[arg-type]
+            if inside and inside.version == network.version and network.overlaps(inside):
                 yield name, f"{network} has the address of {host} ({site.address(host)}): take another network", ""
         for other, second in networks.items():
             if other > name and second and second.version == network.version and network.overlaps(second):

@@ -48,23 +48,20 @@ def services(site: Any) -> Iterator[Problem]:
             yield name, text, ""
     for name in ("prometheus_storage_dir", "storage_nfs_export"):
         folder = str(site.get(name) or "")
-        if shared and f"{folder}/".startswith(f"{shared}/"):
+        if shared and _below(folder, shared):
             export = name == "storage_nfs_export"
             what = "where its clients mount it" if export else "a network file system, where it would be damaged"
             yield name, f"{folder} is on the shared directory ({shared}), {what}: take a folder of a local disk", ""
     state, backup = (str(site.get(f"ictx_{name}") or "") for name in ("state_dir", "backup_repository"))
-    if state and backup and f"{backup}/".startswith(f"{state.rstrip('/')}/"):
+    if state and backup and _below(backup, state):
         yield "ictx_backup_repository", f"{backup} is in ictx_state_dir, and lost with it: take another disk", ""
 
 
 def slurm(site: Any) -> Iterator[Problem]:
     """SLURM's folders last, and what is of one node stays there."""
-    shared = str(site.get("ictx_shared_dir") or "")
-    below = f"{site.get('slurm_private_tmp_dir') or ''}/".startswith(f"{shared.rstrip('/')}/")
-    if shared and below:
-        text = (
-            f"{site.get('slurm_private_tmp_dir')} is on the shared directory ({shared}): take a folder of a local disk"
-        )
+    shared, private = str(site.get("ictx_shared_dir") or ""), str(site.get("slurm_private_tmp_dir") or "")
+    if shared and _below(private, shared):
+        text = f"{private} is on the shared directory ({shared}): take a folder of a local disk"
         yield "slurm_private_tmp_dir", text, ""
     for name in ("slurm_private_tmp_dir", "slurm_state_dir"):
         folder = str(site.get(name) or "")

@@ -38,10 +38,7 @@ def partitions(site: Any) -> Iterator[Problem]:
             continue
         if not found and compute:
             yield "slurm_partitions", f"{name} has no nodes: list some, or write nodes: ALL", ""
-        for node in dict.fromkeys(found):
-            if node not in compute:
-                hint = site.close(node, compute)
-                yield "slurm_partitions", f"{name} has the node {node}, which is not in slurm_compute{hint}", ""
+        yield from site.strangers("slurm_partitions", name, dict.fromkeys(found))
         for node, count in Counter(found).items():
             if count > 1:
                 yield "slurm_partitions", f"{name} has the node {node} {count} times", ""

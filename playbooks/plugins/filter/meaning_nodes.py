@@ -14,7 +14,7 @@ Problem = tuple[str, str, str]
 
 def node_groups(site: Any) -> Iterator[Problem]:
     """Groups have nodes that exist, each node is in one group, and what is declared is enough and adds up."""
-    compute, seen = site.hosts("slurm_compute"), {}
+    seen: dict[str, str] = {}
     for name, count in Counter(str(group["name"]).lower() for group in site.get("slurm_node_groups", [])).items():
         if count > 1:
             yield "slurm_node_groups", f"{count} groups are named {name}, whatever their capitals: rename one", ""
@@ -25,10 +25,9 @@ def node_groups(site: Any) -> Iterator[Problem]:
         except ValueError as error:
             yield "slurm_node_groups", f"{name}: {error}", ""
             continue
-        for node in dict.fromkeys(listed):
-            if node not in compute:
-                hint = site.close(node, compute)
-                yield "slurm_node_groups", f"{name} has the node {node}, which is not in slurm_compute{hint}", ""
+        nodes = dict.fromkeys(listed)
+        yield from site.strangers("slurm_node_groups", name, nodes)
+        for node in nodes:
             if node in seen:
                 yield "slurm_node_groups", f"{node} is in {seen[node]} and in {name}: take it out of one", ""
             seen.setdefault(node, name)

@@ -35,20 +35,13 @@ def topology(site: Any) -> Iterator[Problem]:
         except ValueError as error:
             yield "slurm_topology", f"{name}: {error}", ""
             continue
+        yield from site.strangers("slurm_topology", name, listed)
         for node in listed:
-            if node not in compute:
-                hint = site.close(node, compute)
-                yield "slurm_topology", f"{name} has the node {node}, which is not in slurm_compute{hint}", ""
-            elif node in seen:
+            if node in compute and node in seen:
                 yield "slurm_topology", f"{node} is at {seen[node]} and at {name}: take it out of one", ""
             seen[node] = name
-    for name in parents:
-        above, seen_above = parents[name], {name}
-        while above in parents and above not in seen_above:
-            seen_above.add(above)
-            above = parents[above]
-        if above == name:
-            yield "slurm_topology", f"{name} is below itself: take it out of switches of {parents[name]}", ""
+    for name in site.loops(parents):
+        yield "slurm_topology", f"{name} is below itself: take it out of switches of {parents[name]}", ""
     left = [node for node in compute if node not in seen]
     if given and left:
         text = f"{site.one_of(left)} is at no switch: no job would have it together with another node"
