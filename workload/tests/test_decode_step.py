@@ -213,7 +213,7 @@ def test_weights_are_asked_for_before_the_wait_and_leave_the_caches_first(tmp_pa
             *before, after = launch.compile().asm["ptx"].split("griddepcontrol.wait")
             assert before and all("griddepcontrol.launch_dependents" in part for part in before), launch.kernel
             first = r"ld\.global\.L1::evict_first"
-            # Only where rows come one after the other, the later ones are asked for behind it.
+            # Only where rows come one after the other, the later ones are requested behind it.
             several = launch.parameters.get("COUNT", 1) > 1
             assert re.search(first, "".join(before)) and bool(re.search(first, after)) == several, launch.kernel
 

@@ -57,7 +57,7 @@ def _options(device: torch.device, warps: int = WARPS) -> dict[str, Any]:
 def constants(rows: int, width: int, gated: bool) -> tuple[dict[str, int], int]:
     """Returns how `project` is cut up for so many rows of that many weights, and warps of a program.
 
-    Rows that are gated or long come one after the other, half a tile each: the next is asked for meanwhile.
+    Rows that are gated or long come one after the other, half a tile each: the next is loaded meanwhile.
     """
     padded = 1 << (width - 1).bit_length()
     long = 2 * padded > TILE
