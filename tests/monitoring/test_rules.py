@@ -85,7 +85,7 @@ def test_an_alert_has_a_runbook(alert: str) -> None:
     text = (RUNBOOKS / f"{alert}.md").read_text()
     parts = re.findall(r"^## (.+)$", text, re.MULTILINE)
     assert text.startswith(f"# {alert}\n")
-    assert parts == ["Meaning", "Confirm", "Do"]
+    assert parts == ["Meaning", "Confirm", "Resolve"]
     assert "```" in text or "    " in text, "a runbook names commands"
 
 
