@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from lab import STATE, Lab
+from lab import STATE, Lab, wait_for
 
 NAMESPACE, RELEASE, MODEL = "ictx", "ictx", "ictx-tiny"
 SERVER = f"app.kubernetes.io/instance={RELEASE},app.kubernetes.io/component=server"
@@ -44,9 +44,20 @@ def complete(secret: str, **more: Any) -> tuple[int, str]:
         return error.code, error.read().decode()
 
 
+def serves(secret: Callable[[], str] = key) -> bool:
+    """Returns whether the served model answers."""
+    try:
+        return complete(secret())[0] == 200
+    except OSError:
+        return False
+
+
 @dataclass
 class Client:
-    """Sends requests, as fast as answers come, until it is left; remembers every failure."""
+    """Sends requests, as fast as answers come, until it is left; remembers every failure.
+
+    It starts once the model answers: the test before may have restarted the node.
+    """
 
     secret: Callable[[], str] = key
     answered: int = 0
@@ -54,6 +65,7 @@ class Client:
     done: threading.Event = field(default_factory=threading.Event)
 
     def __enter__(self) -> Client:
+        wait_for("an answer of the served model", lambda: serves(self.secret))
         self.thread = threading.Thread(target=self.ask)
         self.thread.start()
         return self

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 from lab import STATE, Lab, wait_for
+from serving import Client
 
 # The lab's network is known to the program that made it, and podman's own default may be another one.
 os.environ.setdefault("CONTAINERS_CONF", str(STATE / "containers.conf"))
@@ -17,6 +18,13 @@ def lab() -> Lab:
     """The lab that `make lab` left running."""
     assert (STATE / "ssh" / "config").exists(), f"no lab in {STATE}: run `make lab` first"
     return Lab()
+
+
+@pytest.fixture
+def steady() -> Iterator[Client]:
+    """A client that sends requests to the served model while a test runs."""
+    with Client() as client:
+        yield client
 
 
 @pytest.fixture(autouse=True)

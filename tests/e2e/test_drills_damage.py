@@ -15,14 +15,14 @@ import pytest
 from kubernetes import client
 from lab import STATE, Lab, wait_for
 from recovery import Drill
-from serving import MODEL, NAMESPACE, Client
-from test_drills_restore import TRACKED, backed_up, backup, command, images, kept, kubectl, serves, steady, upgrade
+from serving import MODEL, NAMESPACE, Client, serves
+from test_drills_restore import TRACKED, backed_up, backup, command, images, kept, kubectl, upgrade
 from test_drills_slurm import GO, end, on, state
 from test_lifecycle import PREFIX, played, waiting
 from test_rotation import secret, status
 from test_serving import Registry, core, last_words
 
-__all__ = ["backed_up", "core", "steady"]
+__all__ = ["backed_up", "core"]
 """Fixtures of other drills."""
 
 pytestmark = [pytest.mark.lab, pytest.mark.full]

@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from helm import program
 from lab import ROOT, SHARED, STATE, Lab, wait_for
 from recovery import Drill
-from serving import MODEL, NAMESPACE, Client, complete, key
+from serving import MODEL, NAMESPACE, Client, serves
 from test_drills_slurm import GO, end, on, state, training
 from test_lifecycle import PREFIX, played, waiting
 from test_rotation import basic, secret, status
@@ -25,14 +25,6 @@ from test_training import assert_resumed
 pytestmark = [pytest.mark.lab, pytest.mark.full]
 
 NODES = ("ctl", "n1", "n2", "svc1", "kube1")
-
-
-@pytest.fixture
-def steady() -> Iterator[Client]:
-    """A client that sends requests to the served model while a test runs."""
-    with Client() as asking:
-        wait_for("the first answer", lambda: asking.answered > 0)
-        yield asking
 
 
 def accounted(lab: Lab) -> set[str]:
@@ -244,14 +236,6 @@ def test_a_lost_mlflow_is_restored_while_its_model_is_served(
         wait_for("MLflow", lambda: status(f"{lab.tracking()['MLFLOW_TRACKING_URI']}/health", "") == 200, 300)
     assert Registry().run(TRACKED, MODEL) == before
     assert steady.failures == []
-
-
-def serves() -> bool:
-    """Returns whether the served model answers."""
-    try:
-        return complete(key())[0] == 200
-    except OSError:
-        return False
 
 
 @pytest.mark.drill(

@@ -14,6 +14,7 @@ from helm import program
 from kubernetes import client, config
 from lab import ROOT, STATE, Lab, wait_for
 from recovery import Drill
+from serving import serves
 
 pytestmark = [pytest.mark.lab, pytest.mark.full]
 
@@ -124,3 +125,4 @@ def test_a_reboot_of_the_node_brings_the_page_back(url: str, drill: Drill) -> No
     with drill.recovery():
         run("podman", "start", node)
         wait_for("the page", lambda: page(url) == TEXT, 300)
+        wait_for("an answer of the served model", serves, 600)

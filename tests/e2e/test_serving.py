@@ -6,7 +6,6 @@ import json
 import os
 import re
 import subprocess
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,13 +35,6 @@ def helm(*arguments: object) -> str:
 
 def playbook(*arguments: str, status: int = 0) -> str:
     return run(ROOT / ".venv/bin/ansible-playbook", *arguments, status=status)
-
-
-@pytest.fixture
-def steady() -> Iterator[Client]:
-    """A client that sends requests while a test runs."""
-    with Client() as asking:
-        yield asking
 
 
 @pytest.fixture(scope="module")
