@@ -87,6 +87,19 @@ def test_makes_what_is_listed_and_then_nothing(place: Place) -> None:
     assert (place.root / "etc/one/a").read_text() == GREETING
 
 
+def test_the_journal_has_paths_and_no_texts(place: Place) -> None:
+    """A module of this name stands in for the log of the machine."""
+    log = place.folder / "log"
+    keeps = f"def syslog(_, text): print(text, file=open({str(log)!r}, 'a'))\ndef openlog(*_): pass\n"
+    (place.folder / "syslog.py").write_text(f"LOG_INFO = LOG_USER = 0\n{keeps}")
+    files = [OWN | {"content": "opensesame\n", "dest": f"{place.root}/key"}]
+    task = {"install_files": {"files": files, "absent": [f"{place.root}/old"]}, "diff": False}
+    ended = play(place.folder, [task], {}, environment={"PYTHONPATH": str(place.folder)})
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    logged = log.read_text()
+    assert logged == f"Invoked for 0 folders and {place.root}/key, {place.root}/old\n"
+
+
 def test_a_check_run_touches_nothing(place: Place) -> None:
     (place.root / "old").touch()
     assert place.run(wanted() | {"check": True})[0]["changed"]

@@ -80,6 +80,18 @@ FILE = RIGHTS | {
 }
 
 
+class Module(AnsibleModule):
+    """A module that logs no texts to the node's journal: they may be secrets.
+
+    `no_log` of AnsibleModule is no way to do that: the task's own setting, off by default, replaces it.
+    """
+
+    def _log_invocation(self) -> None:
+        """Logs the paths alone, in place of all parameters."""
+        paths = [*(entry["dest"] for entry in self.params["files"]), *self.params["absent"]]
+        self.log(f"Invoked for {len(self.params['folders'])} folders and {', '.join(paths) or 'no file'}")
+
+
 def make(folder: str) -> None:
     """Makes a folder and the parents that are not there, with mode 0755 whatever the umask is."""
     parent = os.path.dirname(folder)
@@ -177,14 +189,12 @@ class Installation:
 
 def main() -> None:
     """Runs the module."""
-    module = AnsibleModule(
+    module = Module(
         {
             "folders": {"type": "list", "elements": "dict", "default": [], "options": FOLDER},
             "files": {"type": "list", "elements": "dict", "default": [], "options": FILE},
             "absent": {"type": "list", "elements": "path", "default": []},
         },
-        # Texts may be secrets: nothing of them in the node's journal.
-        no_log=True,
         supports_check_mode=True,
     )
     with ExitStack() as undo:
