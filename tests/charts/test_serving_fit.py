@@ -38,7 +38,7 @@ def test_a_context_that_cannot_fit_is_refused_with_the_arithmetic() -> None:
         render(CHARTS["serving"], values={"preset": "t4", "vllm.maxModelLen": 1_048_576})
     for number in (
         f"14.5 GiB x 0.9 = {usable:.2f} GiB", f"less {weights:.2f} for weights (1004623872 x 2 bytes / 1 GPUs)",
-        f"{step:.2f} for a step of 2048 tokens", f"{prefill:.2f} for what a prefill reads",
+        f"{step:.2f} for a step of 2048 tokens", f"{prefill:.2f} for the workspace of a prefill",
         f"leaves {left:.2f} GiB of cache", "1048576 x 18432 bytes = 18.00 GiB", f"At most {most} tokens fit",
     ):  # fmt: skip
         assert number in str(caught.value)

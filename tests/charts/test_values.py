@@ -42,7 +42,7 @@ WRONG: list[tuple[str, Document, str]] = [
     (
         "serving",
         {"adapters": {"enabled": True, "serve": [{"name": "ictx-1b", "model": "models:/a/1"}]}},
-        '"ictx-1b" is the name of the model',
+        "the model or another adapter has the name",
     ),
     (
         "serving",
@@ -59,12 +59,12 @@ WRONG: list[tuple[str, Document, str]] = [
     ("serving", {"router.backends": [{"service": "Large"}]}, "router.backends.0.service"),
     ("serving", {"router.backends": [{"service": "ictx-serving"}]}, '"ictx-serving" is this release'),
     ("serving", {"router.backends": [{"service": "a"}], "router.enabled": False}, "router.enabled is false"),
-    ("serving", {"router.backends": [{"service": "a"}], "canary.service": "a"}, '"a" is this release, or named twice'),
+    ("serving", {"router.backends": [{"service": "a"}], "canary.service": "a"}, '"a" is this release, or listed twice'),
     ("serving", {"canary": {"service": "a", "weight": 101}}, "canary.weight"),
     ("serving", {"canary": {"service": "a", "by": "edge"}}, "canary.by is edge"),
     ("serving", {"preset": "v100"}, "preset"),
     ("serving", {"model.sizes": {"parameters": 1}}, "model.sizes"),
-    ("serving", {"kvOffload.diskClaim": "a"}, "kvOffload.diskClaim needs kvOffload.cpuGiB"),
+    ("serving", {"kvOffload.diskClaim": "a"}, "kvOffload.diskClaim requires kvOffload.cpuGiB"),
     ("serving", {"kvOffload": {"cpuGiB": 8, "backend": "disk"}}, "kvOffload.backend"),
     ("serving", {"kvOffload.cpuGiB": 16}, "/dev/shm alone takes 17408 MiB"),
     ("serving", {"gpu.count": -1}, "gpu.count"),
@@ -741,7 +741,7 @@ def test_the_notes_are_commands_that_a_shell_takes(ci: str, tmp_path: Path) -> N
     chart, file = CI[ci]
     text = notes(chart, tmp_path, file, {})
     commands = "\n".join(
-        line for line in text.splitlines() if line.startswith("   ") and "or let the chart" not in line
+        line for line in text.splitlines() if line.startswith("   ") and "or run the test of" not in line
     )
     assert "kubectl" in commands
     done = subprocess.run(["bash", "-n"], input=commands, capture_output=True, text=True, check=False)

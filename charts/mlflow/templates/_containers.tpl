@@ -34,7 +34,7 @@ volumeMounts:
     mountPath: /data
   {{- end }}
   {{- if and .Values.backup.enabled (eq .Values.database.type "sqlite") }}
-  # Only so that the claim is bound now, where its class waits for a pod: `helm --wait` waits for claims too.
+  # Binds the claim now if its class waits for the first pod: `helm --wait` waits for claims too.
   - name: backup
     mountPath: /backup
     readOnly: true
@@ -77,7 +77,7 @@ env:
   {{- include "mlflow.artifactsEnv" . | nindent 2 }}
   {{- if .Values.auth.enabled }}
   {{- include "mlflow.adminEnv" . | nindent 2 }}
-  # A route for which MLflow knows no rule is refused.
+  # Reject routes for which MLflow has no rule.
   - name: MLFLOW_BASIC_AUTH_FAIL_CLOSED
     value: "true"
   - name: PYTHONPATH

@@ -2,7 +2,7 @@
 {{- default .Chart.Name .Values.nameOverride | trunc 63 | trimSuffix "-" }}
 {{- end }}
 
-{{/* 63 characters, less those of `-restore-20260131t021500z`. */}}
+{{/* 63 characters, minus those of `-restore-20260131t021500z`. */}}
 {{- define "mlflow.fullname" -}}
 {{- if .Values.fullnameOverride }}
 {{- .Values.fullnameOverride | trunc 38 | trimSuffix "-" }}
@@ -13,7 +13,7 @@
 {{- end }}
 {{- end }}
 
-{{/* Labels of a Deployment's selector cannot be changed later: only what never changes belongs here. */}}
+{{/* Selector labels of a Deployment are immutable: add only labels that never change. */}}
 {{- define "mlflow.selectorLabels" -}}
 app.kubernetes.io/name: {{ include "mlflow.name" . }}
 app.kubernetes.io/instance: {{ .Release.Name }}
@@ -35,7 +35,7 @@ app.kubernetes.io/part-of: infinitecontext
 {{ include "mlflow.commonLabels" . }}
 {{- end }}
 
-{{/* Without the chart's version: a release that changes nothing in the pods must not roll them. */}}
+{{/* Without the chart's version: a new chart version that does not change the pods must not roll them. */}}
 {{- define "mlflow.podLabels" -}}
 {{ include "mlflow.selectorLabels" . }}
 app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
@@ -45,7 +45,7 @@ app.kubernetes.io/part-of: infinitecontext
 {{- end }}
 {{- end }}
 
-{{/* A label's value has at most 63 characters, a digest has 71: labels show its first twelve digits. */}}
+{{/* A label value has at most 63 characters, a digest 71: labels contain its first twelve digits. */}}
 {{- define "mlflow.shortDigest" -}}
 {{- . | trimPrefix "sha256:" | trunc 12 }}
 {{- end }}
@@ -66,7 +66,7 @@ app.kubernetes.io/part-of: infinitecontext
 {{- end }}
 {{- end }}
 
-{{/* Both are checked: `helm template --kube-version` changes the version only, never the list of APIs. */}}
+{{/* Both are checked, since `helm template --kube-version` changes the version only, not the list of APIs. */}}
 {{- define "mlflow.pdbApiVersion" -}}
 {{- if and (.Capabilities.APIVersions.Has "policy/v1") (semverCompare ">=1.21-0" .Capabilities.KubeVersion.Version) -}}
 policy/v1
@@ -93,7 +93,7 @@ capabilities:
   drop: [ALL]
 {{- end }}
 
-{{/* The user may be unknown to the image: programs that look for its name or home find them here. */}}
+{{/* The user may not exist in the image: programs that look up its name or home find them here. */}}
 {{- define "mlflow.baseEnv" -}}
 - name: HOME
   value: /tmp
@@ -104,7 +104,7 @@ capabilities:
 {{- end }}
 
 {{- define "mlflow.cronJobApiVersion" -}}
-{{- /* Jobs were in batch/v1 before CronJobs were, so the group's version alone is no proof. */}}
+{{- /* batch/v1 had Jobs before it had CronJobs, so the group's version alone does not suffice. */}}
 {{- if or (.Capabilities.APIVersions.Has "batch/v1/CronJob") (semverCompare ">=1.21-0" .Capabilities.KubeVersion.Version) -}}
 batch/v1
 {{- else -}}
@@ -129,7 +129,7 @@ batch/v1beta1
 {{- if or (eq .Values.database.type "sqlite") (eq .Values.artifacts.type "pvc") }}true{{ end }}
 {{- end }}
 
-{{/* A volume that one node mounts at a time, as SQLite's locks require: whoever uses it runs where the server runs. */}}
+{{/* A volume that one node mounts at a time (SQLite's locks require this): all pods that use it run on the server's node. */}}
 {{- define "mlflow.besideServer" -}}
 {{- if and (include "mlflow.hasVolume" .) (not (has "ReadWriteMany" .Values.persistence.accessModes)) }}true{{ end }}
 {{- end }}
@@ -146,7 +146,7 @@ batch/v1beta1
 {{- if eq .Values.artifacts.type "s3" }}{{ .Values.artifacts.s3.uri }}{{ else }}/data/artifacts{{ end }}
 {{- end }}
 
-{{/* MLflow refuses other host names (DNS rebinding); a list replaces its defaults, so they are repeated here. */}}
+{{/* MLflow rejects other host names (DNS rebinding). A list replaces its defaults, so they are repeated here. */}}
 {{- define "mlflow.allowedHosts" -}}
 {{- $name := include "mlflow.fullname" . }}
 {{- $bare := list "localhost" "127.0.0.1" $name }}
@@ -172,7 +172,7 @@ batch/v1beta1
 {{- concat $hosts .Values.server.allowedHosts | join "," }}
 {{- end }}
 
-{{/* URIs of PostgreSQL hold a password: they come from the Secret, and never appear among arguments. */}}
+{{/* URIs of PostgreSQL contain a password: they come from the Secret and never appear in arguments. */}}
 {{- define "mlflow.databaseEnv" -}}
 - name: MLFLOW_BACKEND_STORE_URI
 {{- if eq .Values.database.type "postgresql" }}
@@ -222,7 +222,7 @@ batch/v1beta1
 {{- end }}
 {{- end }}
 
-{{/* Name and password of the administrator, under the names that MLflow's client reads. */}}
+{{/* Name and password of the administrator, in the variables that MLflow's client reads. */}}
 {{- define "mlflow.clientEnv" -}}
 - name: MLFLOW_TRACKING_URI
   value: {{ include "mlflow.url" . }}
@@ -244,7 +244,7 @@ batch/v1beta1
 {{- end }}
 {{- end }}
 
-{{/* What all pods of the release have in common. */}}
+{{/* Settings common to all pods of the release. */}}
 {{- define "mlflow.podBase" -}}
 automountServiceAccountToken: false
 enableServiceLinks: false
@@ -267,7 +267,7 @@ tolerations:
 {{- end }}
 {{- end }}
 
-{{/* What all containers have in common. */}}
+{{/* Settings common to all containers. */}}
 {{- define "mlflow.containerBase" -}}
 image: {{ include "mlflow.image" . }}
 imagePullPolicy: {{ .Values.image.pullPolicy }}
@@ -276,7 +276,7 @@ securityContext:
 terminationMessagePolicy: FallbackToLogsOnError
 {{- end }}
 
-{{/* Labels of pods that are not servers: no Service may find them. Arguments: root, component. */}}
+{{/* Labels of pods that are not servers: no Service may select them. Arguments: root, component. */}}
 {{- define "mlflow.jobLabels" -}}
 {{- $root := index . 0 }}
 app.kubernetes.io/name: {{ include "mlflow.name" $root }}
@@ -294,7 +294,7 @@ matchExpressions:
   - {key: app.kubernetes.io/component, operator: NotIn, values: [server]}
 {{- end }}
 
-{{/* Egress rules to names, database and artifacts. */}}
+{{/* Egress rules for DNS, database and artifacts. */}}
 {{- define "mlflow.storesEgress" -}}
 - ports:
     - {port: 53, protocol: UDP}
@@ -340,7 +340,7 @@ affinity:
     claimName: {{ include "mlflow.backupClaimName" . }}
 {{- end }}
 
-{{/* The authority by which clients verify the server: its volume, and where it is mounted. */}}
+{{/* The authority with which clients verify the server: its volume and mount. */}}
 {{- define "mlflow.authorityVolume" -}}
 {{- with .Values.tls.existingSecret }}
 - name: authority
@@ -358,7 +358,7 @@ affinity:
 {{- end }}
 {{- end }}
 
-{{/* Name and password of the administrator, under the names that MLflow's server reads. */}}
+{{/* Name and password of the administrator, in the variables that MLflow's server reads. */}}
 {{- define "mlflow.adminEnv" -}}
 - name: MLFLOW_AUTH_CONFIG_PATH
   value: /run/mlflow/basic_auth.ini

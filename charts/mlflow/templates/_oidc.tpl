@@ -1,4 +1,4 @@
-{{/* What files/ictx_oidc.py reads, where people sign in at an OpenID provider. */}}
+{{/* Settings that files/ictx_oidc.py reads, with an OpenID provider. */}}
 {{- define "mlflow.oidcEnv" -}}
 {{- with .Values.auth.oidc }}
 {{- if .issuer -}}

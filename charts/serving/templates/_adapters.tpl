@@ -1,4 +1,4 @@
-{{/* Keeps the adapters of the vLLM beside it what the ConfigMap lists: kubelet replaces that file, and no pod rolls. */}}
+{{/* Sidecar that keeps vLLM's adapters equal to the list in the ConfigMap. kubelet updates that file without rolling pods. */}}
 {{- define "serving.adaptersContainer" -}}
 image: {{ include "serving.image" . }}
 imagePullPolicy: {{ .Values.image.pullPolicy }}
@@ -32,7 +32,7 @@ securityContext:
   {{- include "serving.containerSecurityContext" . | nindent 2 }}
 resources:
   {{- toYaml .Values.adapters.resources | nindent 2 }}
-# A pod gets requests when it has all adapters that are listed.
+# A pod gets requests when all listed adapters are loaded.
 readinessProbe:
   exec: {command: [test, -e, /run/ictx/ready]}
   periodSeconds: 5
@@ -69,7 +69,7 @@ volumeMounts:
 - name: adapters
   emptyDir:
     sizeLimit: {{ .Values.adapters.size }}
-# The key by which vLLM knows the container that loads adapters: it never leaves the pod.
+# The key of the container that loads adapters; it never leaves the pod.
 - name: adapters-state
   emptyDir:
     medium: Memory
@@ -78,18 +78,18 @@ volumeMounts:
 
 {{- define "serving.checkAdapters" -}}
 {{- if and .Values.adapters.serve (not .Values.adapters.enabled) }}
-{{- fail "adapters.serve lists adapters, and adapters.enabled is false: set it to true" }}
+{{- fail "adapters.serve lists adapters, but adapters.enabled is false: set it to true" }}
 {{- end }}
 {{- if gt (int .Values.adapters.maxActive) (int .Values.adapters.maxLoaded) }}
-{{- fail "adapters.maxActive is larger than adapters.maxLoaded" }}
+{{- fail "adapters.maxActive is larger than adapters.maxLoaded: raise adapters.maxLoaded" }}
 {{- end }}
 {{- if gt (len .Values.adapters.serve) (int .Values.adapters.maxLoaded) }}
-{{- fail (printf "adapters.serve lists %d adapters, adapters.maxLoaded is %d: raise it" (len .Values.adapters.serve) (int .Values.adapters.maxLoaded)) }}
+{{- fail (printf "adapters.serve lists %d adapters, but adapters.maxLoaded is %d: raise adapters.maxLoaded" (len .Values.adapters.serve) (int .Values.adapters.maxLoaded)) }}
 {{- end }}
 {{- $names := list (include "serving.servedName" .) }}
 {{- range .Values.adapters.serve }}
 {{- if has .name $names }}
-{{- fail (printf "adapters.serve: %q is the name of the model or of another adapter: take another name" .name) }}
+{{- fail (printf "adapters.serve: the model or another adapter has the name %q: use another name" .name) }}
 {{- end }}
 {{- $names = append $names .name }}
 {{- end }}

@@ -1,4 +1,4 @@
-{{/* The card that `preset` names, as JSON; {} without one. */}}
+{{/* The GPU of `preset`, as JSON; {} without a preset. */}}
 {{- define "serving.preset" -}}
 {{- if .Values.preset }}
 {{- get (.Files.Get "files/presets.yaml" | fromYaml) .Values.preset | toJson }}
@@ -7,7 +7,7 @@
 {{- end }}
 {{- end }}
 
-{{/* Values that the preset gives where they are left open. */}}
+{{/* Defaults from the preset for values that are not set. */}}
 {{- define "serving.dtype" -}}
 {{- $preset := include "serving.preset" . | fromJson }}
 {{- ternary ($preset.dtype | default "auto") .Values.vllm.dtype (eq .Values.vllm.dtype "auto") }}
@@ -21,25 +21,25 @@
 {{- .Values.vllm.maxNumBatchedTokens | default $preset.chunk | default "" }}
 {{- end }}
 
-{{/* Sizes of the model, as JSON; {} where they are not known. */}}
+{{/* Sizes of the model, as JSON; {} if unknown. */}}
 {{- define "serving.sizes" -}}
 {{- .Values.model.sizes | default (get (.Files.Get "files/models.yaml" | fromYaml) .Values.model.name) | default dict | toJson }}
 {{- end }}
 
-{{/* Minutes for loading and compiling: ten, and one for every 6 GB of weights (100 MB/s); 15 at least. */}}
+{{/* Minutes for loading and compiling: ten plus one for every 6 GB of weights (100 MB/s), at least 15. */}}
 {{- define "serving.startupMinutes" -}}
 {{- $sizes := include "serving.sizes" . | fromJson }}
 {{- $loading := divf (mulf 2.0 ($sizes.parameters | default 0)) 6e9 | ceil | int }}
 {{- .Values.startupTimeoutMinutes | default (max 15 (add 10 $loading)) | int }}
 {{- end }}
 
-{{/* Bytes of a quantity of Kubernetes. */}}
+{{/* Converts a Kubernetes quantity to bytes. */}}
 {{- define "serving.bytes" -}}
 {{- $units := dict "" 1 "k" 1e3 "M" 1e6 "G" 1e9 "T" 1e12 "Ki" 1024 "Mi" 1048576 "Gi" 1073741824 "Ti" 1099511627776 }}
 {{- mulf (regexFind "^[0-9.]+" . | float64) (get $units (regexFind "[A-Za-z]*$" .)) | int64 }}
 {{- end }}
 
-{{/* Refuses what cannot fit the card, with the arithmetic; docs/serving.md derives it. Bytes a GPU, but for the text. */}}
+{{/* Rejects a context that does not fit the GPU, with the arithmetic (docs/serving.md). Bytes per GPU, GiB in the message. */}}
 {{- define "serving.checkFit" -}}
 {{- $card := include "serving.preset" . | fromJson }}
 {{- $sizes := include "serving.sizes" . | fromJson }}
@@ -50,10 +50,10 @@
 {{- $cached := ternary 1 $width (hasPrefix "fp8" .Values.vllm.kvCacheDtype) }}
 {{- $usable := mulf $card.memoryGiB $gib (include "serving.utilization" . | float64) }}
 {{- $weights := divf (mulf $sizes.parameters $width) $ranks }}
-{{- /* A step's activations: the residual stream and its copies, and the feed-forward layer's three. */}}
+{{- /* Activations of a step: the residual stream and its copies, and three of the feed-forward layer. */}}
 {{- $chunk := include "serving.chunk" . | default 8192 | int64 }}
 {{- $step := mulf $chunk $width (addf (mulf 6 $sizes.hidden) (divf (mulf 3 $sizes.intermediate) $ranks)) }}
-{{- /* Latents of up to 65,536 tokens, which a prefill reads at once, and what is expanded from them. */}}
+{{- /* Latents of up to 65,536 tokens, which a prefill reads at once, and the keys and values expanded from them. */}}
 {{- $read := min 65536 (mul 8 (int64 .Values.vllm.maxModelLen)) }}
 {{- $prefill := mulf $read $width (addf $sizes.latent (divf (mulf $sizes.heads $sizes.expanded) $ranks)) }}
 {{- $other := mulf 1.5 $gib }}
@@ -62,12 +62,12 @@
 {{- $needed := mulf .Values.vllm.maxModelLen $token }}
 {{- if gt $needed $left }}
 {{- $most := max 0 (mul 16 (floor (divf $left $token 16) | int64)) }}
-{{- fail (printf "vllm.maxModelLen %d does not fit a %s: %.1f GiB x %v = %.2f GiB, less %.2f for weights (%d x %d bytes / %d GPUs), %.2f for a step of %d tokens, %.2f for what a prefill reads, %.2f for CUDA and graphs leaves %.2f GiB of cache; one request needs %d x %d bytes = %.2f GiB. At most %d tokens fit: lower vllm.maxModelLen, or take a larger card" (int64 .Values.vllm.maxModelLen) .Values.preset (float64 $card.memoryGiB) (include "serving.utilization" .) (divf $usable $gib) (divf $weights $gib) (int64 $sizes.parameters) $width $ranks (divf $step $gib) $chunk (divf $prefill $gib) (divf $other $gib) (divf $left $gib) (int64 .Values.vllm.maxModelLen) (int64 $token) (divf $needed $gib) $most) }}
+{{- fail (printf "vllm.maxModelLen %d does not fit a %s: %.1f GiB x %v = %.2f GiB, less %.2f for weights (%d x %d bytes / %d GPUs), %.2f for a step of %d tokens, %.2f for the workspace of a prefill, %.2f for CUDA and graphs leaves %.2f GiB of cache; one request needs %d x %d bytes = %.2f GiB. At most %d tokens fit: lower vllm.maxModelLen, or use a larger GPU" (int64 .Values.vllm.maxModelLen) .Values.preset (float64 $card.memoryGiB) (include "serving.utilization" .) (divf $usable $gib) (divf $weights $gib) (int64 $sizes.parameters) $width $ranks (divf $step $gib) $chunk (divf $prefill $gib) (divf $other $gib) (divf $left $gib) (int64 .Values.vllm.maxModelLen) (int64 $token) (divf $needed $gib) $most) }}
 {{- end }}
 {{- end }}
 {{- end }}
 
-{{/* vLLM 0.32 keeps what it offloads to the host in /dev/shm, which counts as the container's memory. */}}
+{{/* vLLM 0.32 stores offloaded blocks in /dev/shm, which counts as the container's memory. */}}
 {{- define "serving.shmSize" -}}
 {{- if .Values.kvOffload.cpuGiB }}
 {{- printf "%dMi" (add (mul 1024 (int .Values.kvOffload.cpuGiB)) (divf (include "serving.bytes" .Values.shmSize | float64) 1048576 | int)) }}
@@ -79,14 +79,14 @@
 {{- define "serving.checkOffload" -}}
 {{- with .Values.kvOffload }}
 {{- if and .diskClaim (not (and .cpuGiB (eq .backend "native"))) }}
-{{- fail "kvOffload.diskClaim needs kvOffload.cpuGiB and backend native: the disk's blocks pass through the host's memory" }}
+{{- fail "kvOffload.diskClaim requires kvOffload.cpuGiB and kvOffload.backend native: blocks reach the disk through the host's memory" }}
 {{- end }}
 {{- end }}
 {{- $limit := dig "limits" "memory" "" .Values.resources | toString }}
 {{- if and .Values.kvOffload.cpuGiB $limit }}
 {{- $shm := include "serving.bytes" (include "serving.shmSize" .) | int64 }}
 {{- if ge $shm (include "serving.bytes" $limit | int64) }}
-{{- fail (printf "resources.limits.memory is %s, and /dev/shm alone takes %d MiB (kvOffload.cpuGiB %d, shmSize %s): raise the limit" $limit (div $shm 1048576) (int .Values.kvOffload.cpuGiB) .Values.shmSize) }}
+{{- fail (printf "resources.limits.memory is %s, but /dev/shm alone takes %d MiB (kvOffload.cpuGiB %d, shmSize %s): raise the limit" $limit (div $shm 1048576) (int .Values.kvOffload.cpuGiB) .Values.shmSize) }}
 {{- end }}
 {{- end }}
 {{- end }}
@@ -107,7 +107,7 @@
 {{- end }}
 {{- end }}
 
-{{/* The nodes with the card, unless the values choose nodes by themselves. */}}
+{{/* Node selector for the GPU, unless the values select nodes. */}}
 {{- define "serving.affinity" -}}
 {{- $affinity := deepCopy .Values.affinity }}
 {{- $card := include "serving.preset" . | fromJson }}

@@ -2,7 +2,7 @@
 {{- default .Chart.Name .Values.nameOverride | trunc 63 | trimSuffix "-" }}
 {{- end }}
 
-{{/* 63 characters, less those of `-api-key`, `-metrics` and what a Deployment adds. */}}
+{{/* 63 characters, minus those of `-api-key`, `-metrics` and the suffix that a Deployment adds. */}}
 {{- define "serving.fullname" -}}
 {{- if .Values.fullnameOverride }}
 {{- .Values.fullnameOverride | trunc 52 | trimSuffix "-" }}
@@ -13,7 +13,7 @@
 {{- end }}
 {{- end }}
 
-{{/* Labels of a Deployment's selector cannot be changed later: only what never changes belongs here. */}}
+{{/* Selector labels of a Deployment are immutable: add only labels that never change. */}}
 {{- define "serving.selectorLabels" -}}
 app.kubernetes.io/name: {{ include "serving.name" . }}
 app.kubernetes.io/instance: {{ .Release.Name }}
@@ -30,7 +30,7 @@ app.kubernetes.io/part-of: infinitecontext
 {{- end }}
 {{- end }}
 
-{{/* Whether the router divides the requests between this release and the canary: `true`, or nothing. */}}
+{{/* `true` if the router divides the requests between this release and the canary; else empty. */}}
 {{- define "serving.canaryByRouter" -}}
 {{- $edge := or .Values.ingress.enabled .Values.httpRoute.enabled }}
 {{- if and .Values.canary.service (or (eq .Values.canary.by "router") (and (eq .Values.canary.by "auto") (not $edge))) }}
@@ -38,7 +38,7 @@ app.kubernetes.io/part-of: infinitecontext
 {{- end }}
 {{- end }}
 
-{{/* Whether Ingress and HTTPRoute do. */}}
+{{/* `true` if Ingress and HTTPRoute divide them; else empty. */}}
 {{- define "serving.canaryByEdge" -}}
 {{- if and .Values.canary.service (not (include "serving.canaryByRouter" .)) }}
 {{- true }}
@@ -64,21 +64,21 @@ app.kubernetes.io/part-of: infinitecontext
 
 {{- define "serving.checkCanary" -}}
 {{- if and (include "serving.backends" . | fromJsonArray) (eq (toString .Values.router.enabled) "false") }}
-{{- fail "router.backends and a canary that the router divides need the router, and router.enabled is false: set it to auto" }}
+{{- fail "router.backends, and a canary with canary.by router, require the router, but router.enabled is false: set it to auto" }}
 {{- end }}
 {{- if and (eq .Values.canary.by "edge") .Values.canary.service (not (or .Values.ingress.enabled .Values.httpRoute.enabled)) }}
-{{- fail "canary.by is edge, and neither ingress.enabled nor httpRoute.enabled is true" }}
+{{- fail "canary.by is edge, but neither ingress.enabled nor httpRoute.enabled is true" }}
 {{- end }}
 {{- $names := list (include "serving.fullname" .) }}
 {{- range include "serving.backends" . | fromJsonArray }}
 {{- if has .service $names }}
-{{- fail (printf "router.backends, canary.service: %q is this release, or named twice" .service) }}
+{{- fail (printf "router.backends, canary.service: %q is this release, or listed twice" .service) }}
 {{- end }}
 {{- $names = append $names .service }}
 {{- end }}
 {{- end }}
 
-{{/* Whether requests go through the router: `true`, or nothing. */}}
+{{/* `true` if requests go through the router; else empty. */}}
 {{- define "serving.routed" -}}
 {{- $most := ternary .Values.replicaCount .Values.autoscaling.maxReplicas (eq .Values.autoscaling.type "none") | int }}
 {{- if or (eq (toString .Values.router.enabled) "true") (and (eq (toString .Values.router.enabled) "auto") (or (gt $most 1) (include "serving.backends" . | fromJsonArray))) }}
@@ -97,7 +97,7 @@ app.kubernetes.io/component: router
 {{ include "serving.commonLabels" . }}
 {{- end }}
 
-{{/* Of the pods that clients reach: the router's, or the servers. */}}
+{{/* Selector labels of the pods that clients reach: the router's, or the servers. */}}
 {{- define "serving.entryLabels" -}}
 {{- if include "serving.routed" . }}
 {{- include "serving.routerSelectorLabels" . }}
@@ -106,14 +106,14 @@ app.kubernetes.io/component: router
 {{- end }}
 {{- end }}
 
-{{/* Of the pods of `helm test`. */}}
+{{/* Selector labels of the pods of `helm test`. */}}
 {{- define "serving.testLabels" -}}
 app.kubernetes.io/name: {{ include "serving.name" . }}
 app.kubernetes.io/instance: {{ .Release.Name }}
 app.kubernetes.io/component: test
 {{- end }}
 
-{{/* Who may send requests, as NetworkPolicy peers. */}}
+{{/* NetworkPolicy peers that may send requests. */}}
 {{- define "serving.clients" -}}
 - podSelector:
     matchLabels:
@@ -128,7 +128,7 @@ app.kubernetes.io/component: test
 {{ include "serving.commonLabels" . }}
 {{- end }}
 
-{{/* Without the chart's version: a release that changes nothing in the pods must not roll them. */}}
+{{/* Without the chart's version: a new chart version that does not change the pods must not roll them. */}}
 {{- define "serving.podLabels" -}}
 {{ include "serving.selectorLabels" . }}
 app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
@@ -138,7 +138,7 @@ app.kubernetes.io/part-of: infinitecontext
 {{- end }}
 {{- end }}
 
-{{/* A label's value has at most 63 characters, a digest has 71: labels show its first twelve digits. */}}
+{{/* A label value has at most 63 characters, a digest 71: labels contain its first twelve digits. */}}
 {{- define "serving.shortDigest" -}}
 {{- . | trimPrefix "sha256:" | trunc 12 }}
 {{- end }}
@@ -167,7 +167,7 @@ app.kubernetes.io/part-of: infinitecontext
 {{- .Values.tls.existingSecret | default (printf "%s-tls" (include "serving.fullname" .)) }}
 {{- end }}
 
-{{/* Also the name of the port: gateways take the protocol from it. */}}
+{{/* Also the name of the port: gateways derive the protocol from it. */}}
 {{- define "serving.scheme" -}}
 {{- ternary "https" "http" .Values.tls.enabled }}
 {{- end }}
@@ -188,7 +188,7 @@ models:/{{ .Values.model.name }}@{{ .Values.model.alias }}
 {{- end }}
 {{- end }}
 
-{{/* A folder per version: on a shared volume, a roll leaves alone what the pods before it still read. */}}
+{{/* A folder per version: on a shared volume, a rollout must not change files that previous pods still read. */}}
 {{- define "serving.modelDir" -}}
 /models/{{ .Values.model.name }}/{{ .Values.model.version | default .Values.model.alias }}
 {{- end }}
@@ -203,7 +203,7 @@ models:/{{ .Values.model.name }}@{{ .Values.model.alias }}
 {{- end }}
 {{- end }}
 
-{{/* Both are checked: `helm template --kube-version` changes the version only, never the list of APIs. */}}
+{{/* Both are checked, since `helm template --kube-version` changes the version only, not the list of APIs. */}}
 {{- define "serving.pdbApiVersion" -}}
 {{- if and (.Capabilities.APIVersions.Has "policy/v1") (semverCompare ">=1.21-0" .Capabilities.KubeVersion.Version) -}}
 policy/v1
@@ -238,7 +238,7 @@ capabilities:
   drop: [ALL]
 {{- end }}
 
-{{/* The user may be unknown to the image: programs that look for its name or home find them here. */}}
+{{/* The user may not exist in the image: programs that look up its name or home find them here. */}}
 {{- define "serving.baseEnv" -}}
 - name: HOME
   value: /tmp
@@ -249,7 +249,7 @@ capabilities:
 {{- end }}
 
 {{- define "serving.keysVolume" -}}
-# A folder, not variables: kubelet replaces it when the Secret changes, and the running server takes the new keys.
+# A folder, not variables: kubelet updates it when the Secret changes, and the running server uses the new keys.
 - name: keys
   projected:
     defaultMode: 0440
@@ -263,10 +263,10 @@ capabilities:
           optional: true
 {{- end }}
 
-{{/* What the schema cannot express. */}}
+{{/* Checks that the schema cannot express. */}}
 {{- define "serving.check" -}}
 {{- if and (gt (int .Values.gpu.count) 0) (gt (int .Values.vllm.tensorParallelSize) (int .Values.gpu.count)) }}
-{{- fail (printf "vllm.tensorParallelSize is %d, but gpu.count gives a pod %d" (int .Values.vllm.tensorParallelSize) (int .Values.gpu.count)) }}
+{{- fail (printf "vllm.tensorParallelSize is %d, but gpu.count is %d" (int .Values.vllm.tensorParallelSize) (int .Values.gpu.count)) }}
 {{- end }}
 {{- if gt (int .Values.autoscaling.minReplicas) (int .Values.autoscaling.maxReplicas) }}
 {{- fail "autoscaling.minReplicas is larger than autoscaling.maxReplicas" }}

@@ -1,4 +1,4 @@
-{{/* How a container reaches the registry. */}}
+{{/* Environment with which a container reaches the registry. */}}
 {{- define "serving.registryEnv" -}}
 - name: MLFLOW_TRACKING_URI
   value: {{ .Values.mlflow.trackingUri | quote }}
@@ -26,7 +26,7 @@
 {{- end }}
 {{- end }}
 
-{{/* Fetches the model from the registry; an error's last words become the container's termination message. */}}
+{{/* Downloads the model from the registry; the last lines of an error become the container's termination message. */}}
 {{- define "serving.pullContainer" -}}
 image: {{ include "serving.image" . }}
 imagePullPolicy: {{ .Values.image.pullPolicy }}

@@ -1,4 +1,4 @@
-{{/* vLLM's router. It has no keys and no TLS, and paths that add and remove servers: only this pod reaches it. */}}
+{{/* vLLM's router. It has no keys and no TLS, and paths that add and remove servers, so only this pod can reach it. */}}
 {{- define "serving.routerContainer" -}}
 image: {{ include "serving.image" . }}
 imagePullPolicy: {{ .Values.image.pullPolicy }}
@@ -51,7 +51,7 @@ livenessProbe:
   periodSeconds: 15
   timeoutSeconds: 10
   failureThreshold: 4
-# After the container before it, which takes requests as long as Services know the pod.
+# Stops after the front, which accepts requests until Services have removed the pod.
 lifecycle:
   preStop:
     exec:
@@ -70,7 +70,7 @@ volumeMounts:
     mountPath: /tmp
 {{- end }}
 
-{{/* TLS and keys before the router, and verified TLS between it and the servers. */}}
+{{/* TLS and keys in front of the router, and verified TLS between router and servers. */}}
 {{- define "serving.frontContainer" -}}
 image: {{ include "serving.image" . }}
 imagePullPolicy: {{ .Values.image.pullPolicy }}
@@ -124,7 +124,7 @@ securityContext:
   {{- include "serving.containerSecurityContext" . | nindent 2 }}
 resources:
   {{- toYaml .Values.router.resources | nindent 2 }}
-# Not ready while no server is.
+# Not ready while no server is ready.
 readinessProbe:
   {{- include "serving.probe" . | nindent 2 }}
   periodSeconds: 5

@@ -1,4 +1,4 @@
-{{/* A pod of `helm test`; the context is a list of the chart's, the pod's name and its program. */}}
+{{/* A pod of `helm test`; the context is a list: the chart's context, the pod's name and its program. */}}
 {{- define "serving.testPod" -}}
 {{- $name := index . 1 }}
 {{- $program := index . 2 }}
@@ -12,7 +12,7 @@ metadata:
     {{- include "serving.testLabels" . | nindent 4 }}
   annotations:
     helm.sh/hook: test
-    # A failed pod stays until the next test, for its log.
+    # Keep a failed pod until the next test, for its log.
     helm.sh/hook-delete-policy: before-hook-creation,hook-succeeded
 spec:
   restartPolicy: Never
@@ -66,7 +66,7 @@ spec:
         {{- end }}
   volumes:
     {{- if .Values.tls.enabled }}
-    # Without one, the certificate is of an authority that the image knows.
+    # Without ca.crt, the certificate must be signed by an authority that the image trusts.
     - name: ca
       secret:
         secretName: {{ include "serving.tlsSecret" . }}

@@ -37,7 +37,7 @@
 - {{ toJson . | quote }}
 {{- end }}
 {{- if and (include "serving.routed" .) (eq .Values.router.policy "cache_aware") }}
-# The router has prompts turned into tokens by a pod (/v1/completions/render), by which it finds their beginnings.
+# Pods tokenize prompts for the router (/v1/completions/render), which compares the tokens of prefixes.
 - --enable-scale-out
 {{- end }}
 {{- include "serving.offloadArgs" . }}
@@ -59,7 +59,7 @@
 - --ssl-keyfile
 - /etc/ictx/tls/tls.key
 {{- end }}
-# The last one is the outermost: nothing answers before it.
+# The last middleware is the outermost: it sees every request first.
 - --middleware
 - ictx.serve.gate.Gate
 {{- end }}
@@ -76,12 +76,12 @@ args:
   {{- include "serving.vllmArgs" . | nindent 2 }}
 env:
   {{- include "serving.baseEnv" . | nindent 2 }}
-  # vLLM's own check of keys (VLLM_API_KEY) covers a part of the API only, and reads its key once.
+  # vLLM's own check (VLLM_API_KEY) covers only a part of the API, and reads the key once.
   - name: ICTX_API_KEYS
     value: /etc/ictx/keys
   - name: ICTX_METRICS_PORT
     value: "9100"
-  # A pod is one host: what its processes exchange, unencrypted and to whoever connects, stays on it.
+  # Traffic between vLLM's processes is neither encrypted nor authenticated: keep it on the loopback address of the pod.
   - name: VLLM_HOST_IP
     value: 127.0.0.1
   - name: GLOO_SOCKET_IFNAME
@@ -90,12 +90,12 @@ env:
     value: lo
   - name: ICTX_VLLM_ATTENTION
     value: {{ .Values.vllm.attention }}
-  # The model lies in the volume: nothing is looked up elsewhere, nothing is reported.
+  # The model is on the volume: no downloads, no usage reports.
   - name: HF_HUB_OFFLINE
     value: "1"
   - name: VLLM_NO_USAGE_STATS
     value: "1"
-  # The root file system is read-only: whatever is compiled or cached goes to one volume.
+  # The root file system is read-only: compiled kernels and caches go to one volume.
   - name: XDG_CACHE_HOME
     value: /cache
   - name: VLLM_CACHE_ROOT
@@ -107,7 +107,7 @@ env:
   - name: TORCHINDUCTOR_CACHE_DIR
     value: /cache/inductor
   {{- if .Values.adapters.enabled }}
-  # vLLM's warning about it is about clients: the gate closes these paths to them.
+  # vLLM warns that clients could load adapters: the gate closes these paths to them.
   - name: VLLM_ALLOW_RUNTIME_LORA_UPDATING
     value: "1"
   - name: ICTX_ADMIN
@@ -146,7 +146,7 @@ readinessProbe:
   periodSeconds: 5
   timeoutSeconds: 5
   failureThreshold: 3
-# Patient: a server that computes a long prefill may answer late, and its requests are lost when it is restarted.
+# High threshold: during a long prefill a server may respond late, and a restart would lose its requests.
 livenessProbe:
   {{- include "serving.probe" . | nindent 2 }}
   periodSeconds: 15
