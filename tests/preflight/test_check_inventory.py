@@ -208,7 +208,7 @@ def test_a_missing_variable_of_a_role_names_the_role_and_the_host(check: Check, 
     content = yaml.safe_load(file.read_text())
     del content["image_bake_base"]
     file.write_text(yaml.safe_dump(content))
-    assert problems(copy) == ["image_bake_base (svc1): missing; role image_bake needs it: What the image is built on."]
+    assert problems(copy) == ["image_bake_base (svc1): missing; role image_bake needs it: Base of the image."]
 
 
 def test_variables_that_a_play_reads_from_files_are_given(tmp_path: Path) -> None:
