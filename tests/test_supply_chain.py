@@ -14,9 +14,9 @@ from cluster import ROOT
 
 M9 = pytest.mark.attack(
     "M9",
-    "Somebody who answers for a package index sends another uv, torch or hatchling",
+    "An attacker who controls a package index sends another uv, torch or hatchling",
     before="installed: these three downloads had no hash",
-    now="refused: each download has its hash in a lock file",
+    now="rejected: a lock file has the hash of each download",
 )
 LOCKS = sorted([*ROOT.glob("requirements/*.txt"), *ROOT.glob("workload/requirements/*.txt")])
 

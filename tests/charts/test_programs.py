@@ -418,8 +418,8 @@ def make_older(snapshot: Path, days: int) -> Path:
 DAMAGED = pytest.mark.attack(
     "M4",
     "one byte of an artifact flips, on the server's volume or on that of the backups",
-    before="taken into every backup, as all share one copy; a restore ended with 0 and left the damaged file",
-    now="named by the next backup, which keeps the intact copy; a restore puts back only what has its checksum",
+    before="included in every backup, since all share one copy; a restore exited with 0 and kept the damaged file",
+    now="reported by the next backup, which keeps the intact copy; a restore writes only files with the right checksum",
 )
 
 
@@ -484,9 +484,9 @@ def test_a_damaged_artifact_is_restored_by_nobody_and_the_rest_if_asked(site: Si
 
 @pytest.mark.attack(
     "M4",
-    "a user gives an artifact the longest path that the server takes, or later uploads a folder in a file's place",
-    before="no backup was made any more, or a restore broke off after the databases",
-    now="the file is named and the rest saved; what stands in the way of a restore is moved aside and named",
+    "a user gives an artifact the longest possible path, or replaces a file by a folder",
+    before="backups failed from then on, or a restore stopped after the databases",
+    now="the file is reported and the rest is saved; files that block a restore are moved aside and reported",
 )
 def test_the_names_of_artifacts_stop_no_backup_and_no_restore(site: Site) -> None:
     long, deep = site.artifacts / ("l" * 255), site.artifacts / "1"

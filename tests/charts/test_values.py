@@ -377,9 +377,9 @@ def router(**values: Any) -> Pod:
 
 @pytest.mark.attack(
     "H1",
-    "A client adds a server of its own to the router, and reads the prompts of others",
-    before="vllm-router's /add_worker, /remove_worker and /list_workers need no key",
-    now="the router listens on its pod alone; a gate with keys before it passes generation on, and nothing else",
+    "A client adds its own server to the router and reads the prompts of others",
+    before="vllm-router's /add_worker, /remove_worker and /list_workers require no key",
+    now="the router listens only inside its pod; a gate with keys in front of it forwards generation requests only",
 )
 def test_the_router_listens_on_its_pod_alone_behind_the_gate() -> None:
     pod = router()
@@ -460,8 +460,8 @@ TEST_PODS = {
 @pytest.mark.attack(
     "H1",
     "Any pod of the cluster connects to the served model",
-    before="networkPolicy.allowFrom was empty, which meant everyone",
-    now="nobody but the chart's own test, and who is named in networkPolicy.allowFrom",
+    before="an empty networkPolicy.allowFrom allowed all pods",
+    now="only the chart's own test and the peers in networkPolicy.allowFrom can connect",
 )
 def test_nobody_is_let_in_unless_named() -> None:
     requests, metrics = policies(render(CHARTS["serving"]))["ictx-serving"]["spec"]["ingress"]
@@ -518,7 +518,7 @@ def test_the_keys_are_files_that_change_under_the_server() -> None:
 
 @pytest.mark.attack(
     "H3",
-    "Somebody on the network reads the key of the served model, or answers in its place",
+    "An attacker on the network reads the key of the served model, or impersonates the server",
     before="the endpoint spoke plain HTTP",
     now="HTTPS by default, with a certificate of the platform's authority",
 )
@@ -606,9 +606,9 @@ def test_monitors_find_the_metrics() -> None:
 
 @pytest.mark.attack(
     "L",
-    "somebody in the cluster answers in MLflow's place, or a pod of a backup is taken over",
-    before="the chart's clients checked no certificate; pods of backup, gc, restore and test could reach everything",
-    now="they verify the server by the platform's authority, and reach the server, names and the database only",
+    "a pod in the cluster impersonates MLflow, or a backup pod is compromised",
+    before="the chart's clients verified no certificate; pods of backup, gc, restore and test could reach everything",
+    now="they verify the server with the platform's authority, and can reach only the server, DNS and the database",
 )
 def test_clients_in_the_cluster_verify_the_server_and_reach_nothing_else() -> None:
     values = {"tls.existingSecret": "mlflow-tls", "gc.enabled": True, "backup.enabled": True}

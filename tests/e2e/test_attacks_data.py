@@ -58,9 +58,9 @@ def corpus(lab: Lab) -> Iterator[Corpus]:
 
 @pytest.mark.attack(
     "H2",
-    "mallory prepares researcher's corpus first, and overwrites every token and the checksums",
-    before="researcher's job reported that the corpus was there already, and trained on mallory's tokens",
-    now="the job prepares a copy of its own, which mallory cannot change, and goes on using it",
+    "mallory prepares researcher's corpus first and overwrites all tokens and checksums",
+    before="researcher's job reported that the corpus already existed, and trained on mallory's tokens",
+    now="the job prepares and uses its own copy, which mallory cannot change",
 )
 def test_a_corpus_that_another_user_prepared_is_not_trained_on(lab: Lab, corpus: Corpus) -> None:
     his, _ = corpus.prepare("mallory")

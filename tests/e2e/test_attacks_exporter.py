@@ -86,7 +86,7 @@ def exposed(lab: Lab) -> Iterator[tuple[str, str, str]]:
     "H5",
     "her jobs write links, FIFOs, 10,000 brackets, half characters; their names are long, with newlines, no UTF-8",
     before="all metrics of SLURM gone, or slurm_up 0; memory until the exporter was killed",
-    now="slurm_up stays 1, researcher's metrics are there, what cannot be used is counted",
+    now="slurm_up stays 1, researcher's metrics are exposed, invalid rows are counted",
 )
 def test_every_honest_metric_is_there(exposed: tuple[str, str, str]) -> None:
     honest, _, text = exposed
@@ -100,7 +100,7 @@ def test_every_honest_metric_is_there(exposed: tuple[str, str, str]) -> None:
 
 @pytest.mark.attack(
     "H5",
-    "links to another user's file, which only the exporter may read, where it looks for her own",
+    "a link to another user's file, which only the exporter may read, in place of her own file",
     before="its content in a world-readable file",
     now="links are not followed and only files of the job's user are read",
 )

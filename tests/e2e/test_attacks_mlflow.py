@@ -28,33 +28,33 @@ PREFIXES = ["/api/2.0", "/ajax-api/2.0"]
 
 IN_CLEAR = pytest.mark.attack(
     "H3",
-    "somebody listens on the network between a job and MLflow",
-    before="names and passwords of users and of the administrator, in clear text",
+    "an attacker listens on the network between a job and MLflow",
+    before="names and passwords of users and the administrator were sent in clear text",
     now="TLS only, with a certificate of the platform's authority, which every client verifies",
 )
 MOVES = pytest.mark.attack(
     "H4",
-    "a user moves the alias that is served, or changes the model, the version or the files that it stands for",
-    before="every user could, and so could the account with which the server fetches models",
-    now="403 on every route: a user changes what is his, promoters (ictx_promoters) what is promoted",
+    "a user moves the served alias, or changes its model, version or files",
+    before="allowed for every user, and for the account with which the server downloads models",
+    now="403 on every route: users can change only their own objects, promoters (ictx_promoters) promoted ones",
 )
 TWICE = pytest.mark.attack(
     "H4",
     "a request names the user's own run as `run_uuid`, and another's as `runId`, to tag, rename or delete it",
     before="MLflow 3.17.2 checks the first and changes the second: any user deleted any run, and so a model's files",
-    now="403: a request names a thing once, as run_id, in a body that is an object of JSON",
+    now="403: a request must contain the ID once, as run_id, in a JSON object",
 )
 READS_ONLY = pytest.mark.attack(
     "H4",
-    "the password of the serving pods, which fetch models, is used to write",
-    before="it could move aliases and replace models",
-    now="403: the account only reads",
+    "the password of the serving pods is used to write",
+    before="the account could move aliases and replace models",
+    now="403: the account is read-only",
 )
 TAMPERS = pytest.mark.attack(
     "H4",
     "the writer of a promoted version replaces one of its files",
-    before="the next pod that starts serves it, if the list of checksums is replaced too",
-    now="the pull names the file and refuses the version: the checksums recorded at its promotion count",
+    before="the next pod served it, if the list of checksums was replaced too",
+    now="the pull names the file and rejects the version, using the checksums recorded at its promotion",
 )
 
 
@@ -238,9 +238,9 @@ def test_mlflow_speaks_tls_of_the_platforms_authority_only(admin: Account) -> No
 
 @pytest.mark.attack(
     "L",
-    "without a password, sends MLflow a request without an end",
-    before="the server kept all of it in memory, before it looked who sent it, until it was killed",
-    now="413 after 16 MiB (`server.maxBodyMiB`); artifacts are streamed, once their sender is known",
+    "an unauthenticated client sends MLflow an endless request",
+    before="the server buffered it before authentication, until it was killed",
+    now="413 after 16 MiB (`server.maxBodyMiB`); artifacts are streamed after authentication",
 )
 def test_a_request_of_a_stranger_takes_no_more_than_its_share_of_memory(admin: Account) -> None:
     stranger = Account(admin.uri, "stranger", "wrong")
@@ -472,8 +472,8 @@ def test_a_file_that_changed_after_the_promotion_is_refused_by_name(
 @pytest.mark.attack(
     "M8",
     "the administrator's password leaked and is replaced on the control host",
-    before="playbooks/mlflow.yml failed, and its reason was hidden",
-    now="taken without a restart; both are right until the rotation is finished, then the old one is refused",
+    before="playbooks/mlflow.yml failed without a reason",
+    now="applied without a restart; both are accepted until the rotation is finished, then the old one is rejected",
 )
 def test_a_new_password_of_the_administrator_is_taken_and_no_request_lost(admin: Account, mallory: Account) -> None:
     file = STATE / "secrets/mlflow_admin_password"

@@ -38,9 +38,9 @@ def pod(core: client.CoreV1Api) -> Any:
 
 @pytest.mark.attack(
     "H1",
-    "Without the key, or with other credentials, every path that the running vLLM lists and those that it hides",
+    "Requests without the key, or with other credentials, to every listed and hidden path of the running vLLM",
     before="/invocations, /tokenize, /generative_scoring, /load, /version, /openapi.json, /metrics and others answered",
-    now="401 for every path, method and spelling but GET /health",
+    now="401 for every path, method and spelling except GET /health",
 )
 def test_nothing_but_health_answers_without_the_key() -> None:
     done = subprocess.run(
@@ -59,7 +59,7 @@ def test_nothing_but_health_answers_without_the_key() -> None:
     "H1",
     "A user of the cluster reads the served model's metrics through the node port, or at the pod's address",
     before="GET /metrics answered without a key",
-    now="401 at the node port; the port of the metrics is inside Kubernetes only",
+    now="401 at the node port; the metrics port is reachable only inside Kubernetes",
 )
 def test_metrics_are_not_reached_from_outside(core: client.CoreV1Api, pod: Any, lab: Lab) -> None:
     curl = "curl -s -w '%{http_code}' --max-time 5 --cacert /etc/ictx/tls/ca.crt"
@@ -86,9 +86,9 @@ def test_prometheus_scrapes_all_the_same(core: client.CoreV1Api, pod: Any) -> No
 
 @pytest.mark.attack(
     "H1",
-    "Looking for the key in the arguments and the environment of vLLM's processes and in the pod's description",
+    "Searching the key in the arguments and the environment of vLLM's processes and in the pod's description",
     before="the key was in the environment of each process",
-    now="the key is in files alone, which a rotation replaces",
+    now="the key is only in files, which a rotation replaces",
 )
 def test_the_key_is_in_no_argument_and_no_variable(core: client.CoreV1Api, pod: Any) -> None:
     look = "cat /proc/[0-9]*/cmdline /proc/[0-9]*/environ | tr '\\0' '\\n'"
@@ -128,9 +128,9 @@ def test_the_namespace_admits_restricted_pods_only(core: client.CoreV1Api) -> No
 
 @pytest.mark.attack(
     "H3",
-    "Reading the key on the network, or answering in the endpoint's place",
+    "Reading the key on the network, or impersonating the endpoint",
     before="the endpoint spoke plain HTTP",
-    now="HTTPS with a certificate of the platform's authority; plain HTTP gets no answer",
+    now="HTTPS with a certificate of the platform's authority; plain HTTP gets no response",
 )
 def test_the_endpoint_speaks_https_by_the_platforms_authority(lab: Lab) -> None:
     assert complete(key())[0] == 200
@@ -146,9 +146,9 @@ def test_the_endpoint_speaks_https_by_the_platforms_authority(lab: Lab) -> None:
 
 @pytest.mark.attack(
     "M8",
-    "Using a key of the served model that was replaced",
-    before="the pod went on with the key of its start, and refused the new one",
-    now="running pods take the new key, accept both during the overlap, then refuse the old one",
+    "A replaced key of the served model is used",
+    before="the pod kept the key from its start and rejected the new one",
+    now="running pods read the new key, accept both during the overlap, then reject the old one",
 )
 def test_a_key_is_rotated_under_steady_clients(core: client.CoreV1Api, pod: Any) -> None:
     """Both keys are accepted for a while, no request is lost, no pod restarts; then the old one opens nothing."""

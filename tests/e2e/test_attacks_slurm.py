@@ -117,9 +117,9 @@ def bobs(lab: Lab) -> Iterator[str]:
 
 @pytest.mark.attack(
     "C1",
-    "a job writes a container's state with a hook into the folder of its user, and starts a step of that number",
-    before="slurmstepd ran the runtime as root, and that the hook: root on every compute node",
-    now="the hook runs as the user himself",
+    "a job writes a container state with a hook into its user's folder and starts the step with that number",
+    before="slurmstepd ran the runtime, and thus the hook, as root on every compute node",
+    now="the hook runs as the user",
 )
 def test_a_hook_in_a_containers_state_does_not_run_as_root(lab: Lab) -> None:
     job = submitted(lab, "mallory", script=HOOK)
@@ -133,9 +133,9 @@ def test_a_hook_in_a_containers_state_does_not_run_as_root(lab: Lab) -> None:
 
 @pytest.mark.attack(
     "C1",
-    "while a step starts, the user puts a link to a file of root's in the place of the step's config.json",
-    before="slurmstepd gave the file to the user's group: /etc/shadow or MUNGE's key, readable",
-    now="where slurmstepd writes, links are not followed: the file stays as it is",
+    "while a step starts, the user replaces the step's config.json by a link to a file of root",
+    before="slurmstepd gave the file to the user's group: /etc/shadow or MUNGE's key became readable",
+    now="links are not followed in the folders to which slurmstepd writes: the file is not changed",
 )
 def test_no_file_of_roots_is_given_away(lab: Lab, secret: str) -> None:
     before = lab.run("n1", f"stat --format='%A %U %G' {secret}").stdout
@@ -146,8 +146,8 @@ def test_no_file_of_roots_is_given_away(lab: Lab, secret: str) -> None:
 
 @pytest.mark.attack(
     "C1",
-    "a bundle's config.json is a link to that of another user's running step",
-    before="slurmstepd, as root, copied the other's environment, passwords included, into the attacker's folder",
+    "a bundle's config.json is a link to the config.json of another user's running step",
+    before="slurmstepd, as root, copied the other user's environment, including passwords, into the attacker's folder",
     now="a step's file is emptied once its container has started",
 )
 def test_the_environment_of_anothers_container_is_not_copied(lab: Lab, bobs: str) -> None:
@@ -160,9 +160,9 @@ def test_the_environment_of_anothers_container_is_not_copied(lab: Lab, bobs: str
 
 @pytest.mark.attack(
     "C1",
-    "the folder of a user's containers on a node is another's, or a link",
-    before="the prolog, as root, gave whatever was there to the user",
-    now="the job does not start, and the log of the node names the folder",
+    "on a node, the container folder of a user belongs to another user or is a link",
+    before="the prolog, as root, changed the owner of the target to the user",
+    now="the job does not start, and the node's log names the folder",
 )
 @pytest.mark.parametrize("make", ["mkdir {0} && chown mallory {0}", "ln -s /etc {0}"], ids=["another's", "link"])
 def test_a_folder_of_containers_that_is_not_the_users_own_stops_the_job(lab: Lab, make: str) -> None:
@@ -189,15 +189,15 @@ def test_a_folder_of_containers_that_is_not_the_users_own_stops_the_job(lab: Lab
 
 @pytest.mark.attack(
     "C2",
-    "folders of another user's next jobs are made before they start, with a bundle of the attacker's",
-    before="the other's job ran the hooks of that bundle, as him",
-    now="nobody makes anything in another's folders, and a job uses only a folder that it made itself",
+    "the attacker creates the folders of another user's next jobs, with a malicious bundle",
+    before="the other user's job ran the hooks of that bundle",
+    now="users cannot write to other users' folders, and a job uses only a folder that it created itself",
 )
 @pytest.mark.attack(
     "C3",
-    "a checkpoint with a pickle is put into another user's run",
-    before="his next start unpickled it",
-    now="nobody else can write there",
+    "a checkpoint with a pickle is placed in another user's run",
+    before="the next start of that run unpickled it",
+    now="other users cannot write there",
 )
 def test_nothing_is_put_into_anothers_folders(lab: Lab) -> None:
     for command in (
@@ -220,8 +220,8 @@ def test_nothing_is_put_into_anothers_folders(lab: Lab) -> None:
 
 @pytest.mark.attack(
     "C2",
-    "the folder of a job is there before the job",
-    before="the job took the bundle that it found in it",
+    "the folder of a job exists before the job starts",
+    before="the job used the bundle in that folder",
     now="the job ends with an error that names the folder",
 )
 def test_a_job_does_not_use_a_folder_that_was_there_before(lab: Lab) -> None:
@@ -234,9 +234,9 @@ def test_a_job_does_not_use_a_folder_that_was_there_before(lab: Lab) -> None:
 
 @pytest.mark.attack(
     "M6",
-    "a program with the SUID bit is put on the shared directory for others to start",
-    before="whoever started it had its owner's rights; the image of jobs brought eight such programs",
-    now="mounts have nosuid and nodev, and images no such program",
+    "a program with the SUID bit is placed on the shared directory",
+    before="anyone who started it got its owner's permissions; the job image contained eight such programs",
+    now="mounts have nosuid and nodev, and images contain no such program",
 )
 def test_no_program_of_the_shared_directory_has_its_owners_rights(lab: Lab) -> None:
     made = "cp /usr/bin/id /shared/data/id-of-mallory && chmod 4755 /shared/data/id-of-mallory"
@@ -257,8 +257,8 @@ def test_no_program_of_the_shared_directory_has_its_owners_rights(lab: Lab) -> N
 @pytest.mark.attack(
     "M7",
     "squeue, sacct, scontrol and sshare are queried for another user's job",
-    before="names, arguments, folders and use of everybody's jobs",
-    now="own jobs only; the metrics' account still sees all",
+    before="names, arguments, folders and usage of all jobs were visible",
+    now="users see only their own jobs; the metrics account sees all",
 )
 def test_a_user_sees_his_own_jobs_only(lab: Lab) -> None:
     ended(lab, submitted(lab, "bob", "--wrap=true"))
@@ -278,9 +278,9 @@ def test_a_user_sees_his_own_jobs_only(lab: Lab) -> None:
 
 @pytest.mark.attack(
     "M7",
-    "a job is sent to the partition `urgent`, which preempts everybody else's",
+    "a job is submitted to the partition `urgent`, which preempts all other jobs",
     before="accepted",
-    now="refused, but for those whom the inventory names",
+    now="rejected, except for users listed in the inventory",
 )
 @pytest.mark.parametrize("options", ["--partition=urgent", "--partition=urgent --qos=urgent"])
 def test_the_urgent_partition_is_for_those_who_may(lab: Lab, options: str) -> None:
@@ -295,9 +295,9 @@ def test_the_urgent_partition_is_for_those_who_may(lab: Lab, options: str) -> No
 
 @pytest.mark.attack(
     "M7",
-    "a job leaves processes, files in /dev/shm and containers' state behind, and reads others' /dev/shm",
-    before="they stayed after the job, and all jobs of a node shared one /dev/shm",
-    now="the epilog removes them, as their user; a container has a /dev/shm of its own",
+    "a job leaves processes, files in /dev/shm and container state behind, and reads other users' /dev/shm",
+    before="they remained after the job, and all jobs of a node shared one /dev/shm",
+    now="the epilog removes them, as their user; each container has its own /dev/shm",
 )
 def test_nothing_is_left_of_a_job(lab: Lab) -> None:
     job = submitted(
@@ -336,8 +336,8 @@ def mail(lab: Lab) -> Iterator[str]:
 @pytest.mark.attack(
     "C1",
     "mail about a job is sent to `--exec=!COMMAND` or `|COMMAND`",
-    before="handed to the program for mail by slurmctld, as SlurmUser",
-    now="not sent; an address gets its mail",
+    before="slurmctld passed it to the mail program as SlurmUser",
+    now="rejected; only addresses get mail",
 )
 def test_the_recipient_of_mail_is_an_address(lab: Lab, mail: str) -> None:
     for recipient in ("--exec=!id", "|id"):

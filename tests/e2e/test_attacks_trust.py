@@ -27,8 +27,8 @@ openssl x509 -in $tls/ca.crt -noout -ext basicConstraints"""
 @pytest.mark.attack(
     "M1",
     "Root of a compute node signs a certificate for the registry with the node's key and certificate",
-    before="a certificate requested with CA:TRUE was issued, and what it signed verified",
-    now="it does not verify: a node's certificate is CA:FALSE, and the authority has pathlen:0",
+    before="a certificate requested with CA:TRUE was issued, and certificates signed with it verified",
+    now="does not verify: a node's certificate is CA:FALSE, and the authority has pathlen:0",
 )
 def test_a_node_cannot_certify_another(lab: Lab) -> None:
     done = lab.run("n1", FORGE)

@@ -61,7 +61,7 @@ def pull(lab: Lab, image: str, folder: Path) -> subprocess.CompletedProcess[str]
 
 @pytest.mark.drill(
     "a layer that the images share is damaged in the registry's storage",
-    keeps="every image, under its digest; jobs that run; requests of a steady client; nobody gets the damaged layer",
+    keeps="every image, under its digest; running jobs; requests of a steady client; no client gets the damaged layer",
     acts="ansible-playbook playbooks/images.yml",
 )
 def test_a_damaged_layer_is_refused_and_replaced(lab: Lab, steady: Client, drill: Drill, tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ def accounted(lab: Lab) -> set[str]:
 
 @pytest.mark.drill(
     "the accounting database is dropped",
-    keeps="every account and ended job of the backup; jobs that run",
+    keeps="every account and completed job in the backup; running jobs",
     acts="ansible-playbook playbooks/restore.yml -e restore_what=accounting",
 )
 def test_a_lost_database_is_restored_while_a_job_runs(lab: Lab, drill: Drill) -> None:
@@ -57,7 +57,7 @@ def test_a_lost_database_is_restored_while_a_job_runs(lab: Lab, drill: Drill) ->
 
 @pytest.mark.drill(
     "the controller's state is deleted",
-    keeps="jobs that run, without a restart; the queue of the backup",
+    keeps="running jobs, without a restart; the queue in the backup",
     acts="ansible-playbook playbooks/restore.yml -e restore_what=slurm-state",
 )
 def test_a_lost_queue_is_restored_while_a_job_runs(lab: Lab, drill: Drill) -> None:
@@ -129,7 +129,7 @@ def expired(certificate: x509.Certificate) -> bytes:
 
 @pytest.mark.drill(
     "the registry's certificate has expired",
-    keeps="images; no client goes on without verifying",
+    keeps="images; no client continues without verification",
     acts="ansible-playbook playbooks/registry.yml",
 )
 def test_an_expired_certificate_is_refused_and_issued_anew(lab: Lab, drill: Drill) -> None:

@@ -56,7 +56,7 @@ def end(lab: Lab, job: str) -> None:
 
 @pytest.mark.drill(
     "a node is cut off from the controller for half of SlurmdTimeout",
-    keeps="the job that runs there, without a restart",
+    keeps="the running job, without a restart",
     acts="nobody",
 )
 def test_a_short_partition_costs_nothing(lab: Lab, drill: Drill) -> None:
@@ -72,7 +72,7 @@ def test_a_short_partition_costs_nothing(lab: Lab, drill: Drill) -> None:
 
 @pytest.mark.drill(
     "a node is cut off from the controller until it is set down",
-    keeps="the job, which runs once: the copy that went on behind the partition is ended",
+    keeps="the job, which runs once: the copy behind the partition is terminated",
     acts="nobody",
 )
 def test_a_long_partition_requeues_the_job_and_leaves_one_copy(lab: Lab, drill: Drill) -> None:
@@ -96,7 +96,7 @@ AHEAD = "LD_PRELOAD=/usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1 FAKETIME
 
 @pytest.mark.drill(
     "the clock by which MUNGE works on a node is an hour ahead for half of SlurmdTimeout",
-    keeps="the job that runs there, without a restart; no credential is accepted there meanwhile",
+    keeps="the running job, without a restart; no credential is accepted there meanwhile",
     acts="nobody",
 )
 def test_a_clock_that_jumps_is_refused_and_harms_no_job(lab: Lab, drill: Drill) -> None:
@@ -127,7 +127,7 @@ def training(lab: Lab, *options: str) -> str:
 
 @pytest.mark.drill(
     "the newest checkpoint is damaged on the storage, and the job loses a rank",
-    keeps="every step once; the job resumes from the checkpoint before and keeps the damaged one aside",
+    keeps="every step once; the job resumes from the previous checkpoint and sets the damaged one aside",
     acts="nobody",
 )
 def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(lab: Lab, drill: Drill) -> None:
@@ -168,8 +168,8 @@ def small(lab: Lab) -> Iterator[str]:
 
 @pytest.mark.drill(
     "the shared storage is full while a job trains",
-    keeps="every step once; the checkpoints that were complete",
-    acts="scontrol requeue JOB, after space was made",
+    keeps="every step once; complete checkpoints",
+    acts="scontrol requeue JOB, after freeing space",
 )
 def test_a_full_disk_is_named_and_the_job_resumes_once_there_is_space(lab: Lab, small: str, drill: Drill) -> None:
     def seen(command: str) -> str:

@@ -116,7 +116,7 @@ FAULTS = [
         stop,
         marks=pytest.mark.drill(
             "SIGTERM to every stage of a pipeline, one after the other",
-            keeps="checkpoints, every step once, samples that were finished, what waits in the queue",
+            keeps="checkpoints, every step once, finished samples, queued jobs",
             acts="nobody",
         ),
     ),
@@ -124,7 +124,7 @@ FAULTS = [
         kill,
         marks=pytest.mark.drill(
             "a rank of every stage is killed",
-            keeps="checkpoints, every step once, samples that were finished, what waits in the queue",
+            keeps="checkpoints, every step once, finished samples, queued jobs",
             acts="nobody",
         ),
     ),
@@ -132,7 +132,7 @@ FAULTS = [
         lose,
         marks=pytest.mark.drill(
             "slurmd of a node is killed in every stage",
-            keeps="checkpoints, every step once, samples that were finished, what waits in the queue",
+            keeps="checkpoints, every step once, finished samples, queued jobs",
             acts="nobody",
         ),
     ),
@@ -267,7 +267,7 @@ def test_a_chain_survives_a_fault_in_each_stage(
 @pytest.mark.full
 @pytest.mark.drill(
     "a node drawn at random loses its power every three minutes while a pipeline runs",
-    keeps="every stage, under its job's number; every step once",
+    keeps="every stage, under its job number; every step once",
     acts="nobody",
 )
 def test_a_chain_ends_though_nodes_die_again_and_again(lab: Lab, whole: str, pretrained: str, drill: Drill) -> None:

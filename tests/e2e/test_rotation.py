@@ -90,7 +90,7 @@ def models(key: str) -> int:
 @pytest.mark.attack(
     "M8",
     "The serving key has leaked: it is replaced while clients send requests",
-    before="the Secret changed and pods went on with the old key; nothing revoked it",
+    before="the Secret changed, but pods kept the old key; it could not be revoked",
     now="both keys are accepted until the rotation is finished, then the old one gets 401; no request is lost",
 )
 @pytest.mark.full
@@ -141,8 +141,8 @@ def test_a_job_goes_on_while_munge_gets_another_key(lab: Lab) -> None:
 @pytest.mark.attack(
     "M8",
     "The password of MLflow's administrator has leaked: it is replaced while a client uses it",
-    before="every playbook that queries MLflow failed, and its reason was censored",
-    now="both passwords are accepted until all playbooks and programs have the new one, then only that",
+    before="every playbook that queries MLflow failed without a reason",
+    now="both passwords are accepted until all playbooks and programs have the new one, then only the new one",
 )
 def test_mlflow_passwords_are_replaced_under_a_steady_client(lab: Lab) -> None:
     url = f"{lab.tracking()['MLFLOW_TRACKING_URI']}/api/2.0/mlflow/users/get?username="

@@ -201,7 +201,7 @@ def test_a_damaged_version_is_not_promoted(registry: Registry, lab: Lab) -> None
 @pytest.mark.full
 @pytest.mark.drill(
     "a version that the server cannot load is promoted",
-    keeps="every request of a steady client; the version before serves on",
+    keeps="every request of a steady client; the previous version keeps serving",
     acts="/opt/ictx/bin/ictx promote VERSION --alias champion; ansible-playbook playbooks/serving.yml",
 )
 def test_a_model_that_cannot_be_served_is_reported_and_the_one_before_serves_on(
@@ -264,7 +264,7 @@ def test_an_alias_that_does_not_exist_changes_nothing(core: client.CoreV1Api) ->
 @pytest.mark.full
 @pytest.mark.drill(
     "MLflow is down while a playbook rolls out a model",
-    keeps="every request of a steady client; what is served",
+    keeps="every request of a steady client; the served version",
     acts="nobody",
 )
 def test_a_registry_that_is_down_is_named_and_the_model_serves_on(

@@ -57,9 +57,9 @@ def test_nobody_reads_metrics_without_tls_and_a_password(lab: Lab, name: str) ->
 
 @pytest.mark.attack(
     "L",
-    "reads the password of exporters and tries it on Prometheus and Alertmanager",
-    before="it opened both; every node had the same hash of it",
-    now="it opens exporters only; hosts hold hashes, each another one",
+    "the password of exporters is tried on Prometheus and Alertmanager",
+    before="it was accepted by both; every node had the same hash",
+    now="it is accepted by exporters only; each host has a different hash",
 )
 @pytest.mark.parametrize("name", PORTS)
 def test_the_password_of_exporters_opens_exporters_only(lab: Lab, name: str) -> None:

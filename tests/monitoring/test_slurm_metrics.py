@@ -99,7 +99,7 @@ def test_jobs_are_reported_with_their_nodes_and_reasons() -> None:
     "H5",
     "names a job with a newline and what looks like another user's job behind it",
     before="the line was taken for a job, or no metric of SLURM was written",
-    now="separators are drawn anew for each run: a name stays a name",
+    now="each run uses random separators, so that a name cannot contain one",
 )
 @pytest.mark.parametrize(
     "name",
@@ -134,7 +134,7 @@ def test_of_a_user_with_very_many_jobs_some_have_series_of_their_own(tmp_path: P
     "H5",
     "reads the separator in squeue's command line and renames a job before the controller answers",
     before="the name was taken for another user's job",
-    now="the separator of jobs is in squeue's environment, which only its own user can read",
+    now="the separator of jobs is in squeue's environment, which only its user can read",
 )
 def test_the_mark_is_another_one_in_each_run_and_in_no_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = set()

@@ -147,7 +147,7 @@ PLANTED: dict[str, Callable[[Path], None]] = {
 @pytest.mark.attack(
     "H5",
     "puts a link to a secret or to /dev/zero, a FIFO, a socket or a directory where the exporter reads",
-    before="the secret in a world-readable file; memory until it was killed; it hung",
+    before="the secret appeared in a world-readable file; the exporter was killed for its memory; it hung",
     now="only regular files of the job's user are opened, without following links",
 )
 @pytest.mark.parametrize("name", ["metrics.jsonl", "about.json", "mlflow_run_id"])
@@ -214,7 +214,7 @@ LINES = {
     "H5",
     "writes about.json or metrics.jsonl with 10,000 brackets, a 400-digit integer, half a surrogate pair, no UTF-8",
     before="no metric of SLURM was written",
-    now="that row is left out and counted; the other metrics of the job are there",
+    now="that row is skipped and counted; the job's other metrics are exposed",
 )
 @pytest.mark.parametrize("line", LINES)
 def test_a_bad_line_costs_that_line(runs: Path, folder: Path, tmp_path: Path, line: str) -> None:

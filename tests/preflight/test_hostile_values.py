@@ -26,9 +26,9 @@ SCHEMA: dict[str, Any] = yaml.safe_load((ROOT / "playbooks/plugins/inventory_sch
 
 M2 = pytest.mark.attack(
     "M2",
-    "An inventory holds null, system users, control characters, shell metacharacters or values of odd types",
+    "An inventory contains null, system users, control characters, shell metacharacters or wrong types",
     before="preflight found nothing, or ended with a traceback; SlurmUser=root and shell commands got into files",
-    now="refused by name before anything is changed; fuzzed with hypothesis",
+    now="rejected by name before anything is changed; fuzzed with hypothesis",
 )
 
 

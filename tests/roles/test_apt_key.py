@@ -18,9 +18,9 @@ from cluster import ROOT
 VARS: dict[str, Any] = yaml.safe_load((ROOT / "roles/apt_key/vars/main.yml").read_text())
 M9 = pytest.mark.attack(
     "M9",
-    "Somebody who answers for a package repository publishes a key of his own",
+    "An attacker who controls a package repository publishes another key",
     before="trusted on first use",
-    now="refused: the fingerprint is not the one in the role's defaults; the message names both",
+    now="rejected: the fingerprint differs from the role's defaults; the message names both",
 )
 needs_gpg = pytest.mark.skipif(
     not shutil.which("gpg"), reason="the control host has no gpg; nodes get it from the role"

@@ -402,9 +402,9 @@ def test_of_a_repository_comes_what_is_wanted_and_what_that_needs(
 @needs_apt
 @pytest.mark.attack(
     "M9",
-    "Somebody who answers for a package repository offers the mirror a key, an index or a package of his own",
-    before="no mirror of ours",
-    now="refused: the key is not that of the lock, the index is not signed by it, the package is not in the index",
+    "An attacker who controls a package repository sends the mirror another key, index or package",
+    before="there was no mirror",
+    now="rejected: the key differs from the lock, the index is not signed with it, or the package is not in the index",
 )
 def test_what_a_repository_forges_is_refused(publisher: Any, artifacts: Run, signer: Any, tmp_path: Path) -> None:
     folder, url, _ = publisher

@@ -122,7 +122,7 @@ def test_a_request_contributes_only_its_key(ca: Path) -> None:
     "M1",
     "A node signs a certificate for the registry with its own key and certificate",
     before="clients accepted the chain",
-    now="no client accepts it: the node's certificate is not one of an authority, and the authority has pathlen:0",
+    now="clients reject it: the node's certificate is CA:FALSE, and the authority has pathlen:0",
 )
 def test_a_chain_below_a_node_does_not_verify(ca: Path, tmp_path: Path) -> None:
     node, text, _ = issue(ca, request(KEY, "svc1", *AUTHORITY))
@@ -159,7 +159,7 @@ def test_a_chain_below_a_node_does_not_verify(ca: Path, tmp_path: Path) -> None:
 )
 @pytest.mark.attack(
     "M1",
-    "A node requests a certificate of a weak key",
+    "A node requests a certificate for a weak key",
     before="signed",
     now="refused with the reason",
 )

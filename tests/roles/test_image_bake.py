@@ -157,9 +157,9 @@ def bundle(shared: Path, path: str, number: int) -> None:
 
 @pytest.mark.attack(
     "M5",
-    "the newest image is rolled back to one that is older than a month, or a job waits that long in the queue",
-    before="the next bake removed the image that was current, or the job's",
-    now="what is current and what a job's bundle names stays, whatever its age",
+    "an image older than a month is current after a rollback, or needed by a job that waits in the queue",
+    before="the next image build removed it",
+    now="current images, and those that a job's bundle uses, are kept at any age",
 )
 @pytest.mark.parametrize("answers", [True, False], ids=["controller answers", "controller is down"])
 def test_the_current_image_and_those_of_jobs_are_not_removed(shared: Path, answers: bool) -> None:

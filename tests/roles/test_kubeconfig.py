@@ -26,7 +26,7 @@ def config(cluster: Any, user: Any) -> str:
     "M1",
     "root of a Kubernetes node puts `exec`, files or another server into the kubeconfig that the control host fetches",
     before="the control host's Kubernetes client ran the program",
-    now="only certificates are taken from it; the server's address is the inventory's",
+    now="only certificates are used from it; the server's address comes from the inventory",
 )
 def test_a_node_names_no_program_file_or_server_in_the_control_hosts_kubeconfig() -> None:
     more = {"proxy-url": "http://192.0.2.66", "insecure-skip-tls-verify": True, "certificate-authority": "/etc/passwd"}

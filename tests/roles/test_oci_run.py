@@ -127,8 +127,8 @@ def loosen(folder: Path, what: str) -> None:
 @pytest.mark.skipif(os.getuid() != 0, reason="gives files to another user")
 @pytest.mark.attack(
     "C2",
-    "a bundle or an image that another user owns, or may write to, is named as one's container",
-    before="its hooks ran as the user who named it",
+    "a user starts a bundle or image that another user owns or can write to",
+    before="its hooks ran as the user who started it",
     now="the container does not start",
 )
 @pytest.mark.parametrize(

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 
 M3 = pytest.mark.attack(
     "M3",
-    "A secret stands in a log or configuration that a support bundle gathers",
-    before="Slack webhooks, URLs with passwords, --password X, Bearer tokens, base64 of a registry went out",
-    now="taken out by value and by form, before anything is written",
+    "A secret is in a log or configuration that a support bundle collects",
+    before="Slack webhooks, URLs with passwords, --password X, Bearer tokens, base64 credentials were included",
+    now="redacted by value and by pattern, before anything is written",
 )
 
 

@@ -25,8 +25,8 @@ from roles.test_certificate_authority import request as certificate_request
 
 M9 = pytest.mark.attack(
     "M9",
-    "A package with a known fault is in an image, and nobody knows in which",
-    before="an image listed nothing",
+    "A package with a known vulnerability is in an image that cannot be identified",
+    before="images had no list of packages",
     now="a CycloneDX list of Debian and Python packages is pushed beside each image",
 )
 DIGEST = "sha256:" + 64 * "a"

@@ -24,8 +24,8 @@ def sent(folder: Path, recipient: str, subject: str = "Slurm Job_id=7 Name=x Beg
 @pytest.mark.attack(
     "C1",
     "sbatch --mail-user='--exec=!COMMAND' (or '|COMMAND'), where the controller has GNU mailutils",
-    before="slurmctld ran the command as SlurmUser, who may do everything in SLURM",
-    now="SLURM's mail goes through a program that takes an address only",
+    before="slurmctld ran the command as SlurmUser, who has all permissions in SLURM",
+    now="SLURM sends mail through a program that accepts only an address",
 )
 @pytest.mark.parametrize(
     "recipient", ["--exec=!id", "-X!id", "|id", "/tmp/x", "+x", "", " ", "a b", "a\n|id", "a,|id", "$(id)", "é@x.org"]

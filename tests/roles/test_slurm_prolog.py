@@ -83,9 +83,9 @@ def test_a_number_without_a_name_gets_no_folder_and_does_not_stop_the_node(state
 
 @pytest.mark.attack(
     "M7",
-    "a job makes files in the folder of containers' state until no other fits",
-    before="the next user's prolog failed, and SLURM took the node out of service",
-    now="that job starts, without containers, and the node's log gives the reason; the room comes back with the epilog",
+    "a job fills the folder of container state with files",
+    before="the next user's prolog failed, and SLURM drained the node",
+    now="the next job starts without containers, and the node's log gives the reason; the epilog frees the space",
 )
 def test_a_full_folder_does_not_take_the_node_out_of_service(state: Path) -> None:
     state.parent.mkdir()

@@ -38,8 +38,8 @@ def converge(folder: Path, users: list[dict[str, Any]]) -> str:
 @pytest.mark.attack(
     "C1",
     "a user's ~/.ssh, or authorized_keys in it, is a link when the administrator runs site.yml",
-    before="root wrote the user's keys through it, and gave the file to the user: /etc/shadow, or root's own keys",
-    now="root writes keys to a folder of its own only; sshd takes them from there",
+    before="root wrote the keys through the link and gave the file to the user: /etc/shadow, or root's own keys",
+    now="root writes keys only to a root-owned folder, from which sshd reads them",
 )
 def test_root_writes_keys_to_a_folder_of_its_own(tmp_path: Path) -> None:
     users = [{"name": "alice", "uid": 2001, "ssh_keys": [KEY, f"{KEY} other"]}, {"name": "bob", "uid": 2002}]

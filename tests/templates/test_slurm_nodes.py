@@ -101,9 +101,9 @@ def test_a_node_that_does_not_answer_stays_as_slurm_conf_has_it() -> None:
 
 @pytest.mark.attack(
     "M2",
-    "root of a compute node reports a number of its hardware with a line end and `SlurmUser=root` behind it",
+    "root of a compute node reports a hardware number followed by a line end and `SlurmUser=root`",
     before="the next run wrote the line into the controllers' slurm.conf",
-    now="what a node reports is a number there",
+    now="values reported by nodes are converted to numbers",
 )
 def test_what_a_node_reports_is_a_number() -> None:
     reported = report(128, 2, 32, 2, 515842)

@@ -259,8 +259,8 @@ def test_the_lab_advertises_no_gpu_unless_asked(written: Any) -> None:
 @pytest.mark.attack(
     "M6",
     "root of a host that mounts the shared directory writes there as root",
-    before="any host of the exported network was root on the storage (no_root_squash)",
-    now="root is nobody, but for the hosts that make folders and images",
+    before="root of any host in the exported network was root on the storage (no_root_squash)",
+    now="root is squashed, except for the hosts that create folders and images",
 )
 def test_root_of_a_client_is_root_on_the_export_only_where_it_must_be(written: Any) -> None:
     exports = written("example", "storage", "exports.j2", "nas1")
@@ -276,9 +276,9 @@ def test_root_of_a_client_is_root_on_the_export_only_where_it_must_be(written: A
 
 @pytest.mark.attack(
     "C1",
-    "a hook in a container's state, which slurmstepd has the runtime read",
+    "a hook in a container's state, which the runtime reads for slurmstepd",
     before="the runtime ran as root",
-    now="everything but RunTimeRun, which runs as the user, goes through runuser",
+    now="all commands run as the user, through runuser or (RunTimeRun) by SLURM",
 )
 @pytest.mark.parametrize(("inventory", "host"), [("example", "ctl1"), ("lab", "ctl")])
 def test_the_runtime_never_runs_as_root(written: Any, inventory: str, host: str) -> None:
@@ -305,9 +305,9 @@ def test_what_slurmstepd_writes_for_a_user_lies_where_no_link_is_followed(writte
 
 @pytest.mark.attack(
     "M7",
-    "users look at one another's jobs, preempt them, and meet in /tmp and /dev/shm",
+    "users see and preempt one another's jobs, and share /tmp and /dev/shm",
     before="all of it was allowed",
-    now="PrivateData, QOS of the partition, an epilog, and a /tmp of its own for each job",
+    now="PrivateData, a QOS for the partition, an epilog, and a private /tmp for each job",
 )
 def test_users_of_slurm_are_kept_apart(written: Any) -> None:
     conf = written("example", "slurm", "slurm.conf.j2", "ctl1")

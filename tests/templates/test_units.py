@@ -82,9 +82,9 @@ def exposure(text: str, folder: Path) -> float:
 
 @pytest.mark.attack(
     "L",
-    "takes over a service of the platform, by its port or by what it reads",
-    before="units at 8.5 to 8.9 in systemd-analyze security: nearly everything of the host was open to it",
-    now="each at 4.0 at most; exceptions are named in tests/templates/test_units.py with their reasons",
+    "a service of the platform is compromised through its port or its input",
+    before="units rated 8.5 to 8.9 in systemd-analyze security: nearly the whole host was accessible",
+    now="each unit is rated 4.0 or better; tests/templates/test_units.py lists exceptions with reasons",
 )
 @pytest.mark.parametrize("name", UNITS)
 def test_a_unit_is_shut_in_or_named_with_a_reason(name: str, texts: dict[str, list[str]], tmp_path: Path) -> None:

@@ -122,8 +122,8 @@ DAMAGE: list[tuple[Callable[[Path], object], str]] = [
 @pytest.mark.attack(
     "H7",
     "the newest checkpoint is damaged: files cut, a bit flipped, files missing, added or replaced by links",
-    before="read as 8.8e-38 for 30.0, or an error without a look at the older one",
-    now="the file and what is wrong with it are in the log, and the run resumes from the newest intact checkpoint",
+    before="read as 8.8e-38 instead of 30.0, or failed without trying the previous checkpoint",
+    now="file and damage are logged, and the run resumes from the newest intact checkpoint",
 )
 @pytest.mark.parametrize(("damage", "reason"), DAMAGE)
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
@@ -164,9 +164,9 @@ def test_without_any_that_can_be_used_the_run_does_not_start_anew(run: Checkpoin
 
 @pytest.mark.attack(
     "C3",
-    "a checkpoint's index, which is a pickle, that runs a command, in the folder that the next start reads",
+    "a checkpoint index (a pickle) that runs a command, in the folder that the next start reads",
     before="the command ran as the user of the job",
-    now="not read: files must be the user's own and match a manifest, and nothing but plain data is unpickled",
+    now="not read: files must belong to the user and match a manifest, and only plain data is unpickled",
 )
 @pytest.mark.parametrize("known", [False, True], ids=["planted", "with a right manifest"])
 def test_a_pickle_that_runs_something_is_not_read(run: Checkpoints, known: bool, tmp_path: Path) -> None:
@@ -229,9 +229,9 @@ def test_an_index_refers_to_listed_files_only(run: Checkpoints, capsys: pytest.C
 
 @pytest.mark.attack(
     "C3",
-    "a checkpoint of a later step, with a right manifest, that another user owns",
+    "a later checkpoint with a correct manifest that another user owns",
     before="loaded",
-    now="named with the owner's id, and not read",
+    now="reported with the owner's ID, and not read",
 )
 @pytest.mark.skipif(os.geteuid() != 0, reason="gives files away")
 @pytest.mark.parametrize("name", [".", DATA, INDEX, MANIFEST_FILE])

@@ -50,9 +50,9 @@ def with_right_checksums(directory: Path) -> None:
 
 @pytest.mark.attack(
     "H2",
-    "every token of a prepared corpus overwritten, under the name that the next job looks for",
+    "all tokens of a prepared corpus are overwritten, under the name that the next job uses",
     before="`ictx data prepare` reported that it holds the corpus already, and the job trained on it",
-    now="the file is named, and the job prepares a copy of its own",
+    now="the file is reported, and the job prepares its own copy",
 )
 def test_data_that_was_changed_is_prepared_anew(
     tmp_path: Path, corpus: Path, config: DataConfig, capsys: pytest.CaptureFixture[str]
@@ -69,9 +69,9 @@ def test_data_that_was_changed_is_prepared_anew(
 
 @pytest.mark.attack(
     "H2",
-    "another user takes the corpus's name first, with his own tokens and checksums that match them",
+    "another user creates the corpus first, with other tokens and matching checksums",
     before="used by every job with this corpus",
-    now="not used whatever its checksums are, and the job trains on a copy of its own under a name nobody can guess",
+    now="not used, whatever its checksums; the job trains on its own copy with an unpredictable name",
 )
 @as_root
 def test_data_of_another_user_is_neither_used_nor_in_the_way(
@@ -177,9 +177,9 @@ def test_drafts_of_others_stay_and_stop_nobody(tmp_path: Path, corpus: Path, con
 
 @pytest.mark.attack(
     "H2",
-    "the tokens change after the corpus was prepared, before the job trains, or before it starts again",
+    "the tokens are changed after the corpus was prepared, or before the job restarts",
     before="trained on",
-    now="every start compares the data with its checksums and its owner with the job's user",
+    now="every start verifies the checksums and the owner of the data",
 )
 @pytest.mark.parametrize(
     ("change", "message"),

@@ -9,8 +9,8 @@ from ictx.errors import UserError, exit_status
 
 @pytest.mark.attack(
     "H4",
-    "a model's or file's name holds line ends and terminal sequences, and a promoter meets it in an error",
-    before="the promoter's terminal was steered by it",
+    "a model's or file's name contains line ends and terminal sequences, and appears in a promoter's error",
+    before="the sequences controlled the promoter's terminal",
     now="an error is one line of printable text",
 )
 @pytest.mark.parametrize(

@@ -320,9 +320,9 @@ def rewrite_everything(stored: Path) -> None:
 
 @pytest.mark.attack(
     "H4",
-    "the files of a promoted version are replaced afterwards, their list of checksums with them",
-    before="served: the checksums lay beside the files and in a tag that the version's writer may change",
-    now="refused with the file's name: the checksums recorded at the promotion count, which only promoters may write",
+    "the files of a promoted version and their list of checksums are replaced",
+    before="served: the checksums were stored beside the files and in a tag that the version's owner may change",
+    now="rejected with the file's name, using the checksums recorded at the promotion, which only promoters may write",
 )
 @pytest.mark.parametrize("change", [change_weights, rewrite_everything, lambda m: (m / "tokenizer.json").unlink()])
 def test_what_changed_after_its_promotion_is_refused_by_name(
