@@ -23,9 +23,10 @@ from ictx.kernels.decode.op import mla_decode
 from ictx.kernels.rope_cache.op import mla_rope_cache
 
 CASES = [
-    (1, 4096, None), (1, 32768, None), (1, 131072, None), (1, 1 << 20, None), (32, 32768, None), (1, 131072, "int8"),
-    (1, 131072, "fp8"), (1, 1 << 20, "int8"), (32, 32768, "int8"),
-]  # fmt: skip
+    (batch, context, stored)
+    for stored in (None, "int8", "fp8")
+    for batch, context in ((1, 4096), (1, 32768), (1, 131072), (1, 1 << 20), (32, 32768))
+]
 """Batch, context, dtype of a quantised cache."""
 DIFFERS = 2e-2
 """Relative difference of two results from which they are not the same: two roundings to bfloat16 are far below."""

@@ -20,6 +20,8 @@ from ictx.kernels.layout import LATENT, ROPE, ROW
 Call = Callable[[int], Tensor]
 WORKSPACE = 128 << 20
 """Bytes that FlashInfer requires."""
+SGLANG_PARTS = 8
+"""Parts of a sequence, SGLang's `--triton-attention-num-kv-splits` unless given."""
 
 
 def eager(given: Inputs, scale: float) -> Call:
@@ -86,6 +88,29 @@ def vllm_triton(given: Inputs, scale: float) -> Call:
         decode_attention_fwd(
             q, cache, cache[..., :LATENT], out, lse, given.table, given.lens, parts, splits, scale, cache.shape[1],
             k_scale=one, v_scale=one, is_mla=True,
+        )  # fmt: skip
+        return out
+
+    return call
+
+
+def sglang_triton(given: Inputs, scale: float) -> Call:
+    """SGLang's Triton decode, over pages of one token and cut into as many parts as SGLang does unless told otherwise."""
+    from sglang.kernels.ops.attention.decode_attention import decode_attention_fwd
+
+    batch, _, heads, _ = given.queries[0].shape
+    tokens = torch.arange(batch * given.context, dtype=torch.int32, device="cuda")
+    starts = torch.arange(batch + 1, dtype=torch.int32, device="cuda") * given.context
+    parts = torch.empty(batch, heads, SGLANG_PARTS, LATENT, dtype=torch.float32, device="cuda")
+    lse = torch.empty(batch, heads, SGLANG_PARTS, dtype=torch.float32, device="cuda")
+    counts = torch.full((batch,), SGLANG_PARTS, dtype=torch.int32, device="cuda")
+
+    def call(at: int) -> Tensor:
+        q, rows = given.queries[at][:, 0], given.plain[at].view(-1, 1, ROW)
+        out = torch.empty(batch, heads, LATENT, dtype=q.dtype, device="cuda")
+        decode_attention_fwd(
+            q, rows, rows[..., :LATENT], out, starts, tokens, parts, lse, counts, SGLANG_PARTS, scale, 1.0, 1.0,
+            has_mla=True,
         )  # fmt: skip
         return out
 
@@ -174,6 +199,7 @@ PEERS: dict[str, Callable[[Inputs, float], Call]] = {
     "sdpa": sdpa,
     "flex": flex,
     "vllm triton mla": vllm_triton,
+    "sglang triton": sglang_triton,
     "flashmla": flash_mla,
     "flashinfer": flashinfer,
     "flashattention 3": flash_attention,

@@ -6,6 +6,25 @@ import triton
 import triton.language as tl
 
 
+LONG = tl.constexpr(32)
+"""Tiles of a long run."""
+
+
+@triton.jit
+def joint_runs(total, programs):
+    """Tiles of a program and how many of the first programs hold one more, where few results are to be joined.
+
+    Short runs are all as long as the longest must be, so that the last programs may have none: the slowest program has
+    as much to do as if all shared. Of long runs, a program more is worth more than a result less.
+    """
+    quota = total // programs
+    rest = total - quota * programs
+    if quota < LONG:
+        quota += tl.minimum(rest, 1)
+        rest = 0
+    return quota, rest
+
+
 @triton.jit
 def first_of(program, quota, rest):
     """The first tile of a program: the first `rest` programs hold one tile more than `quota`."""

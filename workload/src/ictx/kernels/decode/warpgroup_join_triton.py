@@ -83,5 +83,5 @@ def join_share(
     else:
         join_slices(
             out_ptr, lse_ptr, part_ptr, part_lse_ptr, base, here, first_program, parts, share, shares,
-            BLOCK_M, LATENT, 32, 512,
+            BLOCK_M, LATENT, 32, 256,
         )  # fmt: skip

@@ -22,7 +22,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ictx.kernels.decode.join_triton import arrive, ticket_of, wait
-from ictx.kernels.decode.schedule_triton import first_of, owner_of, parts_of, program_of, sequence_tiles, span_of
+from ictx.kernels.decode.schedule_triton import (
+    first_of,
+    joint_runs,
+    owner_of,
+    parts_of,
+    program_of,
+    sequence_tiles,
+    span_of,
+)
 from ictx.kernels.decode.unpack_triton import INT8_UNIT, unpack
 from ictx.kernels.decode.warpgroup_copies_triton import issue, put_queries
 from ictx.kernels.decode.warpgroup_join_triton import join_share
@@ -86,10 +94,9 @@ def decode(
         for start in range(0, batch, SCAN):
             index = start + gl.arange(0, SCAN, layout=LINE)
             total += gl.sum(sequence_tiles(lens_ptr, index, batch, row_blocks, BLOCK_N), 0)
-    quota = total // programs
-    rest = total % programs
-    tile = first_of(program, quota, rest)
-    last = first_of(program + 1, quota, rest)
+    quota, rest = joint_runs(total, programs)
+    tile = gl.minimum(first_of(program, quota, rest), total)
+    last = gl.minimum(first_of(program + 1, quota, rest), total)
 
     sequence = 0
     done = 0
