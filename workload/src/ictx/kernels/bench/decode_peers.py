@@ -95,7 +95,7 @@ def vllm_triton(given: Inputs, scale: float) -> Call:
 
 
 def sglang_triton(given: Inputs, scale: float) -> Call:
-    """SGLang's Triton decode, over pages of one token and cut into as many parts as SGLang does unless told otherwise."""
+    """SGLang's Triton decode, over pages of one token and cut into as many parts as SGLang takes by default."""
     from sglang.kernels.ops.attention.decode_attention import decode_attention_fwd
 
     batch, _, heads, _ = given.queries[0].shape

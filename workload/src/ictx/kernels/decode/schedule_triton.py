@@ -5,7 +5,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-
 LONG = tl.constexpr(32)
 """Tiles of a long run."""
 
