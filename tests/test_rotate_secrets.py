@@ -186,7 +186,7 @@ def test_a_host_that_cannot_be_reached_keeps_every_secret_as_it_is(site: Site) -
     }
     done = site("-e", "rotate=munge")
     assert done.returncode != 0
-    assert "gone cannot be reached: nothing was changed" in done.stdout
+    assert "gone is unreachable: nothing was changed" in done.stdout
     assert site.read() == {"munge.key": "old"}
 
 
@@ -204,7 +204,7 @@ def test_a_playbook_that_fails_leaves_the_previous_secret_and_the_next_run_compl
     assert "slurmdbd_innodb_buffer_pool_mb" in done.stdout
     left = site.read()
     assert left["slurmdbd_password.previous"] == "old"
-    assert "a rotation is under way, -e rotate=slurmdbd_password completes it" in site().stdout.replace(
+    assert "a rotation is in progress: complete it with -e rotate=slurmdbd_password" in site().stdout.replace(
         "\n        ", " "
     )
     site.groups = {}

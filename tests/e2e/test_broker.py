@@ -50,7 +50,7 @@ def test_a_node_of_both_is_maintained_out_of_both_and_one_that_fails_stays_out(l
     assert (states(lab)[both], kubernetes(both)) == ("idle", (False, ""))
 
     failed = " ".join(played(*maintain, "-e", "validate_command='echo no GPU; false'", status=2).split())
-    assert "kube1 stays out of service" in failed
+    assert "kube1 stays drained" in failed
     assert "no GPU" in failed
     assert states(lab)[both] == "drained"
     assert "maintain.yml failed: the pod is Failed: " in slurm_reason(lab, both)

@@ -257,7 +257,7 @@ def test_a_release_that_was_cut_off_is_repaired(steady: Client, drill: Drill) ->
 def test_an_alias_that_does_not_exist_changes_nothing(core: client.CoreV1Api) -> None:
     before = server(core).metadata.name
     printed = playbook("playbooks/serving.yml", "-e", '{"_serving_alias": "nobody"}')
-    assert f"models:/{MODEL}@nobody does not exist: nothing is rolled out" in printed
+    assert f"models:/{MODEL}@nobody does not exist: nothing is deployed" in printed
     assert server(core).metadata.name == before
 
 

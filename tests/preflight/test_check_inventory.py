@@ -154,7 +154,9 @@ def test_a_wrong_variable_is_named(check: Check, variables: str, line: str) -> N
 @pytest.mark.parametrize(
     ("stages", "line"),
     [
-        pytest.param("{sf: {config: a, after: pretrain}}", "sf: unknown stage: name it pretrain, ", id="unknown stage"),
+        pytest.param(
+            "{sf: {config: a, after: pretrain}}", "sf: unknown stage: rename it pretrain, ", id="unknown stage"
+        ),
         pytest.param("{sft: {config: a, after: extend}}", "sft: after is extend: no such stage", id="unknown parent"),
         pytest.param("{sft: {config: a}}", "sft: after is missing", id="no parent"),
         pytest.param("{sft: {after: pretrain}}", "sft: config is missing", id="no config"),
@@ -176,7 +178,9 @@ def test_a_wrong_variable_is_named(check: Check, variables: str, line: str) -> N
             "{sft: {config: a, after: pretrain, node: 2}}", "sft: node. Supported parameters", id="unknown option"
         ),
         pytest.param(
-            "{pretrain: {after: pretrain}}", "pretrain: after is pretrain: pretraining begins from nothing", id="root"
+            "{pretrain: {after: pretrain}}",
+            "pretrain: after is pretrain: pretraining starts from scratch, remove it",
+            id="root",
         ),
     ],
 )
@@ -208,7 +212,9 @@ def test_a_missing_variable_of_a_role_names_the_role_and_the_host(check: Check, 
     content = yaml.safe_load(file.read_text())
     del content["image_bake_base"]
     file.write_text(yaml.safe_dump(content))
-    assert problems(copy) == ["image_bake_base (svc1): missing; role image_bake needs it: Base of the image."]
+    assert problems(copy) == [
+        "image_bake_base (svc1): missing, but required by the role image_bake: Base of the image."
+    ]
 
 
 def test_variables_that_a_play_reads_from_files_are_given(tmp_path: Path) -> None:
@@ -230,7 +236,7 @@ def test_variables_that_a_play_reads_from_files_are_given(tmp_path: Path) -> Non
     lab = ROOT / "inventories/lab"
     without, with_files = found(lab), found(lab, "one", "two")
     named = {name for variables in given.values() for name in variables}
-    assert {without[name].partition(";")[0] for name in named} == {"missing"}
+    assert {without[name].partition(",")[0] for name in named} == {"missing"}
     assert without.keys() - with_files.keys() == named
     changed = shutil.copytree(lab, tmp_path / "changed")
     (changed / "group_vars/all/zz_test.yml").write_text("k3s_cache_dir: /x")
@@ -242,7 +248,7 @@ def test_a_missing_variable_of_the_cluster_is_named(tmp_path: Path) -> None:
     copy = shutil.copytree(ROOT / "inventories/lab", tmp_path / "lab")
     file = copy / "group_vars/all/main.yml"
     file.write_text(file.read_text().replace("ictx_cluster_name", "cluster_name"))
-    assert "ictx_cluster_name (all hosts): missing; it is needed: Name of the cluster" in problems(copy)
+    assert "ictx_cluster_name (all hosts): missing, but required: Name of the cluster" in problems(copy)
 
 
 def test_a_variable_of_the_cluster_is_the_same_everywhere(check: Check) -> None:
@@ -262,7 +268,8 @@ def test_a_missing_group_is_named_with_the_one_that_was_meant(check: Check) -> N
         del groups["slurm"]["children"]["slurm_controller"], groups["lab_nodes"]["children"]["slurm_controller"]
 
     assert check(hosts=rename) == [
-        "group slurm_controller (SLURM controllers, the primary first): missing: is it slurm_contoller, misspelt?"
+        "group slurm_controller (SLURM controllers, the primary first): missing: "
+        "rename slurm_contoller, if that is a misspelling"
     ]
 
 
@@ -272,7 +279,10 @@ def test_a_missing_group_is_reported_with_what_cannot_be_evaluated_without_it(ch
         groups["image_builder"]["hosts"]["svc1"] = {"ansible_host": "10.203.77.31"}
 
     found = check(hosts=remove)
-    assert found[0] == "group registry (the host of the image registry): missing: add it, empty if there is none"
+    assert (
+        found[0]
+        == "group registry (the host of the image registry): missing: add it; leave it empty if there are no such hosts"
+    )
     assert found[1].startswith("ictx_registry (all hosts): cannot be evaluated: ")
     assert len(found) == 2
 
@@ -288,14 +298,16 @@ def test_a_second_registry_is_refused(check: Check) -> None:
     def add(groups: Any) -> None:
         groups["registry"]["hosts"]["n1"] = None
 
-    assert "group registry (the host of the image registry): has 2 hosts (svc1, n1), may have 1" in check(hosts=add)
+    assert "group registry (the host of the image registry): has 2 hosts (svc1, n1), may have at most 1" in check(
+        hosts=add
+    )
 
 
 def test_a_compute_node_that_is_in_no_group_of_slurm_is_named(check: Check) -> None:
     def forget(groups: Any) -> None:
         del groups["slurm"]["children"]["slurm_compute"]
 
-    assert "group slurm (every host of SLURM) (n1, n2): must contain what is in slurm_compute" in check(hosts=forget)
+    assert "group slurm (every host of SLURM) (n1, n2): must contain all hosts of slurm_compute" in check(hosts=forget)
 
 
 def test_central_logs_need_a_host_that_keeps_them(check: Check) -> None:

@@ -27,16 +27,16 @@ def release(**values: Any) -> dict[str, Any]:
 
 README = "charts/serving/README.md lists the values"
 WRONG = {
-    "ictx_serving_releases: sft: values.replicaCont is no value of charts/serving; did you mean replicaCount?": release(replicaCont=2),
-    "ictx_serving_releases: sft: values.vllm.gpuMemory is no value of charts/serving": release(vllm={"gpuMemory": 0.9}),
-    f"ictx_serving_releases: sft: values.replicaCount is wrong: 'two' is not of type 'integer': {README}": release(replicaCount="two"),
-    f"ictx_serving_values: service.type is wrong: 'ClusterIP' is not one of ['NodePort', 'LoadBalancer']: {README}": {
+    "ictx_serving_releases: sft: values.replicaCont is not a value of charts/serving; did you mean replicaCount?": release(replicaCont=2),
+    "ictx_serving_releases: sft: values.vllm.gpuMemory is not a value of charts/serving": release(vllm={"gpuMemory": 0.9}),
+    f"ictx_serving_releases: sft: values.replicaCount is invalid: 'two' is not of type 'integer': {README}": release(replicaCount="two"),
+    f"ictx_serving_values: service.type is invalid: 'ClusterIP' is not one of ['NodePort', 'LoadBalancer']: {README}": {
         "ictx_serving_values": {"service": {"nodePort": 30800}}},
-    "ictx_serving_values: preset is wrong: 'a100' is not one of [": {"ictx_serving_values": {"preset": "a100"}},
-    "ictx_judge_values: gpu.counts is no value of charts/serving; did you mean count?": {"ictx_judge_values": {"gpu": {"counts": 1}}},
-    "ictx_mlflow_values: replicaCount is wrong: 2 is greater than the maximum of 1: charts/mlflow/README.md": {
+    "ictx_serving_values: preset is invalid: 'a100' is not one of [": {"ictx_serving_values": {"preset": "a100"}},
+    "ictx_judge_values: gpu.counts is not a value of charts/serving; did you mean count?": {"ictx_judge_values": {"gpu": {"counts": 1}}},
+    "ictx_mlflow_values: replicaCount is invalid: 2 is greater than the maximum of 1: charts/mlflow/README.md": {
         "ictx_mlflow_values": {"replicaCount": 2, "database": {"type": "sqlite"}}},
-    "ictx_mlflow_values: database.postgresql.existingSecret is wrong": {"ictx_mlflow_values": {"database": {"type": "postgresql"}}},
+    "ictx_mlflow_values: database.postgresql.existingSecret is invalid": {"ictx_mlflow_values": {"database": {"type": "postgresql"}}},
 }  # fmt: skip
 RIGHT: dict[str, dict[str, Any]] = {
     "none": {"ictx_serving_values": {}, **release()},
@@ -63,7 +63,7 @@ def test_values_of_the_charts_own_tests_pass(file: Path) -> None:
     assert [
         line
         for line in found(**{f"ictx_{file.parts[-3]}_values": yaml.safe_load(file.read_text())})
-        if "is wrong" in line or "is no value" in line
+        if "is invalid" in line or "is not a value" in line
     ] == []
 
 

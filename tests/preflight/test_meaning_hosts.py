@@ -38,21 +38,21 @@ def test_hosts_resources_and_networks(tmp_path: Path) -> None:
 
     config = {"k3s_config": {"service-cidr": "10.42.128.0/17"}, "slurm_state_dir": "/var/lib/slurm/state"}
     assert found(tmp_path, config, hosts) == {
-        "host 1001: is a number, which programs take for an address: give it a name",
+        "host 1001: is a number, which programs parse as an address: rename it",
         f"host {LONG}: has a name of more than 64 characters (63 a label), which no certificate can have",
         "ansible_host: n2 and n5 have the same address, 10.203.77.22",
-        "ansible_host (n6): 0.0.0.0 is no address of a host",
-        "k3s_config.cluster-cidr: 10.42.0.0/16 has the address of n7 (10.42.3.7): take another network",
+        "ansible_host (n6): 0.0.0.0 is not the address of a host",
+        "k3s_config.cluster-cidr: 10.42.0.0/16 has the address of n7 (10.42.3.7): use another network",
         "k3s_config.cluster-cidr: 10.42.0.0/16 overlaps k3s_config.service-cidr (10.42.128.0/17)",
-        "slurm_gres (n8): 2 items are gpu:a: add their counts up",
-        "slurm_reserved_memory_mb (n9): 1000 leaves nothing of slurm_real_memory_mb (1000)",
-        "slurm_gres (n10): gpu:a100 has the count 8, but /dev/nvidia[0-3] are 4 devices",
+        "slurm_gres (n8): 2 items are gpu:a: merge them and add their counts",
+        "slurm_reserved_memory_mb (n9): 1000 leaves no memory of slurm_real_memory_mb (1000)",
+        "slurm_gres (n10): gpu:a100 has the count 8, but /dev/nvidia[0-3] is 4 devices",
         "host n10: has GPUs for jobs (slurm_gres) and is a node of Kubernetes: two schedulers would allocate the same",
         "slurm_pam_adopt (n11): needs cgroups: set slurm_process_tracking: cgroup",
-        "host Kube_2: is a node of Kubernetes, whose names have neither capitals nor '_': name it kube-2",
-        "group k3s_server: has 2 hosts: etcd survives the loss of fewer than half, so take 1 or 3",
-        "slurm_state_dir: /var/lib/slurm/state is not shared, but there are 2 controllers: put it below /shared, or the "
-        "backup starts without the jobs",
+        "host Kube_2: is a node of Kubernetes, whose name must have neither capitals nor '_': rename it kube-2",
+        "group k3s_server: has 2 hosts: etcd tolerates the loss of fewer than half, so use 1 or 3",
+        "slurm_state_dir: /var/lib/slurm/state is not shared, but there are 2 controllers: move it below /shared, or the "
+        "backup starts without jobs",
     }
 
 
@@ -85,13 +85,15 @@ slurm_qos: [{name: normal}]
 storage_nfs_clients: 10.0.0.0/8
 """)
     quotes = "must be text: put it in quotes"
-    system = "must be a login name of small letters, digits, '_' or '-' that no account or group of the system has"
+    system = (
+        "must be a login name of lowercase letters, digits, '_' or '-' that is not an account or group of the system"
+    )
     assert set(problems(copy)) == {
         f"slurm_jobs_time (all hosts): {quotes}",
         f"slurm_partitions (all hosts): each item max_time {quotes}",
         f"image_bake_python (all hosts): {quotes}",
         f"nvidia_driver_version (all hosts): {quotes}",
-        "ictx_cluster_name (all hosts): must be 1 to 63 small letters, digits or '-', the first and last no sign, got 'Alpha'",
+        "ictx_cluster_name (all hosts): must be 1 to 63 lowercase letters, digits or '-', starting and ending with a letter or digit, got 'Alpha'",
         "ictx_registry (all hosts): must be HOST or HOST:PORT, got 'fd00:10::15:5000'",
         f"ictx_users (all hosts): each item name {system}, got 'Dora'",
         f"ictx_users (all hosts): each item name {system}, got 'root'",
@@ -110,9 +112,9 @@ def test_proxies_and_versions_of_packages(tmp_path: Path) -> None:
         "prometheus_version": "3.99.0",
     }
     assert found(tmp_path, variables) == {
-        "ictx_proxy: http: http://proxy.example.org has no port, of which programs take different ones: add it, as :3128",
-        "common_apt_pins (all hosts): slurmd has 2 pins, of which apt takes the first: leave one",
-        "common_apt_pins (all hosts): grafana has a variable of its own: grafana_version",
+        "ictx_proxy: http: http://proxy.example.org has no port, and programs' defaults differ: add it, such as :3128",
+        "common_apt_pins (all hosts): slurmd has 2 pins, of which apt uses the first: keep one",
+        "common_apt_pins (all hosts): grafana is pinned by grafana_version: set that instead",
         "prometheus_version: 3.99.0 is not one of prometheus_checksums (3.13.2): add the SHA-256 of its archive",
     }
     assert found(tmp_path / "known", {"prometheus_source": "upstream"}) == set()
@@ -129,7 +131,7 @@ def test_proxies_and_versions_of_packages(tmp_path: Path) -> None:
             {"http": "http://proxy:1", "no_proxy": ["https://x.example.org/"]},
             "no_proxy each item must be a host, address, domain (.example.org) or network (192.0.2.0/24), got 'https://x.example.org/'",
         ),
-        ({"no_proxy": ["x"]}, "has neither http nor https: set one, as {http: http://proxy.example.org:3128}"),
+        ({"no_proxy": ["x"]}, "has neither http nor https: set one, such as {http: http://proxy.example.org:3128}"),
     ],
 )  # fmt: skip
 def test_proxies_of_another_form(tmp_path: Path, value: Any, problem: str) -> None:

@@ -42,25 +42,25 @@ def test_services_folders_and_receivers(tmp_path: Path) -> None:
         groups["storage_server"] = {"hosts": {"svc1": None}}
 
     assert found(tmp_path, variables, hosts) == {
-        "ictx_registry: registry.example.org:443 has not the port 5000 (registry_port) at its end",
-        f"ictx_registry: registry.example.org is not a name of svc1, so that its certificate lacks it: take one of {names}, "
+        "ictx_registry: registry.example.org:443 must end with the port 5000 (registry_port)",
+        f"ictx_registry: registry.example.org is not a name of svc1, so that its certificate does not contain it: use one of {names}, "
         "or add it to registry_hosts",
-        "ictx_state_dir: /shared/state has the platform's secrets, and is on shared storage (/shared): move it",
-        "ictx_cache_dir: /usr/ is the system's: take a folder of its own, such as /usr/ictx",
-        "ictx_backup_repository: is not set, but ictx_backup is on: name a repository of restic",
+        "ictx_state_dir: /shared/state contains secrets, but is on shared storage (/shared): move it",
+        "ictx_cache_dir: /usr/ belongs to the system: use a separate folder, such as /usr/ictx",
+        "ictx_backup_repository: is not set, but ictx_backup is true: set it to a restic repository",
         "ictx_mlflow_uri: its port is 30500, but MLflow's nodePort is 30800",
-        "ictx_serving_values: service.nodePort 30800 is that of ictx_mlflow_values too",
-        "storage_nfs_clients: is empty, so that no node can mount the export: list the nodes' networks",
-        "nvidia_driver_version: 570.1.2 is not of nvidia_driver_branch 580",
-        "prometheus_listen (svc1): alertmanager_listen listens on port 9090 too",
-        "prometheus_runbook_url: must be an address where receivers of alerts can open docs/runbooks, as "
+        "ictx_serving_values: service.nodePort 30800 is also used by ictx_mlflow_values",
+        "storage_nfs_clients: is empty, so that no node can mount the export: add the nodes' networks",
+        "nvidia_driver_version: 570.1.2 does not belong to nvidia_driver_branch 580",
+        "prometheus_listen (svc1): alertmanager_listen also listens on port 9090",
+        "prometheus_runbook_url: must be a URL where receivers of alerts can open docs/runbooks, such as "
         "https://git.example.org/docs",
         "alertmanager_receivers: watchdog has slack_url_file, and needs slack_channel",
         "alertmanager_receivers: ops needs webhook_url, slack_url_file or email_to",
         "alertmanager_receivers: mail has email_to, which needs alertmanager_smtp",
         "alertmanager_receivers: 2 items have the name mail",
-        "alertmanager_receivers: /x is not on the control host: put it there",
-        "alertmanager_receivers: mail and mail would get nothing: of those without matchers ops gets all; add matchers",
+        "alertmanager_receivers: /x is not on the control host: copy it there",
+        "alertmanager_receivers: mail and mail get no alerts: ops, the first without matchers, gets all; add matchers",
     }
 
 
@@ -82,7 +82,7 @@ def test_services_folders_and_receivers(tmp_path: Path) -> None:
         ),
         (
             [{"name": "a", "model": "m", "values": {"service": {"type": "NodePort", "nodePort": 30800}}}],
-            "ictx_serving_releases: a: service.nodePort 30800 is that of ictx_serving_values too",
+            "ictx_serving_releases: a: service.nodePort 30800 is also used by ictx_serving_values",
         ),
         ([{"name": "a", "model": "m", "values": {"vllm": {"extraArgs": ["--a b\n"]}}}, {"name": "b", "version": 2, "weight": 0}], None),
     ],
@@ -109,24 +109,24 @@ def test_jobs_of_prometheus(tmp_path: Path) -> None:
     }
     native = "prometheus_extra_scrape_configs"
     assert found(tmp_path, variables) == {
-        f"{native}: 2 jobs have the name node, which is one of ours: give each another",
-        f"{native}: 2 jobs have the name http: give each another",
+        f"{native}: 2 jobs have the name node, one of the platform's: rename one",
+        f"{native}: 2 jobs have the name http: rename one",
         f"{native}: each item needs a job_name",
-        f"{native}: none finds no targets: add static_configs, or one of the *_sd_configs",
-        "prometheus_extra_scrapes: 2 jobs have the name dcgm, which is one of ours: give each another",
+        f"{native}: none has no targets: add static_configs, or one of the *_sd_configs",
+        "prometheus_extra_scrapes: 2 jobs have the name dcgm, one of the platform's: rename one",
     }
 
 
 @pytest.mark.parametrize(
     ("ours", "external", "lines"),
     [
-        (True, {}, {"ictx_registry_external: has no effect: svc1 in the group registry is ours: empty the group, or remove this"}),
+        (True, {}, {"ictx_registry_external: has no effect: svc1 in the group registry runs one: empty the group, or remove this"}),
         (
             False,
             None,
             {
-                "group registry: has no host: add one, or set ictx_registry_external to how the registry at ictx_registry is used "
-                "({} if by everybody)"
+                "group registry: has no host: add one, or set ictx_registry_external to the credentials of ictx_registry "
+                "({} without any)"
             },
         ),
         (False, {}, set()),
@@ -136,8 +136,8 @@ def test_jobs_of_prometheus(tmp_path: Path) -> None:
             {
                 "ictx_registry_external: needs both user and password_file, or neither",
                 "ictx_registry_external: needs both push_user and push_password_file, or neither",
-                "ictx_registry_external: push_password_file /nonexistent/push is not on the control host: put it there",
-                "ictx_registry_external: ca_file /nonexistent/ca.crt is not on the control host: put it there",
+                "ictx_registry_external: push_password_file /nonexistent/push is not on the control host: copy it there",
+                "ictx_registry_external: ca_file /nonexistent/ca.crt is not on the control host: copy it there",
             },
         ),
     ],
@@ -159,7 +159,7 @@ def test_sign_in_at_a_provider(tmp_path: Path) -> None:
     assert found(tmp_path / "b", {"ictx_mlflow_oidc": {**right, **wrong}}) == {
         "ictx_mlflow_oidc: issuer is 'http://sso.example.org': must be the provider's https:// URL",
         "ictx_mlflow_oidc: sessions would be readable on the network: set url to https://",
-        "ictx_mlflow_oidc: ca_file /nonexistent/ca.crt is not on the control host: put it there",
+        "ictx_mlflow_oidc: ca_file /nonexistent/ca.crt is not on the control host: copy it there",
     }
 
 
@@ -176,13 +176,13 @@ def test_settings_of_units(tmp_path: Path) -> None:
     }
     assert found(tmp_path, {"ictx_unit_dropins": dropins}) == {
         "ictx_unit_dropins: ictx-backup.timer has the section Service, which must be Unit or Timer",
-        "ictx_unit_dropins: slurmdb is no unit of ours; did you mean slurmdbd?",
-        "ictx_unit_dropins: squid is no unit of ours",
+        "ictx_unit_dropins: slurmdb is not a unit of the platform; did you mean slurmdbd?",
+        "ictx_unit_dropins: squid is not a unit of the platform",
         "ictx_unit_dropins: slurmctld has the section LimitNOFILE, which must be Unit or Service",
-        "ictx_unit_dropins: slurmctld Service must be a dictionary of directives, as {LimitNOFILE: 1048576}",
-        "ictx_unit_dropins: munge must be a dictionary of sections, as {Service: {LimitNOFILE: 1048576}}",
-        "ictx_unit_dropins: docker Service Environment ends with a backslash, which would take in the next line",
-        "ictx_unit_dropins: k3s Service has limit, which no directive is called",
+        "ictx_unit_dropins: slurmctld Service must be a dictionary of directives, such as {LimitNOFILE: 1048576}",
+        "ictx_unit_dropins: munge must be a dictionary of sections, such as {Service: {LimitNOFILE: 1048576}}",
+        "ictx_unit_dropins: docker Service Environment ends with a backslash, which would join the next line",
+        "ictx_unit_dropins: k3s Service has limit, which is not a valid name of a directive",
         "ictx_unit_dropins: k3s Service Nice must be text, a number or a list of them",
         "ictx_unit_dropins: k3s has the section Install, which must be Unit or Service",
     }

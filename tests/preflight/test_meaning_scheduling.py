@@ -41,18 +41,18 @@ def test_partitions_and_the_jobs_that_go_there(tmp_path: Path) -> None:
         "slurm_partitions: urgent has the node n3, which is not in slurm_compute",
         "slurm_partitions: urgent has the node n2 2 times",
         "slurm_partitions: urgent allows the QOS urgnt, which is not in slurm_qos; did you mean urgent?",
-        "slurm_partitions: batch and urgent are both the default: let one be",
-        "slurm_partitions: none has no nodes: list some, or write nodes: ALL",
-        "slurm_partitions: odd: [3-1] is no range of numbers",
-        "slurm_partitions: open: n[1 is no list of nodes",
-        "slurm_qos: urgent is for researchr, who is not one of ictx_users; did you mean researcher?",
+        "slurm_partitions: batch and urgent are both the default: keep one",
+        "slurm_partitions: none has no nodes: list some, or set nodes: ALL",
+        "slurm_partitions: odd: [3-1] is not a range of numbers",
+        "slurm_partitions: open: n[1 is not a list of nodes",
+        "slurm_qos: urgent has the user researchr, who is not one of ictx_users; did you mean researcher?",
         "slurm_qos: 2 items have the name urgent",
-        "slurm_jobs_time: 2:00:00 is more than the partition batch allows (1:00:00): jobs would never start",
+        "slurm_jobs_time: 2:00:00 exceeds the limit of the partition batch (1:00:00): jobs would never start",
         "slurm_jobs_grace_seconds: 7200 is not less than slurm_jobs_time (2:00:00)",
         "slurm_jobs_nodes: 2 nodes, but the partition batch has 1: jobs would never start",
-        f"{stages}extend: partition: there is no partition btch in slurm_partitions, only batch, urgent, none, odd, open",
+        f"{stages}extend: partition: partition btch is not in slurm_partitions, which has batch, urgent, none, odd, open",
         f"{stages}sft: gpus_per_node: 4 GPUs on each of 1 nodes, but slurm_gres of the partition batch has at most 0 a node",
-        f"{stages}sft: time: 2:00:00 is more than the partition batch allows (1:00:00): jobs would never start",
+        f"{stages}sft: time: 2:00:00 exceeds the limit of the partition batch (1:00:00): jobs would never start",
         f"{stages}sft: grace_seconds: 7200 is not less than slurm_jobs_time (2:00:00)",
     }
 
@@ -92,16 +92,16 @@ def test_accounts_name_what_exists(tmp_path: Path) -> None:
     accounts, associations = "slurm_accounts: ", "slurm_associations: "
     assert found(tmp_path, variables) == {
         "slurm_qos: High preempts nrmal, which is not in slurm_qos; did you mean normal?",
-        "slurm_qos: High has preempt, which counts with slurm_preempt_type: qos only",
+        "slurm_qos: High has preempt, which needs slurm_preempt_type: qos",
         "slurm_qos: 2 items have the name high",
         f"{accounts}Physics has the QOS old, which is not in slurm_qos",
-        f"{accounts}chemistry is below science, which is not in slurm_accounts",
-        f"{accounts}physics is below itself",
-        f"{accounts}optics is below itself",
+        f"{accounts}chemistry has the parent science, which is not in slurm_accounts",
+        f"{accounts}physics is its own ancestor: correct its parent",
+        f"{accounts}optics is its own ancestor: correct its parent",
         f"{associations}researcher PHYSICS has the QOS lw, which is not in slurm_qos",
-        f"{associations}one is of researchr, who is not one of ictx_users; did you mean researcher?",
-        f"{associations}researcher is in science, which is not in slurm_accounts",
-        f"{associations}researcher has 2 default accounts: let one be",
+        f"{associations}an item has the user researchr, who is not one of ictx_users; did you mean researcher?",
+        f"{associations}researcher has the account science, which is not in slurm_accounts",
+        f"{associations}researcher has 2 default accounts: keep one",
         "slurm_partitions: batch allows the account art, which is not in slurm_accounts",
     }
 
@@ -116,14 +116,14 @@ def test_a_topology_has_each_node_once(tmp_path: Path) -> None:
         ],
     }
     assert found(tmp_path, variables) == {
-        "slurm_topology: spine is above leaf1, which is not listed before it",
-        "slurm_topology: leaf1 is below spine and below leaf2: a tree has one way up, take it out of one",
-        "slurm_topology: spine is above leaf3, which is not listed before it",
+        "slurm_topology: spine is above leaf1, which must be listed before it",
+        "slurm_topology: leaf1 is below spine and below leaf2: a tree has one parent, remove it from one",
+        "slurm_topology: spine is above leaf3, which must be listed before it",
         "slurm_topology: leaf1 has the node n9, which is not in slurm_compute",
-        "slurm_topology: leaf2 needs nodes or switches, and not both",
-        "slurm_topology: n1 is at leaf1 and at leaf2: take it out of one",
-        "slurm_topology: leaf4 needs nodes or switches, and not both",
-        "slurm_topology: n2 is at no switch: no job would have it together with another node",
+        "slurm_topology: leaf2 needs either nodes or switches",
+        "slurm_topology: n1 is at leaf1 and at leaf2: remove it from one",
+        "slurm_topology: leaf4 needs either nodes or switches",
+        "slurm_topology: n2 is at no switch: jobs could not use it with another node; add it to one",
     }
 
 
@@ -139,12 +139,12 @@ def test_groups_of_nodes(tmp_path: Path) -> None:
         "slurm_config": {"NodeName": "n3", "SchedulerParameters": "bf_continue,bf_window=2880", "MailProg": None},
     }
     assert found(tmp_path, variables) == {
-        "slurm_config: NodeName has a place of its own: slurm_node_groups",
+        "slurm_config: NodeName must be set by slurm_node_groups",
         "slurm_node_groups: big has the node n3, which is not in slurm_compute",
-        "slurm_node_groups: n2 is in big and in small: take it out of one",
+        "slurm_node_groups: n2 is in big and in small: remove it from one",
         "slurm_node_groups: small needs sockets, cores_per_socket and threads_per_core, or cpus alone",
-        "slurm_node_groups: small: gpu:a100 has the count 8, but /dev/nvidia[0-3] are 4 devices",
-        "slurm_node_groups: open: n[1 is no list of nodes",
+        "slurm_node_groups: small: gpu:a100 has the count 8, but /dev/nvidia[0-3] is 4 devices",
+        "slurm_node_groups: open: n[1 is not a list of nodes",
     }
 
 
@@ -167,16 +167,16 @@ def test_devices_of_mig_are_those_that_the_driver_makes(tmp_path: Path) -> None:
 
     assert found(tmp_path / "a", {}, hosts(right, whole)) == set()
     assert found(tmp_path / "b", {}, hosts({**whole, "count": 4, "file": "/dev/nvidia[0-3]"})) == {
-        "slurm_gres (n8): gpu:a100 has /dev/nvidia3, which nvidia_driver_mig divides: give its MIG devices in devices"
+        "slurm_gres (n8): gpu:a100 has /dev/nvidia3, which nvidia_driver_mig divides: list its MIG devices in devices"
     }
     assert found(tmp_path / "c", {}, hosts(right, profiles=["1g.5gb"])) == {
-        "slurm_gres (n8): gpu:a100_3g.20gb has devices, but nvidia_driver_mig makes 1g.5gb: name it after one"
+        "slurm_gres (n8): gpu:a100_3g.20gb has devices, but nvidia_driver_mig creates 1g.5gb: set one as type"
     }
     assert found(tmp_path / "d", {}, hosts(right, profiles=["3g.20gb"])) == {
-        "slurm_gres (n8): gpu:a100_3g.20gb has the count 2, but nvidia_driver_mig makes 1"
+        "slurm_gres (n8): gpu:a100_3g.20gb has the count 2, but nvidia_driver_mig creates 1"
     }
     assert found(tmp_path / "e", {}, hosts({**right, "count": 3}, gpus=[])) == {
-        "slurm_gres (n8): gpu:a100_3g.20gb has the count 3, but its devices are 2"
+        "slurm_gres (n8): gpu:a100_3g.20gb has the count 3, but 2 devices"
     }
 
 

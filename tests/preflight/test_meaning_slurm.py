@@ -77,53 +77,53 @@ RIGHT = {
 }  # fmt: skip
 # What stands in a problem, and the variables that it is about.
 WRONG: dict[str, dict[str, Any]] = {
-    "slurm_qos: high: grp_tres has gres/gpus, which no node has and SLURM does not know; did you mean gres/gpu?": qos(grp_tres={"gres/gpus": 8}),
-    "slurm_qos: high: max_tres_per_user has cpus, which no node has and SLURM does not know; did you mean cpu?": qos(max_tres_per_user={"cpus": 8}),
-    "slurm_qos: high: grp_tres has gres/gpu:a100, which is counted by type only with slurm_config: {AccountingStorageTRES: [gres/gpu, gres/gpu:a100]}": qos(grp_tres={"gres/gpu:a100": 8}),
-    "slurm_qos: high: grp_tres has gres/gpu, which no node has": {**qos(grp_tres={"gres/gpu": 8}), "slurm_config": {"AccountingStorageTRES": ["gres/gpu:a100"]}},
-    "slurm_qos: high: grp_tres has gres/gpus:a100, which no node has": qos(grp_tres={"gres/gpus:a100": 8}),
+    "slurm_qos: high: grp_tres has gres/gpus, which neither a node nor SLURM has; did you mean gres/gpu?": qos(grp_tres={"gres/gpus": 8}),
+    "slurm_qos: high: max_tres_per_user has cpus, which neither a node nor SLURM has; did you mean cpu?": qos(max_tres_per_user={"cpus": 8}),
+    "slurm_qos: high: grp_tres has gres/gpu:a100, which is tracked by type only with slurm_config: {AccountingStorageTRES: [gres/gpu, gres/gpu:a100]}": qos(grp_tres={"gres/gpu:a100": 8}),
+    "slurm_qos: high: grp_tres has gres/gpu, which neither a node nor SLURM has": {**qos(grp_tres={"gres/gpu": 8}), "slurm_config": {"AccountingStorageTRES": ["gres/gpu:a100"]}},
+    "slurm_qos: high: grp_tres has gres/gpus:a100, which neither a node nor SLURM has": qos(grp_tres={"gres/gpus:a100": 8}),
     "slurm_operators: alise is not one of ictx_users; did you mean alice?": {"slurm_operators": ["alise", "ictx-metrics"], "ictx_users": [{"name": "alice", "uid": 2001}]},
     "slurm_operators: alice is absent in ictx_users": {"slurm_operators": ["alice", "ictx-metrics"], "ictx_users": [{"name": "alice", "uid": 2001, "state": "absent"}]},
-    "slurm_operators: lacks ictx-metrics, which reads": {"slurm_operators": ["alice"], "ictx_users": [{"name": "alice", "uid": 2001}]},
-    "slurm_topology: l1 is below s1 and below s2: a tree has one way up": {
+    "slurm_operators: lacks ictx-metrics, which collects": {"slurm_operators": ["alice"], "ictx_users": [{"name": "alice", "uid": 2001}]},
+    "slurm_topology: l1 is below s1 and below s2: a tree has one parent": {
         "slurm_topology": [{"name": "l1", "nodes": "n[1-2]"}, {"name": "s1", "switches": ["l1"]}, {"name": "s2", "switches": ["l1"]}]},
-    "slurm_topology: b is below itself: take it out of switches of a": {
+    "slurm_topology: b is below itself: remove it from switches of a": {
         "slurm_topology": [{"name": "l", "nodes": "n[1-2]"}, {"name": "a", "switches": ["b"]}, {"name": "b", "switches": ["a", "l"]}]},
-    "slurm_accounts: physics: grp_tres has memory, which no node has and SLURM does not know": account(grp_tres={"memory": "8G"}),
-    "slurm_qos: high has the flag DenyOnLimits, which SLURM does not know; did you mean DenyOnLimit?": qos(flags=["DenyOnLimits"]),
-    "slurm_qos: high preempts itself, through high: take one preempt out": {**qos(preempt=["high"]), "slurm_preempt_type": "qos"},
-    "slurm_qos: normal preempts itself, through high, normal: take one preempt out": {
+    "slurm_accounts: physics: grp_tres has memory, which neither a node nor SLURM has": account(grp_tres={"memory": "8G"}),
+    "slurm_qos: high has the unknown flag DenyOnLimits; did you mean DenyOnLimit?": qos(flags=["DenyOnLimits"]),
+    "slurm_qos: high preempts itself, through high: remove one preempt": {**qos(preempt=["high"]), "slurm_preempt_type": "qos"},
+    "slurm_qos: normal preempts itself, through high, normal: remove one preempt": {
         "slurm_preempt_type": "qos", "slurm_qos": [{"name": "normal", "preempt": ["HIGH"]}, {"name": "high", "preempt": ["normal"]}]},
     "slurm_accounts: physics: default_qos high is not one of its qos (normal): add it there": account(qos=["normal"], default_qos="high"),
-    "slurm_accounts: 4you begins with a digit, which sacctmgr takes for a number: begin with a letter": {"slurm_accounts": [{"name": "4you"}]},
-    "slurm_accounts: ICTX is slurm_account, which every user is in: it cannot be absent": {"slurm_accounts": [{"name": "ICTX", "state": "absent"}]},
-    "slurm_qos: normal is what jobs have that name none: it cannot be absent": {"slurm_qos": [{"name": "normal", "state": "absent"}]},
+    "slurm_accounts: 4you begins with a digit, which sacctmgr parses as a number: rename it": {"slurm_accounts": [{"name": "4you"}]},
+    "slurm_accounts: ICTX is slurm_account, the account of every user: it cannot be absent": {"slurm_accounts": [{"name": "ICTX", "state": "absent"}]},
+    "slurm_qos: normal is the default of jobs: it cannot be absent": {"slurm_qos": [{"name": "normal", "state": "absent"}]},
     "slurm_partitions: is empty, so that no job can run": {"slurm_partitions": []},
-    "slurm_real_memory_mb (n1): 900 is more than the node has by slurm_node_groups (500): SLURM would drain it": {
+    "slurm_real_memory_mb (n1): 900 exceeds the node's memory in slurm_node_groups (500): SLURM would drain it": {
         "slurm_real_memory_mb": 900, "slurm_node_groups": [{"name": "a", "nodes": "n[1-2]", "cpus": 8, "memory_mb": 500}]},
     "slurm_jobs_cpus_per_node: 64 CPUs on each of 1 nodes, but the partition batch has at most 8 a node: jobs would never start": {
         "slurm_jobs_cpus_per_node": 64, "slurm_node_groups": [{"name": "a", "nodes": "n[1-2]", "cpus": 8, "memory_mb": 500}]},
-    "slurm_slurmd_restart_seconds: 0 is not longer than slurm_slurmd_timeout (300)": {"slurm_slurmd_restart_seconds": 0},
-    "slurm_slurmd_restart_seconds: 60 is not longer than slurm_slurmd_timeout (300)": {"slurm_slurmd_restart_seconds": 60},
-    "nvidia_driver_mig (n1): 4g.20gb, 4g.20gb are 8 slices of a GPU that has 7: take some out": mig(([0], ["4g.20gb", "4g.20gb"])),
-    "nvidia_driver_mig (n1): GPU 0 is in more than one entry: leave it in one": mig(([0], ["3g.20gb"]), ([0], ["1g.5gb"])),
+    "slurm_slurmd_restart_seconds: 0 must be longer than slurm_slurmd_timeout (300)": {"slurm_slurmd_restart_seconds": 0},
+    "slurm_slurmd_restart_seconds: 60 must be longer than slurm_slurmd_timeout (300)": {"slurm_slurmd_restart_seconds": 60},
+    "nvidia_driver_mig (n1): 4g.20gb, 4g.20gb are 8 slices of a GPU that has 7: remove some": mig(([0], ["4g.20gb", "4g.20gb"])),
+    "nvidia_driver_mig (n1): GPU 0 is in more than one entry: keep it in one": mig(([0], ["3g.20gb"]), ([0], ["1g.5gb"])),
     "nvidia_driver_mig (n2): GPU 1 is in more than one entry": mig(([], ["3g.20gb"]), ([1], ["1g.5gb"])),
-    "slurm_gres (n1): gpu:h100 and gpu:a100 both have /dev/nvidia3: take it out of one": {
+    "slurm_gres (n1): gpu:h100 and gpu:a100 both have /dev/nvidia3: remove it from one": {
         "slurm_gres": [GPU, {**GPU, "type": "h100", "count": 2, "file": "/dev/nvidia[3-4]"}]},
-    "slurm_private_tmp_dir: /shared/tmp is on the shared directory (/shared): take a folder of a local disk": {"slurm_private_tmp_dir": "/shared/tmp"},
-    "slurm_private_tmp_dir: /tmp is the system's, or lost at a reboot: take a folder of its own": {"slurm_private_tmp_dir": "/tmp"},
-    "slurm_state_dir: /run/slurm is the system's, or lost at a reboot": {"slurm_state_dir": "/run/slurm"},
+    "slurm_private_tmp_dir: /shared/tmp is on the shared directory (/shared): use a folder of a local disk": {"slurm_private_tmp_dir": "/shared/tmp"},
+    "slurm_private_tmp_dir: /tmp is the system's, or emptied by a reboot: use a separate folder": {"slurm_private_tmp_dir": "/tmp"},
+    "slurm_state_dir: /run/slurm is the system's, or emptied by a reboot": {"slurm_state_dir": "/run/slurm"},
     "slurm_state_dir: /shared is the shared directory itself": {"slurm_state_dir": "/shared"},
     "slurm_health_disks: 2 items have the path /": {"slurm_health_disks": [{"path": "/", "min_free_mb": 1}, {"path": "/", "min_free_mb": 5}]},
-    "slurm_config: SlurmdPort is 7000, but the platform is built on 6818: remove it": {"slurm_config": {"SlurmdPort": 7000}},
-    "slurm_config: SlurmUser is None, but the platform is built on slurm": {"slurm_config": {"SlurmUser": None}},
+    "slurm_config: SlurmdPort is 7000, but the platform requires 6818: remove it": {"slurm_config": {"SlurmdPort": 7000}},
+    "slurm_config: SlurmUser is None, but the platform requires slurm": {"slurm_config": {"SlurmUser": None}},
     "slurm_config: accountingstoragetype is accounting_storage/none, but": {"slurm_config": {"accountingstoragetype": "accounting_storage/none"}},
-    "slurm_config: MaxJobCuont is no key of SLURM; did you mean MaxJobCount?": {"slurm_config": {"MaxJobCuont": 5}},
-    "slurm_cgroup_config: ConstrainCore is no key of SLURM; did you mean ConstrainCores?": {"slurm_cgroup_config": {"ConstrainCore": True}},
-    "slurm_config: 2 keys are maxjobcount, whatever their capitals": {"slurm_config": {"MaxJobCount": 5, "maxjobcount": 6}},
-    "slurm_node_groups: 2 groups are named a, whatever their capitals: rename one": {
+    "slurm_config: MaxJobCuont is not a key of SLURM; did you mean MaxJobCount?": {"slurm_config": {"MaxJobCuont": 5}},
+    "slurm_cgroup_config: ConstrainCore is not a key of SLURM; did you mean ConstrainCores?": {"slurm_cgroup_config": {"ConstrainCore": True}},
+    "slurm_config: 2 keys are maxjobcount, and SLURM ignores case": {"slurm_config": {"MaxJobCount": 5, "maxjobcount": 6}},
+    "slurm_node_groups: 2 groups are named a, ignoring case: rename one": {
         "slurm_node_groups": [{"name": name, "nodes": node, "cpus": 1, "memory_mb": 1} for name, node in (("A", "n1"), ("a", "n2"))]},
-    "slurm_jobs_pretrain_config: pretrain/ictx-1bb.yaml is not in workload/configs, which images are made of; did you mean pretrain/ictx-1b.yaml?": {
+    "slurm_jobs_pretrain_config: pretrain/ictx-1bb.yaml is not in workload/configs, which images contain; did you mean pretrain/ictx-1b.yaml?": {
         "slurm_jobs_pretrain_config": "pretrain/ictx-1bb.yaml"},
     "slurm_jobs_stages: sft: sft/none.yaml is not in workload/configs": {"slurm_jobs_stages": {"sft": {"config": "sft/none.yaml", "after": "pretrain"}}},
 }  # fmt: skip

@@ -68,7 +68,7 @@ def preflight(folder: Path, *arguments: str, **variables: Any) -> subprocess.Com
         ("debian 13", ""),
         ("ubuntu 24.04", ""),
         ("ubuntu 22.04", "its SLURM 21.08, Prometheus 2.31"),
-        ("rocky 9.4", "nothing of this platform is known to run there"),
+        ("rocky 9.4", "this platform is not tested on it"),
     ],
 )
 def test_a_system_that_is_not_supported_is_refused_with_the_reason(system: str, reason: str) -> None:
@@ -100,7 +100,7 @@ def test_every_problem_is_one_line_and_all_are_reported_at_once(tmp_path: Path) 
     found = output[start + 1 : start + 4]
     assert "- slurm_process_tracking (all hosts): must be one of: cgroup, linuxproc, got: foo" in found
     assert (
-        "- the shared directory /proc has 0.0 GB free, needs 0.001: delete what is not needed below /proc/runs, "
+        "- the shared directory /proc has 0.0 GB free, needs 0.001: delete unneeded runs below /proc/runs, "
         "or lower ictx_shared_min_free_gb"
     ) in found
     refused = "- host gone (127.0.0.1): cannot be reached (ssh: connect to host 127.0.0.1 port 1: Connection refused): "
@@ -196,14 +196,14 @@ def test_a_registry_that_somebody_else_runs_must_let_its_users_in(tmp_path: Path
     ("answer", "text"),
     [
         ({"status": 200}, ""),
-        ({"status": 401}, "refuses who has no user (401): correct ictx_registry_external"),
+        ({"status": 401}, "refuses anonymous access (401): correct ictx_registry_external"),
         (
             {"status": 401, "www_authenticate": 'Bearer realm="https://x"'},
-            "wants tokens (Bearer), and must take passwords as they are (Basic)",
+            "requires tokens (Bearer): use a registry with HTTP basic authentication",
         ),
         (
             {"status": -1, "msg": "Status code was -1 and not [200]: Request failed: <urlopen error refused>"},
-            "does not answer as a registry does (Request failed: <urlopen error refused>): correct it, or ca_file of "
+            "does not respond like a registry (Request failed: <urlopen error refused>): correct it, or ca_file of "
             "ictx_registry_external",
         ),
     ],
@@ -218,12 +218,12 @@ def test_versions_that_no_repository_has_are_refused(tmp_path: Path) -> None:
     pins = [{"packages": ["slurmd", "slurm-of-nobody"], "version": "1.0*"}, {"packages": ["bash"], "version": "5*"}]
     done = preflight(tmp_path, common_apt_pins=pins)
     assert done.returncode != 0
-    remedy = "pin another version, add a repository, or run apt-get update there\n"
+    remedy = "pin another version, add a repository, or run apt-get update on the node\n"
     output = done.stdout + done.stderr
     assert re.search(
         rf"- common_apt_pins \(here\): slurmd 1\.0\*: the node's repositories have \d\S+(, \S+)*: {remedy}", output
     )
-    absent = "- common_apt_pins (here): slurm-of-nobody 1.0*: the node's repositories do not have it at all: "
+    absent = "- common_apt_pins (here): slurm-of-nobody 1.0*: the node's repositories do not have the package: "
     assert f"{absent}{remedy}" in output
     assert "bash" not in output
 
@@ -233,7 +233,7 @@ def test_versions_that_no_repository_has_are_refused(tmp_path: Path) -> None:
 def test_a_cluster_with_jobs_is_not_renamed(tmp_path: Path, saved: str) -> None:
     (tmp_path / "clustername").write_text(saved)
     done = preflight(tmp_path, slurm_state_dir=str(tmp_path), ictx_cluster_name="test")
-    line = f"- ictx_cluster_name: test: {tmp_path} on here is the state of cluster hpc, with which "
+    line = f"- ictx_cluster_name: test: {tmp_path} on here has the state of cluster hpc, with which "
     assert (line in done.stdout + done.stderr) == (saved == "hpc"), done.stdout + done.stderr
 
 
@@ -268,7 +268,7 @@ def test_more_hardware_than_there_is_is_refused_and_less_is_not(tmp_path: Path) 
     done = preflight(tmp_path, slurm_node_groups=[{**group, "memory_mb": 1 << 30, "gres": [card]}])
     assert done.returncode != 0
     output = done.stdout + done.stderr
-    remedy = "correct it, or let playbooks/measure-nodes.yml write what the node has"
+    remedy = "correct it, or run playbooks/measure-nodes.yml to write the node's hardware"
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 20
     for line in (
         f"memory_mb is 1073741824, but the node has {memory}: {remedy}",

@@ -162,7 +162,7 @@ def test_a_truncated_download_is_reported_and_not_in_its_place(publisher: Any, a
     folder, url, handler = publisher
     (folder / "tool").write_bytes(CONTENT)
     handler.fault = "truncated"
-    one_line(artifacts([entry(url)], "fetch"), "tool: ", "truncated", "run it again to go on there")
+    one_line(artifacts([entry(url)], "fetch"), "tool: ", "truncated", "repeat the command to resume")
     assert left(tmp_path / "mirror") == ["tools/1.0/tool.part"]
     handler.fault = ""
     assert artifacts([entry(url)], "fetch").returncode == 0
@@ -179,7 +179,7 @@ def test_a_mirror_that_goes_down_in_mid_run_is_reported(publisher: Any, artifact
     folder, url, handler = publisher
     (folder / "tool").write_bytes(CONTENT)
     handler.fault = "down"
-    one_line(artifacts([entry(url)], "fetch"), "no connection", "bytes are kept: run it again")
+    one_line(artifacts([entry(url)], "fetch"), "no connection", "bytes are kept: repeat the command")
     assert left(tmp_path / "mirror") == ["tools/1.0/tool.part"]
 
 
@@ -197,7 +197,8 @@ def test_a_full_disk_is_reported_and_nothing_is_left(
     if done.returncode != 0:
         pytest.skip("this machine may not mount")
     try:
-        one_line(artifacts([entry(url)], "fetch", mirror=disk), f"the disk of {disk}/tools/1.0 is full", "make room")
+        fetched = artifacts([entry(url)], "fetch", mirror=disk)
+        one_line(fetched, f"the disk of {disk}/tools/1.0 is full", "free some space")
         assert left(disk) == []
     finally:
         subprocess.run(["umount", disk], check=True)
@@ -234,7 +235,7 @@ def test_a_bundle_carries_what_the_mirror_has(publisher: Any, artifacts: Run, tm
     bundle, there = tmp_path / "bundle.tar", tmp_path / "there"
     assert artifacts([entry(url)], "fetch").returncode == 0
     assert "1 entries, 1 files" in artifacts([entry(url)], "export", str(bundle)).stdout
-    assert artifacts([entry(url)], "import", str(bundle), mirror=there).stdout == "taken over: tool\n"
+    assert artifacts([entry(url)], "import", str(bundle), mirror=there).stdout == "imported: tool\n"
     assert (there / "tools/1.0/tool").read_bytes() == CONTENT
     # There, the entry is cached, whoever publishes it.
     (row,) = json.loads(artifacts([entry("http://127.0.0.1:1")], "table", "--json", mirror=there).stdout)
@@ -255,8 +256,8 @@ def test_a_bundle_that_is_not_whole_leaves_nothing(artifacts: Run, tmp_path: Pat
     for files, listed, words in [
         ({"a": b"y"}, {"a": digest}, "a differs from its manifest"),
         ({}, {"a": digest}, "lacks a"),
-        ({"a": b"x", "b": b"x"}, {"a": digest}, "has b, which its manifest does not list"),
-        ({"../a": b"x"}, {"../a": digest}, "has ../a, which"),
+        ({"a": b"x", "b": b"x"}, {"a": digest}, "contains b, which its manifest does not list"),
+        ({"../a": b"x"}, {"../a": digest}, "contains ../a, which"),
     ]:
         one_line(artifacts([], "import", bundle(files, listed), mirror=there), words)
         assert not there.exists() or left(there) == []
@@ -273,7 +274,7 @@ def test_a_file_elsewhere_is_none_of_a_bundles(artifacts: Run, tmp_path: Path) -
             about = tarfile.TarInfo(name)
             about.size = len(content)
             archive.addfile(about, io.BytesIO(content))
-    one_line(artifacts([], "import", str(tmp_path / "bundle.tar"), mirror=there), f"has {elsewhere}, which")
+    one_line(artifacts([], "import", str(tmp_path / "bundle.tar"), mirror=there), f"contains {elsewhere}, which")
     assert left(there) == []
     assert not (there / "manifest.json").exists()
 
@@ -284,13 +285,13 @@ def test_a_bundle_with_another_manifest_is_one_line(artifacts: Run, tmp_path: Pa
         about = tarfile.TarInfo("manifest.json")
         about.size = len(content)
         archive.addfile(about, io.BytesIO(content.encode()))
-    one_line(artifacts([], "import", str(tmp_path / "bundle.tar")), "nothing was taken over")
+    one_line(artifacts([], "import", str(tmp_path / "bundle.tar")), "nothing was imported")
 
 
 def test_a_manifest_that_cannot_be_read_is_named(artifacts: Run, tmp_path: Path) -> None:
     (tmp_path / "mirror").mkdir()
     (tmp_path / "mirror/manifest.json").write_text("{")
-    one_line(artifacts([], "table"), "mirror/manifest.json cannot be read", "remove it")
+    one_line(artifacts([], "table"), "mirror/manifest.json cannot be read", "delete it")
 
 
 def test_options_stand_before_a_command_or_behind_it(publisher: Any, artifacts: Run, tmp_path: Path) -> None:
@@ -314,10 +315,10 @@ def test_what_a_lock_must_have_is_named(artifacts: Run) -> None:
     for fields, words in [
         ({"kind": "zip"}, "of the kind zip: use one of"),
         ({"sha256": None}, "neither sha256 nor the reason"),
-        ({"path": "../x"}, "use one below the mirror"),
+        ({"path": "../x"}, "use one inside the mirror"),
         ({"kind": "apt"}, "has no fingerprints"),
         ({"kind": "wheels"}, "has no python"),
-        ({"colour": "red"}, "not a lock of artifacts"),
+        ({"colour": "red"}, "not a lock file of artifacts"),
     ]:
         one_line(artifacts([entry("http://127.0.0.1:1", **fields)], "fetch"), words)
     one_line(artifacts([entry("http://127.0.0.1:1")], "fetch", "tolo"), "does not have tolo")
@@ -411,11 +412,11 @@ def test_what_a_repository_forges_is_refused(publisher: Any, artifacts: Run, sig
     (environment, fingerprint), (forger, other) = signer("vendor"), signer("mallory")
     publish(folder, environment)
     good = {file.name: file.read_bytes() for file in folder.iterdir()}
-    one_line(artifacts([repository(url, other)], "fetch"), f"holds the key {fingerprint}, expected {other}")
+    one_line(artifacts([repository(url, other)], "fetch"), f"contains the key {fingerprint}, expected {other}")
     assert left(tmp_path / "mirror") == []
     sign = ["gpg", "--batch", "--yes", "--clearsign", "--output", folder / "InRelease", folder / "Release"]
     subprocess.run(sign, env=forger, check=True)
-    one_line(artifacts([repository(url, fingerprint)], "fetch"), "its signature is not by the key of the lock")
+    one_line(artifacts([repository(url, fingerprint)], "fetch"), "its signature does not match the key of the lock")
     assert left(tmp_path / "mirror") == []
     (folder / "InRelease").write_bytes(good["InRelease"])
     (folder / "lib_1.2_all.deb").write_bytes(good["lib_1.2_all.deb"] + b"!")

@@ -122,7 +122,7 @@ def test_a_run_saves_everything_encrypted_and_tells_when(site: Site) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fault", "words"), [("down", "mariadb-dump of accounts ended with 2"), ("cut", "accounting.sql is cut off")]
+    ("fault", "words"), [("down", "mariadb-dump of accounts ended with 2"), ("cut", "accounting.sql is incomplete")]
 )
 def test_a_dump_that_fails_keeps_its_old_time_and_the_rest_goes_on(
     site: Site, capfd: pytest.CaptureFixture[str], fault: str, words: str
@@ -200,7 +200,7 @@ def test_a_folder_comes_back_as_it_was_and_the_present_one_is_kept(site: Site) -
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("accuonting",), "this host does not save 'accuonting'; it saves accounting, state"),
+        (("accuonting",), "this host does not back up 'accuonting'; it backs up accounting, state"),
         (("accounting", "deadbeef"), "restic dump ended with 1"),
         (("state", "deadbeef"), "restic restore ended with 1"),
     ],
@@ -218,7 +218,7 @@ def test_a_restore_of_what_is_not_there_changes_nothing(
 def test_another_password_is_named(site: Site, capfd: pytest.CaptureFixture[str]) -> None:
     (site.etc / "password").write_text("other\n")
     assert site("init") == 1
-    assert "was made with another password than" in capfd.readouterr().err
+    assert "has another password than" in capfd.readouterr().err
 
 
 def opens(site: Site, password: str) -> bool:
@@ -269,7 +269,7 @@ def test_a_new_password_for_a_repository_that_is_not_there_makes_it(site: Site) 
 def test_without_a_folder_for_metrics_it_says_so(site: Site, capfd: pytest.CaptureFixture[str]) -> None:
     site.metrics.rmdir()
     assert site("run") == 0
-    assert "Prometheus does not learn of this backup" in capfd.readouterr().err
+    assert "Prometheus will not see this backup" in capfd.readouterr().err
 
 
 def test_a_missing_repository_is_named(site: Site, capfd: pytest.CaptureFixture[str]) -> None:

@@ -313,7 +313,7 @@ def test_the_role_is_idempotent_and_follows_names_and_authority(converge: Callab
     assert "restarted" in converge()
     unchanged = converge()
     assert "changed=0" in unchanged
-    assert "Create the " not in unchanged.replace("Create the folder of keys", "")
+    assert "Create the " not in unchanged.replace("Create the folder for keys", "")
     key, crt = folder / "issued/mlflow.key", folder / "issued/mlflow.crt"
     assert [oct(path.stat().st_mode & 0o777) for path in (folder, folder / "ca.key", key.parent, key)] == [
         "0o700",

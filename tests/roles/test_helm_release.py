@@ -90,8 +90,7 @@ def test_a_release_that_was_deleted_from_the_list_is_reported(folder: Path) -> N
     changed, text = played(folder, *tasks, ictx_serving_releases=mine)
     assert changed == 0
     assert (
-        "large: installed by this playbook before, not in ictx_serving_releases, still running. To remove it, add"
-        in text
+        "large: installed by an earlier run, not in ictx_serving_releases, and still running. To remove it, add" in text
     )
     assert "anothers" not in text
     assert "still running" not in played(folder, *tasks, ictx_serving_releases=[*mine, {"name": "large"}])[1]

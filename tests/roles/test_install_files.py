@@ -131,7 +131,7 @@ def test_repairs_what_differs_and_replaces_nothing_unless_all_is_valid(place: Pl
     assert (greeting.is_symlink(), (place.root / "other").read_text()) == (False, "mine")
     assert replaced["changes"] == [str(place.root / name) for name in ("pipe", "latin")]
     assert {(place.root / name).read_text() for name in ("pipe", "latin")} == {"text\n"}
-    assert refused["msg"].startswith(f"{key} is left as it is, for its new text is not valid")
+    assert refused["msg"].startswith(f"{key} was not changed, because its new content is not valid")
     assert greeting.read_text() == GREETING, "the valid one is not replaced either"
     assert accepted["changed"]
     assert (key.read_text(), mode(key)) == ("better\n", "0644")
@@ -144,7 +144,7 @@ def test_names_what_is_wrong(place: Place) -> None:
     wrong = {
         "exactly one of template, src, content is required, got none": {"files": [{"dest": "root/a"}]},
         "got ['src', 'content']": {"files": [{"dest": "root/a", "src": "b", "content": "c"}]},
-        "root/no is not there: list it under folders": {"files": [{"dest": "root/no/a", "content": "c"}]},
+        "root/no does not exist: list it under folders": {"files": [{"dest": "root/no/a", "content": "c"}]},
         "root/file is not a folder: move it away": {"folders": [{"path": "root/file"}]},
         "root/folder is a folder: move it away": {"files": [{"dest": "root/folder", "content": "c"}]},
         "absent.j2": {"files": [{"dest": "root/a", "template": "absent.j2"}]},

@@ -37,9 +37,9 @@ def test_states_are_read_with_their_reasons() -> None:
     [
         ("n[1-2]", ["n1", "n2"], ""),
         (["n1", "n2"], ["n1", "n2"], ""),
-        ("n1,n9", ["n1", "n9"], "n9: no such node; there are n1, n2"),
-        ("", [], "is no list of nodes"),
-        ("n[2-1]", [], "is no range"),
+        ("n1,n9", ["n1", "n9"], "n9: no such node; known nodes: n1, n2"),
+        ("", [], "is not a list of nodes"),
+        ("n[2-1]", [], "is not a range"),
     ],
 )
 def test_a_choice_is_of_compute_nodes(chosen: str | list[str], names: list[str], problem: str) -> None:
@@ -69,7 +69,7 @@ def test_a_step_skips_no_more_releases_than_slurm_reads(before: str, after: str,
 
 
 def test_no_way_back() -> None:
-    assert "cannot become 22.05.8" in LIFECYCLE.upgrade_problem("24.11.5", "22.05.8")
+    assert "cannot be downgraded to 22.05.8" in LIFECYCLE.upgrade_problem("24.11.5", "22.05.8")
 
 
 def test_the_plan_is_what_apt_would_do() -> None:
@@ -97,7 +97,7 @@ def test_hosts_are_upgraded_together_or_not_at_all() -> None:
     assert LIFECYCLE.upgrade_problems([host("22.05.8", "23.11.10"), host("23.11.10", "23.11.10", "libssl3")]) == []
     problems = LIFECYCLE.upgrade_problems([host("22.05.8", "24.11.5"), host("22.05.8", "22.05.8", "slurmd")])
     assert len(problems) == 3
-    assert "cannot become 24.11.5 in one step" in problems[0]
+    assert "cannot be upgraded to 24.11.5 in one step" in problems[0]
     assert "different releases of SLURM, 22.05, 24.11" in problems[1]
     assert problems[2] == "apt would remove slurmd"
 

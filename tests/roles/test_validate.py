@@ -92,7 +92,7 @@ def slow_pair() -> dict[str, Any]:
         ({}, {"job": {"problem": "job 7 failed"}}, "SLURM: job in a container on all nodes: job 7 failed"),
         ({}, {"job": {"out": {"gpu2": "IDLE+DRAIN: a fan"}}}, "gpu2: in service: IDLE+DRAIN: a fan"),
         ({}, {"pods": {"kgpu1": "the pod is Failed"}}, "kgpu1: pod: the pod is Failed"),
-        ({}, {"measured": NODES | {"gpu3": None}}, "gpu3: reachable: cannot be reached, or cannot be measured"),
+        ({}, {"measured": NODES | {"gpu3": None}}, "gpu3: reachable: unreachable, or the measurement failed"),
         (
             {},
             {
@@ -199,4 +199,4 @@ def test_fio_measures_where_it_is_and_a_full_disk_is_not_filled(
     found = measured(tmp_path, disks=[str(tmp_path)], size_mb=8)
     assert found["disks"][str(tmp_path)] == {"tool": "fio", "write": 111.0, "read": 222.0}
     full = measured(tmp_path, disks=[str(tmp_path)], size_mb=1 << 30)
-    assert "can be written, 1073741824 are needed" in full["disks"][str(tmp_path)]["problem"]
+    assert "are free for the test, 1073741824 are needed" in full["disks"][str(tmp_path)]["problem"]

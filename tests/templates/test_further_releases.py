@@ -183,7 +183,7 @@ def test_the_playbook_reports_which_version_each_release_serves(tmp_path: Path) 
         "models:/ictx-tiny@champion is version 12",
         "release large: models:/ictx-large@champion is version 3",
         "release next: models:/ictx-tiny/13 is version 13",
-        "release lost: models:/nowhere@champion does not exist: the release is left out",
+        "release lost: models:/nowhere@champion does not exist: the release is skipped",
     ):
         assert line in text, text
     assert "release old" not in text
@@ -194,7 +194,7 @@ def test_the_playbook_reports_which_version_each_release_serves(tmp_path: Path) 
     ("releases", "main", "problems"),
     [
         (RELEASES, {}, []),
-        ([{"name": "Large_1", "model": "a"}], {}, ["Large_1: its name must be 1 to 44 small letters"]),
+        ([{"name": "Large_1", "model": "a"}], {}, ["Large_1: its name must be 1 to 44 lowercase letters"]),
         ([{"name": "1a", "model": "a"}], {}, ["1a: its name must be"]),
         ([{"name": "x" * 45, "model": "a"}], {}, [f"{'x' * 45}: its name must be"]),
         ([{"name": "ictx", "state": "absent"}], {}, ["ictx: is the name of the served model"]),
@@ -205,7 +205,7 @@ def test_the_playbook_reports_which_version_each_release_serves(tmp_path: Path) 
             {},
             ["2 items have the Service a-serving: rename one"],
         ),
-        ([{"name": "a"}], {}, ["a: needs model", "a: serves ictx-1b, as ictx does"]),
+        ([{"name": "a"}], {}, ["a: needs model", "a: serves ictx-1b, like ictx"]),
         ([{"name": "a", "model": "m", "alias": "b", "version": 1}], {}, ["a: has both version and alias"]),
         ([{"name": "a", "model": "m", "values": {"model": {"name": "b"}}}], {}, ["a: values.model.name: set model of"]),
         ([{"name": "a", "model": "m", "values": {"fullnameOverride": "b"}}], {}, ["a: values.fullnameOverride: "]),
@@ -215,7 +215,7 @@ def test_the_playbook_reports_which_version_each_release_serves(tmp_path: Path) 
         (
             [{"name": name, "weight": 60, "version": 2} for name in "ab"],
             {},
-            ["a and b have a weight: requests are divided between ictx and one canary"],
+            ["a and b have a weight: requests are split between ictx and one canary"],
         ),
         (
             [{"name": "a", "weight": 5, "version": 2}],
@@ -226,7 +226,7 @@ def test_the_playbook_reports_which_version_each_release_serves(tmp_path: Path) 
         (
             [{"name": "a", "model": "m"}, {"name": "b", "model": "n", "values": {"model": {"servedName": "m"}}}],
             {},
-            ["b: serves m, as a does: set values.model.servedName"],
+            ["b: serves m, like a: set values.model.servedName"],
         ),
         (
             [{"name": "a", "weight": 5, "version": 2, "values": {"model": {"servedName": "x"}}}],

@@ -119,7 +119,7 @@ def test_a_lost_queue_comes_back() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ([], 'restore_what is "": give -e restore_what=, one of accounting, slurm-state'),
+        ([], 'restore_what is "": set -e restore_what= to one of accounting, slurm-state'),
         (["restore_what=accounting", "restore_snapshot=deadbeef"], "nothing was restored, and slurmdbd runs as before"),
     ],
 )

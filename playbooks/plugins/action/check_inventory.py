@@ -35,20 +35,20 @@ author: [InfiniteContext]
 PLACEHOLDER = "CHANGE-ME"
 CONNECTION = ("ansible_connection", "ansible_host", "ansible_port", "ansible_user")
 SCALAR_TYPES = ("str", "path", "int", "float", "bool")
-# Deeper than any value that means something, and far from Python's own limit.
+# Deeper than any sensible value, and well below Python's recursion limit.
 DEEPEST = 30
 LONGEST_SHOWN = 100  # characters
 
 
 class Unknown:
-    """Stands for a value that only facts or a role's defaults complete."""
+    """Marks a value that depends on facts or on a role's defaults."""
 
 
 UNKNOWN = Unknown()
 
 
 class Use(NamedTuple):
-    """A role that a play runs on some hosts, with the variables that the play gives it."""
+    """A role that a play runs on some hosts, with the variables that the play sets for it."""
 
     role: str
     hosts: list[str]
@@ -57,16 +57,16 @@ class Use(NamedTuple):
 
 
 class Problems:
-    """Collects problems; one that many hosts share is reported once."""
+    """Collects problems; a problem of several hosts is reported once."""
 
     def __init__(self, all_hosts: Iterable[str]) -> None:
         self._all = set(all_hosts)
         self._found: dict[tuple[str, str], list[str]] = defaultdict(list)
 
     def add(self, subject: str, text: str, host: str = "") -> None:
-        """Notes that something is wrong with `subject` (on one host, or everywhere)."""
+        """Adds a problem of `subject`, on one host or on the whole cluster."""
         hosts = self._found[printable(subject), printable(text)]
-        # A role that several plays run on a host is validated as often.
+        # Several plays may run the same role on a host, and each validates it.
         if host not in hosts:
             hosts.append(host)
 
@@ -83,27 +83,27 @@ class Problems:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Returns a hint at the nearest known word, empty when none is near."""
+    """Returns a hint with the closest known word, or an empty string."""
     near = get_close_matches(word, list(known), n=1, cutoff=0.75)
     return f"; did you mean {near[0]}?" if near else ""
 
 
 def printable(text: str) -> str:
-    """Returns the text in one line: what would start another, or steer a terminal, is escaped."""
+    """Returns the text on one line; line breaks and control characters are escaped."""
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
 def shown(value: Any) -> str:
-    """Returns a value as a problem names it; Python writes no integer of more than 4,300 digits."""
+    """Returns a value for a message; Python cannot print integers of more than 4,300 digits."""
     try:
         text = repr(value)
     except (ValueError, RecursionError):
-        return f"a {type(value).__name__} that is too large to be shown"
+        return f"a {type(value).__name__} that is too large to show"
     return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}…"
 
 
 class Formats:
-    """What text and numbers may look like, by variable (inventory_formats.yml)."""
+    """Allowed formats of text and numbers by variable (inventory_formats.yml)."""
 
     def __init__(self, content: Mapping[str, Any]) -> None:
         self._formats = content["formats"]
@@ -120,17 +120,17 @@ class Formats:
         return next(named, self._types.get(kind, "word"))
 
     def key_error(self, path: str, key: str) -> str:
-        """Returns what is wrong with a key of a dictionary, empty when nothing is."""
+        """Returns the error in a dictionary key, or an empty string."""
         if self.name_of(path, "free") == "multiline":
             return ""
         return self.text_error(next((form for pattern, form in self._keys if fnmatchcase(path, pattern)), "key"), key)
 
     def whole_errors(self, name: str, value: Any) -> list[str]:
-        """Returns what the variable's own filter finds wrong with it as a whole."""
+        """Returns the errors that the variable's own filter finds."""
         return list(filter_loader.get(self._wholes[name]).j2_function(value)) if name in self._wholes else []
 
     def text_error(self, form: str, text: str) -> str:
-        """Returns what is wrong with a text, empty when nothing is."""
+        """Returns the error in a text, or an empty string."""
         rule = self._formats[form]
         # A number in quotes, or from the command line.
         if "pattern" not in rule:
@@ -145,9 +145,9 @@ class Formats:
         return "" if sound else f"must be {rule['description']}, got {shown(text)}"
 
     def number_error(self, form: str, value: float) -> str:
-        """Returns what is wrong with a number, empty when nothing is."""
+        """Returns the error in a number, or an empty string."""
         rule = self._formats[form]
-        # Text that YAML takes for a number, such as the version 580.
+        # Text that YAML parses as a number, such as the version 580.
         if "pattern" in rule:
             readable = type(value) is int and abs(value) < 10**18 and not rule.get("quoted")
             return self.text_error(form, str(value)) if readable else QUOTE
@@ -159,10 +159,10 @@ QUOTE = "must be text: put it in quotes"
 
 
 def kind_error(kind: str, value: Any) -> str:
-    """Returns what is wrong with the kind of a value, empty when nothing is.
+    """Returns the error in the type of a value, or an empty string.
 
-    Ansible converts before it checks, but roles see the value as it stands in the inventory. So what a conversion would
-    change in kind (a string that stands for a list, a list that stands for a string) is an error here.
+    Ansible converts values before it validates them, but roles use the unconverted value. So a value that would need a
+    conversion (a string to a list, a list to a string) is an error here.
     """
     text, number = isinstance(value, str), isinstance(value, (int, float)) and not isinstance(value, bool)
     if kind == "list":
@@ -186,18 +186,18 @@ def kind_error(kind: str, value: Any) -> str:
 
 
 def value_errors(path: str, value: Any, option: Mapping[str, Any], formats: Formats, depth: int = 0) -> Iterator[str]:
-    """Yields what is wrong with a value, at any depth, by its option (an entry of an argument spec).
+    """Yields the errors in a value, at any depth, according to its option (an entry of an argument spec).
 
     Args:
-        path: name of the variable and, of a part of it, the keys that lead there.
+        path: name of the variable, followed by the keys of a nested value.
         value: the value.
-        option: its option; a dictionary's parts without one are free, as are those of type `raw`.
-        formats: what text and numbers may look like.
-        depth: how deep the value is in the variable.
+        option: its option; nested values without one, or of type `raw`, are free.
+        formats: allowed formats of text and numbers.
+        depth: nesting depth of the value.
     """
     kind = option.get("type", "str")
     if depth > DEEPEST:
-        yield f"is nested more than {DEEPEST} deep"
+        yield f"is nested more than {DEEPEST} levels deep"
     elif value is None:
         yield from [] if kind == "free" else ["has no value: set one, or remove it"]
     elif kind in ("free", "raw"):
@@ -227,7 +227,7 @@ def value_errors(path: str, value: Any, option: Mapping[str, Any], formats: Form
 def part_errors(
     path: str, key: Any, part: Any, option: Mapping[str, Any], formats: Formats, depth: int
 ) -> Iterator[str]:
-    """Yields what is wrong with a key of a dictionary and its value."""
+    """Yields the errors in a dictionary key and its value."""
     if not isinstance(key, str):
         yield f"has the key {shown(key)}: {QUOTE}"
     elif text := formats.key_error(path, key):
@@ -238,7 +238,7 @@ def part_errors(
 
 
 def free_errors(path: str, value: Any, kind: str, formats: Formats, depth: int) -> Iterator[str]:
-    """Yields what is wrong with a value of no declared type, or (`raw`) one that is text or a list of texts."""
+    """Yields the errors in a value without a declared type, or of type `raw` (text or a list of texts)."""
     if isinstance(value, Mapping) and kind == "free":
         yield from value_errors(path, value, {"type": "dict"}, formats, depth)
     elif isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
@@ -254,7 +254,7 @@ def free_errors(path: str, value: Any, kind: str, formats: Formats, depth: int) 
 
 
 def declared_errors(name: str, value: Any, option: Mapping[str, Any], formats: Formats) -> list[str]:
-    """Returns what is wrong with the value of a variable: with its parts, else with choices and the like."""
+    """Returns the errors in a variable's value: those in its parts, otherwise those of choices and similar rules."""
     found = list(dict.fromkeys(value_errors(name, value, option, formats)))
     if not found:
         spec = {key: entry for key, entry in option.items() if key not in ("required", "needs")}
@@ -262,12 +262,12 @@ def declared_errors(name: str, value: Any, option: Mapping[str, Any], formats: F
         if found and spec.get("type") in SCALAR_TYPES and "choices" not in spec:
             found = [f"must be of type {spec['type']}, got {shown(value)}"]
     if found and option.get("no_log"):
-        return ["wrong value (not shown)"]
+        return ["invalid value (secret, not shown)"]
     return [text.removeprefix(f"value of {name} ") for text in found]
 
 
 def placeholder(value: Any, depth: int = 0) -> str:
-    """Returns the first text in the value that still has a placeholder; empty when none has."""
+    """Returns the first text in the value that still has a placeholder; empty if there is none."""
     if isinstance(value, str):
         return value if PLACEHOLDER in value else ""
     items = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
@@ -281,22 +281,26 @@ def check_groups(wanted: Mapping[str, Any], groups: Mapping[str, list[str]], pro
         subject = f"group {group} ({rule['description']})"
         if group not in groups:
             near = get_close_matches(group, unused, n=1, cutoff=0.75)
-            needed = f"add it with {rule['min']} or more hosts" if rule.get("min") else "add it, empty if there is none"
-            problems.add(subject, f"missing: {f'is it {near[0]}, misspelt?' if near else needed}")
+            needed = (
+                f"add it with {rule['min']} or more hosts"
+                if rule.get("min")
+                else "add it; leave it empty if there are no such hosts"
+            )
+            problems.add(subject, f"missing: {f'rename {near[0]}, if that is a misspelling' if near else needed}")
             continue
         count = len(groups[group])
         if count < rule.get("min", 0):
             problems.add(subject, f"has {count} hosts, needs at least {rule['min']}")
         if count > rule.get("max", count):
-            problems.add(subject, f"has {count} hosts ({', '.join(groups[group])}), may have {rule['max']}")
+            problems.add(subject, f"has {count} hosts ({', '.join(groups[group])}), may have at most {rule['max']}")
         for part in rule.get("contains", []):
             for host in groups.get(part, []):
                 if host not in groups[group]:
-                    problems.add(subject, f"must contain what is in {part}", host)
+                    problems.add(subject, f"must contain all hosts of {part}", host)
 
 
 def check_hosts(hosts: Iterable[str], groups: Iterable[str], formats: Formats, problems: Problems) -> None:
-    """Checks the names of hosts and groups, which configuration files and shells see."""
+    """Checks the names of hosts and groups, which end up in configuration files and shells."""
     for kind, form, names in (("host", "host", hosts), ("group", "key", groups)):
         for name in names:
             if text := formats.text_error(form, str(name)):
@@ -310,7 +314,7 @@ def read(file: Path) -> Any:
 
 
 def plays(playbook: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """Yields the plays of a playbook and of those that it imports, each with the file that it stands in."""
+    """Yields the plays of a playbook and of the playbooks that it imports, each with its file."""
     for play in read(playbook):
         imported = play.get("import_playbook") or play.get("ansible.builtin.import_playbook")
         if imported:
@@ -335,7 +339,7 @@ class ActionModule(ActionBase):
     TRANSFERS_FILES = False
 
     def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
-        """Returns the problems; finding some is no failure of the task."""
+        """Returns the problems; the task succeeds even if there are some."""
         result = super().run(tmp, task_vars)
         _, arguments = self.validate_argument_spec(
             {name: {"type": "path", "required": True} for name in ("playbook", "roles_dir", "schema", "formats")}
@@ -403,7 +407,7 @@ class ActionModule(ActionBase):
                 yield Use(entry["role"], hosts, given, str(file.relative_to(playbook.parent)))
 
     def _values(self, host: str, known: set[str], problems: Problems) -> dict[str, Any]:
-        """Returns the host's inventory variables, evaluated; UNKNOWN for one that needs facts or a role's default."""
+        """Returns the host's evaluated variables; UNKNOWN for those that depend on facts or a role's default."""
         raw = self._vars["hostvars"].raw_get(host)
         templar = self._templar.copy_with_new_env(available_variables={**raw, "hostvars": self._vars["hostvars"]})
         values = {}
@@ -415,7 +419,7 @@ class ActionModule(ActionBase):
                 continue
             try:
                 values[name] = templar.template(raw[name])
-            # A filter may raise anything, and what is nested without end a RecursionError.
+            # Filters may raise any exception, and endless nesting raises RecursionError.
             except Exception as error:
                 values[name] = UNKNOWN
                 reason = next(iter(str(error).splitlines()), type(error).__name__)
@@ -433,9 +437,9 @@ Options = Mapping[str, Any]
 
 
 def completed(values: Values, wrong: set[tuple[str, str]], uses: list[Use], roles_dir: Path) -> Values:
-    """Returns each host's values that are right, with the defaults of its roles but for templates.
+    """Returns each host's valid values, with its roles' defaults except for templated ones.
 
-    `_listening` are the names of the variables with a port on which one of the host's roles listens.
+    `_listening` has the names of the variables that set the ports on which the host's roles listen.
     """
     found = {
         host: {name: value for name, value in own.items() if (host, name) not in wrong and value is not UNKNOWN}
@@ -457,20 +461,20 @@ def completed(values: Values, wrong: set[tuple[str, str]], uses: list[Use], role
 
 
 def check_meaning(values: Values, groups: Mapping[str, list[str]], problems: Problems) -> None:
-    """Checks what the values mean together (filter/meaning.py)."""
+    """Checks the values against each other (filter/meaning.py)."""
     for subject, text, host in filter_loader.get("meaning_problems").j2_function(values, groups):
         problems.add(subject, text, host)
 
 
 def check_dropins(values: Values, units: Mapping[str, Any], problems: Problems) -> None:
-    """Checks that settings of units are about units of ours (filter/unit_dropins.py)."""
+    """Checks that ictx_unit_dropins names only units of the platform (filter/unit_dropins.py)."""
     dropins = next((own["ictx_unit_dropins"] for own in values.values() if own.get("ictx_unit_dropins")), {})
     for text in filter_loader.get("dropin_problems").j2_function(dropins, units):
         problems.add("ictx_unit_dropins", text)
 
 
 def check_names(values: Values, cluster: Options, roles: Mapping[str, Options], problems: Problems) -> None:
-    """Checks that a variable named like a role's (or nearly so) is one that the role has."""
+    """Checks that a variable with a role's prefix, or close to one of its names, exists in the role."""
     known = {name for options in roles.values() for name in options} | set(cluster)
     prefixes = {f"{role}_": role for role in roles}
     for host, variables in values.items():
@@ -488,7 +492,7 @@ def check_names(values: Values, cluster: Options, roles: Mapping[str, Options], 
 
 
 def check_values(values: Values, options: Options, formats: Formats, problems: Problems) -> set[tuple[str, str]]:
-    """Checks types, formats, choices and placeholders; returns the hosts and names of what is wrong."""
+    """Checks types, formats, choices and placeholders; returns host and name of each wrong value."""
     wrong = set()
     for host, variables in values.items():
         for name, value in variables.items():
@@ -507,7 +511,7 @@ def check_values(values: Values, options: Options, formats: Formats, problems: P
 
 
 def duplicates(name: str, value: Any, formats: Formats) -> list[str]:
-    """Returns which items of a list have what only one of them may have."""
+    """Returns the items of a list that share a value that must be unique."""
     found = []
     for key in formats.unique.get(name, ()):
         counts = Counter(str(item[key]) for item in value if key in item)
@@ -516,7 +520,7 @@ def duplicates(name: str, value: Any, formats: Formats) -> list[str]:
 
 
 def check_same(values: Values, cluster: Options, wrong: set[tuple[str, str]], problems: Problems) -> None:
-    """Checks that what belongs to the whole cluster is the same on every host."""
+    """Checks that variables of the whole cluster have the same value on every host."""
     for name in cluster:
         found = {shown(values[host][name]) for host in values if name in values[host] and (host, name) not in wrong}
         if len(found) > 1:
@@ -526,22 +530,22 @@ def check_same(values: Values, cluster: Options, wrong: set[tuple[str, str]], pr
 def check_required(
     values: Values, cluster: Options, roles: Mapping[str, Options], uses: list[Use], problems: Problems
 ) -> None:
-    """Checks that each host has the variables which the cluster and its roles need, unless the play gives them."""
+    """Checks that each host has the variables that the cluster and its roles require, unless the play sets them."""
     for host, variables in values.items():
         for name, option in cluster.items():
             if option.get("required") and name not in variables:
-                problems.add(name, f"missing; it is needed: {option['description']}", host)
+                problems.add(name, f"missing, but required: {option['description']}", host)
     for use in uses:
         for name, option in roles.get(use.role, {}).items():
             if not option.get("required") or name in use.given:
                 continue
             for host in use.hosts:
                 if name not in values.get(host, {name: UNKNOWN}):
-                    problems.add(name, f"missing; role {use.role} needs it: {option['description']}", host)
+                    problems.add(name, f"missing, but required by the role {use.role}: {option['description']}", host)
 
 
 def check_needs(values: Values, cluster: Options, groups: Mapping[str, list[str]], problems: Problems) -> None:
-    """Checks that a group has a host where a variable's value needs one."""
+    """Checks that groups which a variable's value requires have hosts."""
     for host, variables in values.items():
         for name in cluster.keys() & variables.keys():
             group = cluster[name].get("needs", {}).get(variables[name] if isinstance(variables[name], str) else "")
@@ -550,7 +554,7 @@ def check_needs(values: Values, cluster: Options, groups: Mapping[str, list[str]
 
 
 def check_given(values: Values, uses: list[Use], extra: set[str], problems: Problems) -> None:
-    """Checks that the inventory does not set what a play sets anyway: the value would be silently ignored."""
+    """Checks that the inventory does not set variables that a play sets: they would be silently ignored."""
     for use in uses:
         for name in set(use.given) - extra:
             for host in use.hosts:

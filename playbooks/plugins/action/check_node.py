@@ -1,4 +1,4 @@
-"""Ansible action: does a node answer, can it be managed, and has it the room and the hardware that it should have?"""
+"""Ansible action: checks that a node is reachable and manageable, and has the required space and hardware."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from ansible.plugins.loader import filter_loader
 
 DOCUMENTATION = r"""
 action: check_node
-short_description: Checks that a node answers, has Python, room in the shared directory and what is declared of it
+short_description: Checks a node's SSH, Python, free space in the shared directory, and declared hardware
 description:
-  - Reads only. A node that does not answer is not dropped from the play, but RV(reached) is false then; every problem
-    is one line of RV(problems).
+  - Reads only. An unreachable node stays in the play, with RV(reached) set to false; every problem is one line of
+  RV(problems).
   - The facts C(packages) and C(getent_group) are set as ansible.builtin.package_facts and getent set them.
 options:
   shared_dir: {type: path, required: true, description: The shared directory; it is looked at once it is mounted.}
@@ -29,18 +29,18 @@ options:
 author: [InfiniteContext]
 """
 
-# A mount whose server is gone would hang for ever.
+# A mount whose server is gone blocks forever.
 SCRIPT = """
 command -v python3 >/dev/null && echo python
 (. /etc/os-release && echo "system $ID $VERSION_ID")
 ! mountpoint -q {path} || timeout 10 df -Pk {path} | tail -n 1 || echo stuck
 """
-# Facts as package_facts and getent return them, at no module's cost. Roles skip what is installed already by them.
+# Facts like those of package_facts and getent, without running these modules. Roles use them to skip package installs.
 FACTS = """
 dpkg-query --show --showformat 'package ${db:Status-Abbrev} ${Version} ${Package}\\n' 2>/dev/null
 getent group | sed 's/^/group /'
 """
-# What a node has, as slurmd sees it, which SLURM compares with slurm.conf; without slurmd, as the kernel does.
+# Hardware as slurmd reports it, since SLURM compares that with slurm.conf; without slurmd, as the kernel reports it.
 HARDWARE = """
 timeout 10 env PATH="$PATH:/usr/sbin" slurmd -C 2>/dev/null || LC_ALL=C lscpu; grep ^MemTotal: /proc/meminfo
 for device in {devices}; do [ -e "$device" ] || echo "missing $device"; done
@@ -50,15 +50,15 @@ echo gpus "$(cat /dev/null $nvidia | grep -c '^0x030[02]')"
 # README has the same table, with what is tested on each.
 SUPPORTED = {"debian 12", "debian 13", "ubuntu 24.04"}
 TOO_OLD = {"ubuntu 22.04": "its SLURM 21.08, Prometheus 2.31 and node_exporter 1.3.1 lack what the configuration uses"}
-# Versions that apt knows; a node whose lists of packages have been removed, as those of containers, knows none.
+# Versions that apt offers; none if the package lists were deleted, as in container images.
 VERSIONS = """
 ls /var/lib/apt/lists/*_Packages* >/dev/null 2>&1 && echo apt && apt-cache madison {packages}
 """
-# slurmctld does not start on the state of a cluster of another name.
+# slurmctld does not start with the state of a cluster of another name.
 STATE = """
 echo "cluster $(cat {folder}/clustername 2>/dev/null)"
 """
-REMEDY = "correct it, or let playbooks/measure-nodes.yml write what the node has"
+REMEDY = "correct it, or run playbooks/measure-nodes.yml to write the node's hardware"
 
 
 def facts(report: Iterable[str]) -> dict[str, dict[str, Any]]:
@@ -83,16 +83,16 @@ def devices(hardware: dict[str, Any]) -> list[str]:
 
 
 def unsupported(report: Iterable[str]) -> str:
-    """Returns what is wrong with the node's system, empty when nothing is."""
+    """Returns why the node's system is not supported, or an empty string."""
     name = next((line.removeprefix("system ").strip() for line in report if line.startswith("system ")), "unknown")
     if name in SUPPORTED:
         return ""
-    why = TOO_OLD.get(name, "nothing of this platform is known to run there")
+    why = TOO_OLD.get(name, "this platform is not tested on it")
     return f"{name} is not supported ({why}): install Debian 12 or 13, or Ubuntu 24.04"
 
 
 def missing(node: str, hardware: dict[str, Any], report: list[str]) -> Iterator[str]:
-    """Yields a line for each thing of which more is declared than there is."""
+    """Yields a line for each resource of which more is declared than the node has."""
     compare = filter_loader.get("hardware_problems").j2_function
     for variable, layer in hardware.items():
         for key, declared, found in compare(layer, "\n".join(report)):
@@ -100,18 +100,18 @@ def missing(node: str, hardware: dict[str, Any], report: list[str]) -> Iterator[
 
 
 def renamed(node: str, cluster: str, folder: str, report: Iterable[str]) -> Iterator[str]:
-    """Yields a line where the controller's state is that of a cluster of another name."""
+    """Yields a line if the controller's state belongs to a cluster of another name."""
     saved = next((line.removeprefix("cluster ").strip() for line in report if line.startswith("cluster ")), "")
     if cluster and saved not in ("", cluster):
         yield (
-            f"ictx_cluster_name: {cluster}: {folder} on {node} is the state of cluster {saved}, with which "
-            f"slurmctld would not start: set {saved}, or another slurm_state_dir; to rename it, stop slurmctld "
-            f"and delete {folder}/clustername there"
+            f"ictx_cluster_name: {cluster}: {folder} on {node} has the state of cluster {saved}, with which "
+            f"slurmctld would not start: set {saved}, or another slurm_state_dir; to rename the cluster, stop "
+            f"slurmctld and delete {folder}/clustername on {node}"
         )
 
 
 def unknown_versions(node: str, pins: list[dict[str, Any]], report: list[str]) -> Iterator[str]:
-    """Yields a line for each pinned package of which the node's repositories do not have the version."""
+    """Yields a line for each pinned version that the node's repositories do not offer."""
     known: dict[str, list[str]] = {}
     for line in report:
         if match := re.fullmatch(r" *(\S+) \| (\S+) \| .*", line):
@@ -120,8 +120,8 @@ def unknown_versions(node: str, pins: list[dict[str, Any]], report: list[str]) -
         for name in pin["packages"]:
             versions = list(dict.fromkeys(known.get(name, [])))
             if not any(fnmatchcase(version, pin["version"]) for version in versions):
-                there = f"have {', '.join(versions)}" if versions else "do not have it at all"
-                remedy = "pin another version, add a repository, or run apt-get update there"
+                there = f"have {', '.join(versions)}" if versions else "do not have the package"
+                remedy = "pin another version, add a repository, or run apt-get update on the node"
                 yield f"common_apt_pins ({node}): {name} {pin['version']}: the node's repositories {there}: {remedy}"
 
 
@@ -129,7 +129,7 @@ class ActionModule(ActionBase):
     """See DOCUMENTATION."""
 
     def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
-        """Returns the node's problems; finding some is no failure of the task."""
+        """Returns the node's problems; the task succeeds even if there are some."""
         result = super().run(tmp, task_vars)
         _, arguments = self.validate_argument_spec(
             {
@@ -185,15 +185,15 @@ class ActionModule(ActionBase):
         if text := unsupported(answer):
             return [f"{shown}: {text}"]
         if "stuck" in answer:
-            return [f"{shown}: the shared directory {shared} does not answer: look after its server"]
+            return [f"{shown}: the shared directory {shared} does not respond: check its server"]
         for line in answer:
             words = line.split()
             if len(words) >= 6 and words[-1] == shared:
                 free_gb = int(words[3]) * 1024 / 1e9
                 if free_gb < min_free_gb:
-                    # All nodes see the same directory, so the line does not name this one.
+                    # All nodes share the directory, so the line names no node.
                     return [
                         f"the shared directory {shared} has {free_gb:.1f} GB free, needs {min_free_gb:g}: "
-                        f"delete what is not needed below {shared}/runs, or lower ictx_shared_min_free_gb"
+                        f"delete unneeded runs below {shared}/runs, or lower ictx_shared_min_free_gb"
                     ]
         return []

@@ -26,14 +26,14 @@ class ActionModule(ActionBase):
             {"path": entry} if isinstance(entry, str) else entry for entry in arguments.get("folders") or []
         ]
         arguments["files"] = [self._complete(dict(entry), variables) for entry in arguments.get("files") or []]
-        # Not by a name of ours: in a collection it is another one.
+        # Not a fixed name: it is different in a collection.
         result.update(self._execute_module(self._task.action, module_args=arguments, task_vars=variables))
-        # With -v, texts as long as all files together are unreadable.
+        # With -v, the content of all files would clutter the output.
         result.pop("invocation", None)
         return result
 
     def _complete(self, entry: dict[str, Any], variables: dict[str, Any]) -> dict[str, Any]:
-        """Returns a file's entry with its content in place of where that comes from."""
+        """Returns a file's entry with its source replaced by the content."""
         given = [name for name in SOURCES if entry.get(name) is not None]
         dest = entry.get("dest", "an entry without dest")
         if len(given) != 1:

@@ -1,7 +1,7 @@
 """Loads the plugins that tasks use before the first task, in the process that the workers are forked from.
 
-Ansible runs each task of each host in a fork. What a fork imports, filters with their libraries above all, is lost with
-it and is imported again by the next one: most of the CPU seconds of a run without changes (docs/testing.md).
+Ansible runs each task of each host in a fork. What a fork imports (mainly filters and their libraries), the next fork
+imports again, which takes most of the CPU time of a run without changes (docs/testing.md).
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ name: preload
 type: aggregate
 short_description: loads filters, tests, lookups and connections once, before workers are forked
 description:
-  - Without it a run does the same, with more CPU.
+  - Saves CPU time; has no other effect.
 """
 
-# What the playbooks use most. One filter of a collection loads them all.
+# The plugins used most. Loading one filter of a collection loads all of them.
 FILTERS = ("ansible.utils.ipaddr", "community.general.dict")
 LOOKUPS = ("env", "file", "fileglob", "password", "pipe", "template", "vars")
 ACTIONS = ("normal", "assert", "command", "copy", "debug", "include_vars", "set_fact", "template", "uri")
@@ -36,7 +36,7 @@ class CallbackModule(CallbackBase):
     CALLBACK_NEEDS_ENABLED = True
 
     def v2_playbook_on_start(self, playbook: Any) -> None:
-        """Loads the plugins, then moves every object out of the garbage collector's sight: forks share its memory."""
+        """Loads the plugins, then freezes the garbage collector so that forks keep sharing the memory."""
         for loaded in (loader.filter_loader, loader.test_loader):
             list(loaded.all())
         for name in FILTERS:

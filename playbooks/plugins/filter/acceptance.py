@@ -1,4 +1,4 @@
-"""Ansible filters: whether what playbooks/validate.yml has measured passes the inventory's thresholds."""
+"""Ansible filters: compare the measurements of playbooks/validate.yml with the inventory's thresholds."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from pathlib import PurePath
 from typing import Any
 
 Check = dict[str, Any]
-"""`node`, `check`, `value`, `unit`, `threshold`, `passed` (None where nothing is required) and `note`."""
+"""`node`, `check`, `value`, `unit`, `threshold`, `passed` (None without a threshold) and `note`."""
 
-# What passes where the inventory's ictx_validate has nothing else. What depends on the hardware has no default.
+# Default thresholds, which ictx_validate overrides. Those that depend on the hardware have no default.
 DEFAULTS = {
     "clock_ms": 50.0,
     "failed_connections": 0.0,
@@ -31,7 +31,7 @@ def check(
     most: float | None = None,
     note: str = "",
 ) -> Check:
-    """Returns one line of the report; what has a threshold and no value has not passed."""
+    """Returns one line of the report; a check with a threshold but no value fails."""
     threshold = least if least is not None else most
     if threshold is None:
         passed = None
@@ -46,16 +46,16 @@ def check(
 
 
 def state(node: str, name: str, problem: str) -> Check:
-    """Returns a line for what works or does not."""
+    """Returns a line for a check without a value."""
     return {
         "node": node, "check": name, "value": None, "unit": "", "threshold": "", "passed": not problem, "note": problem,
     }  # fmt: skip
 
 
 def of_node(node: str, found: Mapping[str, Any] | None, wanted: Mapping[str, float]) -> Iterator[Check]:
-    """Yields what the module measure_node has found on a node; None: it could not be reached."""
+    """Yields the checks of a node's measurements (module measure_node); None if it is unreachable."""
     if found is None:
-        yield state(node, "reachable", "cannot be reached, or cannot be measured")
+        yield state(node, "reachable", "unreachable, or the measurement failed")
         return
     for folder, disk in found["disks"].items():
         if "problem" in disk:
@@ -78,7 +78,7 @@ def of_node(node: str, found: Mapping[str, Any] | None, wanted: Mapping[str, flo
 
 
 def of_links(links: Mapping[str, Any], wanted: Mapping[str, float]) -> Iterator[Check]:
-    """Yields what `ictx bench links` has found."""
+    """Yields the checks of the results of `ictx bench links`."""
     absolute, whole = wanted.get("pair_gb_s"), f"{len(links['nodes'])} nodes"
     yield check(
         whole, f"all-reduce of all, {links['backend']}", links["together"] / 1e9, "GB/s", least=wanted.get("all_gb_s")
@@ -87,7 +87,7 @@ def of_links(links: Mapping[str, Any], wanted: Mapping[str, float]) -> Iterator[
         yield check(node, "all-reduce inside", found / 1e9, "GB/s", least=wanted.get("inside_gb_s"))
     usual = statistics.median(found for _, _, found in links["pairs"]) if links["pairs"] else 0.0
     for one, other, found in links["pairs"]:
-        # The greater of both: a pair may be as slow as all are, and still too slow.
+        # The higher threshold: if all pairs are slow, each of them is close to the median.
         least = max(absolute or 0.0, wanted["pair_share"] * usual / 1e9)
         yield check(f"{one} {other}", "all-reduce of the pair", found / 1e9, "GB/s", least=round(least, 3))
     for node, (offset, bound) in links["clocks"].items():
@@ -103,7 +103,7 @@ def of_links(links: Mapping[str, Any], wanted: Mapping[str, float]) -> Iterator[
 
 
 def of_kernels(outputs: Mapping[str, str], wanted: Mapping[str, float]) -> Iterator[Check]:
-    """Yields what `ictx kernels bench` has printed, by NODE-GPU: rates, and each beside the median of equal GPUs."""
+    """Yields the checks of `ictx kernels bench`'s output by NODE-GPU: rates, also relative to equal GPUs' median."""
     rates: dict[str, dict[str, tuple[float, str]]] = {}
     models = {}
     for name, text in outputs.items():
@@ -122,13 +122,13 @@ def of_kernels(outputs: Mapping[str, str], wanted: Mapping[str, float]) -> Itera
 
 
 def job_found(host: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns what the job has left, as of `acceptance`, from the variables of the controller that submitted it.
+    """Returns the job's results for `acceptance`, from the variables of the controller that submitted it.
 
-    Those are results of tasks, `validate_job` and `validate_found`, and `validate_out`: why nodes are out of service.
+    These are the registered `validate_job` and `validate_found`, and `validate_out`: why nodes are out of service.
     """
     done: dict[str, Any] = {"out": host.get("validate_out") or {}}
     job = host.get("validate_job") or {}
-    # A task that was left out has no exit status.
+    # A skipped task has no exit status.
     if "rc" not in job:
         return done
     files = {
@@ -144,7 +144,7 @@ def job_found(host: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def out_of_service(states: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """Returns the reasons of those of `node_states` that no job can start on."""
+    """Returns the reasons of the nodes in `node_states` on which no job can start."""
     return {
         name: f"{'+'.join(node['flags'])}: {node['reason'] or 'no reason'}"
         for name, node in states.items()
@@ -158,14 +158,14 @@ def acceptance(
     pods: Mapping[str, str],
     thresholds: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Returns the report: `passed`, `failures` in words, `checks`, `links`, and the `cells` of their picture.
+    """Returns the report: `passed`, `failures` as text, `checks`, `links`, and the `cells` of their chart.
 
     Args:
-        measured: by node, what the module measure_node returned; None for one that could not be reached.
-        job: of the job on SLURM's nodes: `links` as `ictx bench links` saves them, `kernels` (what `ictx kernels bench`
-            printed, by NODE-GPU), and `problem`, why it failed, if it ran; `out`, why nodes are out of service.
-        pods: by Kubernetes node, what was wrong with the pod there; empty where it ran.
-        thresholds: those of the inventory's ictx_validate; the keys are those of DEFAULTS and inventory_schema.yml.
+        measured: result of the module measure_node by node; None for an unreachable node.
+        job: results of the job on SLURM's nodes: `links` as `ictx bench links` saves them, `kernels` (output of `ictx
+        kernels bench` by NODE-GPU), `problem` (why it failed, if it ran), and `out` (why nodes are out of service).
+        pods: the pod's error by Kubernetes node; empty if it succeeded.
+        thresholds: the inventory's ictx_validate; keys as in DEFAULTS and inventory_schema.yml.
     """
     wanted = {**DEFAULTS, **{name: float(value) for name, value in thresholds.items() if name != "disks"}}
     checks = [line for node, found in measured.items() for line in of_node(node, found, wanted)]
@@ -186,7 +186,7 @@ def acceptance(
 
 
 def cells(links: Mapping[str, Any]) -> Iterator[tuple[str, str, float]]:
-    """Yields the picture's squares: row, column, and bytes a second."""
+    """Yields the chart's cells: row, column, and bytes per second."""
     for one, other, found in links["pairs"]:
         yield from ((one, other, found), (other, one, found))
     yield from ((node, node, found) for node, found in links["inside"].items())

@@ -1,4 +1,4 @@
-"""Ansible filters: where a host answers, for the whole repository in one place."""
+"""Ansible filters: addresses of hosts."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any
 def host_address(host: str, hostvars: Mapping[str, Any]) -> str:
     """Returns the address (or name) under which other hosts reach this one.
 
-    It is the host's `ictx_address`, else `ansible_host`, else its name in the inventory, which DNS must know then.
+    It is the host's `ictx_address`, else `ansible_host`, else its name in the inventory, which DNS must resolve then.
     """
     own = hostvars[host]
     return str(own.get("ictx_address") or own.get("ansible_host") or host)
 
 
 def in_url(address: str) -> str:
-    """Returns an address as it stands in a URL or before a port: IPv6 in brackets."""
+    """Returns an address for a URL or before a port: IPv6 in brackets."""
     return f"[{address}]" if is_ip(address) and ":" in address else address
 
 
@@ -31,7 +31,7 @@ def is_ip(text: str) -> bool:
 
 
 def other_interface(address: str, facts: Mapping[str, Any]) -> str:
-    """Returns the interface that has an address, where it is not that of the default route; empty otherwise."""
+    """Returns the interface that has an address; empty if it is that of the default route."""
     default = {facts.get(f"default_{kind}", {}).get("interface") for kind in ("ipv4", "ipv6")}
     for name in facts.get("interfaces", []):
         about = facts.get(name.replace("-", "_").replace(".", "_").replace(":", "_"), {})

@@ -1,4 +1,4 @@
-"""Ansible filters: which ports of a host are open to whom, and how nftables writes that."""
+"""Ansible filters: openings of a host's firewall, and their nftables rules."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ Opening = Mapping[str, Any]
 def host_openings(
     ports: Sequence[Mapping[str, Any]], host: str, groups: Mapping[str, Sequence[str]], hostvars: Mapping[str, Any]
 ) -> list[Opening]:
-    """Returns what is let into a host, as firewall_openings has it.
+    """Returns a host's openings, in the form of firewall_openings.
 
     Args:
-        ports: playbooks/vars/ports.yml: `hosts` and `from` are groups; without `from` it is open to anybody.
+        ports: playbooks/vars/ports.yml: `hosts` and `from` are groups; without `from` it is open to everyone.
         host: name of the host.
         groups: hosts by group.
         hostvars: variables of all hosts, for their addresses.
@@ -66,7 +66,7 @@ def firewall_rules(openings: Sequence[Opening]) -> list[str]:
             rules.append(f"{match} {what}")
             continue
         networks = {network for name in opening["from"] for network in _addresses(name)}
-        # Networks that overlap are refused in a set of nftables.
+        # nftables rejects sets with overlapping networks.
         old = ipaddress.collapse_addresses(one for one in networks if isinstance(one, ipaddress.IPv4Network))
         new = ipaddress.collapse_addresses(one for one in networks if isinstance(one, ipaddress.IPv6Network))
         for family, own in (("ip", map(str, old)), ("ip6", map(str, new))):

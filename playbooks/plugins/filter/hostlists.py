@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 MOST_NODES = 100_000
-LONGEST_NUMBER = 9  # digits; SLURM takes longer ones for a part of the name
+LONGEST_NUMBER = 9  # digits; SLURM treats longer numbers as a part of the name
 
 
 def expand_nodes(text: str) -> list[str]:
-    """Returns the names in a hostlist, at most so many. Raises ValueError for one that is none."""
+    """Returns the names in a hostlist, up to MOST_NODES. Raises ValueError if it is invalid."""
     names: list[str] = []
     for part in re.findall(r"(?:[^,\[\]]|\[[^\[\]]*\])+", text):
         pieces: list[list[str]] = []
@@ -20,14 +20,14 @@ def expand_nodes(text: str) -> list[str]:
             pieces.append([fixed] if fixed else [number for item in ranges.split(",") for number in _range(item)])
         names += ["".join(name) for name in itertools.islice(itertools.product(*pieces), MOST_NODES)]
     if re.sub(r"[^,\[\]]|\[[^\[\]]*\]", "", text).strip(",") or not names:
-        raise ValueError(f"{text} is no list of nodes")
+        raise ValueError(f"{text} is not a list of nodes")
     return names
 
 
 def _range(item: str) -> list[str]:
     ends = re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", item)
     if not ends or int(ends[2] or ends[1]) < int(ends[1]):
-        raise ValueError(f"[{item}] is no range of numbers")
+        raise ValueError(f"[{item}] is not a range of numbers")
     return [str(number).zfill(len(ends[1])) for number in range(int(ends[1]), int(ends[2] or ends[1]) + 1)]
 
 

@@ -1,4 +1,4 @@
-"""Ansible filter: a node's kubeconfig, as the control host may use it."""
+"""Ansible filter: makes a node's kubeconfig safe for the control host."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ USER = ("client-certificate-data", "client-key-data")
 
 
 def plain_kubeconfig(text: str, server: str) -> str:
-    """Returns a kubeconfig for an address with the certificates of another, and nothing else of it.
+    """Returns a kubeconfig for an address with only the certificates of another one.
 
-    A kubeconfig may name programs that whoever uses it runs (`exec`), files that are read, and other servers. A node
-    decides none of that for the control host. Raises AnsibleFilterError.
+    A kubeconfig may contain programs to run (`exec`), files to read, and other servers. A compromised node must not
+    set these for the control host. Raises AnsibleFilterError.
     """
     try:
         found = yaml.safe_load(text)
@@ -38,7 +38,7 @@ def plain_kubeconfig(text: str, server: str) -> str:
 
 
 def encoded(data: Any) -> str:
-    """Returns base64 as it is. Raises ValueError for anything else."""
+    """Returns base64 text unchanged. Raises ValueError for anything else."""
     base64.b64decode(data, validate=True)
     return str(data)
 

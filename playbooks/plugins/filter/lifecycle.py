@@ -1,4 +1,4 @@
-"""Ansible filters: the states of SLURM's nodes, and which releases of SLURM follow each other."""
+"""Ansible filters: states of nodes, and upgrade paths between releases of SLURM."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ EARLY = ("20.02", "20.11", "21.08", "22.05", "23.02", "23.11")
 # https://slurm.schedmd.com/upgrades.html: how many releases back a daemon reads databases, state files and messages.
 WINDOW, WINDOW_UNTIL_24_05 = 3, 2
 
-# Annotation of a cordoned node of Kubernetes: what the reason of a drained one is to SLURM.
+# Annotation with the reason why a Kubernetes node is cordoned, like the reason of a drained node in SLURM.
 OUT_OF_SERVICE = "ictx/out-of-service"
-# How the reason of a node begins that the other of both has.
+# Prefix of the reason of a node that is lent to the other scheduler.
 LENT = "lend.yml"
 
 
 def chosen_nodes(chosen: str | Sequence[str], compute: Iterable[str]) -> dict[str, Any]:
-    """Returns the `names` in a hostlist, or a list of them, and the `problem` where they are not of `compute`."""
+    """Returns the `names` in a hostlist, or in a list of them, and a `problem` if some are not in `compute`."""
     expand = filter_loader.get("expand_nodes").j2_function
     try:
         names = [name for part in ([chosen] if isinstance(chosen, str) else chosen) for name in expand(part)]
     except ValueError as error:
-        return {"names": [], "problem": f"nodes: {error}: give -e nodes= a hostlist, as gpu3 or gpu[1-4,7]"}
+        return {"names": [], "problem": f"nodes: {error}: set -e nodes= to a hostlist, such as gpu3 or gpu[1-4,7]"}
     known = list(compute)
     unknown = [name for name in names if name not in known]
     return {
         "names": names,
-        "problem": f"nodes: {', '.join(unknown)}: no such node; there are {', '.join(known)}" if unknown else "",
+        "problem": f"nodes: {', '.join(unknown)}: no such node; known nodes: {', '.join(known)}" if unknown else "",
     }
 
 
@@ -53,7 +53,7 @@ def node_states(text: str) -> dict[str, dict[str, Any]]:
 
 
 def cordons(nodes: Iterable[Mapping[str, Any]]) -> dict[str, str | None]:
-    """Returns why each of Kubernetes' nodes is cordoned: empty where nobody gave a reason; None where it is not."""
+    """Returns why each Kubernetes node is cordoned: empty without a reason; None if it is not cordoned."""
     return {
         node["metadata"]["name"]: (
             (node["metadata"].get("annotations") or {}).get(OUT_OF_SERVICE, "")
@@ -65,7 +65,7 @@ def cordons(nodes: Iterable[Mapping[str, Any]]) -> dict[str, str | None]:
 
 
 def uncordoned(cordoned: Mapping[str, str | None], names: Iterable[str], only: str) -> list[str]:
-    """Returns those of `names` that are cordoned (as of `cordons`) with a reason that the expression `only` matches."""
+    """Returns those of `names` that are cordoned (see `cordons`) with a reason that the expression `only` matches."""
     reasons = {name.lower(): cordoned.get(name.lower()) for name in names}
     return [name for name, reason in reasons.items() if reason is not None and re.match(only, reason)]
 
@@ -73,10 +73,10 @@ def uncordoned(cordoned: Mapping[str, str | None], names: Iterable[str], only: s
 def whose_node(
     name: str, states: Mapping[str, Mapping[str, Any]], cordoned: Mapping[str, str | None], mark: str
 ) -> dict[str, bool]:
-    """Returns where a playbook may put a node back that it takes out of service with reasons that begin with `mark`.
+    """Returns where a playbook that drains nodes with reasons that begin with `mark` may resume a node.
 
-    That is `slurm` and `kubernetes`, where the node is in service, or out of it for a run of the playbook that was cut
-    off; `unfinished`: there was such a run.
+    `slurm` and `kubernetes` are true if the node is in service there, or was drained by an interrupted run of the
+    playbook; `unfinished` is true if there was such a run.
     """
     state, why = states.get(name), cordoned.get(name.lower())
     left = state is not None and "DRAIN" in state["flags"] and state["reason"].startswith(mark)
@@ -91,7 +91,7 @@ def whose_node(
 def lend_problems(
     names: Iterable[str], states: Mapping[str, Mapping[str, Any]], cordoned: Mapping[str, str | None]
 ) -> list[str]:
-    """Returns what keeps nodes out of service besides that they are lent; `states` and `cordoned` as above."""
+    """Returns why nodes are out of service, unless they are lent; `states` and `cordoned` as above."""
     problems = []
     for name in names:
         flags, reason = set(states[name]["flags"]), states[name]["reason"]
@@ -116,7 +116,7 @@ def not_ready(nodes: Iterable[Mapping[str, Any]], names: Iterable[str]) -> list[
 
 
 def not_evicted(results: Iterable[Mapping[str, Any]]) -> str:
-    """Returns why pods stayed, from the results of the module k8s_drain; empty where none did."""
+    """Returns why pods were not evicted, from the results of the module k8s_drain; empty if all were."""
     problems = []
     for result in results:
         late = [text for text in result.get("warnings", []) if text.startswith("timeout reached")]
@@ -126,7 +126,7 @@ def not_evicted(results: Iterable[Mapping[str, Any]]) -> str:
 
 
 def pod_problem(pods: Sequence[Mapping[str, Any]], log: str) -> str:
-    """Returns why the only one of `pods` has not succeeded, with the last line of its log; empty where it has."""
+    """Returns why the only one of `pods` has not succeeded, with the last line of its log; empty if it has."""
     if not pods:
         return "the pod is gone"
     status = pods[0].get("status", {})
@@ -142,15 +142,15 @@ def pod_problem(pods: Sequence[Mapping[str, Any]], log: str) -> str:
 
 
 def release(version: str) -> str:
-    """Returns the release of a version, as 24.11 of 24.11.5-4+deb13u1. Raises AnsibleFilterError."""
+    """Returns the release of a version, such as 24.11 for 24.11.5-4+deb13u1. Raises AnsibleFilterError."""
     found = re.match(r"(?:\d+:)?(\d\d\.\d\d)(?!\d)", version)
     if not found:
-        raise AnsibleFilterError(f"{version!r} is no version of SLURM")
+        raise AnsibleFilterError(f"{version!r} is not a version of SLURM")
     return found[1]
 
 
 def _number(name: str) -> int:
-    """Returns the place of a release among all. Raises AnsibleFilterError."""
+    """Returns a release's number in the sequence of releases. Raises AnsibleFilterError."""
     year, month = (int(part) for part in name.split("."))
     if name in EARLY:
         return EARLY.index(name)
@@ -167,22 +167,22 @@ def _name(number: int) -> str:
 
 
 def _reads(new: int, old: int) -> bool:
-    """Returns whether a release reads what an earlier one has left."""
+    """Returns whether a release can read the state of an earlier one."""
     return new - old <= (WINDOW if new >= _number("24.11") else WINDOW_UNTIL_24_05)
 
 
 def upgrade_problem(before: str, after: str) -> str:
-    """Returns why one version of SLURM cannot become another in one step, and what to do; empty when it can."""
+    """Returns why SLURM cannot be upgraded from one version to another in one step, and the remedy; empty if it can."""
     old, new = _number(release(before)), _number(release(after))
     if new < old:
-        return f"SLURM {before} cannot become {after}: databases and state files of a later release are not read"
+        return f"SLURM {before} cannot be downgraded to {after}: databases and state files are not compatible"
     if _reads(new, old):
         return ""
     reached = [number for number in range(old + 1, new) if _reads(number, old)]
     through = [number for number in reached if _reads(new, number)] or reached[-1:]
     return (
-        f"SLURM {before} cannot become {after} in one step: databases, state files and messages of a release so far "
-        f"back are not read. Upgrade to {' or '.join(_name(number) for number in through)} first (docs/operations.md)"
+        f"SLURM {before} cannot be upgraded to {after} in one step: its databases, state files and messages are too "
+        f"old. Upgrade to {' or '.join(_name(number) for number in through)} first (docs/operations.md)"
     )
 
 
@@ -201,7 +201,7 @@ def upgrade_problems(hosts: Iterable[Mapping[str, Any]]) -> list[str]:
 
     Args:
         hosts: variables of each: `upgrade_version` and `upgrade_to`, versions of SLURM before and after;
-            `upgrade_packages`, names of SLURM's packages; `upgrade_plan`, as of `planned_packages`.
+            `upgrade_packages`, names of SLURM's packages; `upgrade_plan`, as `planned_packages` returns it.
     """
     plans = list(hosts)
     steps = {upgrade_problem(host["upgrade_version"], host["upgrade_to"]) for host in plans} - {""}
@@ -212,7 +212,7 @@ def upgrade_problems(hosts: Iterable[Mapping[str, Any]]) -> list[str]:
     problems = sorted(steps)
     if len(releases) > 1:
         problems.append(
-            f"the hosts would have different releases of SLURM, {', '.join(releases)}: give all the same apt sources"
+            f"the hosts would get different releases of SLURM, {', '.join(releases)}: give all the same apt sources"
         )
     if removed:
         problems.append(f"apt would remove {', '.join(removed)}")

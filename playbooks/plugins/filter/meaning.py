@@ -1,6 +1,6 @@
-"""Ansible filter: what an inventory's values mean together, where each of them alone has the right form.
+"""Ansible filter: checks values of an inventory against each other, once each has the right format.
 
-The rules are in the files beside this one, by subject; each of them is a filter that returns its file's rules.
+The rules are in the files meaning_*.py, by subject; each file is a filter that returns its rules.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ RULES = (
 
 
 class Inventory:
-    """Groups, what their hosts' variables are, and what rules need to look at them.
+    """Groups, their hosts' variables, and helpers for the rules.
 
-    A variable that only facts complete is unknown, which is None.
+    A variable that depends on facts is unknown, which is None.
     """
 
     def __init__(self, values: Mapping[str, Mapping[str, Any]], groups: Mapping[str, Sequence[str]]) -> None:
@@ -45,11 +45,11 @@ class Inventory:
         return next((values[name] for values in self._values.values() if values.get(name) is not None), default)
 
     def address(self, host: str) -> str:
-        """Returns where other hosts reach a host."""
+        """Returns the address at which other hosts reach a host."""
         return str(self.of(host, "ictx_address") or self.of(host, "ansible_host", host))
 
     def hardware(self, host: str) -> dict[str, dict[str, Any]]:
-        """Returns what a compute node is declared to have, by the variable that has it."""
+        """Returns a compute node's declared hardware, by the variable that declares it."""
         by_group, by_measure = self._described
         declared = filter_loader.get("declared_hardware").j2_function
         own = {name: self.of(host, name) for name in ("slurm_gres", "slurm_real_memory_mb")}
@@ -70,18 +70,18 @@ class Inventory:
         return [entry for entry in self.get(name, []) if entry.get("state") != "absent"]
 
     def listed(self, item: Mapping[str, Any]) -> list[str]:
-        """Returns the nodes of a partition, group or switch. Raises ValueError for what is no list of nodes."""
+        """Returns the nodes of a partition, group or switch. Raises ValueError for an invalid list."""
         given, compute = item.get("nodes", "ALL"), self.hosts("slurm_compute")
         parts = [given] if isinstance(given, str) else [str(part) for part in given]
         return [name for part in parts for name in (compute if part.upper() == "ALL" else self.nodes(part))]
 
     @staticmethod
     def nodes(text: str) -> list[str]:
-        """Returns the names in a hostlist. Raises ValueError for one that is none."""
+        """Returns the names in a hostlist. Raises ValueError for an invalid one."""
         return list(filter_loader.get("expand_nodes").j2_function(text))
 
     def strangers(self, where: str, item: str, nodes: Iterable[str]) -> Iterator[Problem]:
-        """Yields a problem for each node of a partition, group or switch that is no compute node."""
+        """Yields a problem for each node of a partition, group or switch that is not a compute node."""
         compute = self.hosts("slurm_compute")
         for node in (node for node in nodes if node not in compute):
             hint = self.close(node, compute)
@@ -89,7 +89,7 @@ class Inventory:
 
     @staticmethod
     def loops(parents: Mapping[str, str]) -> Iterator[str]:
-        """Yields the names that are below themselves."""
+        """Yields the names that are their own ancestors."""
         for name in parents:
             above, seen = parents[name], {name}
             while above in parents and above not in seen:
@@ -100,7 +100,7 @@ class Inventory:
 
     @staticmethod
     def network(text: str) -> ipaddress.IPv4Network | ipaddress.IPv6Network | None:
-        """Returns a network, or an address as one; None for what is neither."""
+        """Returns a network, or an address as a network; None if the text is neither."""
         try:
             return ipaddress.ip_network(text, strict=False)
         except ValueError:
@@ -108,13 +108,13 @@ class Inventory:
 
     @staticmethod
     def close(word: str, known: Sequence[str]) -> str:
-        """Returns a hint at the nearest known word, empty when none is near."""
+        """Returns a hint with the closest known word, or an empty string."""
         near = get_close_matches(word, known, n=1, cutoff=0.6)
         return f"; did you mean {near[0]}?" if near else ""
 
     @staticmethod
     def hint(word: str, known: Sequence[str]) -> str:
-        """Returns a hint at the nearest known word, whatever its capitals; empty when none is near."""
+        """Returns a hint with the closest known word, ignoring case, or an empty string."""
         near = get_close_matches(word.lower(), [name.lower() for name in known], n=1, cutoff=0.7)
         return f"; did you mean {next(name for name in known if name.lower() == near[0])}?" if near else ""
 
@@ -130,9 +130,9 @@ class Inventory:
 
 
 def meaning_problems(values: Mapping[str, Mapping[str, Any]], groups: Mapping[str, Sequence[str]]) -> list[Problem]:
-    """Returns what is wrong with values that have the right form, by hosts' variables and groups.
+    """Returns the problems in values that have the right format, from hosts' variables and groups.
 
-    A rule that meets a value of another form than it expects, which is reported elsewhere, finds nothing.
+    A rule that meets an invalid value, which is reported elsewhere, reports nothing.
     """
     site, found = Inventory(values, groups), []
     for rule in (rule for name in RULES for rule in filter_loader.get(name).j2_function()):
@@ -146,7 +146,7 @@ def meaning_problems(values: Mapping[str, Mapping[str, Any]], groups: Mapping[st
 def declared_by_node(
     values: Mapping[str, Mapping[str, Any]], groups: Mapping[str, Sequence[str]]
 ) -> dict[str, dict[str, dict[str, Any]]]:
-    """Returns what each compute node is declared to have, by variable; nothing where one has another form."""
+    """Returns each compute node's declared hardware by variable; empty if a value is invalid."""
     site = Inventory(values, groups)
     try:
         found = {host: site.hardware(host) for host in site.hosts("slurm_compute")}

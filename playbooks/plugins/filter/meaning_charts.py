@@ -1,4 +1,4 @@
-"""Ansible filter: rules of preflight (meaning.py) about values of charts, by the schema that Helm would apply."""
+"""Ansible filter: rules of preflight (meaning.py) about values of charts, using the schema that Helm applies."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import yaml
 Problem = tuple[str, str, str]
 
 CHARTS = Path(__file__).resolve().parents[3] / "charts"
-LONGEST = 120  # characters of what the schema finds wrong, with the value
+LONGEST = 120  # characters of a schema error, with the value
 
 
 @cache
 def _chart(name: str) -> tuple[Mapping[str, Any], Any]:
-    """Returns a chart's own values, and what validates values by its schema."""
-    # The only rule that needs it; many inventories have no values of charts.
+    """Returns a chart's default values, and the validator of its schema."""
+    # Imported here because many inventories set no values of charts.
     from jsonschema.validators import validator_for
 
     schema = json.loads((CHARTS / name / "values.schema.json").read_text())
@@ -44,14 +44,14 @@ def _texts(site: Any, chart: str, given: Any) -> Iterator[str]:
             known = [*error.schema.get("properties", {})]
             for key in (key for key in error.instance if key not in known):
                 hint = site.close(key, known) or f": {remedy}"
-                yield f"{at}{'.' if at else ''}{key} is no value of charts/{chart}{hint}"
+                yield f"{at}{'.' if at else ''}{key} is not a value of charts/{chart}{hint}"
         else:
             text = error.message if len(error.message) <= LONGEST else f"{error.message[:LONGEST]}…"
-            yield f"{at} is wrong: {text}: {remedy}"
+            yield f"{at} is invalid: {text}: {remedy}"
 
 
 def values(site: Any) -> Iterator[Problem]:
-    """Helm takes the values of every release."""
+    """The values of every release are valid."""
     given = [
         (f"ictx_{name}_values", "", chart, site.get(f"ictx_{name}_values"))
         for name, chart in (("mlflow", "mlflow"), ("serving", "serving"), ("judge", "serving"))

@@ -20,46 +20,47 @@ KEY = re.compile(r"(?:^|.*[\s,\"])((?:ssh|ecdsa|sk-ssh|sk-ecdsa)-[a-z0-9@.-]+)(?
 
 
 def names(site: Any) -> Iterator[Problem]:
-    """Names of hosts are unique, whatever their capitals, and no group has the same one."""
+    """Names of hosts are unique, ignoring case, and differ from groups' names."""
     hosts = site.hosts("all")
     for name, count in Counter(str(host).lower() for host in hosts).items():
         if count > 1:
             first, second = [host for host in hosts if host.lower() == name][:2]
-            text = f"differs from {first} in capitals only, which DNS ignores: rename one"
+            text = f"differs from {first} only in case, which DNS ignores: rename one"
             yield f"host {second}", text, ""
     for host in hosts:
         short = host.partition(".")[0]
         if short != host and short in hosts:
-            text = f"is {short} with its domain, which SLURM and DNS take for the same machine: remove one of them"
+            text = f"is {short} with its domain, which is the same machine for SLURM and DNS: remove one of them"
             yield f"host {host}", text, ""
         if host in site.groups:
-            yield f"host {host}", "has the name of a group, so that Ansible's patterns mean both: rename it", ""
+            yield f"host {host}", "has the same name as a group, so that Ansible's patterns match both: rename it", ""
         if host == "localhost":
-            text = "is left out by the plays: give it the machine's name, with ansible_connection: local"
+            text = "is skipped by the plays: use the machine's name, with ansible_connection: local"
             yield "host localhost", text, ""
         if any(label[:1] in ("-", "") or label[-1:] == "-" for label in host.split(".")):
             yield f"host {host}", "has a part that is empty, or begins or ends with '-': rename it", ""
     local = [host for host in hosts if site.of(host, "ansible_connection") == "local"]
     if len(local) > 1:
-        text = f"{' and '.join(local)} are all this machine (ansible_connection: local): leave one"
+        text = f"{' and '.join(local)} are all this machine (ansible_connection: local): keep one"
         yield "ansible_connection", text, ""
 
 
 def groups(site: Any) -> Iterator[Problem]:
-    """A host has one part in Kubernetes; agents have servers; no group looks like one of ours that is empty."""
+    """A host has one role in Kubernetes; agents have servers; no unused group looks like a misspelt one."""
     servers, agents = site.hosts("k3s_server"), site.hosts("k3s_agent")
     for host in agents:
         if host in servers:
-            yield f"host {host}", "is in k3s_server and in k3s_agent: take it out of one", ""
+            yield f"host {host}", "is in k3s_server and in k3s_agent: remove it from one", ""
     if agents and not servers and "k3s_server" in site.groups:
-        yield "group k3s_agent", f"has {agents[0]}, but k3s_server no host that it could join: add one, or empty it", ""
+        yield "group k3s_agent", f"has {agents[0]}, but k3s_server has no host to join: add one, or empty k3s_agent", ""
     if site.get("kubernetes_distribution") == "debian" and servers and "lab_nodes" not in site.groups:
-        yield "kubernetes_distribution", "debian is for the lab only: take k3s", ""
+        yield "kubernetes_distribution", "debian is for the lab only: use k3s", ""
     ours = [name for name in OURS if name in site.groups]
     for name in site.groups:
         near = get_close_matches(name, ours, n=1, cutoff=0.9)
         if near and name not in ours and site.hosts(name) and not set(site.hosts(name)) <= set(site.hosts(near[0])):
-            yield f"group {name}", f"has no effect, and hosts that {near[0]} has not: is it {near[0]}, misspelt?", ""
+            text = f"has no effect, and its hosts are not in {near[0]}: rename it, if it is a misspelling"
+            yield f"group {name}", text, ""
     if site.get("storage_type") == "nfs" and not site.hosts("storage_server"):
         yield "storage_type", "nfs needs a host in the group storage_server: add one, or set external", ""
     if site.get("storage_type") == "external" and site.hosts("storage_server"):
@@ -68,7 +69,7 @@ def groups(site: Any) -> Iterator[Problem]:
 
 
 def people(site: Any) -> Iterator[Problem]:
-    """Keys are public keys of SSH as a whole, and Ansible's own account stays."""
+    """SSH keys are complete public keys, and Ansible's own account is not removed."""
     for user in site.get("ictx_users", []):
         for number, key in enumerate(user.get("ssh_keys") or [], 1):
             if text := _key_problem(str(key)):
@@ -81,10 +82,10 @@ def people(site: Any) -> Iterator[Problem]:
 
 def _key_problem(key: str) -> str:
     if "PRIVATE KEY" in key:
-        return "is a private key: take the public one, of the file .pub, and replace this one everywhere"
+        return "is a private key: use the public one from the .pub file, and replace the exposed key everywhere"
     found = KEY.fullmatch(key.strip())
     if not found:
-        return "is no public key of SSH: write the line of the file .pub, as ssh-ed25519 AAAA…"
+        return "is not a public SSH key: copy the line of the .pub file, such as ssh-ed25519 AAAA…"
     try:
         data = base64.b64decode(found[2] or "", validate=True)
     except binascii.Error:
@@ -95,7 +96,7 @@ def _key_problem(key: str) -> str:
         parts.append(rest[4 : 4 + size])
         rest = rest[4 + size :]
     whole = not rest and len(parts) > 1 and parts[0].decode(errors="replace") == found[1]
-    return "" if whole else f"is not a whole key ({found[1]}): copy the line of the file .pub again"
+    return "" if whole else f"is an incomplete key ({found[1]}): copy the line of the .pub file again"
 
 
 def rules() -> tuple[Callable[[Any], Iterator[Problem]], ...]:

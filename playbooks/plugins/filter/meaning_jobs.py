@@ -1,4 +1,4 @@
-"""Ansible filter: rules of preflight (meaning.py) about partitions, and the platform's own jobs that go there."""
+"""Ansible filter: rules of preflight (meaning.py) about partitions, and the platform's own jobs in them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PLATFORM = Path(__file__).resolve().parents[3]
 
 
 def minutes(text: str) -> float:
-    """Returns a time limit as SLURM reads it, in minutes: M, M:S, H:M:S, D-H, D-H:M or D-H:M:S."""
+    """Returns a time limit of SLURM in minutes: M, M:S, H:M:S, D-H, D-H:M or D-H:M:S."""
     if text.upper() in ("UNLIMITED", "INFINITE"):
         return float("inf")
     days, dash, rest = text.rpartition("-")
@@ -37,7 +37,7 @@ def partitions(site: Any) -> Iterator[Problem]:
             yield "slurm_partitions", f"{name}: {error}", ""
             continue
         if not found and compute:
-            yield "slurm_partitions", f"{name} has no nodes: list some, or write nodes: ALL", ""
+            yield "slurm_partitions", f"{name} has no nodes: list some, or set nodes: ALL", ""
         yield from site.strangers("slurm_partitions", name, dict.fromkeys(found))
         for node, count in Counter(found).items():
             if count > 1:
@@ -48,11 +48,11 @@ def partitions(site: Any) -> Iterator[Problem]:
                 yield "slurm_partitions", f"{name} allows the QOS {qos}, which is not in slurm_qos{hint}", ""
     defaults = [partition["name"] for partition in given if partition.get("default") in (True, "true", "yes")]
     if len(defaults) > 1:
-        yield "slurm_partitions", f"{' and '.join(defaults)} are both the default: let one be", ""
+        yield "slurm_partitions", f"{' and '.join(defaults)} are both the default: keep one", ""
 
 
 def jobs(site: Any) -> Iterator[Problem]:
-    """The platform's own jobs fit the partitions that they go to."""
+    """The platform's own jobs fit into their partitions."""
     known = {partition["name"]: partition for partition in site.get("slurm_partitions", [])}
     if not known:
         return
@@ -63,7 +63,7 @@ def jobs(site: Any) -> Iterator[Problem]:
     yield from _job(site, "slurm_jobs_", common, known)
     for stage, about in site.get("slurm_jobs_stages", {}).items():
         own = {name: about[name] for name in common if name in about}
-        # What does not train is on one node, as filter/stages.py has it.
+        # Stages without training use one node, as in filter/stages.py.
         single = {} if about.get("kind", stage) in ("pretrain", "extend", "sft", "dpo") else {"nodes": 1}
         if own:
             yield from _job(site, f"slurm_jobs_stages: {stage}: ", common | single | own, known)
@@ -72,7 +72,7 @@ def jobs(site: Any) -> Iterator[Problem]:
 def _job(site: Any, where: str, job: Mapping[str, Any], known: Mapping[str, Any]) -> Iterator[Problem]:
     name = str(job["partition"] or next(iter(known)))
     if name not in known:
-        yield f"{where}partition", f"there is no partition {name} in slurm_partitions, only {site.one_of([*known])}", ""
+        yield f"{where}partition", f"partition {name} is not in slurm_partitions, which has {site.one_of([*known])}", ""
         return
     compute, limit = site.hosts("slurm_compute"), known[name].get("max_time", "UNLIMITED")
     try:
@@ -80,7 +80,7 @@ def _job(site: Any, where: str, job: Mapping[str, Any], known: Mapping[str, Any]
     except ValueError:
         return
     if isinstance(job["time"], str) and isinstance(limit, str) and minutes(job["time"]) > minutes(limit):
-        text = f"{job['time']} is more than the partition {name} allows ({limit}): jobs would never start"
+        text = f"{job['time']} exceeds the limit of the partition {name} ({limit}): jobs would never start"
         yield f"{where}time", text, ""
     grace = int(job["grace_seconds"] or 0)
     if isinstance(job["time"], str) and grace >= minutes(job["time"]) * 60:
@@ -103,7 +103,7 @@ def _job(site: Any, where: str, job: Mapping[str, Any], known: Mapping[str, Any]
 
 
 def _cpus(site: Any, host: str) -> int:
-    """Returns how many CPUs a node is declared to have; 0 where nothing declares it."""
+    """Returns a node's declared number of CPUs; 0 if it is not declared."""
     for layer in site.hardware(host).values():
         if "cpus" in layer:
             return int(layer["cpus"])
@@ -113,7 +113,7 @@ def _cpus(site: Any, host: str) -> int:
 
 
 def files(site: Any) -> Iterator[Problem]:
-    """Configurations that jobs begin with are those of the image."""
+    """Configurations of jobs exist in the image."""
     if any(site.of(host, "slurm_jobs_image_dir") for host in site.hosts("all")):
         return
     root = PLATFORM / "workload/configs"
@@ -124,7 +124,7 @@ def files(site: Any) -> Iterator[Problem]:
     for where, name in (wanted | stages).items():
         if name and root.is_dir() and not (root / name).is_file():
             there = sorted(str(file.relative_to(root)) for file in root.glob("*/*.yaml"))
-            text = f"{name} is not in workload/configs, which images are made of{site.hint(name, there)}"
+            text = f"{name} is not in workload/configs, which images contain{site.hint(name, there)}"
             yield where, text, ""
 
 

@@ -27,20 +27,20 @@ OWN_JOBS = ("node", "mysqld", "dcgm", "blackbox", "prometheus", "alertmanager", 
 
 
 def monitoring(site: Any) -> Iterator[Problem]:
-    """Targets can be found, alerts are sent, and files of the control host are there."""
+    """Targets are valid, alerts can be sent, and files of the control host exist."""
     interval = str(site.get("prometheus_interval") or "15s")
     seconds = sum(
         int(n) * {"ms": 0.001, "s": 1, "m": 60, "h": 3600}.get(u, 86400)
         for n, u in re.findall(r"(\d+)(ms|[a-z])", interval)
     )
     if not 10 <= seconds <= 120:
-        text = f"{interval} must be from 10s (a scrape's timeout) to 2m (alerts look at 5 minutes)"
+        text = f"{interval} must be from 10s (the scrape timeout) to 2m (alerts evaluate 5 minutes)"
         yield "prometheus_interval", text, ""
     where = "prometheus_extra_scrapes"
     for scrape in site.get(where) or []:
         module = scrape.get("module")
         if module and module not in MODULES:
-            yield where, f"{scrape['name']}: there is no module {module}, only {', '.join(MODULES)}", ""
+            yield where, f"{scrape['name']}: module {module} does not exist; known modules: {', '.join(MODULES)}", ""
         for target in scrape["targets"]:
             at = str(target.get("address") or "")
             if not at:
@@ -58,10 +58,10 @@ def monitoring(site: Any) -> Iterator[Problem]:
             yield "prometheus_remote_write", f"{write['url']} needs both user and password_file, or neither", ""
     labels = site.get("alertmanager_group_by") or []
     if "..." in labels and len(labels) > 1:
-        yield "alertmanager_group_by", "... is all labels, beside which there is no other: remove the others", ""
+        yield "alertmanager_group_by", "... stands for all labels: remove the others", ""
     for label, count in Counter(site.get("alertmanager_group_by") or []).items():
         if count > 1:
-            yield "alertmanager_group_by", f"has {label} {count} times: leave it once", ""
+            yield "alertmanager_group_by", f"has {label} {count} times: keep it once", ""
     smtp = site.get("alertmanager_smtp") or {}
     for key in ("smarthost", "from"):
         if smtp and not smtp.get(key):
@@ -71,7 +71,7 @@ def monitoring(site: Any) -> Iterator[Problem]:
     receivers = site.get("alertmanager_receivers") or []
     rest = [receiver["name"] for receiver in receivers if "matchers" not in receiver and receiver["name"] != "watchdog"]
     if len(rest) > 1:
-        text = f"{' and '.join(rest[1:])} would get nothing: of those without matchers {rest[0]} gets all; add matchers"
+        text = f"{' and '.join(rest[1:])} get no alerts: {rest[0]}, the first without matchers, gets all; add matchers"
         yield "alertmanager_receivers", text, ""
     files = [("prometheus_rules_files", str(file)) for file in site.get("prometheus_rules_files") or []]
     files += [("alertmanager_smtp", smtp["password_file"])] if smtp.get("password_file") else []
@@ -80,7 +80,7 @@ def monitoring(site: Any) -> Iterator[Problem]:
     files += [("alertmanager_receivers", one["slack_url_file"]) for one in receivers if one.get("slack_url_file")]
     for where, file in files:
         if not Path(file).is_file():
-            yield where, f"{file} is not on the control host: put it there", ""
+            yield where, f"{file} is not on the control host: copy it there", ""
 
 
 def _native(job: Mapping[str, Any]) -> Iterator[Problem]:
@@ -90,11 +90,11 @@ def _native(job: Mapping[str, Any]) -> Iterator[Problem]:
             yield where, f"{name}: Prometheus has no {key}; did you mean {near[0]}?", ""
     for key in ("scrape_interval", "scrape_timeout"):
         if key in job and not DURATION.fullmatch(str(job[key])):
-            yield where, f"{name}: {key} is {job[key]}, must have a unit, as 30s", ""
+            yield where, f"{name}: {key} is {job[key]}, must have a unit, such as 30s", ""
     for static in job.get("static_configs") or []:
         targets = static.get("targets")
         if not isinstance(targets, Sequence) or isinstance(targets, str):
-            yield where, f"{name}: targets must be a list, as ['192.0.2.1:9100']", ""
+            yield where, f"{name}: targets must be a list, such as ['192.0.2.1:9100']", ""
             continue
         for target in map(str, targets):
             if "/" in target and not job.get("relabel_configs"):
@@ -102,31 +102,31 @@ def _native(job: Mapping[str, Any]) -> Iterator[Problem]:
 
 
 def scrapes(site: Any) -> Iterator[Problem]:
-    """Jobs of Prometheus have names of their own, and find targets."""
+    """Jobs of Prometheus have unique names and targets."""
     native = [{"job_name": "", **job} for job in site.get("prometheus_extra_scrape_configs", [])]
     if not all(job["job_name"] for job in native):
         yield "prometheus_extra_scrape_configs", "each item needs a job_name", ""
     names = [*OWN_JOBS, *(scrape["name"] for scrape in site.get("prometheus_extra_scrapes", []))]
     for name, count in Counter([*names, *(job["job_name"] for job in native)]).items():
         if name and count > 1:
-            text = f"{count} jobs have the name {name}" + (", which is one of ours" if name in OWN_JOBS else "")
+            text = f"{count} jobs have the name {name}" + (", one of the platform's" if name in OWN_JOBS else "")
             where = "_scrape_configs" if name in (job["job_name"] for job in native) else "_scrapes"
-            yield f"prometheus_extra{where}", f"{text}: give each another", ""
+            yield f"prometheus_extra{where}", f"{text}: rename one", ""
     for job in native:
         if not any(key == "static_configs" or key.endswith("_sd_configs") for key in job):
-            text = f"{job['job_name']} finds no targets: add static_configs, or one of the *_sd_configs"
+            text = f"{job['job_name']} has no targets: add static_configs, or one of the *_sd_configs"
             yield "prometheus_extra_scrape_configs", text, ""
 
 
 def receivers(site: Any) -> Iterator[Problem]:
-    """Alerts reach somebody."""
+    """Alerts have valid receivers."""
     given = site.get("alertmanager_receivers") or []
     if given and site.groups.get("alertmanager") == []:
         text = "have no effect: the group alertmanager is empty: add a host, or remove them"
         yield "alertmanager_receivers", text, ""
     for name, count in Counter(str(receiver["name"]) for receiver in given).items():
         if count > 1 or name == "nobody":
-            text = f"{count} items have the name {name}" if count > 1 else "the name nobody is taken"
+            text = f"{count} items have the name {name}" if count > 1 else "the name nobody is reserved"
             yield "alertmanager_receivers", text, ""
     for receiver in given:
         name, kinds = receiver["name"], [
@@ -138,7 +138,7 @@ def receivers(site: Any) -> Iterator[Problem]:
             yield "alertmanager_receivers", f"{name} has slack_url_file, and needs slack_channel", ""
         if not str(site.get("prometheus_runbook_url", "")).startswith(("https://", "http://")):
             text = (
-                "must be an address where receivers of alerts can open docs/runbooks, as https://git.example.org/docs"
+                "must be a URL where receivers of alerts can open docs/runbooks, such as https://git.example.org/docs"
             )
             yield "prometheus_runbook_url", text, ""
         if receiver.get("email_to") and not site.get("alertmanager_smtp"):
@@ -146,7 +146,7 @@ def receivers(site: Any) -> Iterator[Problem]:
 
 
 def grafana(site: Any) -> Iterator[Problem]:
-    """Grafana has all of what its source and database need."""
+    """Grafana has all settings that its source and database need."""
     database, source = site.get("grafana_database") or {}, site.get("grafana_source")
     lacking = [key for key in ("host", "name", "user", "password_file") if not database.get(key)]
     if database.get("type") == "postgres" and lacking:

@@ -10,26 +10,26 @@ from typing import Any
 
 Problem = tuple[str, str, str]
 
-# Of packages whose version a variable of their role has.
+# Packages whose version is set by a variable of their role.
 PINNED = {"grafana": "grafana_version", "nvidia-": "nvidia_driver_version"}
 
 
 def pins(site: Any) -> Iterator[Problem]:
-    """A package has one pin, and none beside a variable of its own."""
+    """A package has one pin, and none if its role has a variable for the version."""
     for host in site.hosts("all"):
         given = [name for pin in site.of(host, "common_apt_pins") or [] for name in pin["packages"]]
         for name, count in Counter(given).items():
             if count > 1:
-                yield "common_apt_pins", f"{name} has {count} pins, of which apt takes the first: leave one", host
+                yield "common_apt_pins", f"{name} has {count} pins, of which apt uses the first: keep one", host
             if own := next((variable for start, variable in PINNED.items() if name.startswith(start)), ""):
-                yield "common_apt_pins", f"{name} has a variable of its own: {own}", host
+                yield "common_apt_pins", f"{name} is pinned by {own}: set that instead", host
 
 
 def versions(site: Any) -> Iterator[Problem]:
-    """A pinned driver is of the configured branch, and a release of Prometheus is known by its checksum."""
+    """A pinned driver is of the configured branch, and Prometheus' release has a checksum."""
     branch, version = (str(site.get(f"nvidia_driver_{part}") or "") for part in ("branch", "version"))
     if branch and version and version.split(".")[0] != branch:
-        yield "nvidia_driver_version", f"{version} is not of nvidia_driver_branch {branch}", ""
+        yield "nvidia_driver_version", f"{version} does not belong to nvidia_driver_branch {branch}", ""
     release, known = str(site.get("prometheus_version") or ""), site.get("prometheus_checksums") or {}
     if site.get("prometheus_source") == "upstream" and release and release not in known:
         text = f"{release} is not one of prometheus_checksums ({', '.join(known)}): add the SHA-256 of its archive"
@@ -37,7 +37,7 @@ def versions(site: Any) -> Iterator[Problem]:
 
 
 def sources(site: Any) -> Iterator[Problem]:
-    """Pins are of packages, and a version of NVIDIA's is not asked of the distribution."""
+    """Pins have packages, and versions of NVIDIA's driver need NVIDIA's repository."""
     if site.get("nvidia_driver_source") == "distribution" and site.get("nvidia_driver_version"):
         version = site.get("nvidia_driver_version")
         text = f"{version} needs nvidia_driver_source: nvidia; pin a package of the distribution in common_apt_pins"
@@ -52,7 +52,7 @@ def _minor(version: str) -> tuple[int, ...]:
 
 
 def kubernetes(site: Any) -> Iterator[Problem]:
-    """The release is one of the lock, and its networks are networks, the same on all servers."""
+    """The release has checksums, and networks are valid and the same on all servers."""
     servers, nodes = site.hosts("k3s_server"), [*site.hosts("k3s_server"), *site.hosts("k3s_agent")]
     for host in nodes:
         version, known = str(site.of(host, "k3s_version") or ""), site.of(host, "k3s_checksums") or {}
@@ -64,7 +64,7 @@ def kubernetes(site: Any) -> Iterator[Problem]:
     for host in site.hosts("k3s_agent") if servers else ():
         version = str(site.of(host, "k3s_version") or "")
         if _minor(version) > _minor(first) > ():
-            text = f"{version} is newer than that of the servers ({first}), which Kubernetes does not support"
+            text = f"{version} is newer than the servers' ({first}), which Kubernetes does not support"
             yield "k3s_version", f"{text}: upgrade servers before agents", host
     for host in servers:
         config = site.of(host, "k3s_config") or {}
@@ -73,7 +73,7 @@ def kubernetes(site: Any) -> Iterator[Problem]:
             found = [site.network(text.strip()) for text in str(config.get(key, default)).split(",")]
             ranges[key] = [network for network in found if network]
             if None in found or any(network.prefixlen == network.max_prefixlen for network in ranges[key]):
-                yield f"k3s_config.{key}", f"{config[key]} is no network: write it as {default}", host
+                yield f"k3s_config.{key}", f"{config[key]} is not a network: write it like {default}", host
             first = (site.of(servers[0], "k3s_config") or {}).get(key, default)
             if config.get(key, default) != first:
                 text = f"{config.get(key, default)}, but {servers[0]} has {first}: set it for all servers"
@@ -81,7 +81,7 @@ def kubernetes(site: Any) -> Iterator[Problem]:
         for text in str(config.get("cluster-dns") or "").split(","):
             at = site.network(text.strip()) if text else None
             nets = ranges["service-cidr"]
-            # Nodes of IPv6 have other networks unless set.
+            # IPv6 nodes have other default networks.
             set_here = "service-cidr" in config or ":" not in text
             inside = at and any(at.version == net.version and at.subnet_of(net) for net in nets)
             if text and set_here and not inside:

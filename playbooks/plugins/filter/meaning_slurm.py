@@ -21,7 +21,7 @@ OWNED = {
     "clustername": "ictx_cluster_name",
     "statesavelocation": "slurm_state_dir",
 }
-# What the platform is built on.
+# Settings that the platform depends on.
 FIXED = {
     "accountingstoragetype": "accounting_storage/slurmdbd",
     "authtype": "auth/munge",
@@ -29,7 +29,7 @@ FIXED = {
     "slurmdport": "6818",
     "slurmuser": "slurm",
 }
-# Variables that slurm.conf has, which controllers and login nodes each write.
+# Variables in slurm.conf, which every controller and login node renders.
 WRITTEN = (
     "account",
     "config",
@@ -58,24 +58,24 @@ WRITTEN = (
 
 
 def settings(site: Any) -> Iterator[Problem]:
-    """Keys of slurm.conf that other variables have stay with those, and what the platform is built on stays."""
+    """slurm_config does not set keys that other variables set, or that the platform depends on."""
     for key, value in site.get("slurm_config", {}).items():
         right = FIXED.get(key.lower())
         if right and str(value).lower() != right:
-            yield "slurm_config", f"{key} is {value}, but the platform is built on {right}: remove it", ""
+            yield "slurm_config", f"{key} is {value}, but the platform requires {right}: remove it", ""
         if key.lower() in OWNED:
-            yield "slurm_config", f"{key} has a place of its own: {OWNED[key.lower()]}", ""
+            yield "slurm_config", f"{key} must be set by {OWNED[key.lower()]}", ""
 
 
 def controllers(site: Any) -> Iterator[Problem]:
-    """Controllers share their state; what tracks processes fits what is built on it."""
+    """Controllers share their state, and process tracking supports the features in use."""
     hosts, shared = site.hosts("slurm_controller"), site.get("ictx_shared_dir")
     state = site.get("slurm_state_dir", "/var/lib/slurm/slurmctld")
     if len(hosts) > 1 and shared and not f"{state}/".startswith(f"{str(shared).rstrip('/')}/"):
         yield (
             "slurm_state_dir",
-            f"{state} is not shared, but there are {len(hosts)} controllers: put it below {shared}, or the backup "
-            "starts without the jobs",
+            f"{state} is not shared, but there are {len(hosts)} controllers: move it below {shared}, or the backup "
+            "starts without jobs",
             "",
         )
     for host in site.hosts("slurm_compute"):
@@ -84,7 +84,7 @@ def controllers(site: Any) -> Iterator[Problem]:
                 yield name, "needs cgroups: set slurm_process_tracking: cgroup", host
     count = len(site.hosts("k3s_server"))
     if count and count % 2 == 0 and site.get("kubernetes_distribution", "auto") in ("auto", "k3s"):
-        text = f"has {count} hosts: etcd survives the loss of fewer than half, so take {count - 1} or {count + 1}"
+        text = f"has {count} hosts: etcd tolerates the loss of fewer than half, so use {count - 1} or {count + 1}"
         yield "group k3s_server", text, ""
 
 
@@ -95,20 +95,20 @@ def _keys() -> Mapping[str, list[str]]:
 
 
 def keys(site: Any) -> Iterator[Problem]:
-    """Keys of SLURM's files are spelt as there, and stand once."""
+    """Keys of SLURM's files exist, and are set once."""
     for where, known in _keys().items():
         given = list(site.get(where) or {})
         for key in given:
             near = get_close_matches(key.lower(), [name.lower() for name in known], n=1, cutoff=0.85)
             if near and near[0] != key.lower():
-                yield where, f"{key} is no key of SLURM{site.hint(key, known)}", ""
+                yield where, f"{key} is not a key of SLURM{site.hint(key, known)}", ""
         for key, count in Counter(map(str.lower, given)).items():
             if count > 1:
-                yield where, f"{count} keys are {key}, whatever their capitals, which SLURM ignores: leave one", ""
+                yield where, f"{count} keys are {key}, and SLURM ignores case: keep one", ""
 
 
 def same(site: Any) -> Iterator[Problem]:
-    """What all files of SLURM must have in common is the same on all of its hosts."""
+    """Values that all of SLURM's configuration files must share are the same on all of its hosts."""
     writers = dict.fromkeys([*site.hosts("slurm_controller"), *site.hosts("slurm_login")])
     everywhere = dict.fromkeys(site.hosts("slurm"))
     for name in (*WRITTEN, "process_tracking"):

@@ -14,7 +14,7 @@ NAMED = "minutely|hourly|daily|weekly|monthly|quarterly|semiannually|yearly|annu
 DAY = "(mon(day)?|tue(sday)?|wed(nesday)?|thu(rsday)?|fri(day)?|sat(urday)?|sun(day)?)"
 NUMBER = r"(\*|\d+)((,|\.\.)\d+)*(/\d+)?"
 HOUR, MINUTE = (rf"(\*|{one}((,|\.\.){one})*)(/\d+)?" for one in (r"([01]?\d|2[0-3])", r"[0-5]?\d"))
-# Parts of a time of systemd's calendar, in their order; each may be left out.
+# Parts of a systemd calendar expression, in order; each is optional.
 CALENDAR = (
     rf"{DAY}((,|\.\.|-){DAY})*",
     rf"({NUMBER}-)?{NUMBER}[-~]{NUMBER}",
@@ -25,7 +25,7 @@ CRON = ((0, 59), (0, 23), (1, 31), (1, 12), (0, 7))
 
 
 def storage(site: Any) -> Iterator[Problem]:
-    """Compute and login nodes may mount the export, to write; its folders are those that the platform uses."""
+    """Compute and login nodes may mount the export read-write; it has the folders that the platform uses."""
     clients = site.get("storage_nfs_clients") or []
     networks = [site.network(str(client)) for client in clients]
     if site.hosts("storage_server") and site.get("storage_type") == "nfs" and clients and all(networks):
@@ -33,41 +33,41 @@ def storage(site: Any) -> Iterator[Problem]:
             at = site.network(site.address(host))
             alike: list[Any] = [net for net in networks if net and at and net.version == at.version]
             if at and alike and not any(at.subnet_of(net) for net in alike):
-                text = f"has no network of {host} ({site.address(host)}), which could not mount the export: add it"
+                text = f"lacks the network of {host} ({site.address(host)}), which could not mount the export: add it"
                 yield "storage_nfs_clients", text, ""
                 break
     for option in {"ro", "suid", "dev"} & {str(option) for option in site.get("storage_nfs_options") or []}:
         right = {"ro": "rw", "suid": "nosuid (the role's)", "dev": "nodev (the role's)"}[option]
-        yield "storage_nfs_options", f"{option} contradicts {right}: take it out", ""
+        yield "storage_nfs_options", f"{option} contradicts {right}: remove it", ""
     given = site.get("storage_folders")
     there = [str(folder["path"]).rstrip("/") for folder in given or []]
     if given is not None and (lacking := [name for name in FOLDERS if name not in there]):
-        yield "storage_folders", f"lacks {', '.join(lacking)}, which the platform uses: add the role's own to yours", ""
+        yield "storage_folders", f"lacks {', '.join(lacking)}, which the platform uses: add the role's defaults", ""
     for folder in site.get("storage_user_folders") or []:
         if given is not None and str(folder["path"]).rstrip("/") not in there:
             yield "storage_user_folders", f"{folder['path']} is not one of storage_folders: add it there", ""
 
 
 def backups(site: Any) -> Iterator[Problem]:
-    """Backups are made at a time that there is, of folders with names, and some are kept."""
+    """Backups have a valid schedule, named folders, and a retention."""
     keep = site.get("backup_keep")
     for name in keep or {}:
         if name not in KEPT:
-            yield "backup_keep", f"has {name}, which restic does not know: take {', '.join(KEPT)}", ""
+            yield "backup_keep", f"has the unknown key {name}: use {', '.join(KEPT)}", ""
     if keep is not None and not any(int(number) for number in keep.values()):
-        yield "backup_keep", "keeps nothing: keep some, as {daily: 7}", ""
+        yield "backup_keep", "keeps nothing: set it, such as {daily: 7}", ""
     for name, path in (site.get("backup_extra_paths") or {}).items():
         if not re.fullmatch("[a-z0-9][a-z0-9-]*", name):
-            yield "backup_extra_paths", f"{name} must be a name of small letters, digits or '-'", ""
+            yield "backup_extra_paths", f"{name} must be a name of lowercase letters, digits or '-'", ""
         if not re.fullmatch("/[^/].*", str(path)):
             yield "backup_extra_paths", f"{name}: {path} must be an absolute path", ""
     when = str(site.get("backup_on_calendar") or "")
     if when and not _is_calendar(when):
-        text = f"{when} is no time of systemd's calendar: write it as daily, '*-*-* 02:30:00' or 'Sat 22:30'"
+        text = f"{when} is not a systemd calendar expression: write it like daily, '*-*-* 02:30:00' or 'Sat 22:30'"
         yield "backup_on_calendar", text, ""
     schedule = str(site.get("k3s_etcd_snapshot_schedule") or "")
     if schedule and not schedule.startswith("@") and not _is_cron(schedule):
-        yield "k3s_etcd_snapshot_schedule", f"{schedule} is no time of cron: write it as '0 */12 * * *'", ""
+        yield "k3s_etcd_snapshot_schedule", f"{schedule} is not a cron schedule: write it like '0 */12 * * *'", ""
 
 
 def _is_calendar(text: str) -> bool:

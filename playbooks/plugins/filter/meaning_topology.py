@@ -9,7 +9,7 @@ Problem = tuple[str, str, str]
 
 
 def topology(site: Any) -> Iterator[Problem]:
-    """Each node is at one switch (or in one block), and switches above others exist and come after them."""
+    """Each node is at one switch (or in one block), and switches are listed after those below them."""
     compute, seen = site.hosts("slurm_compute"), {}
     given = site.get("slurm_topology", [])
     names: list[str] = []
@@ -17,18 +17,18 @@ def topology(site: Any) -> Iterator[Problem]:
     for item in given:
         name, below = item["name"], item.get("switches", [])
         if bool(item.get("nodes")) == bool(below):
-            yield "slurm_topology", f"{name} needs nodes or switches, and not both", ""
+            yield "slurm_topology", f"{name} needs either nodes or switches", ""
         if below and site.get("slurm_topology_type") == "block":
-            yield "slurm_topology", f"{name} has switches, which slurm_topology_type: block has not", ""
+            yield "slurm_topology", f"{name} has switches, which slurm_topology_type: block does not support", ""
         for switch in below:
             if switch in parents:
                 text = (
-                    f"{switch} is below {parents[switch]} and below {name}: a tree has one way up, take it out of one"
+                    f"{switch} is below {parents[switch]} and below {name}: a tree has one parent, remove it from one"
                 )
                 yield "slurm_topology", text, ""
             parents.setdefault(switch, name)
             if switch not in names:
-                yield "slurm_topology", f"{name} is above {switch}, which is not listed before it", ""
+                yield "slurm_topology", f"{name} is above {switch}, which must be listed before it", ""
         names.append(name)
         try:
             listed = site.listed(item) if item.get("nodes") else []
@@ -38,13 +38,13 @@ def topology(site: Any) -> Iterator[Problem]:
         yield from site.strangers("slurm_topology", name, listed)
         for node in listed:
             if node in compute and node in seen:
-                yield "slurm_topology", f"{node} is at {seen[node]} and at {name}: take it out of one", ""
+                yield "slurm_topology", f"{node} is at {seen[node]} and at {name}: remove it from one", ""
             seen[node] = name
     for name in site.loops(parents):
-        yield "slurm_topology", f"{name} is below itself: take it out of switches of {parents[name]}", ""
+        yield "slurm_topology", f"{name} is below itself: remove it from switches of {parents[name]}", ""
     left = [node for node in compute if node not in seen]
     if given and left:
-        text = f"{site.one_of(left)} is at no switch: no job would have it together with another node"
+        text = f"{site.one_of(left)} is at no switch: jobs could not use it with another node; add it to one"
         yield "slurm_topology", text, ""
 
 

@@ -1,4 +1,4 @@
-"""Ansible filters: targets from hosts, passwords as Prometheus' web ports want them."""
+"""Ansible filters: scrape targets of hosts, and password hashes for Prometheus' web configuration."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import yaml
 from ansible.errors import AnsibleFilterError
 from ansible.plugins.loader import filter_loader
 
-# Which variable has the address and port that a service listens on, by its usual port.
+# The variable with a service's listen address and port, by its default port.
 LISTEN = {
     9090: "prometheus_listen",
     9093: "alertmanager_listen",
@@ -26,12 +26,12 @@ def web_password(password: str, salt: str) -> str:
     """Returns the bcrypt hash of a password, the same each time for the same salt (21 letters or digits)."""
     if len(salt) != 21 or not salt.isascii() or not salt.isalnum():
         raise AnsibleFilterError("web_password: the salt must be 21 letters or digits")
-    # The 22nd character of a salt carries two bits only; `.` leaves them 0.
+    # Only two bits of a salt's 22nd character count; `.` sets them to 0.
     return bcrypt.hashpw(password.encode(), f"$2b$10${salt}.".encode()).decode()
 
 
 def web_users(passwords: Mapping[str, str], salt: str, host: str) -> dict[str, str]:
-    """Returns the hash of each user's password, with a salt that only this host and user have."""
+    """Returns the hash of each user's password, with a salt that is unique to host and user."""
     return {
         user: web_password(password, hashlib.sha256(f"{salt}/{host}/{user}".encode()).hexdigest()[:21])
         for user, password in passwords.items()
@@ -41,7 +41,7 @@ def web_users(passwords: Mapping[str, str], salt: str, host: str) -> dict[str, s
 def scrape_targets(hosts: Iterable[str], hostvars: Mapping[str, Any], port: int, cluster: str) -> list[dict[str, Any]]:
     """Returns the targets of a service on some hosts, each labelled with its host's name in the inventory.
 
-    `port` is the service's usual one; where the inventory has another for a host (LISTEN), it is that.
+    `port` is the service's default; a host's setting in the inventory (LISTEN) overrides it.
     """
     address_of, in_url = (filter_loader.get(name).j2_function for name in ("host_address", "in_url"))
 
@@ -58,10 +58,10 @@ def scrape_targets(hosts: Iterable[str], hostvars: Mapping[str, Any], port: int,
 
 
 def hosts_with_gpus(hosts: Iterable[str], hostvars: Mapping[str, Any], targets: str) -> list[str]:
-    """Returns the hosts whose GPUs are to be scraped.
+    """Returns the hosts whose GPUs are scraped.
 
-    A host that this run has not looked at (it does not answer, or --limit leaves it out) stays as it is in the file of
-    targets that is there.
+    A host that this run did not inspect (unreachable, or excluded by --limit) stays as it is in the existing file of
+    targets.
     """
     before = {entry["labels"]["node"] for entry in yaml.safe_load(targets) or []}
     return [host for host in hosts if hostvars[host].get("dcgm_exporter_present", host in before)]

@@ -1,4 +1,4 @@
-"""Ansible filters: what compute nodes are, for SLURM: from the inventory, else as slurmd reports it."""
+"""Ansible filters: hardware of compute nodes for slurm.conf: from the inventory, otherwise as slurmd reports it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TOPOLOGY = {
     "threads_per_core": "ThreadsPerCore",
     "cpus": "CPUs",
 }
-# Equal machines report memories that differ by some MB; each would be a kind of its own.
+# Equal machines report slightly different memory sizes; without rounding, each would be a kind of its own.
 MEASURED_STEP_MB = 1024
 STEPS_FROM_MB = 65536
 BRANDS = {"nvidia", "tesla", "geforce", "quadro"}
@@ -31,10 +31,10 @@ def _filter(name: str) -> Callable[..., Any]:
 
 
 def reported_hardware(report: str) -> Hardware:
-    """Returns the hardware in what `slurmd -C` prints, or in a line NodeName= of slurm.conf; empty when there is none.
+    """Returns the hardware in what `slurmd -C` prints, or in a line NodeName= of slurm.conf; empty if there is none.
 
-    Only numbers are taken over. SLURM refuses a topology that does not make up the number of CPUs, as that of
-    processors with cores of two kinds: such a node has its CPUs alone.
+    Only numbers are used. SLURM rejects a topology whose product is not the number of CPUs, as on processors with two
+    kinds of cores: for such a node, only the CPUs are returned.
     """
     numbers = {key: int(value) for key, value in re.findall(r"(?<!\S)(\w+)=(\d{1,12})(?!\S)", report)}
     sockets = numbers.get("SocketsPerBoard", numbers.get("Sockets", 0)) * max(numbers.get("Boards", 1), 1)
@@ -49,7 +49,7 @@ def reported_hardware(report: str) -> Hardware:
 
 
 def over(lower: Hardware, upper: Hardware) -> Hardware:
-    """Returns one description of a node above another; a topology is taken as a whole."""
+    """Returns a node's description with the values of another on top; a topology is replaced as a whole."""
     dropped = TOPOLOGY.keys() if TOPOLOGY.keys() & upper.keys() else ()
     return {key: value for key, value in lower.items() if key not in dropped} | upper
 
@@ -64,7 +64,7 @@ def by_node(entries: Iterable[Mapping[str, Any]]) -> dict[str, Hardware]:
 
 
 def declared_hardware(own: Mapping[str, Any], group: Hardware, measured: Hardware) -> dict[str, Hardware]:
-    """Returns what a node is declared to have, by the variable that has it; what one above has counts alone.
+    """Returns a node's declared hardware by variable, without keys that another variable overrides.
 
     Args:
         own: the node's variables.
@@ -87,9 +87,9 @@ def declared_hardware(own: Mapping[str, Any], group: Hardware, measured: Hardwar
 
 
 def hardware_problems(declared: Mapping[str, Any], report: str) -> list[tuple[str, Any, Any]]:
-    """Returns the keys of which a node is declared to have more than it reports, each with both values.
+    """Returns the keys of which more is declared than the node reports, each with both values.
 
-    Fewer are allowed, as are sockets and cores that come to the same number of cores: SLURM counts them alike.
+    Fewer are allowed, as are other sockets with the same total of cores: SLURM treats them alike.
 
     Args:
         declared: its hardware in the inventory.
@@ -117,7 +117,7 @@ def _listed_hardware(report: str) -> Hardware:
     found = {key: re.search(rf"^{re.escape(name)}: +(\d+)$", report, re.MULTILINE) for key, name in names.items()}
     memory = re.search(r"^MemTotal: +(\d+) kB$", report, re.MULTILINE)
     numbers = {key: int(match[1]) for key, match in found.items() if match}
-    # Processors with clusters of cores, and some virtual machines, have no sockets there.
+    # lscpu shows no sockets on processors with core clusters and on some virtual machines.
     if len(numbers) < len(names):
         cpus = re.search(r"^CPU\(s\): +(\d+)$", report, re.MULTILINE)
         numbers = {"cpus": int(cpus[1])} if cpus else {}
@@ -126,7 +126,7 @@ def _listed_hardware(report: str) -> Hardware:
 
 def _gres_problems(resources: Iterable[Mapping[str, Any]], report: str) -> list[tuple[str, Any, Any]]:
     missing = set(re.findall(r"^missing (\S+)$", report, re.MULTILINE))
-    # A driver makes the devices of GPUs, and may be yet to come.
+    # The GPU's device files are created by the driver, which may not be installed yet.
     undriven = int((re.findall(r"^gpus (\d+)$", report, re.MULTILINE) or [0])[0])
     found = []
     for gres in resources:
@@ -144,7 +144,7 @@ def _listed(nodes: str | Sequence[str]) -> list[str]:
 
 
 def _in_force(conf: str) -> dict[str, Hardware]:
-    """Returns the nodes of a slurm.conf; what jobs may use of their memory has been reckoned there."""
+    """Returns the nodes of a slurm.conf; their memory is without what is reserved for the system."""
     found: dict[str, Hardware] = {}
     for line in re.findall(r"^NodeName=.*$", conf, re.MULTILINE):
         own = reported_hardware(line)
@@ -155,7 +155,7 @@ def _in_force(conf: str) -> dict[str, Hardware]:
 
 
 def defined_nodes(conf: str) -> dict[str, list[str]]:
-    """Returns what a slurm.conf has of each node, however its lines are grouped."""
+    """Returns each node's values in a slurm.conf, independent of how its lines group them."""
     found: dict[str, list[str]] = {}
     for line in re.findall(r"^NodeName=.*$", conf, re.MULTILINE):
         words = dict(word.split("=", 1) for word in line.split())
@@ -167,7 +167,7 @@ def defined_nodes(conf: str) -> dict[str, list[str]]:
 
 
 def _memory(hardware: Hardware, reserved_mb: int) -> int:
-    """Returns the memory of jobs; a node with less than twice the reserve keeps none."""
+    """Returns the memory for jobs; nothing is reserved on a node with less than twice the reserve."""
     if "memory_mb" not in hardware:
         return int(hardware["jobs_memory_mb"])
     memory = int(hardware["memory_mb"])
@@ -182,16 +182,16 @@ def compute_nodes(
     conf: str,
     reserved_mb: int,
 ) -> dict[str, list[Any]]:
-    """Returns the kinds of nodes, and the names of those about which nothing is known.
+    """Returns the kinds of nodes, and the names of nodes whose hardware is unknown.
 
-    A node's group stands above its `slurm_gres`, above what was measured, above what it reports now, above what it was.
+    Precedence: the node's group, its `slurm_gres`, measured values, what it reports now, the slurm.conf in force.
 
     Args:
         names: compute nodes by inventory name.
         hostvars: variables of all hosts; `_slurm_reported` is a registered `slurmd -C`.
         groups: slurm_node_groups.
         measured: slurm_measured_nodes.
-        conf: the slurm.conf in force: a node that does not answer and is not declared stays as it is there.
+        conf: the slurm.conf in force: an unreachable node that is not declared keeps its values there.
         reserved_mb: memory kept for the system on a node without slurm_reserved_memory_mb, in MB.
 
     Returns:
@@ -237,7 +237,7 @@ def compute_nodes(
 
 
 def partition_nodes(nodes: str | Sequence[str], unknown: Sequence[str]) -> str:
-    """Returns a partition's nodes as a hostlist, without those that slurm.conf cannot have yet."""
+    """Returns a partition's nodes as a hostlist, without those whose hardware is unknown."""
     parts = [nodes] if isinstance(nodes, str) else [str(node) for node in nodes]
     if not unknown or any(part.upper() == "ALL" for part in parts):
         return ",".join(parts)
@@ -246,7 +246,7 @@ def partition_nodes(nodes: str | Sequence[str], unknown: Sequence[str]) -> str:
 
 
 def gpu_resources(report: str) -> list[dict[str, Any]]:
-    """Returns the GPUs as slurm_gres has them, of `nvidia-smi --query-gpu=index,name --format=csv,noheader`."""
+    """Returns the GPUs in the form of slurm_gres, from `nvidia-smi --query-gpu=index,name --format=csv,noheader`."""
     kinds: dict[str, list[str]] = defaultdict(list)
     for index, name in re.findall(r"^(\d+), *(.+?)\s*$", report, re.MULTILINE):
         kinds[_gpu_type(name)].append(f"/dev/nvidia{index}")
@@ -257,7 +257,7 @@ def gpu_resources(report: str) -> list[dict[str, Any]]:
 
 
 def _gpu_type(name: str) -> str:
-    """Returns the short name of a model: a100 of NVIDIA A100-SXM4-80GB, rtx4090 of NVIDIA GeForce RTX 4090."""
+    """Returns a model's short name: a100 for NVIDIA A100-SXM4-80GB, rtx4090 for NVIDIA GeForce RTX 4090."""
     words = [word for word in re.findall(r"[a-z0-9]+", name.lower()) if word not in BRANDS]
     first = next((number for number, word in enumerate(words) if re.search(r"\d", word)), len(words))
     return "".join(words[: first + 1]) or "gpu"
@@ -269,13 +269,13 @@ def measured_nodes(
     hostvars: Mapping[str, Any],
     answered: Iterable[str],
 ) -> str:
-    """Returns slurm_measured_nodes as YAML: nodes that answered as they are, others as they were before.
+    """Returns slurm_measured_nodes as YAML: new values of nodes that responded, previous values of the others.
 
     Args:
-        before: slurm_measured_nodes of the file that is there.
-        names: compute nodes of the inventory; others are dropped.
+        before: slurm_measured_nodes of the existing file.
+        names: compute nodes of the inventory; other nodes are removed.
         hostvars: variables of all hosts, with the registered `_measure_slurmd` and `_measure_gpus`.
-        answered: nodes that did.
+        answered: nodes that responded.
     """
     found = by_node(before)
     for name in answered:
@@ -296,10 +296,10 @@ def measured_nodes(
 
 
 class _Indented(yaml.SafeDumper):
-    """Indents lists, as this repository's files have them."""
+    """Indents lists like this repository's files."""
 
     def increase_indent(self, flow: bool = False, indentless: bool = False) -> None:
-        """Never without an indent."""
+        """Indents every list."""
         super().increase_indent(flow, False)
 
 

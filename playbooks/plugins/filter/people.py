@@ -1,4 +1,4 @@
-"""Ansible filters: who uses the cluster, and who does no longer (`state: absent` in ictx_users)."""
+"""Ansible filters: present and absent users of the cluster (`state` in ictx_users)."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ User = Mapping[str, Any]
 
 
 def present_users(users: Iterable[User]) -> list[User]:
-    """Returns those who use the cluster."""
+    """Returns the users with an account."""
     return [user for user in users if user.get("state", "present") == "present"]
 
 
 def absent_users(users: Iterable[User]) -> list[User]:
-    """Returns those whose accounts are removed."""
+    """Returns the users whose accounts are removed."""
     return [user for user in users if user.get("state", "present") == "absent"]
 
 
 def users_to_change(users: Iterable[User], accounts: str, group: str) -> list[User]:
-    """Returns the users whose accounts are not as they should be.
+    """Returns the users whose accounts need a change.
 
     Args:
-        users: name and uid of each, and maybe their state.
+        users: name, uid and optional state of each.
         accounts: lines of the passwd database and of the group database (getent), and homes that exist; a line "--"
             before the second and the third.
         group: group that each present user is a member of, beside one of the user's own name and number.
@@ -48,12 +48,12 @@ def users_to_change(users: Iterable[User], accounts: str, group: str) -> list[Us
 
 
 def folders_to_change(users: Iterable[str], folders: Iterable[User], root: str, found: Iterable[User]) -> list[User]:
-    """Returns path, owner, group and mode of the users' folders that are missing or not as they should be.
+    """Returns path, owner, group and mode of the users' folders that are missing or need a change.
 
     Args:
         users: names of users.
-        folders: path below the root, mode, and maybe the group, of what each user has a folder in.
-        root: where the shared directory is.
+        folders: path below the root, mode, and optional group, of the folders that contain one folder per user.
+        root: path of the shared directory.
         found: files that the module `find` returned.
     """
     there = {file["path"]: (file["pw_name"], file["gr_name"], int(file["mode"], 8)) for file in found}

@@ -1,4 +1,4 @@
-"""Ansible filters: the environment by which programs go out through a proxy, and what they reach without it."""
+"""Ansible filters: environment variables for the proxy, and the hosts that are reached without it."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Any
 
 from ansible.plugins.loader import filter_loader
 
-# Of every host, and of the services in Kubernetes.
+# Loopback addresses, and the domains of Kubernetes.
 ALWAYS_DIRECT = ("localhost", "127.0.0.1", "::1", ".svc", ".cluster.local")
-# The defaults of K3s, and of the role kube_lab.
+# Defaults of K3s and of the role kube_lab.
 NETWORKS = {"cluster-cidr": "10.42.0.0/16", "service-cidr": "10.43.0.0/16"}
 LAB_NETWORKS = {"kube_lab_pod_network": "10.244.0.0/24", "kube_lab_service_network": "10.96.0.0/24"}
 
@@ -20,13 +20,13 @@ def proxy_environment(
     hostvars: Mapping[str, Any],
     without: Iterable[str] = (),
 ) -> dict[str, str]:
-    """Returns the variables, in small letters and in capitals as programs differ; none without a proxy.
+    """Returns the variables, in lower and in upper case, since programs differ; none without a proxy.
 
     Args:
         proxy: ictx_proxy.
         groups: hosts by group; each is reached without the proxy, by its name and its address.
         hostvars: variables of all hosts.
-        without: hosts to leave out: a list for each of a thousand nodes would have all of them.
+        without: hosts to leave out, which keeps the list short on clusters with a thousand nodes.
     """
     found = {f"{scheme}_proxy": str(proxy[scheme]) for scheme in ("http", "https") if proxy.get(scheme)}
     if not found:
@@ -51,7 +51,7 @@ def _internal(groups: Mapping[str, Sequence[str]], hostvars: Mapping[str, Any], 
 
 
 def direct_hosts(environment: Mapping[str, str]) -> list[str]:
-    """Returns the hosts of no_proxy as apt knows them: names and IPv4 addresses, no domains and networks."""
+    """Returns the entries of no_proxy that apt supports: names and IPv4 addresses, no domains or networks."""
     listed = environment.get("no_proxy", "").split(",")
     return [entry for entry in listed if entry and not set(entry) & set(":/*") and not entry.startswith(".")]
 

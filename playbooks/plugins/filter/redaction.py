@@ -1,4 +1,4 @@
-"""Ansible filters: text without secrets, by their values and by their forms."""
+"""Ansible filters: redact secrets in text, by their values and by patterns."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-# Each pattern begins with a fixed text or where a word begins, and repeats without a bound only what cannot fail later:
-# its time grows with the text's length, whatever the text is.
+# Each pattern starts with a fixed text or at the start of a word, and has unbounded repetition only where nothing can
+# fail afterwards, so that matching takes linear time for any text.
 
-# A name that has one of these in it is one of a secret.
+# A name that contains one of these is the name of a secret.
 NAME = r"""(?:(?<!/etc/)pass(?:word|wd|phrase|code)?(?!e[ds])|_pwd|secret|credential|cookie|authorization|webhook
   |(?:api|access|private|secret|client|encryption|signing)[-_ ]?key|(?<![A-Za-z])_?auth(?![A-Za-z])
-  # Numbers of tokens are no secrets, nor are tokenizers.
+  # Numbers of tokens are not secrets, nor are tokenizers.
   |token(?!iz|s?["']?\s{0,3}[=:]\s{0,3}[\d.]{1,12}(?![\w.-])))"""
-# What may stand between the name and its value: the rest of the name, quotes, a sign.
+# Between the name and its value: the rest of the name, quotes, a separator.
 REST = r"""[\w.-]{0,40}(?:\\?["'])?(?:\])?"""
-# A word of a shell, quotes and all; a quoted text of JSON, YAML or Python, also one in another's quotes.
+# A shell word with its quotes; a quoted string of JSON, YAML or Python, also nested in other quotes.
 WORD = r"""(?:\\?"(?:\\[^"\n]|[^"\\\n])*(?:\\?")?|'[^'\n]*'?|\\.|[^\s"'\\])+"""
 LINE = r"""(?:\\?"(?:\\[^"\n]|[^"\\\n])*(?:\\?")?|'[^'\n]*'?|[^\n"'][^\n]*)"""
 BLOCK = r"[|>][-+0-9]{0,2}[ \t]*(?:\n(?:/[^\s:]{1,200}:)?[ \t]+[^\n]*)+"
@@ -54,7 +54,7 @@ FORMS: list[tuple[re.Pattern[str], str]] = [
         (r"\b(Bearer|Basic|Negotiate|Digest)([ ]{1,3})[A-Za-z0-9+/=._~:-]{4,}", 0, r"\1\2[redacted]"),
         (r"\b(bearer[ ]{1,3})[A-Za-z0-9+/=._~:-]{16,}", re.IGNORECASE, r"\1[redacted]"),
         (r"([?&](?:sig|signature|key|code|x-amz-\w{1,20})=)[^&\s\"'<>]+", re.IGNORECASE, r"\1[redacted]"),
-        # The value is on lines of its own, in a tag, after a sign with blanks, after a sign, or the next word.
+        # The value is on separate lines, in a tag, after a separator with blanks, after a separator, or the next word.
         (rf"({NAME}{REST}\s{{0,3}}:[ \t]{{0,3}}){BLOCK}", re.IGNORECASE, r"\1[redacted]"),
         (rf"({NAME}{REST}>)[^<\n]+", re.IGNORECASE, r"\1[redacted]"),
         (
@@ -80,11 +80,11 @@ FORMS: list[tuple[re.Pattern[str], str]] = [
         (rf"(sshpass[ ]{{1,3}}-p[ ]{{1,3}}){WORD}", 0, r"\1[redacted]"),
     ]
 ]
-SHORTEST = 8  # characters of a value that is looked for
+SHORTEST = 8  # characters; shorter values are not searched for
 
 
 def secret_value(path: str) -> str:
-    """Returns the secret that a file holds; of one that is no text, its base64."""
+    """Returns the secret in a file; base64 if it is not text."""
     content = Path(path).read_bytes()
     try:
         return content.decode().split(" salt=")[0].strip()
@@ -93,7 +93,7 @@ def secret_value(path: str) -> str:
 
 
 def written(value: str) -> Iterator[str]:
-    """Yields the ways in which a secret is written: as it is, line by line, in a URL, in JSON, in base64."""
+    """Yields the encodings of a secret: plain, by line, URL, JSON, base64."""
     for text in {value, *value.splitlines()}:
         text = text.strip()
         if len(text) >= SHORTEST:
@@ -108,18 +108,18 @@ def written(value: str) -> Iterator[str]:
 
 
 def without_forms(text: str) -> str:
-    """Returns the text without what has the form of a secret."""
+    """Returns the text without anything that matches a pattern of secrets."""
     for pattern, replacement in FORMS:
         text = pattern.sub(replacement, text)
     return text
 
 
 def redacted(text: str, secrets: Mapping[str, str]) -> str:
-    """Returns the text without the secrets (name → value), and without whatever has the form of one."""
+    """Returns the text without the secrets (name → value), and without anything that matches a pattern."""
     values = {form: name for name, value in secrets.items() for form in written(value)}
     for form in sorted(values, key=len, reverse=True):
         text = text.replace(form, f"[{values[form]}]")
-    # What is taken out may bring two parts of a form together.
+    # A removed value may join two parts of a pattern.
     for _ in range(5):
         before, text = text, without_forms(text)
         if text == before:

@@ -1,4 +1,4 @@
-"""Ansible filters: who uses a registry that somebody else runs, and whether it lets them in."""
+"""Ansible filters: users of an external registry, and whether it accepts them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def registry_users(variables: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Returns who pulls from it and, where it is another, who pushes: user, password_file and ca_file."""
+    """Returns the user that pulls and, if different, the one that pushes: user, password_file and ca_file."""
     access = variables.get("ictx_registry_external")
     if access is None or "ictx_registry" not in variables:
         return []
@@ -18,19 +18,19 @@ def registry_users(variables: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def registry_problems(answers: Iterable[Mapping[str, Any]], variables: Mapping[str, Any]) -> list[str]:
-    """Returns a line for each user that the registry does not let in, of the registered answers to /v2/."""
+    """Returns a line for each user that the registry rejects, from the registered responses of /v2/."""
     registry = variables.get("ictx_registry", "")
     found = []
     for answer in answers:
         status, user = answer.get("status", -1), (answer.get("item") or {}).get("user")
-        who = f"the user {user}" if user else "who has no user"
+        who = f"the user {user}" if user else "anonymous access"
         if status == 401 and "bearer" in str(answer.get("www_authenticate", "")).lower():
-            text = "wants tokens (Bearer), and must take passwords as they are (Basic)"
+            text = "requires tokens (Bearer): use a registry with HTTP basic authentication"
         elif status in (401, 403):
-            text = f"refuses {who} ({status}): correct ictx_registry_external"
+            text = f"rejects {who} ({status}): correct ictx_registry_external"
         elif status != 200:
             reason = str(answer.get("msg", "")).removeprefix(f"Status code was {status} and not [200]: ")
-            text = f"does not answer as a registry does ({reason}): correct it, or ca_file of ictx_registry_external"
+            text = f"does not respond like a registry ({reason}): correct it, or ca_file of ictx_registry_external"
         else:
             continue
         found.append(f"ictx_registry: https://{registry}/v2/ {text}")

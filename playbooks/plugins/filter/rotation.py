@@ -1,4 +1,4 @@
-"""Ansible filters: what a run of playbooks/rotate-secrets.yml does, from the secrets on the control host."""
+"""Ansible filters: plan a run of playbooks/rotate-secrets.yml from the secrets on the control host."""
 
 from __future__ import annotations
 
@@ -14,58 +14,58 @@ NOTHING = "nothing.yml"
 
 
 def names(chosen: object) -> list[str]:
-    """Returns the names in a list, or in text where commas or spaces divide them."""
+    """Returns the names in a list, or in text with commas or spaces as separators."""
     words = chosen if isinstance(chosen, Sequence) and not isinstance(chosen, str) else [chosen or ""]
     return list(dict.fromkeys(name for word in words for name in re.split(r"[,\s]+", str(word)) if name))
 
 
 def files(secret: Mapping[str, Any], found: Mapping[str, float]) -> list[str]:
-    """Returns the files of a secret, without those that a rotation keeps beside them."""
+    """Returns the files of a secret, without the .next and .previous files of a rotation."""
     return sorted(
         file for file in found if re.fullmatch(secret["files"], file) and not file.endswith((".next", ".previous"))
     )
 
 
 def described(name: str, secret: Mapping[str, Any], found: Mapping[str, float], now: float) -> str:
-    """Returns the line of the list: a secret, its age, what is under way, and what a rotation costs."""
+    """Returns a line of the list: a secret, its age, a rotation in progress, and the cost of a rotation."""
     present = files(secret, found)
     if not present:
         return f"{name}: not generated yet"
     oldest = min(found[file] for file in present)
     words = [f"{name}: {max(0, int(now - oldest)) // 86400} days old"]
     if any(f"{file}.next" in found for file in present):
-        words.append(f"a rotation was cut off before it changed anything, -e rotate={name} completes it")
+        words.append(f"a rotation was interrupted before it changed anything: complete it with -e rotate={name}")
     elif any(secret.get("kept", f"{file}.previous") in found for file in present):
         verb = "finish" if secret.get("overlap") else "rotate"
-        words.append(f"a rotation is under way, -e {verb}={name} completes it")
+        words.append(f"a rotation is in progress: complete it with -e {verb}={name}")
     return "; ".join([*words, secret["cost"]])
 
 
 def rotation(
     secrets: Mapping[str, Mapping[str, Any]], found: Mapping[str, float], rotate: object, finish: object, now: float
 ) -> dict[str, Any]:
-    """Returns what a run does.
+    """Returns the plan of a run.
 
     Args:
         secrets: the catalogue, by name: `files` (pattern of file names), `cost`, and where they apply `length`,
-            `overlap` (the previous secret is accepted until `finish` names it), `kept` (the file that it is in, if not
-            NAME.previous), `issued` (it is not a text that is generated here).
-        found: the files of the folder of secrets, with their times of change.
+            `overlap` (the previous secret is accepted until `finish` names it), `kept` (the file with it, if not
+            NAME.previous), `issued` (it is not generated here).
+        found: the files in the folder of secrets, with their modification times.
         rotate: names of secrets to rotate, or `all`.
-        finish: names of secrets whose previous one is dropped.
-        now: the time.
+        finish: names of secrets whose previous value is deleted.
+        now: the current time.
 
     Returns:
-        `problems`; `report`, a line for each secret; `secrets` that take part; `generate`, files that get a new secret
-        beside them; `overlapping`, those that are left to finish; `drop`, the previous secrets to remove: `first`, or
-        `last` when the new one works.
+        `problems`; `report`, a line for each secret; `secrets`, those chosen; `generate`, files that get a new secret
+        beside them; `overlapping`, those to finish later; `drop`, the previous secrets to delete: `first`, or
+        `last`, once the new one works.
     """
     wanted, finished = names(rotate), names(finish)
     if "all" in wanted:
         wanted = [name for name in secrets if files(secrets[name], found) and name not in finished]
     overlapping = [name for name in secrets if secrets[name].get("overlap")]
     problems = [
-        f"{name} is no secret of the platform: rotate takes all, or some of {', '.join(secrets)}"
+        f"{name} is not a secret of the platform: set rotate to all, or some of {', '.join(secrets)}"
         for name in wanted
         if name not in secrets
     ]
@@ -75,7 +75,7 @@ def rotation(
         if name in secrets and not files(secrets[name], found)
     ]
     problems += [
-        f"{name} has no overlap to finish: finish takes some of {', '.join(overlapping)}"
+        f"{name} has no overlap to finish: set finish to some of {', '.join(overlapping)}"
         for name in finished
         if name not in overlapping
     ]
@@ -87,7 +87,7 @@ def rotation(
         "report": [described(name, secret, found, now) for name, secret in secrets.items()],
         "secrets": chosen,
         "finished": [name for name in chosen if name in finished],
-        # A secret with a previous one was changed by a run that did not end: it is used as it is.
+        # A secret with a .previous file was changed by an interrupted run: it is not generated again.
         "generate": [
             {"file": file, "length": secrets[name].get("length", 32)}
             for name in chosen
@@ -114,9 +114,9 @@ def rotation(
 
 
 def rotated_playbook(playbook: str, rotate: object, finish: object) -> str:
-    """Returns the playbook's file if a chosen secret is used there, else that of a playbook that does nothing.
+    """Returns the playbook's file if a chosen secret is used there, otherwise that of a playbook that does nothing.
 
-    Ansible reads it before the first play: a condition on the import would cost a process for each task and host.
+    Ansible evaluates it before the first play: a condition on the import would be evaluated for each task and host.
     """
     secrets = yaml.safe_load(CATALOGUE.read_text())["rotation_secrets"]
     chosen = names(rotate) + names(finish)

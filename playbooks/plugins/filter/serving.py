@@ -1,4 +1,4 @@
-"""Ansible filters: releases of charts/serving behind one address (`ictx_serving_releases`), checked and as values."""
+"""Ansible filters: validate releases of charts/serving (`ictx_serving_releases`) and build their values."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ MAIN, ALIAS = "ictx", "champion"
 # Service `NAME-serving` has at most 52 characters, and the first one of a Service is a letter.
 NAME = re.compile("[a-z]([a-z0-9-]{0,42}[a-z0-9])?")
 DIGEST = re.compile("sha256:[0-9a-f]{64}")
-# The chart as helm lists it: the role helm_release packs it with a hash of its content in the version, others do not.
+# The chart's name in `helm list`: the role helm_release adds a hash of the content to the version.
 PACKED = re.compile(r"serving-[^+]+\+[0-9a-f]{12}")
 TAKEN = {"ictx": "the served model", "ictx-judge": "the judge", "ictx-mlflow": "MLflow"}
-# Values of the main release that a canary does not begin with: they would claim names and addresses a second time.
+# Values of the main release that a canary does not inherit: names and addresses would conflict.
 OF_THE_ADDRESS = ("canary", "fullnameOverride", "httpRoute", "ingress", "nameOverride", "router", "service", "tls")
 ROUTER = {
     "podSelector": {
         "matchLabels": {"app.kubernetes.io/component": "router", "app.kubernetes.io/instance": MAIN},
     }
 }
-"""Who sends requests to further releases, as a NetworkPolicy peer."""
+"""The NetworkPolicy peer that sends requests to further releases."""
 
 
 def _service(name: str) -> str:
-    """Returns the name of a release's Service, as the chart makes it."""
+    """Returns the name of a release's Service in the chart."""
     return name if "serving" in name else f"{name}-serving"
 
 
@@ -38,11 +38,11 @@ def _served(model: Values) -> str:
 
 
 def present_releases(releases: Iterable[Values], main: Values) -> list[dict[str, Any]]:
-    """Returns the releases that are to be there, complete.
+    """Returns the releases that are present, complete.
 
     Args:
         releases: `ictx_serving_releases`.
-        main: `ictx_serving_values`. One with a weight is a canary: it begins with these, and has their served name.
+        main: `ictx_serving_values`. One with a weight is a canary: it inherits these and their served name.
     """
     found = []
     for release in releases:
@@ -62,12 +62,12 @@ def present_releases(releases: Iterable[Values], main: Values) -> list[dict[str,
 
 
 def absent_releases(releases: Iterable[Values]) -> list[dict[str, Any]]:
-    """Returns the releases that are to be removed, each with its Service."""
+    """Returns the releases to remove, each with its Service."""
     return [{**each, "service": _service(each["name"])} for each in releases if each.get("state") == "absent"]
 
 
 def undeclared_releases(installed: Iterable[Values], releases: Iterable[Values]) -> list[str]:
-    """Returns the names of releases that serving.yml installed, and that the inventory does not name any more.
+    """Returns the names of releases that serving.yml installed and that are no longer in the inventory.
 
     Args:
         installed: what `helm list --output json` prints.
@@ -78,13 +78,13 @@ def undeclared_releases(installed: Iterable[Values], releases: Iterable[Values])
 
 
 def released_versions(releases: Iterable[Values], answers: Iterable[Values]) -> list[dict[str, Any]]:
-    """Returns the releases whose version the registry has (`answers`: one for each release), with it as `found`."""
+    """Returns the releases whose version is in the registry, with it as `found` (`answers`: one for each release)."""
     versions = [(answer.get("json") or {}).get("model_version") for answer in answers]
     return [{**release, "found": found} for release, found in zip(releases, versions, strict=True) if found is not None]
 
 
 def release_values(release: Values, shared: Values, main: Values) -> dict[str, Any]:
-    """Returns a release's values: what all releases share, then its own; the router of the address is let in."""
+    """Returns a release's values: shared ones, then its own, and access for the router of the address."""
     secret = {"existingSecret": f"{release['service']}-tls", "enabled": (main.get("tls") or {}).get("enabled", True)}
     values = merge_hash(dict(shared), {"service": {"type": "ClusterIP"}, "tls": secret})
     values = merge_hash(values, dict(release["values"]))
@@ -98,7 +98,7 @@ def release_values(release: Values, shared: Values, main: Values) -> dict[str, A
 
 
 def address_values(releases: Iterable[Values], main: Values) -> dict[str, Any]:
-    """Returns the values by which the main release passes requests on; none where it is alone."""
+    """Returns the main release's values for routing requests to the others; none if there are no others."""
     values: dict[str, Any] = {}
     others = [{"service": release["service"]} for release in releases if release.get("weight") is None]
     if others:
@@ -110,7 +110,7 @@ def address_values(releases: Iterable[Values], main: Values) -> dict[str, Any]:
 
 
 def release_problems(releases: Iterable[Values], main: Values) -> list[str]:
-    """Returns what is wrong with releases whose parts have the right form, and what to do."""
+    """Returns the problems in releases whose values have the right format, with remedies."""
     present = [release for release in releases if release.get("state", "present") == "present"]
     found = [f"{release['name']}: {text}" for release in releases for text in _name_problems(release["name"])]
     found += [f"{release['name']}: {text}" for release in present for text in _problems(release, main)]
@@ -118,7 +118,7 @@ def release_problems(releases: Iterable[Values], main: Values) -> list[str]:
     found += [f"{count} items have the Service {name}: rename one" for name, count in services.items() if count > 1]
     canaries = [release["name"] for release in present if release.get("weight") is not None]
     if len(canaries) > 1:
-        found.append(f"{' and '.join(canaries)} have a weight: requests are divided between {MAIN} and one canary")
+        found.append(f"{' and '.join(canaries)} have a weight: requests are split between {MAIN} and one canary only")
     if canaries and (main.get("canary") or {}).get("service"):
         found.append(f"{canaries[0]} has a weight, and ictx_serving_values has canary.service: remove one of them")
     if len(canaries) < len(present) and str((main.get("router") or {}).get("enabled", "auto")).lower() == "false":
@@ -128,7 +128,7 @@ def release_problems(releases: Iterable[Values], main: Values) -> list[str]:
         name = _served(release["values"]["model"])
         same = next((other for other, served in models.items() if served == name), "")
         if release.get("weight") is None and same:
-            found.append(f"{release['name']}: serves {name}, as {same} does: set values.model.servedName")
+            found.append(f"{release['name']}: serves {name}, like {same}: set values.model.servedName")
         elif release.get("weight") is None:
             models[release["name"]] = name
         elif name != models[MAIN]:
@@ -138,10 +138,10 @@ def release_problems(releases: Iterable[Values], main: Values) -> list[str]:
 
 def _name_problems(name: str) -> Iterator[str]:
     if not NAME.fullmatch(name):
-        yield "its name must be 1 to 44 small letters, digits or '-', the first a letter, the last no sign"
+        yield "its name must be 1 to 44 lowercase letters, digits or '-', starting with a letter, not ending with '-'"
     for taken, what in TAKEN.items():
         if _service(name) == _service(taken) or name == taken:
-            yield f"is the name of {what}: take another"
+            yield f"is the name of {what}: choose another"
 
 
 def _problems(release: Values, main: Values) -> Iterator[str]:
@@ -151,7 +151,7 @@ def _problems(release: Values, main: Values) -> Iterator[str]:
     for key in {"name", "alias", "version"} & (release.get("values") or {}).get("model", {}).keys():
         yield f"values.model.{key}: set {'model' if key == 'name' else key} of the release instead"
     for key in {"fullnameOverride", "nameOverride"} & (release.get("values") or {}).keys():
-        yield f"values.{key}: the address finds the release by its name: remove it"
+        yield f"values.{key}: the main release finds this one by its name: remove it"
     if weight is None:
         if not release.get("model"):
             yield "needs model, or a weight if it is a canary of the served model"

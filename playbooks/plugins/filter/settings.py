@@ -1,4 +1,4 @@
-"""Ansible filter: lines KEY=VALUE with a site's own values over ours."""
+"""Ansible filter: lines KEY=VALUE with a site's overrides."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ def _written(value: Any) -> str:
 
 
 def merge_settings(text: str, own: Mapping[str, Any]) -> str:
-    """Returns the lines with other values for some keys, which count without their case; null leaves a key out.
+    """Returns the lines with some values replaced; keys ignore case, and null removes a key.
 
-    A list is joined by commas, and what has no line yet gets one at the end.
+    A list is joined with commas, and a new key is appended.
     """
     left = {key.lower(): (key, value) for key, value in own.items()}
     lines = []

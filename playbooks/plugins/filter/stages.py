@@ -1,4 +1,4 @@
-"""Ansible filters: the stages of a model's making (`slurm_jobs_stages`), checked, completed and in order."""
+"""Ansible filters: validate, complete and sort the stages of the pipeline (`slurm_jobs_stages`)."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ OPTIONS: dict[str, Any] = {
     "settings": {"type": "list", "elements": "str"},
     "time": {"type": "str"},
 }
-"""Of a stage, as an argument spec."""
+"""Options of a stage, as an argument spec."""
 LEAST = {"cpus_per_node": 1, "gpus_per_node": 0, "nodes": 1}
 NAME = re.compile("[a-z][a-z0-9-]{0,30}")
-"""A stage's name is that of its job and of its script."""
+"""Names of stages, which are also the names of jobs and scripts."""
 
 
 def stage_problems(stages: Any) -> list[str]:
-    """Returns what is wrong with `slurm_jobs_stages`, in words; its formats are checked elsewhere.
+    """Returns the problems in `slurm_jobs_stages`; formats are validated elsewhere.
 
-    `pretrain` is always there: what begins from nothing. Every other stage comes `after` another one.
+    `pretrain` always exists: it starts from scratch. Every other stage comes `after` another one.
     """
     if not isinstance(stages, Mapping):
         return ["must be a dictionary: {STAGE: {config: …, after: …}}"]
@@ -43,16 +43,16 @@ def stage_problems(stages: Any) -> list[str]:
 
 def _problems(name: str, about: Any, stages: Mapping[str, Any]) -> Iterator[str]:
     if not NAME.fullmatch(name):
-        yield "its name must be 1 to 31 small letters, digits or '-', the first a letter"
+        yield "its name must be 1 to 31 lowercase letters, digits or '-', starting with a letter"
     if not isinstance(about, Mapping):
         yield "must be a dictionary: {config: …, after: …}"
         return
     kind = about.get("kind", name)
     if kind not in KINDS:
-        yield f"unknown stage: name it {', '.join(KINDS)}, or add its kind, one of these"
+        yield f"unknown stage: rename it {', '.join(KINDS)}, or set its kind to one of these"
     yield from ArgumentSpecValidator(OPTIONS).validate(dict(about)).error_messages
     for option, about_option in OPTIONS.items():
-        # YAML takes 1:30:00 for the number 5400.
+        # YAML parses 1:30:00 as the number 5400.
         if about_option["type"] == "str" and not isinstance(about.get(option, ""), str):
             yield f"{option} is {about[option]}: must be text: put it in quotes"
     for option, least in LEAST.items():
@@ -60,18 +60,18 @@ def _problems(name: str, about: Any, stages: Mapping[str, Any]) -> Iterator[str]
             yield f"{option} is {about[option]}: expected {least} or more"
     if kind == "pretrain":
         if "after" in about:
-            yield f"after is {about['after']}: pretraining begins from nothing"
+            yield f"after is {about['after']}: pretraining starts from scratch, remove it"
         return
     if not about.get("config") and kind != "promote":
-        yield "config is missing: a file below the image's configs"
+        yield "config is missing: set it to a file below the image's configs"
     if "after" not in about:
-        yield "after is missing: the stage whose model it takes"
+        yield "after is missing: set it to the stage whose model is the input"
     elif about["after"] not in {"pretrain", *stages}:
         yield f"after is {about['after']}: no such stage"
 
 
 def _circles(stages: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
-    """Yields one stage of each circle with the way around."""
+    """Yields one stage of each cycle with its path."""
     seen: set[str] = set()
     for name in stages:
         path = [name]
@@ -83,9 +83,9 @@ def _circles(stages: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
 
 
 def ordered_stages(stages: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Returns every stage with all its options, each after the one that it comes after.
+    """Returns every stage with all its options, sorted by dependency.
 
-    What does not train is one task on one node unless the stage sets otherwise.
+    A stage without training is one task on one node unless it sets otherwise.
     """
     if found := stage_problems(stages):
         raise AnsibleFilterError(f"slurm_jobs_stages: {'; '.join(found)}")

@@ -1,4 +1,4 @@
-"""Ansible filters: how services of ours are shut in, in one place, and which units do not run as they should."""
+"""Ansible filters: sandbox settings of the platform's services, and units that are not running or enabled."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from ansible.errors import AnsibleFilterError
 
-# What a service that reads files and answers on the network needs, and nothing else: see systemd.exec(5).
+# Minimal rights of a service that reads files and listens on the network: see systemd.exec(5).
 SANDBOX: dict[str, str] = {
     "CapabilityBoundingSet": "",
     "LockPersonality": "true",
@@ -37,10 +37,10 @@ SANDBOX: dict[str, str] = {
 
 
 def sandbox(differences: Mapping[str, Any]) -> str:
-    """Returns the lines of a unit's section [Service] that shut the service in.
+    """Returns the sandbox lines of a unit's section [Service].
 
     Args:
-        differences: directives with a value of their own; null leaves out one of SANDBOX.
+        differences: directives with other values than in SANDBOX; null removes one.
     """
     directives = {**SANDBOX, **differences}
     for name, value in directives.items():
@@ -50,10 +50,10 @@ def sandbox(differences: Mapping[str, Any]) -> str:
 
 
 def unready(units: Sequence[str], shown: str) -> list[str]:
-    """Returns those of the units that do not run or that a boot would not start.
+    """Returns the units that are not running or not enabled.
 
     Args:
-        shown: what `systemctl show --property=Id,ActiveState,UnitFileState UNITS` prints, a block a unit.
+        shown: output of `systemctl show --property=Id,ActiveState,UnitFileState UNITS`, one block per unit.
     """
     blocks = [dict(line.split("=", 1) for line in block.splitlines() if "=" in line) for block in shown.split("\n\n")]
     if len(blocks) != len(units):

@@ -1,4 +1,4 @@
-"""Ansible filters: a site's own settings of systemd units."""
+"""Ansible filters: a site's settings of systemd units."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from typing import Any
 
-# What a drop-in may have, by the unit's kind. [Install] counts when a unit is enabled only.
+# Sections that a drop-in may have, by type of unit. Not [Install]: it only has an effect when a unit is enabled.
 SECTIONS = {
     "service": ("Unit", "Service"),
     "socket": ("Unit", "Socket"),
@@ -16,12 +16,12 @@ SECTIONS = {
 
 
 def whole_name(unit: str) -> str:
-    """Returns a unit's name with its kind, which is a service where none is given."""
+    """Returns a unit's name with its type, which defaults to service."""
     return unit if unit.rpartition(".")[2] in SECTIONS else f"{unit}.service"
 
 
 def dropin_problems(dropins: Mapping[str, Any], units: Mapping[str, Any]) -> Iterator[str]:
-    """Yields what is wrong with ictx_unit_dropins; whether systemd knows a directive, a host finds out.
+    """Yields the problems in ictx_unit_dropins; directives are validated by systemd on the host.
 
     Args:
         dropins: sections by unit.
@@ -30,13 +30,13 @@ def dropin_problems(dropins: Mapping[str, Any], units: Mapping[str, Any]) -> Ite
     for unit, sections in dropins.items():
         name = whole_name(unit)
         if name not in units:
-            # Without what all of them end with, which would make them alike.
+            # Without the common suffix, which would make all names similar.
             known = [other.removesuffix(".service") for other in units]
             near = get_close_matches(unit.removesuffix(".service"), known, n=1, cutoff=0.6)
             hint = f"; did you mean {near[0]}?" if near else ""
-            yield f"{unit} is no unit of ours{hint}"
+            yield f"{unit} is not a unit of the platform{hint}"
         elif not isinstance(sections, Mapping):
-            yield f"{unit} must be a dictionary of sections, as {{Service: {{LimitNOFILE: 1048576}}}}"
+            yield f"{unit} must be a dictionary of sections, such as {{Service: {{LimitNOFILE: 1048576}}}}"
         else:
             yield from _section_problems(unit, sections, SECTIONS[name.rpartition(".")[2]])
 
@@ -46,21 +46,21 @@ def _section_problems(unit: str, sections: Mapping[str, Any], known: Iterable[st
         if section not in known:
             yield f"{unit} has the section {section}, which must be {' or '.join(known)}"
         elif not isinstance(directives, Mapping) or not directives:
-            yield f"{unit} {section} must be a dictionary of directives, as {{LimitNOFILE: 1048576}}"
+            yield f"{unit} {section} must be a dictionary of directives, such as {{LimitNOFILE: 1048576}}"
         else:
             for name, value in directives.items():
                 if not re.fullmatch("[A-Z][A-Za-z0-9]+", name):
-                    yield f"{unit} {section} has {name}, which no directive is called"
+                    yield f"{unit} {section} has {name}, which is not a valid name of a directive"
                 if isinstance(value, Mapping) or any(isinstance(item, (Mapping, list)) for item in _lines(value)):
                     yield f"{unit} {section} {name} must be text, a number or a list of them"
                 if any(str(item).endswith("\\") for item in _lines(value)):
-                    yield f"{unit} {section} {name} ends with a backslash, which would take in the next line"
+                    yield f"{unit} {section} {name} ends with a backslash, which would join the next line"
 
 
 def units_of_host(
     dropins: Mapping[str, Any], units: Mapping[str, Iterable[str]], groups: Iterable[str]
 ) -> dict[str, Any]:
-    """Returns the settings of the units that run on a host of some groups, by the units' whole names."""
+    """Returns the settings of the units that run on a host in some groups, by full unit name."""
     named = {whole_name(unit): sections for unit, sections in dropins.items()}
     return {unit: sections for unit, sections in named.items() if {"all", *groups} & set(units[unit])}
 
@@ -70,7 +70,7 @@ def _lines(value: Any) -> list[Any]:
 
 
 def unit_file(sections: Mapping[str, Mapping[str, Any]]) -> str:
-    """Returns the sections as a unit's file has them; a list is a line for each item."""
+    """Returns the sections as text of a unit file; a list becomes one line per item."""
     text = ""
     for section, directives in sections.items():
         text += f"[{section}]\n"

@@ -1,4 +1,4 @@
-"""Ansible filter: files of variables beside an inventory that Ansible reads for no group and no host."""
+"""Ansible filter: variable files beside an inventory that match no group or host."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ READ = (".yml", ".yaml", ".json")
 
 
 def _named(folder: Path) -> Iterator[tuple[str, str]]:
-    """Yields the files and folders that look like one of variables, each with the name that it is for."""
+    """Yields the files and folders that look like variable files, each with the name of its group or host."""
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         if path.name.startswith(("README", ".")) or path.name.endswith("~"):
             continue
@@ -20,10 +20,10 @@ def _named(folder: Path) -> Iterator[tuple[str, str]]:
 
 
 def stray_variable_files(folders: Iterable[str], groups: Iterable[str], hosts: Iterable[str]) -> list[tuple[str, str]]:
-    """Returns the files (as in group_vars/FILE) whose name is that of no group or host, and what to do.
+    """Returns the files (such as group_vars/FILE) that match no group or host, with remedies.
 
     Args:
-        folders: where the inventory's files are (`inventory_dir` of the hosts).
+        folders: the inventory's folders (`inventory_dir` of the hosts).
         groups: names of all groups.
         hosts: names of all hosts.
     """
@@ -36,7 +36,7 @@ def stray_variable_files(folders: Iterable[str], groups: Iterable[str], hosts: I
             for file, name in _named(Path(folder) / f"{kind}_vars"):
                 if name not in known:
                     near = get_close_matches(name, known, n=1, cutoff=0.75)
-                    remedy = f"is it {near[0]}, misspelt?" if near else "rename it, or remove it"
+                    remedy = f"did you mean {near[0]}?" if near else "rename it, or remove it"
                     found.append(
                         (f"{kind}_vars/{file}", f"there is no {kind} {name}, so that nothing reads it: {remedy}")
                     )

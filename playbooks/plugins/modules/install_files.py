@@ -1,5 +1,5 @@
 #!/usr/bin/python
-"""Ansible module: makes folders and files and removes others in one run; replaces nothing before all is valid."""
+"""Ansible module: creates folders and files and removes others in one run; validates all before replacing any."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from ansible.module_utils.basic import AnsibleModule
 
 DOCUMENTATION = r"""
 module: install_files
-short_description: Makes folders and text files, and removes others, in one run
+short_description: Creates folders and text files, and removes others, in one run
 description:
-  - What P(ansible.builtin.file#module), P(ansible.builtin.template#module) and P(ansible.builtin.copy#module) do in a
-    loop, with one start of Python on the node, and without a state in between. All files are written beside their
-    places, with their owners and modes, and validated; only then do they replace the ones there.
-  - Folders come first, removals last. A check run needs neither the folders nor the programs that validate.
+  - Replaces loops of P(ansible.builtin.file#module), P(ansible.builtin.template#module) and
+  P(ansible.builtin.copy#module) with one start of Python on the node and no partial state. All files are written
+  next to their destinations, with owners and modes, and validated; only then do they replace the existing ones.
+  - Folders are created first, removals come last. Check mode needs neither the folders nor the validating programs.
 options:
   folders:
-    description: Folders to make, each a path or what follows. Parents are made too, with mode 0755.
+    description: Folders to create, each a path or a dictionary. Parents are created too, with mode 0755.
     type: list
     elements: raw
     default: []
@@ -45,7 +45,7 @@ options:
       mode: {type: str, default: "0644"}
       validate: {type: str, description: "Command that must accept the file, whose path stands for %s."}
   absent:
-    description: Files that must not be there.
+    description: Files to remove.
     type: list
     elements: path
     default: []
@@ -81,19 +81,19 @@ FILE = RIGHTS | {
 
 
 class Module(AnsibleModule):
-    """A module that logs no texts to the node's journal: they may be secrets.
+    """A module that logs no file contents to the node's journal, since they may be secrets.
 
-    `no_log` of AnsibleModule is no way to do that: the task's own setting, off by default, replaces it.
+    AnsibleModule's `no_log` does not work for that: the task's own setting, off by default, overrides it.
     """
 
     def _log_invocation(self) -> None:
-        """Logs the paths alone, in place of all parameters."""
+        """Logs only the paths instead of all parameters."""
         paths = [*(entry["dest"] for entry in self.params["files"]), *self.params["absent"]]
         self.log(f"Invoked for {len(self.params['folders'])} folders and {', '.join(paths) or 'no file'}")
 
 
 def make(folder: str) -> None:
-    """Makes a folder and the parents that are not there, with mode 0755 whatever the umask is."""
+    """Creates a folder and its missing parents, with mode 0755 whatever the umask."""
     parent = os.path.dirname(folder)
     if not os.path.isdir(parent):
         make(parent)
@@ -102,7 +102,7 @@ def make(folder: str) -> None:
 
 
 class Installation:
-    """One run of the module; temporary files go with `undo` whatever happens."""
+    """One run of the module; `undo` always removes temporary files."""
 
     def __init__(self, module: AnsibleModule, undo: ExitStack) -> None:
         self.module, self.undo = module, undo
@@ -110,19 +110,19 @@ class Installation:
         self.diffs: list[dict[str, Any]] = []
 
     def changed(self, path: str, before: bytes | None = None, after: str = "") -> None:
-        """Notes a path, once, with what it holds before and after."""
+        """Records a changed path once, with its content before and after."""
         if path not in self.changes:
             self.changes.append(path)
             shown = (before or b"").decode(errors="replace")
             self.diffs.append({"before_header": path, "after_header": path, "before": shown, "after": after})
 
     def rights(self, path: str, entry: dict[str, Any]) -> bool:
-        """Gives a path its owner, group and mode; returns whether it had others."""
+        """Sets a path's owner, group and mode; returns whether they changed."""
         wanted = self.module.load_file_common_arguments(entry | {"path": path, "attributes": None}, path=path)
         return bool(self.module.set_fs_attributes_if_different(wanted, False))
 
     def folder(self, entry: dict[str, Any]) -> None:
-        """Makes a folder."""
+        """Creates a folder."""
         path = entry["path"]
         if os.path.lexists(path) and not os.path.isdir(path):
             self.module.fail_json(msg=f"{path} is not a folder: move it away", path=path)
@@ -133,7 +133,7 @@ class Installation:
             self.changed(path)
 
     def present(self, dest: str) -> bytes | None:
-        """Returns what a file holds; None where there is none, or a link or a pipe, which is replaced unread."""
+        """Returns a file's content; None if it is missing, or a link or pipe, which is replaced without reading it."""
         if os.path.isdir(dest):
             self.module.fail_json(msg=f"{dest} is a folder: move it away", path=dest)
         if os.path.islink(dest) or not os.path.isfile(dest):
@@ -142,12 +142,12 @@ class Installation:
             return file.read()
 
     def stage(self, entry: dict[str, Any]) -> str:
-        """Returns the path of a new file beside the one that it will replace, valid and with its owner and mode."""
+        """Returns the path of a validated new file next to its destination, with owner and mode."""
         dest = entry["dest"]
         try:
             handle, path = tempfile.mkstemp(prefix=".ictx-", dir=os.path.dirname(dest))
         except FileNotFoundError:
-            self.module.fail_json(msg=f"{os.path.dirname(dest)} is not there: list it under folders", path=dest)
+            self.module.fail_json(msg=f"{os.path.dirname(dest)} does not exist: list it under folders", path=dest)
         self.undo.callback(lambda: os.path.exists(path) and os.unlink(path))
         with open(handle, "w", encoding="utf-8", newline="") as file:
             file.write(entry["content"])
@@ -157,7 +157,7 @@ class Installation:
             status, out, err = self.module.run_command(command)
             if status:
                 self.module.fail_json(
-                    msg=f"{dest} is left as it is, for its new text is not valid: {(err or out).strip()}",
+                    msg=f"{dest} was not changed, because its new content is not valid: {(err or out).strip()}",
                     path=dest,
                     command=command,
                     rc=status,

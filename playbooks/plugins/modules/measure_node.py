@@ -1,5 +1,5 @@
 #!/usr/bin/python
-"""Ansible module: measures a node's disks, its way to other hosts and its clock; changes nothing."""
+"""Ansible module: measures a node's disks, its network connections and its clock; changes nothing."""
 
 from __future__ import annotations
 
@@ -19,11 +19,10 @@ from ansible.module_utils.basic import AnsibleModule
 
 DOCUMENTATION = r"""
 module: measure_node
-short_description: Measures a node's disks, its way to other hosts and its clock
+short_description: Measures a node's disks, its network connections and its clock
 description:
-  - Disks are written and read in a file of their own, past the page cache, with fio where it is installed. A
-    connection's handshake takes one round trip, so that no rights and no program are needed to measure it. The clock
-    is compared by chrony.
+  - Writes and reads a temporary file on each disk, bypassing the page cache, with fio if it is installed. Measures
+  the round trip by the handshake of a TCP connection, which needs no privileges. Reads the clock offset from chrony.
 options:
   disks: {type: list, elements: path, default: [], description: Folders to write to.}
   size_mb: {type: int, default: 256, description: Largest file.}
@@ -50,11 +49,11 @@ clock: {type: dict, description: "The offset in seconds by chrony, or a problem.
 
 BLOCK = 1 << 20
 SPARE = 0.05
-"""Share of a file system that stays free."""
+"""Share of a file system that is kept free."""
 
 
 def direct(path: str, flags: int) -> int:
-    """Opens a file past the page cache where the file system has that (tmpfs has not)."""
+    """Opens a file for direct I/O if the file system supports it (tmpfs does not)."""
     try:
         return os.open(path, flags | os.O_DIRECT, 0o600)
     except OSError as error:
@@ -64,7 +63,7 @@ def direct(path: str, flags: int) -> int:
 
 
 def rate(fd: int, move: Any, size: int, seconds: float) -> tuple[int, float]:
-    """Moves blocks until the size or the time is reached; returns bytes, and bytes a second with what is flushed."""
+    """Transfers blocks until the size or the time is reached; returns bytes, and bytes per second with the flush."""
     begun, moved = time.perf_counter(), 0
     while moved < size and time.perf_counter() - begun < seconds:
         done = move()
@@ -77,7 +76,7 @@ def rate(fd: int, move: Any, size: int, seconds: float) -> tuple[int, float]:
 
 def plain(path: str, size: int, seconds: float) -> dict[str, Any]:
     """Returns rates of one sequential write and read of blocks of 1 MiB."""
-    # Direct access takes memory at the bounds of pages.
+    # Direct I/O needs page-aligned memory.
     with closing(mmap.mmap(-1, BLOCK)) as block:
         block.write(os.urandom(BLOCK))
         fd = direct(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -105,25 +104,25 @@ def fio(module: AnsibleModule, path: str, size: int, seconds: float) -> dict[str
         status, out, err = module.run_command(command)
         if status:
             raise OSError(f"fio: {(err or out).strip().splitlines()[-1]}")
-        # Notes may stand before the report.
+        # fio may print notes before the report.
         found[way] = float(json.loads(out[out.index("{") :])["jobs"][0][way]["bw_bytes"])
     return found
 
 
 def disk(module: AnsibleModule, folder: str, size: int, seconds: float) -> dict[str, Any]:
-    """Returns a folder's rates, or `problem`; nothing is left there."""
+    """Returns a folder's rates, or `problem`; removes the temporary file."""
     try:
         space = os.statvfs(folder)
         free = space.f_bavail * space.f_frsize - int(SPARE * space.f_blocks * space.f_frsize)
         if free < size:
-            return {"problem": f"{max(free, 0) >> 20} MiB can be written, {size >> 20} are needed"}
+            return {"problem": f"{max(free, 0) >> 20} MiB are free for the test, {size >> 20} are needed"}
         with tempfile.TemporaryDirectory(prefix=".ictx-measure-", dir=folder) as own:
             path = os.path.join(own, "data")
             if shutil.which("fio"):
                 try:
                     return fio(module, path, size, seconds)
                 except OSError as error:
-                    # As where the file system has no direct access.
+                    # For example, if the file system has no direct I/O.
                     return {**plain(path, size, seconds), "note": str(error)}
             return plain(path, size, seconds)
     except OSError as error:

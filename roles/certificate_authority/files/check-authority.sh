@@ -1,5 +1,5 @@
 #!/bin/sh
-# Exits with 0 where the authority in a folder is as tasks/create.yml makes it, else with 1.
+# Exit status: 0 if the authority in a folder is as tasks/create.yml creates it, otherwise 1.
 # check-authority.sh FOLDER NAME SECONDS-THAT-IT-LASTS
 set -u
 cd -- "$1" 2>/dev/null || exit 1
@@ -12,5 +12,5 @@ for wanted in "Basic Constraints: critical CA:TRUE, pathlen:0" "Key Usage: criti
 done
 openssl x509 -in current.crt -noout -checkend "$3" >/dev/null || exit 1
 [ "$(openssl x509 -in current.crt -noout -pubkey)" = "$(openssl pkey -in ca.key -pubout)" ] || exit 1
-# What clients trust: this one and, while it is replaced, the one before; cat's status, of a file that is not there, does not count.
+# Clients trust this authority and, during a rotation, the previous one; a missing previous.crt is not an error.
 cat current.crt previous.crt | cmp -s - ca.crt

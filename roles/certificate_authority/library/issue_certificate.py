@@ -1,5 +1,5 @@
 #!/usr/bin/python
-"""Ansible module: issues a certificate of which the request decides nothing but the public key."""
+"""Ansible module: issues a certificate; the request only supplies the public key."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ options:
     type: str
     default: ""
     description:
-      - Public key of the key in place (PEM). Instead of a request, it checks the certificate in place and issues none.
+      - Public key of the key in place (PEM). Without a request, it only validates the certificate in place.
   renew_days: {type: int, default: 30, description: Days before the end from which a new one is issued.}
   request: {type: str, default: "", description: Certificate request (PEM).}
   usages:
@@ -68,11 +68,11 @@ BACKDATED = datetime.timedelta(hours=1)
 
 
 class RefusedError(Exception):
-    """A request or a name that is not certified."""
+    """A request or a name that is rejected."""
 
 
 def parse_name(text: str) -> Name:
-    """Returns a DNS name or an IP address; a wildcard is neither."""
+    """Returns a DNS name or an IP address; wildcards are not allowed."""
     try:
         return x509.IPAddress(ipaddress.ip_address(text))
     except ValueError:
@@ -83,7 +83,7 @@ def parse_name(text: str) -> Name:
 
 
 def key_in_place(public_key: str) -> Any:
-    """Returns the public key of the key in place, for a check only; None where the role makes another kind."""
+    """Returns the public key of the key in place, for validation only; None for an unsupported type of key."""
     try:
         key = serialization.load_pem_public_key(public_key.encode())
     except (ValueError, UnsupportedAlgorithm):
@@ -92,7 +92,7 @@ def key_in_place(public_key: str) -> Any:
 
 
 def requested_key(request: str) -> Any:
-    """Returns the public key of a request, once its signature is checked and it is strong enough."""
+    """Returns the public key of a request after validating its signature and strength."""
     if len(request) > LARGEST_REQUEST:
         raise RefusedError(f"the request has more than {LARGEST_REQUEST} characters")
     try:
@@ -116,7 +116,7 @@ def requested_key(request: str) -> Any:
 def extensions(
     key: Any, names: list[Name], usages: Iterable[str], authority: x509.Certificate
 ) -> list[tuple[Any, bool]]:
-    """Returns what a certificate of the key must have, each with whether it is critical."""
+    """Returns the extensions that the certificate must have, each with whether it is critical."""
     usage = dict.fromkeys(
         ("content_commitment", "data_encipherment", "key_agreement", "key_cert_sign", "crl_sign"), False
     )
@@ -140,7 +140,7 @@ def extensions(
 
 
 def subject(names: list[Name]) -> x509.Name:
-    """Returns the subject: the first name, or nothing where that is too long for one (RFC 5280, A.1)."""
+    """Returns the subject: the first name, or nothing if that is too long (RFC 5280, A.1)."""
     text = str(names[0].value)
     return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, text)] if len(text) <= 64 else [])
 
@@ -148,7 +148,7 @@ def subject(names: list[Name]) -> x509.Name:
 def why_not(
     present: str, key: Any, wanted: list[tuple[Any, bool]], names: list[Name], authority: x509.Certificate, until: Any
 ) -> str:
-    """Returns why the certificate in place cannot stay, empty when it can."""
+    """Returns why the certificate in place must be replaced; empty if it is valid."""
     if not present.strip():
         return "there is none"
     try:
@@ -181,9 +181,9 @@ def issue(
     renew_days: int,
     public_key: str = "",
 ) -> tuple[str, str]:
-    """Returns the certificate (PEM) and why it is a new one, empty when it is the one in place.
+    """Returns the certificate (PEM) and why it is new; the reason is empty if it is the one in place.
 
-    Without a request none is issued: it returns no certificate where one is needed.
+    Without a request none is issued: an empty certificate means that one is needed.
     """
     authority = x509.load_pem_x509_certificate((ca_dir / "current.crt").read_bytes())
     key = requested_key(request) if request else key_in_place(public_key)
@@ -233,7 +233,7 @@ def main() -> None:
     try:
         certificate, reason = issue(Path(options.pop("ca_dir")), **options)
     except (RefusedError, OSError, ValueError) as error:
-        module.fail_json(msg=f"not certified: {error}")
+        module.fail_json(msg=f"no certificate was issued: {error}")
     module.exit_json(changed=bool(reason), certificate=certificate, reason=reason)
 
 

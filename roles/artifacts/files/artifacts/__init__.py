@@ -1,1 +1,1 @@
-"""What the platform takes from outside: listed, downloaded into a mirror, verified, bundled for a closed network."""
+"""External artifacts: list, download into a mirror, verify, and bundle for an air-gapped network."""

@@ -1,15 +1,15 @@
-"""artifacts: what the platform takes from outside.
+"""artifacts: manage the platform's external artifacts.
 
 examples:
-  artifacts table                     what, from where, reachable, cached, verified, outdated
-  artifacts fetch                     downloads what the mirror lacks; cut off, it goes on where it was
+  artifacts table                     lists source, reachable, cached, verified, outdated
+  artifacts fetch                     downloads what the mirror lacks; resumes after an interruption
   artifacts fetch k3s --from URL      one entry, from another mirror
-  artifacts export bundle.tar         one file for a network without a way out
-  artifacts import bundle.tar         takes it over there
+  artifacts export bundle.tar         writes a bundle for an air-gapped network
+  artifacts import bundle.tar         imports the bundle there
   artifacts push registry.example.org:5000 --ca ca.crt --user ictx --password-file FILE
-                                      copies the mirrored images into a registry
+                                      copies the mirrored images to a registry
 
-Exit status: 0, or 1 where something cannot be had or is not what the lock expects.
+Exit status: 0, or 1 if an artifact is not available or does not match the lock.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def row(mirror: Mirror, artifact: Artifact, source: str) -> dict[str, str]:
 
 
 def print_table(rows: list[dict[str, str]]) -> None:
-    """Prints rows under the names of their columns."""
+    """Prints a table with a header."""
     columns = [name for name in rows[0] if name != "licence"]
     widths = {name: max(len(name), *(len(each[name]) for each in rows)) for name in columns}
     for each in [{name: name for name in columns}, *rows]:
@@ -65,14 +65,14 @@ def print_table(rows: list[dict[str, str]]) -> None:
 
 
 class Progress:
-    """A line on standard error every five seconds, for each file that is longer on its way."""
+    """Prints the progress of each long download to standard error every five seconds."""
 
     def __init__(self) -> None:
         """Starts the clock."""
         self._lock, self._next = threading.Lock(), time.monotonic() + 5
 
     def __call__(self, name: str, have: int, total: int) -> None:
-        """Shows how far one download is."""
+        """Prints the progress of one download."""
         with self._lock:
             if time.monotonic() >= self._next:
                 self._next = time.monotonic() + 5
@@ -83,11 +83,11 @@ class Progress:
 def main() -> int:
     """Runs a command; returns the exit status."""
     project = Path(__file__).resolve().parents[4]
-    # Before the command or behind it; one that is not given behind it must not take the place of one before.
+    # Options may come before or after the command; defaults after it must not override values before it.
     common = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
     common.add_argument("--lock", type=Path, help="the lock file (playbooks/vars/artifacts.yml)")
     common.add_argument("--mirror", type=Path, help="folder of the mirror (~/.cache/ictx/mirror)")
-    common.add_argument("--from", dest="source", metavar="URL", help="another mirror, instead of the publishers")
+    common.add_argument("--from", dest="source", metavar="URL", help="mirror to use instead of the publishers")
     parser = argparse.ArgumentParser(
         prog="artifacts", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, parents=[common]
     )
@@ -100,16 +100,16 @@ def main() -> int:
         command = commands.add_parser(name, help=text, parents=[common])
         if name == "export":
             command.add_argument("bundle", type=Path)
-        command.add_argument("names", nargs="*", help="entries of the lock; all unless some are named")
+        command.add_argument("names", nargs="*", help="entries of the lock (default: all)")
         if name == "table":
             command.add_argument("--json", action="store_true", help="for programs")
-    push = commands.add_parser("push", help="copy the mirrored images into a registry", parents=[common])
+    push = commands.add_parser("push", help="copy the mirrored images to a registry", parents=[common])
     push.add_argument("registry", metavar="HOST:PORT")
-    push.add_argument("names", nargs="*", help="images of the lock; all that are mirrored unless some are named")
-    push.add_argument("--ca", type=Path, help="certificate of its authority; those that this host trusts unless given")
-    push.add_argument("--user", default="", help="who logs in; nobody unless given")
+    push.add_argument("names", nargs="*", help="images of the lock (default: all mirrored ones)")
+    push.add_argument("--ca", type=Path, help="CA certificate of the registry (default: this host's trusted CAs)")
+    push.add_argument("--user", default="", help="user of the registry (default: anonymous)")
     push.add_argument("--password-file", type=Path, help="file with the password")
-    commands.add_parser("import", help="take a bundle over", parents=[common]).add_argument("bundle", type=Path)
+    commands.add_parser("import", help="import a bundle", parents=[common]).add_argument("bundle", type=Path)
     known = argparse.Namespace(
         lock=project / "playbooks/vars/artifacts.yml", mirror=Path.home() / ".cache/ictx/mirror", source=""
     )
@@ -125,7 +125,7 @@ def run(arguments: argparse.Namespace, project: Path) -> int:
     """Runs the command of the arguments; returns the exit status."""
     mirror = Mirror(arguments.mirror, project)
     if arguments.command == "import":
-        print(f"taken over: {', '.join(mirror.unpack(arguments.bundle))}")
+        print(f"imported: {', '.join(mirror.unpack(arguments.bundle))}")
         return 0
     artifacts = read(arguments.lock, arguments.names)
     if arguments.command == "table":

@@ -1,4 +1,4 @@
-"""One file over HTTP: resumed where it was cut off, verified before it is in its place."""
+"""Downloads one file over HTTP: resumes interrupted downloads, and verifies before moving into place."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def sha256(path: Path) -> str:
 
 
 def reason(error: Exception) -> str:
-    """Returns in a few words why a server was not reached."""
+    """Returns a short reason why a server was not reached."""
     if isinstance(error, requests.exceptions.ProxyError):
-        return "the proxy refuses"
+        return "the proxy rejects the request"
     if isinstance(error, requests.exceptions.SSLError):
         return "its certificate is not trusted"
     if isinstance(error, requests.exceptions.Timeout):
-        return "no answer in time"
+        return "timeout"
     if isinstance(error, requests.exceptions.ConnectionError):
         return "name not known" if "resolution" in str(error) or "resolve" in str(error) else "no connection"
     if isinstance(error, requests.exceptions.ChunkedEncodingError):
@@ -45,7 +45,7 @@ def reason(error: Exception) -> str:
 
 
 def reachable(url: str, *, timeout: float = 5) -> str:
-    """Returns why a URL cannot be had; empty where it can."""
+    """Returns why a URL is not available; empty if it is."""
     try:
         with requests.get(url, timeout=timeout, stream=True, headers={"Range": "bytes=0-0"}) as answer:
             return "" if answer.status_code in (200, 206, 401) else f"HTTP {answer.status_code}"
@@ -54,16 +54,16 @@ def reachable(url: str, *, timeout: float = 5) -> str:
 
 
 def _receive(url: str, part: Path, progress: Progress) -> None:
-    """Appends to `part` what is missing of it.
+    """Downloads the missing rest of `part`.
 
     Raises:
-        requests.RequestException: the server is gone, or sent less than it announced.
+        requests.RequestException: the connection failed, or the server sent less than announced.
         OSError: the disk is full.
     """
     have = part.stat().st_size if part.exists() else 0
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
     with requests.get(url, stream=True, timeout=TIMEOUT, headers=headers) as answer:
-        if answer.status_code == 416:  # There is nothing beyond what is here.
+        if answer.status_code == 416:  # The part is complete already.
             return
         answer.raise_for_status()
         have = have if answer.status_code == 206 else 0
@@ -80,12 +80,12 @@ def _receive(url: str, part: Path, progress: Progress) -> None:
 
 
 def download(url: str, target: Path, expected: str | None, progress: Progress = lambda _have, _total: None) -> str:
-    """Puts the file of a URL in its place, once it is what is expected; returns its SHA-256.
+    """Downloads a URL, verifies it and moves it into place; returns its SHA-256.
 
-    What was received of it stays in TARGET.part, where the next call goes on; TARGET is whole or not there.
+    An incomplete download stays in TARGET.part, where the next call resumes; TARGET is complete or does not exist.
 
     Raises:
-        ArtifactError: it could not be had, or is not what is expected.
+        ArtifactError: it is not available, or does not match.
     """
     part = target.with_name(target.name + ".part")
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -101,13 +101,13 @@ def download(url: str, target: Path, expected: str | None, progress: Progress = 
             if left == 0:
                 kept = part.stat().st_size if part.exists() else 0
                 raise ArtifactError(
-                    f"{url}: {reason(error)}; {kept} bytes are kept: run it again to go on there"
+                    f"{url}: {reason(error)}; {kept} bytes are kept: repeat the command to resume"
                 ) from None
         except OSError as error:
             if error.errno == errno.ENOSPC:
                 part.unlink(missing_ok=True)
                 detail = f"the disk of {target.parent} is full ({error.strerror})"
-                raise ArtifactError(f"{url}: {detail}: make room and run it again") from None
+                raise ArtifactError(f"{url}: {detail}: free some space and repeat the command") from None
             raise ArtifactError(f"{target}: {error.strerror}") from None
         time.sleep(0.5 * (TRIES - left))
     found = sha256(part)

@@ -1,4 +1,4 @@
-"""Images of containers by their digests, through skopeo."""
+"""Container images by digest, through skopeo."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .lock import Artifact, ArtifactError
 
 @dataclass(frozen=True)
 class Registry:
-    """Where images are pushed: HOST:PORT, the certificate of its authority, and who logs in."""
+    """Target of pushes: HOST:PORT, its CA certificate, user and password."""
 
     address: str
     ca_file: Path | None = None
@@ -27,7 +27,7 @@ class Registry:
     password_file: Path | None = None
 
     def options(self, folder: Path) -> list[str]:
-        """Returns skopeo's options for it; their files are written into the folder."""
+        """Returns skopeo's options for it; writes the files that they name into the folder."""
         found = []
         if self.ca_file:
             shutil.copy(self.ca_file, folder / "ca.crt")
@@ -47,18 +47,18 @@ def skopeo(artifact: Artifact, *words: str) -> subprocess.CompletedProcess[str]:
         ArtifactError: it is not installed.
     """
     if not shutil.which("skopeo"):
-        raise ArtifactError(f"{artifact.url}: skopeo is not installed, which copies images: install the package skopeo")
+        raise ArtifactError(f"{artifact.url}: skopeo is required to copy images: install the package skopeo")
     return subprocess.run(["skopeo", *words], capture_output=True, text=True, check=False)
 
 
 def complaint(done: subprocess.CompletedProcess[str]) -> str:
-    """Returns what skopeo complained of, without the time and level of its log."""
+    """Returns skopeo's error without the time and level of its log."""
     line = done.stderr.strip().splitlines()[-1]
     return line.partition(' msg="')[2].removesuffix('"') or line
 
 
 def push_image(artifact: Artifact, root: Path, registry: Registry) -> bool:
-    """Copies a mirrored image into a registry, at its publisher's path; returns whether it was not there.
+    """Copies a mirrored image into a registry, at its publisher's path; returns whether it was pushed.
 
     Raises:
         ArtifactError: it cannot be pushed.
@@ -105,10 +105,10 @@ def mirror_image(artifact: Artifact, root: Path) -> dict[str, str]:
 
 
 def copy_archive(artifact: Artifact, root: Path, url: str, progress: Progress) -> dict[str, str]:
-    """Takes an image's archive from another mirror; returns its SHA-256 by its path.
+    """Downloads an image's archive from another mirror; returns its SHA-256 by path.
 
     Raises:
-        ArtifactError: it cannot be had, or is the archive of another image than that of the lock.
+        ArtifactError: it is not available, or contains another image than the lock's.
     """
     target = root / artifact.path
     draft = target.with_name(target.name + ".new")

@@ -1,4 +1,4 @@
-"""Keys of repositories, trusted by their fingerprints, and what they sign."""
+"""Keys of repositories, verified by fingerprint, and signed files."""
 
 from __future__ import annotations
 
@@ -10,30 +10,30 @@ from pathlib import Path
 
 from .lock import ArtifactError
 
-# The fingerprint that follows a primary key; those of subkeys follow `sub`.
+# Fingerprints after `pub` only; those after `sub` belong to subkeys.
 PRIMARY = re.compile(r"^pub:.*\n(?:(?!sub:).*\n)*?fpr:+([0-9A-F]{40}):", re.MULTILINE)
 
 
 def gpg(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    """Runs gpg without a keyring of the user's; it ends where its home is not there."""
+    """Runs gpg without the user's keyring; it fails if its home does not exist."""
     try:
         with tempfile.TemporaryDirectory(prefix="artifacts-") as home:
             command = ["gpg", "--homedir", home, "--no-autostart", "--no-options", "--batch", "--quiet", *arguments]
             return subprocess.run(command, capture_output=True, text=True, check=False)
     except FileNotFoundError:
-        raise ArtifactError("gpg is not installed, which reads keys of repositories: install the package gpg") from None
+        raise ArtifactError("gpg is required to read keys of repositories: install the package gpg") from None
 
 
 def verify_key(key: Path, fingerprints: Sequence[str], url: str) -> None:
-    """Accepts a key file of whose primary keys each is expected.
+    """Checks that every primary key of a key file is expected.
 
     Raises:
-        ArtifactError: it holds another key, or none.
+        ArtifactError: it contains another key, or none.
     """
     found = sorted(PRIMARY.findall(gpg("--with-colons", "--show-keys", key).stdout))
     if not found or not set(found) <= set(fingerprints):
         raise ArtifactError(
-            f"{url} holds the key {', '.join(found) or '(none that can be read)'}, "
+            f"{url} contains the key {', '.join(found) or '(none readable)'}, "
             f"expected {', '.join(fingerprints)}; it was not kept"
         )
 
@@ -53,5 +53,5 @@ def signed_text(file: Path, key: Path, url: str) -> str:
             ring.write_bytes(key.read_bytes())
         command = ["gpgv", "--keyring", str(ring), "--output", str(text), str(file)]
         if subprocess.run(command, capture_output=True, check=False).returncode != 0 or not text.exists():
-            raise ArtifactError(f"{url}: its signature is not by the key of the lock; it was not kept")
+            raise ArtifactError(f"{url}: its signature does not match the key of the lock; it was discarded")
         return text.read_text()

@@ -1,4 +1,4 @@
-"""The lock file: what comes from outside, from where, and by what it is recognised."""
+"""The lock file: external artifacts, their sources, and their checksums or keys."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ KINDS = ("file", "image", "apt", "wheels")
 
 
 class ArtifactError(Exception):
-    """One line for the user: what is wrong with which artifact, and what to do."""
+    """An error message in one line: the artifact, the problem, and the remedy."""
 
 
 @dataclass(frozen=True)
@@ -44,24 +44,24 @@ class Artifact:
 
     @property
     def host(self) -> str:
-        """Host that publishes it; of wheels without an address, pip's own configuration has it."""
+        """Host that publishes it; for wheels without a URL, the index of pip's configuration."""
         return urlsplit(self.url).hostname or self.url.split("/")[0] or "pip's index"
 
     @property
     def outdated(self) -> str:
-        """What is newer, and whether its publisher has stopped to repair it; empty where neither."""
+        """The newer version and a passed end of life; empty if there is neither."""
         found = [] if self.newest == self.version else [f"{self.newest} is known"]
         if self.end_of_life and self.end_of_life < date.today():
             found.append(f"end of life {self.end_of_life}")
         return ", ".join(found)
 
     def source(self, mirror: str) -> str:
-        """Returns the address to download from: of its publisher, or of another mirror of the same layout."""
+        """Returns the URL to download from: the publisher's, or that of another mirror with the same layout."""
         return f"{mirror.rstrip('/')}/{quote(self.path)}" if mirror else self.url
 
 
 def read(path: Path, names: Iterable[str] = ()) -> list[Artifact]:
-    """Returns the entries of a lock file, or those with some names.
+    """Returns all entries of a lock file, or those with the given names.
 
     Raises:
         ArtifactError: an entry is not valid, or a name is unknown.
@@ -70,18 +70,18 @@ def read(path: Path, names: Iterable[str] = ()) -> list[Artifact]:
         entries = yaml.safe_load(path.read_text())["artifacts_lock"]
         found = [Artifact(**{**entry, "version": str(entry["version"])}) for entry in entries]
     except (OSError, TypeError, KeyError, yaml.YAMLError) as error:
-        raise ArtifactError(f"{path}: not a lock of artifacts: {error}") from None
+        raise ArtifactError(f"{path}: not a lock file of artifacts: {error}") from None
     for each in found:
         if each.kind not in KINDS:
             raise ArtifactError(f"{path}: {each.name} is of the kind {each.kind}: use one of {', '.join(KINDS)}")
         if Path(each.path).is_absolute() or ".." in Path(each.path).parts:
-            raise ArtifactError(f"{path}: {each.name} has the path {each.path}: use one below the mirror")
+            raise ArtifactError(f"{path}: {each.name} has the path {each.path}: use one inside the mirror")
         if each.kind == "apt" and not each.fingerprints:
-            raise ArtifactError(f"{path}: {each.name} has no fingerprints: nothing would recognise its key")
+            raise ArtifactError(f"{path}: {each.name} has no fingerprints: add those of its signing keys")
         if each.kind == "wheels" and not each.python:
-            raise ArtifactError(f"{path}: {each.name} has no python: give the version for which wheels are wanted")
+            raise ArtifactError(f"{path}: {each.name} has no python: set the Python version of the wheels")
         if each.kind in ("file", "image") and not each.sha256 and not each.unverified:
             raise ArtifactError(f"{path}: {each.name} has neither sha256 nor the reason in unverified")
     if unknown := set(names) - {each.name for each in found}:
-        raise ArtifactError(f"{path} does not have {', '.join(sorted(unknown))}: the command table lists what it has")
+        raise ArtifactError(f"{path} does not have {', '.join(sorted(unknown))}: see the command table")
     return [each for each in found if not names or each.name in names]

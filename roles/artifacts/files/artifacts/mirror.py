@@ -1,4 +1,4 @@
-"""The mirror: a folder with a manifest of what is in it, which a web server publishes and a bundle carries."""
+"""The mirror: a folder with a manifest, published by a web server or packed as a bundle."""
 
 from __future__ import annotations
 
@@ -23,61 +23,59 @@ Report = Callable[[str], None]
 class Mirror:
     """A folder of artifacts.
 
-    The manifest has, for each entry of the lock that was had: its version, and the SHA-256 of its files by path.
+    The manifest has, for each downloaded entry of the lock: its version, and the SHA-256 of its files by path.
     """
 
     def __init__(self, root: Path, project: Path) -> None:
-        """Opens the folder `root`; lock files of wheels are looked for in the folder `project`."""
+        """Opens the folder `root`; lock files of wheels are in the folder `project`."""
         self.root, self.project = root, project
         self._lock = threading.Lock()
         file = root / MANIFEST
         try:
             self.manifest: dict[str, dict[str, Any]] = json.loads(file.read_text()) if file.exists() else {}
         except ValueError as error:
-            raise ArtifactError(
-                f"{file} cannot be read: {error}: remove it, and fetch again what was mirrored"
-            ) from None
+            raise ArtifactError(f"{file} cannot be read: {error}: delete it, and fetch the artifacts again") from None
 
     def cached(self, artifact: Artifact) -> bool:
-        """Returns whether the files of an entry are there, in the version of the lock."""
+        """Returns whether the files of an entry exist, in the lock's version."""
         entry = self.manifest.get(artifact.name, {})
         if entry.get("version") != artifact.version or not all((self.root / path).exists() for path in entry["files"]):
             return False
         return artifact.kind != "wheels" or not wheels.missing(self.project / artifact.version, entry["files"].values())
 
     def problem(self, artifact: Artifact) -> str:
-        """Returns what is wrong with the files of an entry that is cached; empty where nothing is."""
+        """Returns the error in the files of a cached entry; empty if there is none."""
         files: dict[str, str] = self.manifest[artifact.name]["files"]
         for path, expected in files.items():
             if (found := sha256(self.root / path)) != expected:
                 return f"{path} has the SHA-256 {found}, expected {expected}"
         if artifact.kind == "file" and artifact.sha256 and files.get(artifact.path) != artifact.sha256:
-            return f"{artifact.path} is not the file of the lock"
+            return f"{artifact.path} does not match the lock"
         return ""
 
     def verify(self, artifact: Artifact) -> None:
-        """Validates that an entry is here and is what was fetched.
+        """Validates that an entry is in the mirror and unchanged since the download.
 
         Raises:
             ArtifactError: it is not.
         """
         if not self.cached(artifact):
             raise ArtifactError(
-                f"{artifact.name} {artifact.version} is not in {self.root}: fetch it first, or name others"
+                f"{artifact.name} {artifact.version} is not in {self.root}: fetch it first, or choose other entries"
             )
         if problem := self.problem(artifact):
             raise ArtifactError(f"{artifact.name}: {problem}: fetch it again")
 
     def fetch(self, artifact: Artifact, source: str, progress: Progress) -> bool:
-        """Has the files of an entry in their places; returns whether something was downloaded.
+        """Makes sure that the files of an entry are in the mirror; returns whether something was downloaded.
 
         Args:
             artifact: the entry.
-            source: address of another mirror to take them from; empty takes its publisher.
-            progress: is called with the bytes that are there and those in all (0 if unknown).
+            source: URL of another mirror to download from; empty: the publisher.
+            progress: called with the received and total bytes (0 if unknown).
 
         Raises:
-            ArtifactError: they cannot be had, or are not what the lock expects.
+            ArtifactError: they are not available, or do not match the lock.
         """
         if self.cached(artifact) and not self.problem(artifact):
             return False
@@ -98,7 +96,7 @@ class Mirror:
         return True
 
     def _record(self, artifact: Artifact, files: dict[str, str]) -> None:
-        """Writes what was had of an entry into the manifest."""
+        """Records a downloaded entry in the manifest."""
         with self._lock:
             self.manifest[artifact.name] = {"version": artifact.version, "files": files}
             self._write()
@@ -111,7 +109,7 @@ class Mirror:
     def fetch_all(
         self, artifacts: Iterable[Artifact], source: str, report: Report, progress: Callable[[str, int, int], None]
     ) -> int:
-        """Has the files of several entries, four at a time, and reports each; returns how many could not be had."""
+        """Fetches several entries, four at a time, and reports each; returns the number of failures."""
         self.root.mkdir(parents=True, exist_ok=True)
 
         def one(artifact: Artifact) -> int:
@@ -127,10 +125,10 @@ class Mirror:
             return sum(pool.map(one, artifacts))
 
     def export(self, artifacts: list[Artifact], bundle: Path) -> int:
-        """Packs verified entries into one tar with the manifest first; returns how many files it has.
+        """Packs verified entries into a tar file that starts with the manifest; returns the number of files.
 
         Raises:
-            ArtifactError: an entry is not there or not what it was, or the bundle cannot be written.
+            ArtifactError: an entry is missing or was changed, or the bundle cannot be written.
         """
         for each in artifacts:
             self.verify(each)
@@ -147,16 +145,16 @@ class Mirror:
             os.replace(part, bundle)
         except OSError as error:
             part.unlink(missing_ok=True)
-            raise ArtifactError(f"{bundle}: {error.strerror}; nothing of it was kept") from None
+            raise ArtifactError(f"{bundle}: {error.strerror}; the incomplete bundle was deleted") from None
         finally:
             manifest.unlink(missing_ok=True)
         return len(files)
 
     def unpack(self, bundle: Path) -> list[str]:
-        """Takes a bundle over, if all that it has is what its manifest lists; returns the names of its entries.
+        """Imports a bundle if its files match its manifest; returns the names of its entries.
 
         Raises:
-            ArtifactError: the bundle is not whole; nothing of it is kept then.
+            ArtifactError: the bundle is incomplete or damaged; nothing was imported.
         """
         draft = self.root / ".bundle"
         taken: list[Path] = []
@@ -166,21 +164,19 @@ class Mirror:
                 first = archive.next()
                 content = archive.extractfile(first) if first and first.name == MANIFEST else None
                 if content is None:
-                    raise ArtifactError(f"{bundle} is not a bundle of artifacts: it does not begin with {MANIFEST}")
+                    raise ArtifactError(f"{bundle} is not a bundle of artifacts: it does not start with {MANIFEST}")
                 arrived: dict[str, dict[str, Any]] = json.loads(content.read())
                 expected = {path: digest for entry in arrived.values() for path, digest in entry["files"].items()}
                 for member in archive.getmembers()[1:]:
                     path = Path(member.name)
                     if not member.isreg() or member.name not in expected or path.is_absolute() or ".." in path.parts:
-                        raise ArtifactError(f"{bundle} has {member.name}, which its manifest does not list")
+                        raise ArtifactError(f"{bundle} contains {member.name}, which its manifest does not list")
                     archive.extract(member, draft, filter="data")
                     if sha256(draft / member.name) != expected.pop(member.name):
-                        raise ArtifactError(
-                            f"{bundle}: {member.name} differs from its manifest; nothing was taken over"
-                        )
+                        raise ArtifactError(f"{bundle}: {member.name} differs from its manifest; nothing was imported")
                     taken.append(Path(member.name))
             if expected:
-                raise ArtifactError(f"{bundle} lacks {min(expected)}, which its manifest lists; nothing was taken over")
+                raise ArtifactError(f"{bundle} lacks {min(expected)}, which its manifest lists; nothing was imported")
             for path in taken:
                 (self.root / path).parent.mkdir(parents=True, exist_ok=True)
                 os.replace(draft / path, self.root / path)
@@ -188,6 +184,6 @@ class Mirror:
             self._write()
             return sorted(arrived)
         except (OSError, tarfile.TarError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ArtifactError(f"{bundle}: {error}; nothing was taken over") from None
+            raise ArtifactError(f"{bundle}: {error}; nothing was imported") from None
         finally:
             shutil.rmtree(draft, ignore_errors=True)

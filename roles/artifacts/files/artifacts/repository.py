@@ -1,7 +1,7 @@
-"""Some packages of an apt repository with what they depend on there, in the repository's own layout.
+"""Mirrors packages of an apt repository with their dependencies, in the repository's layout.
 
-Nodes verify them as from the publisher: the signed index is taken over as it is, it has the checksum of the list of
-packages, and that the checksum of each package.
+Nodes verify them as if from the publisher: the signed index is kept unchanged; it has the checksum of the package
+list, which has the checksum of each package.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def paragraphs(text: str) -> Iterator[Paragraph]:
 
 
 def indexes(release: str) -> list[Index]:
-    """Returns what the section SHA256 of a Release file lists."""
+    """Returns the entries of the section SHA256 in a Release file."""
     section = release.split("\nSHA256:", 1)[-1]
     lines = re.match(r"(?:[^\n]*\n)((?: [^\n]*\n?)*)", section)
     rows = (line.split() for line in (lines[1] if lines else "").splitlines())
@@ -51,7 +51,7 @@ def indexes(release: str) -> list[Index]:
 
 
 def compared(left: str, operator: str, right: str) -> bool:
-    """Returns whether two versions of packages compare so."""
+    """Returns whether a comparison of two package versions is true."""
     return subprocess.run(["dpkg", "--compare-versions", left, operator, right], check=False).returncode == 0
 
 
@@ -62,10 +62,10 @@ def newest(candidates: list[Paragraph]) -> Paragraph:
 
 
 def chosen(packages: list[Paragraph], wanted: dict[str, str], url: str) -> list[Paragraph]:
-    """Returns the wanted packages, each the newest of its version's pattern, and what they depend on in the same list.
+    """Returns the newest matching version of each wanted package, and their dependencies in the same list.
 
     Raises:
-        ArtifactError: a wanted package is not there.
+        ArtifactError: a wanted package is missing.
     """
     by_name: dict[str, list[Paragraph]] = {}
     for package in packages:
@@ -75,7 +75,7 @@ def chosen(packages: list[Paragraph], wanted: dict[str, str], url: str) -> list[
     for name, pattern in wanted.items():
         matching = [p for p in by_name.get(name, []) if fnmatch.fnmatchcase(p["Version"], pattern)]
         if not matching:
-            raise ArtifactError(f"{url} has no package {name} of the version {pattern}")
+            raise ArtifactError(f"{url} has no package {name} with the version {pattern}")
         found[name] = newest(matching)
         todo += dependencies(found[name])
     while todo:
@@ -100,7 +100,7 @@ def mirror_repository(artifact: Artifact, root: Path, source: str, progress: Pro
     """Downloads the packages of an entry below `root`; returns the SHA-256 of each file by its path there.
 
     Raises:
-        ArtifactError: it cannot be had, or a key, signature or checksum is not what it must be.
+        ArtifactError: it is not available, or a key, signature or checksum does not match.
     """
     base = root / artifact.path
     written: dict[str, str] = {}
@@ -116,14 +116,14 @@ def mirror_repository(artifact: Artifact, root: Path, source: str, progress: Pro
     key_target = root / artifact.key_path if artifact.key_path else base / artifact.key
     if artifact.key_path and not key_url:
         key_url = f"{source.removesuffix(artifact.path)}{artifact.key_path}"
-    # Not in its place before it is known.
+    # Not moved into place before it is verified.
     draft = take("", url=key_url or f"{source}/{artifact.key}", where=key_target.with_name(key_target.name + ".new"))
     release = base / f"{dists}InRelease"
     try:
         verify_key(draft, artifact.fingerprints, key_url or f"{source}/{artifact.key}")
         new = take("", url=f"{source}/{dists}InRelease", where=release.with_name("InRelease.new"))
         text = signed_text(new, draft, f"{source}/{dists}InRelease")
-        # The signed index comes last: a mirror that is left half-way keeps the one that belongs to what it has.
+        # The signed index comes last, so that an interrupted update keeps the index that matches the existing packages.
         lists = "".join(_list(take, dists, entry, text) for entry in indexes(text) if is_list(artifact, entry.path))
         for package in chosen(list(paragraphs(lists)), artifact.packages, source):
             place = package["Filename"].removeprefix("./")
@@ -145,13 +145,13 @@ def mirror_repository(artifact: Artifact, root: Path, source: str, progress: Pro
 
 
 def is_list(artifact: Artifact, path: str) -> bool:
-    """Returns whether a file of the index is the list of packages, in the one form that every repository publishes."""
+    """Returns whether a file of the index is the package list, in the compression that the repository publishes."""
     folder = "" if artifact.suite == "/" else f"{artifact.component}/binary-{artifact.architecture}/"
     return path.removeprefix("./") in (f"{folder}Packages.gz", f"{folder}Packages.xz")
 
 
 def _list(take: Take, dists: str, entry: Index, release: str) -> str:
-    """Downloads a list of packages, under both names by which apt may ask for it; returns its text."""
+    """Downloads a package list under both names that apt may request; returns its text."""
     path = f"{dists}{entry.path.removeprefix('./')}"
     file = take(path, entry.sha256)
     if "\nAcquire-By-Hash: yes" in release:

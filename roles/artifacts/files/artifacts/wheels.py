@@ -1,4 +1,4 @@
-"""Wheels of a lock file of pip's, which has the SHA-256 of each."""
+"""Wheels of a pip lock file, which has the SHA-256 of each."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ MACHINES = {"amd64": "x86_64", "arm64": "aarch64"}
 
 
 def platforms(architecture: str) -> list[str]:
-    """Returns the platforms whose wheels are wanted: those of roles/image_bake; a test compares both."""
+    """Returns the platform tags of wheels, as in roles/image_bake; a test compares both."""
     machine = MACHINES[architecture]
     older = ["manylinux2010_x86_64", "manylinux1_x86_64"] if machine == "x86_64" else []
     return [*(f"manylinux_2_{minor}_{machine}" for minor in range(35, 4, -1)), f"manylinux2014_{machine}", *older]
 
 
 def index_problem() -> str:
-    """Returns why the index that pip is configured for cannot be had; empty where it can."""
+    """Returns why pip's configured index is not available; empty if it is."""
     command = [*PIP, "--retries", "0", "--timeout", "5", "index", "versions", "pip"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return "" if done.returncode == 0 else "pip's index does not answer"
+    return "" if done.returncode == 0 else "pip's index does not respond"
 
 
 def missing(lock: Path, digests: Iterable[str]) -> list[str]:
-    """Returns the packages of a lock file of which no file is among those with the SHA-256 `digests`."""
+    """Returns the packages of a lock file without any file among the SHA-256 `digests`."""
     here = set(digests)
     return [name for name, hashes in REQUIREMENT.findall(lock.read_text()) if not here & set(HASH.findall(hashes))]
 
@@ -43,10 +43,10 @@ def missing(lock: Path, digests: Iterable[str]) -> list[str]:
 def mirror_wheels(artifact: Artifact, project: Path, root: Path, source: str) -> dict[str, str]:
     """Downloads the wheels of a lock file, for the Python and the platform of images; returns their SHA-256 by path.
 
-    pip compares each with the lock. Its own configuration (index, proxy, find-links) holds, as where images are built.
+    pip verifies each with the lock. Its configuration (index, proxy, find-links) applies, as in image builds.
 
     Raises:
-        ArtifactError: pip could not have them.
+        ArtifactError: pip could not download them.
     """
     folder, lock = root / artifact.path, project / artifact.version
     folder.mkdir(parents=True, exist_ok=True)
