@@ -64,7 +64,7 @@ def test_files_of_variables_that_nothing_reads_are_named(tmp_path: Path) -> None
     assert problems(copy) == [
         "group_vars/rack.d: there is no group rack.d, so that nothing reads it: rename it, or remove it",
         "group_vars/slurm_computes.yml: there is no group slurm_computes, so that nothing reads it: "
-        "is it slurm_compute, misspelt?",
+        "did you mean slurm_compute?",
         "host_vars/far-away: there is no host far-away, so that nothing reads it: rename it, or remove it",
     ]
 

@@ -186,7 +186,7 @@ def test_a_registry_that_somebody_else_runs_must_let_its_users_in(tmp_path: Path
     output = done.stdout + done.stderr
     assert "nothing was changed, problems: 1\n" in output
     assert (
-        f"- ictx_registry: https://{registry}/v2/ refuses the user pusher (401): correct ictx_registry_external\n"
+        f"- ictx_registry: https://{registry}/v2/ rejects the user pusher (401): correct ictx_registry_external\n"
         in output
     )
     assert "wrong" not in output.replace(str(tmp_path), "")
@@ -196,7 +196,7 @@ def test_a_registry_that_somebody_else_runs_must_let_its_users_in(tmp_path: Path
     ("answer", "text"),
     [
         ({"status": 200}, ""),
-        ({"status": 401}, "refuses anonymous access (401): correct ictx_registry_external"),
+        ({"status": 401}, "rejects anonymous access (401): correct ictx_registry_external"),
         (
             {"status": 401, "www_authenticate": 'Bearer realm="https://x"'},
             "requires tokens (Bearer): use a registry with HTTP basic authentication",
