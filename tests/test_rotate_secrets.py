@@ -67,12 +67,12 @@ def test_without_a_choice_secrets_are_listed_and_nothing_is_planned() -> None:
 @pytest.mark.parametrize(
     ("rotate", "finish", "message"),
     [
-        ("nonsense", "", "nonsense is no secret"),
+        ("nonsense", "", "nonsense is not a secret"),
         ("web_salt", "", "web_salt is not generated yet"),
         ("", "munge", "munge has no overlap to finish"),
         ("", "all", "all has no overlap to finish"),
         ("serving_api_key", "serving_api_key", "cannot be rotated and finished in one run"),
-        ("serving_api_key.previous", "", "is no secret"),
+        ("serving_api_key.previous", "", "is not a secret"),
     ],
 )
 def test_a_choice_that_cannot_be_is_refused_by_name(rotate: str, finish: str, message: str) -> None:
