@@ -80,7 +80,7 @@ def test_a_canary_is_declared_measured_and_removed(canary: dict[str, Any], recor
     assert set(shares) == {"ictx-serving", f"{NAME}-serving"}
 
     text = serve()
-    assert f"{NAME}: installed by this playbook before, not in ictx_serving_releases, still running" in text
+    assert f"{NAME}: installed by an earlier run, not in ictx_serving_releases, and still running" in text
     assert json.loads(helm("list", "--filter", f"^{NAME}$", "--output=json")), "what is not declared stays"
     assert f"{NAME}-serving" not in {answered_by(0) for _ in range(20)}
 

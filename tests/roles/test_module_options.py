@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 from cluster import ROOT
 
@@ -45,3 +47,18 @@ def test_every_option_of_a_module_is_known_to_the_locked_ansible() -> None:
             f"{file}: {module}: {', '.join(options - names)}" for file, options in uses if not free and options - names
         ]
     assert unknown == []
+
+
+def documentation() -> Iterator[tuple[str, str]]:
+    """Yields the name and the text of each DOCUMENTATION, EXAMPLES and RETURN of our own plugins."""
+    for file in sorted([*ROOT.glob("playbooks/plugins/*/*.py"), *ROOT.glob("roles/*/library/*.py")]):
+        for node in ast.parse(file.read_text()).body:
+            if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant):
+                for name in {"DOCUMENTATION", "EXAMPLES", "RETURN"} & {getattr(node.targets[0], "id", "")}:
+                    yield f"{file.stem} {name}", str(node.value.value)
+
+
+@pytest.mark.parametrize("text", [pytest.param(text, id=name) for name, text in documentation()])
+def test_documentation_of_our_plugins_is_yaml(text: str) -> None:
+    """ansible-doc shows nothing of a plugin whose documentation it cannot parse."""
+    assert yaml.safe_load(text)

@@ -17,7 +17,7 @@ action: check_node
 short_description: Checks a node's SSH, Python, free space in the shared directory, and declared hardware
 description:
   - Reads only. An unreachable node stays in the play, with RV(reached) set to false; every problem is one line of
-  RV(problems).
+    RV(problems).
   - The facts C(packages) and C(getent_group) are set as ansible.builtin.package_facts and getent set them.
 options:
   shared_dir: {type: path, required: true, description: The shared directory; it is looked at once it is mounted.}

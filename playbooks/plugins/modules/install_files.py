@@ -15,8 +15,8 @@ module: install_files
 short_description: Creates folders and text files, and removes others, in one run
 description:
   - Replaces loops of P(ansible.builtin.file#module), P(ansible.builtin.template#module) and
-  P(ansible.builtin.copy#module) with one start of Python on the node and no partial state. All files are written
-  next to their destinations, with owners and modes, and validated; only then do they replace the existing ones.
+    P(ansible.builtin.copy#module) with one start of Python on the node and no partial state. All files are written
+    next to their destinations, with owners and modes, and validated; only then do they replace the existing ones.
   - Folders are created first, removals come last. Check mode needs neither the folders nor the validating programs.
 options:
   folders:

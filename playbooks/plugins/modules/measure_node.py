@@ -22,7 +22,7 @@ module: measure_node
 short_description: Measures a node's disks, its network connections and its clock
 description:
   - Writes and reads a temporary file on each disk, bypassing the page cache, with fio if it is installed. Measures
-  the round trip by the handshake of a TCP connection, which needs no privileges. Reads the clock offset from chrony.
+    the round trip by the handshake of a TCP connection, which needs no privileges. Reads the clock offset from chrony.
 options:
   disks: {type: list, elements: path, default: [], description: Folders to write to.}
   size_mb: {type: int, default: 256, description: Largest file.}
