@@ -223,7 +223,7 @@ file.write_text(file.read_text().replace('"kv_lora_rank": 512', '"kv_lora_rank":
     printed = " ".join(printed.split())
     assert "a container failed three times in a row" in printed
     assert re.search(reason, printed), printed[-3000:]
-    assert "the previous release serves on" in printed
+    assert "the previous revision is deployed again" in printed
     with drill.recovery():
         playbook("playbooks/serving.yml")
     assert steady.answered > 0

@@ -1,5 +1,5 @@
 #!/usr/bin/python
-"""Ansible module: the list of what is in an image (SBOM), in CycloneDX's form."""
+"""Ansible module: creates the SBOM of an image in CycloneDX format."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ except ImportError:
 
 DOCUMENTATION = r"""
 module: image_sbom
-short_description: Lists what is in an image, in CycloneDX's form
+short_description: Creates the SBOM of an image in CycloneDX format
 description:
-  - Reads only. The same image gives the same text.
+  - Changes nothing. The output is the same for the same image.
 options:
   created: {type: str, required: true, description: When the image was built (ISO 8601).}
   digest: {type: str, required: true, description: "Digest of the image, C(sha256:…)."}
@@ -40,7 +40,7 @@ author: [InfiniteContext]
 """
 
 EXAMPLES = r"""
-- name: List what is in the image
+- name: Create the SBOM of the image
   image_sbom:
     name: ictx/training
     digest: sha256:…
@@ -49,7 +49,7 @@ EXAMPLES = r"""
 """
 
 RETURN = r"""
-sbom: {type: str, returned: success, description: The list as JSON.}
+sbom: {type: str, returned: success, description: The SBOM as JSON.}
 """
 
 LOCKED = re.compile(
@@ -72,7 +72,7 @@ def hashes(locks: list[str]) -> dict[tuple[str, str], list[str]]:
 
 
 def list_image(options: dict[str, Any]) -> str:
-    """Returns the list as JSON."""
+    """Returns the SBOM as JSON."""
     known = hashes(options["locks"])
     system, components = ("debian", ""), []
     for kind, name, version, *rest in (line.split() for line in options["packages"]):
@@ -87,9 +87,9 @@ def list_image(options: dict[str, Any]) -> str:
             components.append(Component(name=name, version=version, purl=url, bom_ref=str(url)))
         else:
             url = PackageURL("pypi", None, normal(name), version)
-            # A build for CPUs calls itself 2.13.0+cpu; the lock has 2.13.0.
+            # CPU builds report 2.13.0+cpu; the lock has 2.13.0.
             sums = known.get((normal(name), version)) or known.get((normal(name), version.split("+")[0]), [])
-            # With several, any of these files may have been installed.
+            # With several hashes, the installed file is unknown.
             allowed = [HashType(alg=HashAlgorithm.SHA_256, content=sums[0])] if len(sums) == 1 else []
             components.append(Component(name=name, version=version, purl=url, bom_ref=str(url), hashes=allowed))
     bom = Bom(components=components, serial_number=uuid.uuid5(uuid.NAMESPACE_URL, options["digest"]))

@@ -1,5 +1,5 @@
 #!/usr/bin/python
-"""Ansible module: puts a file beside an image into its registry."""
+"""Ansible module: attaches a file to an image in its registry."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from ansible.module_utils.basic import AnsibleModule
 
 DOCUMENTATION = r"""
 module: registry_attachment
-short_description: Puts a file beside an image into its registry
+short_description: Attaches a file to an image in its registry
 description:
   - Pushes an OCI image of one layer, the file, under the tag C(sha256-DIGEST.SUFFIX), where cosign looks for it.
 options:
-  ca_file: {type: path, description: Certificate of the registry's authority; those that the host trusts unless set.}
+  ca_file: {type: path, description: CA certificate of the registry (default - the host's trusted CAs).}
   content: {type: str, required: true, description: The file.}
   digest: {type: str, required: true, description: "Digest of the image, C(sha256:…)."}
   media_type: {type: str, required: true, description: Media type of the file.}
   password: {type: str, required: true, description: Password at the registry.}
   registry: {type: str, required: true, description: "Registry, C(HOST:PORT)."}
   repository: {type: str, required: true, description: Repository of the image.}
-  suffix: {type: str, required: true, description: What follows the digest in the tag.}
-  user: {type: str, required: true, description: User at the registry; nobody logs in where it is empty.}
+  suffix: {type: str, required: true, description: Suffix of the tag after the digest.}
+  user: {type: str, required: true, description: User at the registry; no login if empty.}
 author: [InfiniteContext]
 """
 
 EXAMPLES = r"""
-- name: Push the list of what is in the image
+- name: Push the SBOM of the image
   registry_attachment:
     registry: registry.example:5000
     repository: ictx/training
@@ -47,7 +47,7 @@ EXAMPLES = r"""
 """
 
 RETURN = r"""
-tag: {type: str, returned: success, description: Where it is.}
+tag: {type: str, returned: success, description: Tag of the file.}
 """
 
 MANIFEST = "application/vnd.oci.image.manifest.v1+json"
@@ -69,7 +69,7 @@ class Registry:
         self._context = ssl.create_default_context(cafile=options["ca_file"])
 
     def call(self, method: str, path: str, body: bytes | None = None, **headers: str) -> Any:
-        """Returns the headers of an answer, `None` where there is nothing."""
+        """Returns the response headers, `None` if a HEAD request finds nothing."""
         named = {name.replace("_", "-"): value for name, value in headers.items()}
         request = Request(urljoin(self._base, path), data=body, method=method, headers={**self._headers, **named})
         try:
@@ -81,7 +81,7 @@ class Registry:
             raise
 
     def push(self, content: bytes) -> str:
-        """Pushes a blob that is not there yet, and returns its digest."""
+        """Pushes a blob unless it exists, and returns its digest."""
         digest = digest_of(content)
         if self.call("HEAD", f"blobs/{digest}") is None:
             place = urljoin(self._base, self.call("POST", "blobs/uploads/", b"")["Location"])
@@ -98,7 +98,7 @@ def describe(content: bytes, media_type: str) -> dict[str, Any]:
 
 
 def attach(options: dict[str, Any], check_mode: bool) -> tuple[bool, str]:
-    """Pushes the file; returns whether it was not there yet, and its tag."""
+    """Pushes the file; returns whether it was pushed, and its tag."""
     registry, content = Registry(options), options["content"].encode()
     config = json.dumps(
         {"architecture": "", "os": "", "config": {}, "rootfs": {"type": "layers", "diff_ids": [digest_of(content)]}}
