@@ -121,7 +121,8 @@ def plot(rows: list[Row], out: Path) -> None:
     right.set(xscale="log", xlabel="cached tokens, batch 1", ylabel="times faster", title="speed-up")
     for axis in (left, right):
         axis.grid(True, alpha=0.3)
-        axis.legend()
+        if axis.lines:  # without peers there is no speed-up to draw
+            axis.legend()
     figure.tight_layout()
     figure.savefig(out / "decode.png", dpi=110)
 
