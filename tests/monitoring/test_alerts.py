@@ -114,12 +114,12 @@ REMOVE = f"umount {FULL}; rm -rf {FULL} {FULL}.img"
 
 # What is broken: labels of the alert, the start of its description.
 FAULTS: dict[str, tuple[dict[str, str], str]] = {
-    "slurmd stops": ({"alertname": "SlurmNodeUnavailable", "node": "n2", "severity": "critical"}, "n2 takes no jobs"),
+    "slurmd stops": ({"alertname": "SlurmNodeUnavailable", "node": "n2", "severity": "critical"}, "n2 accepts no jobs"),
     "a disk is full": (
         {"alertname": "NodeFilesystemAlmostFull", "node": "n1"},
         "/dev/loop",
     ),
-    "vLLM is gone": ({"alertname": "ServingDown", "instance": "ictx-serving"}, "No pod of ictx-serving answers"),
+    "vLLM is gone": ({"alertname": "ServingDown", "instance": "ictx-serving"}, "No pod of ictx-serving responds"),
 }
 
 

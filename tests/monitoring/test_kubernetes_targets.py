@@ -171,5 +171,5 @@ def test_a_cluster_that_does_not_answer_keeps_its_targets(tmp_path: Path, api: s
     assert 'kubernetes_node_ready{cluster="lab",node="k3s1"} 0\n' in (tmp_path / "nodes.prom").read_text()
     ended = run(tmp_path, "http://127.0.0.1:9")
     assert ended.returncode == 1
-    assert "http://127.0.0.1:9 cannot be read" in ended.stderr
+    assert "http://127.0.0.1:9 not reachable" in ended.stderr
     assert (tmp_path / "kubernetes-lab-nodes.json").read_text() == before
