@@ -164,17 +164,17 @@ def test_an_image_goes_from_its_publisher_through_the_mirror_into_our_registry(
     done = play(tmp_path, tasks[1:], variables)
     assert done.returncode == 0, done.stdout
     assert f"found {ours}/{PATH}@sha256:{digest}" in done.stdout
-    assert "is left out" not in done.stdout
+    assert "is not installed" not in done.stdout
 
     variables["kube_state_metrics_digest"] = f"sha256:{64 * '0'}"
     done = play(tmp_path, tasks[:1], variables)
     assert done.returncode == 0, done.stdout
     printed = " ".join(done.stdout.split())
-    assert f"is left out: {variables['kube_state_metrics_registries'][0]['address']} cannot be queried" in printed
+    assert f"is not installed: {variables['kube_state_metrics_registries'][0]['address']} cannot be queried" in printed
     assert f"{ours} has no such image" in printed
     done = play(tmp_path, tasks[:1], {**variables, "kube_state_metrics_required": True})
     assert done.returncode != 0
-    assert "cannot be had" in done.stdout
+    assert "is not available" in done.stdout
 
 
 def test_what_is_not_mirrored_is_not_pushed(

@@ -60,7 +60,7 @@ def test_k3s_is_chosen_where_it_can_be_fetched(tmp_path: Path, mirror: str, want
 def test_a_lab_that_cannot_fetch_k3s_reports_it_and_takes_debians_sources(tmp_path: Path) -> None:
     done, said = choose(tmp_path, "auto", NOWHERE, lab=True)
     assert done, said
-    assert f"K3s {VERSION} cannot be fetched from {NOWHERE}" in said
+    assert f"K3s {VERSION} cannot be downloaded from {NOWHERE}" in said
     assert "Debian''s sources (lab only)" in said
 
 
@@ -70,7 +70,7 @@ def test_elsewhere_it_is_an_error_that_names_the_release_the_address_and_the_rem
 ) -> None:
     done, said = choose(tmp_path, wanted, NOWHERE, lab=lab)
     assert not done
-    assert f"K3s {VERSION} cannot be fetched from {NOWHERE}" in said
+    assert f"K3s {VERSION} cannot be downloaded from {NOWHERE}" in said
     assert "Set k3s_mirror to a mirror of its releases, or k3s_airgap_dir" in said
 
 
@@ -98,7 +98,8 @@ def test_an_even_number_of_servers_is_refused(tmp_path: Path) -> None:
     done = play(tmp_path, [role], variables)
     assert done.returncode != 0
     assert (
-        "2 servers (localhost, other): an even number keeps no more failures than one less" in done.stdout + done.stderr
+        "2 servers (localhost, other): an even number tolerates no more failures than one server less"
+        in done.stdout + done.stderr
     )
 
 

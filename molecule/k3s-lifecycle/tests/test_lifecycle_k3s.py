@@ -131,7 +131,7 @@ def test_a_minor_version_may_not_be_skipped_and_nothing_is_drained() -> None:
     before = len(records())
     status, text = play("upgrade-k3s.yml", "-e", f"k3s_version={FAR}")
     assert status != 0
-    assert f"s1 runs K3s {OLD}, which cannot go to {FAR}" in text
+    assert f"s1 runs K3s {OLD}, which cannot be changed to {FAR}" in text
     assert len(records()) == before
 
 

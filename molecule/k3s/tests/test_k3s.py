@@ -177,7 +177,7 @@ def as_agent(folder: Path) -> list[str]:
 def test_a_release_may_not_be_skipped() -> None:
     done = provision("-e", f"k3s_version={FAR}")
     assert done.returncode != 0
-    assert f"s1 runs K3s {OLD}, which cannot go to {FAR}" in done.stdout + done.stderr
+    assert f"s1 runs K3s {OLD}, which cannot be changed to {FAR}" in done.stdout + done.stderr
 
 
 def test_an_upgrade_goes_through_the_servers_one_by_one_and_then_the_agents() -> None:
@@ -192,4 +192,4 @@ def test_an_upgrade_goes_through_the_servers_one_by_one_and_then_the_agents() ->
 def test_there_is_no_way_back() -> None:
     done = provision("-e", f"k3s_version={OLD}")
     assert done.returncode != 0
-    assert f"s1 runs K3s {NEW}, which cannot go to {OLD}" in done.stdout + done.stderr
+    assert f"s1 runs K3s {NEW}, which cannot be changed to {OLD}" in done.stdout + done.stderr
