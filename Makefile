@@ -1,4 +1,4 @@
-# Everything a person types. Details are in scripts/ and playbooks/.
+# The commands for users. The implementation is in scripts/ and playbooks/.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
@@ -8,7 +8,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 help: ## Show every target
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-lab: ## From nothing to a completion: nodes, platform, images, a trained model, served (TRAIN=again trains anew)
+lab: ## Create the lab and serve a model: nodes, platform, images, training, serving (TRAIN=again retrains)
 	@scripts/bootstrap control
 	@scripts/lab
 
@@ -20,22 +20,22 @@ status: ## Show the lab on one screen: nodes, queue, served model, alerts, addre
 	@scripts/bootstrap control
 	@scripts/status
 
-test: ## Run the quick suite: lint, unit, one lab, the main paths and the attacks end to end
+test: ## Run the quick suite: lint, unit tests, one lab, end-to-end tests of the main paths and the attacks
 	@scripts/bootstrap test
 	@scripts/bootstrap workload
 	@scripts/suite quick
 
-test-full: ## Run everything else: molecule, drills, long waits, vLLM, kernels for all targets; writes a dated report
+test-full: ## Run all other tests: molecule, drills, slow tests, vLLM, kernels for all targets; writes a dated report
 	@scripts/bootstrap test
 	@scripts/bootstrap workload
 	@scripts/suite full
 
-drill: ## Break the lab and verify that it recovers: nodes, services, files, clocks, power; writes docs/drills.md
+drill: ## Inject faults into the lab and verify recovery: nodes, services, files, clocks, power; writes docs/drills.md
 	@scripts/bootstrap test
 	@scripts/bootstrap workload
 	@scripts/suite drill
 
-check-fast: lint unit ## Lint and unit tests: the inner loop
+check-fast: lint unit ## Run lint and the unit tests
 
 lint: ## Run every linter
 	@scripts/bootstrap test
@@ -51,26 +51,26 @@ bench-cpu: ## Run every benchmark that needs no GPU
 	@scripts/bootstrap workload
 	@for file in workload/benchmarks/*.py; do .venv-workload/bin/python "$$file" || exit; done
 
-kernels: ## Compile every GPU kernel for every target (no GPU needed) and report what each takes
+kernels: ## Compile every GPU kernel for every target (no GPU needed) and report each one's resources
 	@scripts/bootstrap workload
 	@.venv-workload/bin/ictx kernels build
 
-audit: ## Compare the locked packages with known vulnerabilities, offline
+audit: ## Check the locked packages for known vulnerabilities, offline
 	@scripts/audit
 
-dashboards: ## Write the dashboards' JSON, and draw every panel with the lab's data into docs/images/dashboards
+dashboards: ## Write the dashboards' JSON and render every panel with the lab's data to docs/images/dashboards
 	@scripts/bootstrap test
 	@.venv/bin/python scripts/dashboards write
 	@.venv/bin/python scripts/dashboards preview
 
-docs: ## Build the documentation site into build/site: static files, broken links are errors
+docs: ## Build the documentation site in build/site (static files); fails on broken links
 	@scripts/bootstrap test
 	@NO_MKDOCS_2_WARNING=1 mkdocs build --strict --clean
 
-down: ## Remove the lab and everything it started; caches stay
+down: ## Remove the lab and everything it started; keeps caches
 	@scripts/bootstrap control
 	@scripts/down
 
-clean: ## Remove the virtual environment and what tools leave in the checkout; caches and the lab stay
+clean: ## Remove the virtual environment and build outputs from the checkout; keeps caches and the lab
 	rm -rf .venv .ansible .pytest_cache .mypy_cache .ruff_cache dist build workload/dist workload/build
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# Sourced by the other scripts: settings that they share, and timed steps.
+# Sourced by the other scripts: shared settings and timed steps.
 : "${ICTX_CACHE:=$HOME/.cache/ictx}"
 : "${ICTX_LAB_STATE:=$HOME/.local/state/ictx/lab}"
 export ICTX_CACHE ICTX_LAB_STATE PATH="$PWD/.venv/bin:$PATH" ANSIBLE_FORCE_COLOR="${ANSIBLE_FORCE_COLOR:-$([ -t 1 ] && echo 1 || echo 0)}"
@@ -11,19 +11,19 @@ fail() {
   exit 1
 }
 
-# Prints the comment at the beginning of the script, which is its help.
+# Prints the comment at the top of the script as its help.
 usage() { sed -n '2,${/^#/!q;/^# shellcheck/d;s/^# \{0,1\}//;p}' "scripts/${0##*/}"; }
 
-# Every script has --help, before it does anything.
+# --help must not have side effects, so it is handled before anything else.
 if [ "${1:-}" = --help ] || [ "${1:-}" = -h ]; then
   usage
   exit
 fi
 
-# no_arguments "$@": fails on any argument, for scripts that take none.
+# no_arguments "$@": fails on any argument, for scripts without arguments.
 no_arguments() { [ $# = 0 ] || fail "unknown argument $1: see scripts/${0##*/} --help"; }
 
-# step TITLE COMMAND…: runs the command, prints how long it took; ends the script when it fails.
+# step TITLE COMMAND…: runs the command and records its duration; exits if it fails.
 step() {
   local title=$1 start=$SECONDS
   shift
@@ -32,8 +32,8 @@ step() {
   _steps+=("$(printf '%5d s  %s' $((SECONDS - start)) "$title")")
 }
 
-# watched TITLE COMMAND…: as step, with one line about how far it is in place of its output, which the log has; ICTX_VERBOSE=1
-# prints it. On failure: host, task, cause and the log.
+# watched TITLE COMMAND…: like step, but shows a progress line and logs the output to a file (ICTX_VERBOSE=1 also prints it).
+# On failure, prints host, task, cause and the log's path.
 watched() {
   local title=$1 start=$SECONDS
   shift
@@ -46,7 +46,7 @@ watched() {
   _steps+=("$(printf '%5d s  %s' $((SECONDS - start)) "$title")")
 }
 
-# skip TITLE REASON: prints that a step has nothing to do.
+# skip TITLE REASON: reports that a step is skipped.
 skip() {
   printf '\n=== %s: skipped (%s)\n' "$1" "$2"
   _steps+=("$(printf '      -  %s: %s' "$1" "$2")")

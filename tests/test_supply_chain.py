@@ -86,8 +86,8 @@ def test_what_could_not_be_checked_is_reported(
     monkeypatch.setattr(AUDIT.sys, "argv", ["audit"])
     assert AUDIT.main() == 0
     output = capsys.readouterr().out
-    assert re.search(r"^0 of \d+ locked packages checked, as known on never$", output, re.M)
-    assert "not checked, because requirements/advisories.json does not have them: " in output
+    assert re.search(r"^0 of \d+ locked packages checked against advisories of never$", output, re.M)
+    assert "not checked (not in requirements/advisories.json; run scripts/audit refresh): " in output
 
 
 def test_accepted_vulnerabilities_have_a_reason() -> None:
