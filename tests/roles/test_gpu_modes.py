@@ -77,7 +77,7 @@ def test_other_profiles_replace_those_that_are_there_and_none_make_the_gpu_whole
 
 def test_ecc_waits_for_a_restart(tmp_path: Path) -> None:
     node = Node(tmp_path, {"ecc": False})
-    waits = "restart: ECC of GPU 0 is on from the next restart on"
+    waits = "restart: ECC of GPU 0 is on after the next reboot"
     assert node.apply("enabled") == ("", ["GPU 0: ECC on", waits])
     assert node.apply("enabled") == ("", [waits])
     node.restart()
@@ -87,7 +87,7 @@ def test_ecc_waits_for_a_restart(tmp_path: Path) -> None:
 def test_a_busy_gpu_gets_mig_at_the_next_restart(tmp_path: Path) -> None:
     node = Node(tmp_path, {"busy": True})
     wanted = {"profiles": ["3g.20gb"]}
-    assert node.apply("keep", wanted)[1][-1] == "restart: MIG of GPU 0 is on from the next restart on"
+    assert node.apply("keep", wanted)[1][-1] == "restart: MIG of GPU 0 is on after the next reboot"
     assert node.devices == [[]]
     node.restart()
     assert node.apply("keep", wanted) == ("", ["GPU 0: MIG devices 3g.20gb"])
@@ -96,9 +96,14 @@ def test_a_busy_gpu_gets_mig_at_the_next_restart(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("gpu", "ecc", "mig", "problem"),
     [
-        ({"ecc": None}, "enabled", [], "GPU 0 has no ECC: take it out of nvidia_driver_ecc"),
-        ({"mig": None}, "keep", [{"profiles": ["1g.5gb"]}], "GPU 0 has no MIG: take it out of nvidia_driver_mig"),
-        ({}, "keep", [{"gpus": [3], "profiles": []}], "there is no GPU 3: correct nvidia_driver_mig"),
+        ({"ecc": None}, "enabled", [], "GPU 0 does not support ECC: remove it from nvidia_driver_ecc"),
+        (
+            {"mig": None},
+            "keep",
+            [{"profiles": ["1g.5gb"]}],
+            "GPU 0 does not support MIG: remove it from nvidia_driver_mig",
+        ),
+        ({}, "keep", [{"gpus": [3], "profiles": []}], "GPU 3 does not exist: correct nvidia_driver_mig"),
         ({}, "keep", [{"profiles": ["9g.90gb"]}], "Failed to create GPU instances: Insufficient Resources"),
         (
             {"mig": True, "busy": True, "devices": ["7g.40gb"]},

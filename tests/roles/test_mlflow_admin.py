@@ -31,7 +31,7 @@ def answering(status: int) -> Iterator[str]:
 
 
 @pytest.mark.parametrize(
-    ("status", "text"), [(503, ""), (404, "answers the administrator with 404 (Status code was 404")]
+    ("status", "text"), [(503, ""), (404, "responds to the administrator with 404 (Status code was 404")]
 )
 def test_a_server_that_is_down_is_no_reason_to_stop_and_one_that_is_another_is(
     tmp_path: Path, status: int, text: str

@@ -129,7 +129,7 @@ def preflight(folder: Path, modules: list[str], **variables: Any) -> tuple[bool,
     [
         (["open"], {}, None),
         (["proprietary"], {}, None),
-        ([], {}, "no kernel modules run all of its GPUs"),
+        ([], {}, "no kernel modules support all of its GPUs"),
         (["open"], {"nvidia_driver_open_kernel_modules": False}, "set nvidia_driver_open_kernel_modules to true"),
         (["proprietary"], {"nvidia_driver_branch": "590"}, "set nvidia_driver_branch to 580"),
         (["open", "proprietary"], {"nvidia_driver_branch": "590"}, None),

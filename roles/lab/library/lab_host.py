@@ -1,5 +1,5 @@
 #!/usr/bin/python
-"""Ansible module: can this machine run the lab, and with which quirks?"""
+"""Ansible module: checks whether this machine can run the lab, and reports its quirks."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ DOCUMENTATION = r"""
 module: lab_host
 short_description: Checks whether this machine can run the lab, and reports its quirks
 description:
-  - Reads only. Every reason why the lab cannot run here is one line of RV(problems), with its remedy.
-  - Disk that the lab occupies already (its caches from an earlier run) counts towards what it needs.
+  - Changes nothing. RV(problems) has one line with a remedy for each reason why the lab cannot run here.
+  - Disk space that the lab already occupies (caches of an earlier run) counts towards the requirement.
 options:
   name: {type: str, required: true, description: Prefix of the lab's container and network names.}
   subnet: {type: str, required: true, description: The lab's network.}
   nodes: {type: list, elements: str, required: true, description: Names of the lab's nodes.}
   publish: {type: list, elements: str, default: [], description: Published ports, C(ADDRESS:PORT:PORT).}
-  paths: {type: list, elements: path, required: true, description: Folders on whose file systems the lab grows.}
-  own_paths: {type: list, elements: path, default: [], description: Folders that hold nothing but the lab's own files.}
-  min_disk_gb: {type: int, required: true, description: "Disk in GB that a lab needs, from nothing to its tests."}
-  min_free_gb: {type: int, default: 0, description: Free disk in GB that even a lab with all caches needs.}
-  min_memory_gb: {type: int, required: true, description: Least memory in GB.}
+  paths: {type: list, elements: path, required: true, description: Folders whose file systems the lab fills.}
+  own_paths: {type: list, elements: path, default: [], description: Folders that contain the lab's files only.}
+  min_disk_gb: {type: int, required: true, description: "Disk space in GB that a lab needs, including its tests."}
+  min_free_gb: {type: int, default: 0, description: Free disk space in GB that a lab with warm caches needs.}
+  min_memory_gb: {type: int, required: true, description: Minimum memory in GB.}
 author: [InfiniteContext]
 """
 
@@ -42,7 +42,7 @@ EXAMPLES = r"""
 
 RETURN = r"""
 problems: {type: list, elements: str, returned: always, description: One line per reason and remedy.}
-quirks: {type: dict, returned: always, description: What to adapt to; cgroup version, OCI runtime, hard limits.}
+quirks: {type: dict, returned: always, description: cgroup version, OCI runtime and hard limits.}
 containers: {type: dict, returned: always, description: State of each existing container of the lab by name.}
 """
 
@@ -57,7 +57,7 @@ def os_release() -> dict[str, str]:
 
 
 def existing_parent(path: str) -> str:
-    """Returns the nearest folder at or above `path` that exists (where its disk is measured)."""
+    """Returns the nearest existing folder at or above `path`, to measure its disk."""
     here = Path(path)
     while not here.exists():
         here = here.parent
@@ -65,10 +65,10 @@ def existing_parent(path: str) -> str:
 
 
 def occupied(paths: list[str]) -> dict[int, float]:
-    """Returns how many GB the folders take up, by the device of their file system; what does not exist takes none."""
+    """Returns the GB that the existing folders occupy, by the device of their file system."""
     used: dict[int, float] = {}
     for path in filter(os.path.exists, paths):
-        # Files come and go below a lab that runs: du reports it by its exit status, and still counts the rest.
+        # du fails if files vanish during the count, but still prints the sum.
         done = subprocess.run(["du", "-sx", "--block-size=1", path], capture_output=True, text=True, check=False)
         device = os.stat(path).st_dev
         used[device] = used.get(device, 0) + int((done.stdout.split() or ["0"])[0]) / GB
@@ -76,7 +76,7 @@ def occupied(paths: list[str]) -> dict[int, float]:
 
 
 def disk_problems(params: dict) -> list[str]:
-    """Returns a line for every file system that has too little space for the lab to grow."""
+    """Returns a line for every file system with too little free space."""
     places: dict[int, str] = {}
     for path in params["paths"]:
         places.setdefault(os.stat(existing_parent(path)).st_dev, path)
@@ -94,7 +94,7 @@ def disk_problems(params: dict) -> list[str]:
 
 
 def port_is_taken(address: str, port: int) -> bool:
-    """Returns whether binding the TCP port fails because somebody listens on it."""
+    """Returns whether the TCP port is in use."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -105,7 +105,7 @@ def port_is_taken(address: str, port: int) -> bool:
 
 
 def routes() -> list[tuple[str, ipaddress.IPv4Network]]:
-    """Returns the machine's IPv4 routes (device, network), the default route left out."""
+    """Returns the machine's IPv4 routes (device, network), without the default route."""
     found = []
     for line in Path("/proc/net/route").read_text().splitlines()[1:]:
         device, destination, *rest = line.split()
@@ -117,7 +117,7 @@ def routes() -> list[tuple[str, ipaddress.IPv4Network]]:
 
 
 def free(device: str, sys: Path = Path("/sys/class/net")) -> str:
-    """Returns how to get the network of a device: podman's bridge outlives a lab that was cut off."""
+    """Returns the remedy for an occupied network; podman's bridge may remain after an interrupted lab."""
     ports = sys / device / "brif"
     if ports.is_dir() and not any(ports.iterdir()):
         return f"this bridge has no ports: if an earlier lab left it, run ip link delete {device}; or set lab_subnet"
@@ -125,7 +125,7 @@ def free(device: str, sys: Path = Path("/sys/class/net")) -> str:
 
 
 def podman_lines(*arguments: str) -> list[str]:
-    """Runs podman if it is installed; no podman means that nothing of the lab exists."""
+    """Returns podman's output, nothing if it is not installed."""
     if not shutil.which("podman"):
         return []
     done = subprocess.run(["podman", *arguments], capture_output=True, text=True, check=False)
@@ -133,11 +133,11 @@ def podman_lines(*arguments: str) -> list[str]:
 
 
 def state(container: dict, proc: Path = Path("/proc")) -> str:
-    """Returns what a container of `podman ps --format json` really is: podman's word, or dead.
+    """Returns the real state of a container of `podman ps --format json`: podman's state, or dead.
 
-    Podman's record outlives processes that were cut off, and the process id may be another's by then. A container's
-    own first process has the container's file, in a folder named after its id, as /etc/hostname; a process of this
-    machine sees such a folder too, but mounted elsewhere.
+    Podman's record may outlive killed processes, and another process may have the process id by then. The container's
+    own first process has the container's file, in a folder named after its id, mounted as /etc/hostname; processes of
+    this machine have such folders mounted elsewhere.
     """
     if container["State"] != "running":
         return container["State"]
@@ -161,7 +161,7 @@ def check(params: dict) -> dict:
     """Returns the module's result for the given parameters."""
     problems: list[str] = []
     name, network = params["name"], ipaddress.IPv4Network(params["subnet"])
-    # As JSON: the templates of older versions have no word for the bare state.
+    # As JSON, because templates of older versions cannot print the bare state.
     listed = json.loads("".join(podman_lines("ps", "-a", f"--filter=label=ictx.lab={name}", "--format=json")) or "[]")
     containers = {container["Names"][0]: state(container) for container in listed}
 
@@ -173,7 +173,7 @@ def check(params: dict) -> dict:
             "use Debian 12 or 13, or Ubuntu 24.04"
         )
     if os.geteuid() != 0:
-        problems.append("root is needed to run system containers: run as root, or as a user who may sudo")
+        problems.append("root permissions are required for system containers: run as root or a sudoer")
     namespaces = Path("/proc/sys/user/max_user_namespaces")
     if not Path("/proc/self/ns/user").exists() or (namespaces.exists() and int(namespaces.read_text()) < 1):
         problems.append(
@@ -193,7 +193,7 @@ def check(params: dict) -> dict:
     for entry in params["publish"]:
         address, port, _ = entry.split(":")
         if not containers and port_is_taken(address, int(port)):
-            problems.append(f"port {address}:{port} is taken: stop what listens on it, or change lab_publish")
+            problems.append(f"port {address}:{port} is in use: stop its process, or change lab_publish")
 
     unified = Path("/sys/fs/cgroup/cgroup.controllers").exists()
     return {
@@ -201,7 +201,7 @@ def check(params: dict) -> dict:
         "containers": containers,
         "quirks": {
             "cgroup_version": 2 if unified else 1,
-            # crun refuses system containers on a cgroup v1 hierarchy; runc runs them on both.
+            # crun rejects system containers with cgroup v1; runc supports both.
             "oci_runtime": "crun" if unified and shutil.which("crun") else "runc",
             "nofile": hard_limit("RLIMIT_NOFILE"),
             "nproc": hard_limit("RLIMIT_NPROC"),

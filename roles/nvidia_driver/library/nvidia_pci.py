@@ -1,5 +1,5 @@
 #!/usr/bin/python
-"""Ansible module: which NVIDIA devices are on the PCI bus, and which driver has them?"""
+"""Ansible module: finds NVIDIA devices on the PCI bus, and reports the loaded driver."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ DOCUMENTATION = r"""
 module: nvidia_pci
 short_description: Finds NVIDIA's GPUs and NVSwitches on the PCI bus
 description:
-  - Reads only. Needs no package (no C(lspci)): it looks at sysfs.
+  - Changes nothing. Reads sysfs, so it needs no C(lspci).
 options:
-  sysfs: {type: path, default: /sys, description: Where sysfs is mounted.}
+  sysfs: {type: path, default: /sys, description: Mount point of sysfs.}
 author: [InfiniteContext]
 """
 
@@ -30,9 +30,9 @@ kernel_modules:
   type: list
   elements: str
   returned: always
-  description: Which kernel modules run all the GPUs, of C(open) and C(proprietary).
+  description: Kernel modules (C(open), C(proprietary)) that support all GPUs.
 nouveau: {type: bool, returned: always, description: Whether the nouveau driver is loaded.}
-loaded: {type: str, returned: always, description: Version of NVIDIA's driver that is loaded; empty where none is.}
+loaded: {type: str, returned: always, description: Version of the loaded NVIDIA driver; empty if none is loaded.}
 secure_boot: {type: bool, returned: always, description: Whether the firmware enforces Secure Boot.}
 """
 
@@ -40,7 +40,7 @@ VENDOR = "0x10de"
 # The first two bytes of a PCI class; a GPU's audio and USB functions have others.
 GPU_CLASSES = ("0x0300", "0x0302")  # VGA controller, 3D controller
 NVSWITCH_CLASS = "0x0680"  # bridge of another kind
-# Device ids grow with the generations; the open modules' list of GPUs begins with 1E02:
+# Device ids increase with the generations; the open modules' list of GPUs begins with 1E02:
 # https://github.com/NVIDIA/open-gpu-kernel-modules#compatible-gpus
 FIRST_TURING = 0x1E00
 FIRST_BLACKWELL = 0x2900  # Ada ends at 28F8 there, B200 is 2901
@@ -59,7 +59,7 @@ def devices(sysfs: Path) -> list[tuple[str, str]]:
 
 
 def kernel_modules(ids: list[int]) -> list[str]:
-    """Returns which modules run all GPUs with these PCI device ids."""
+    """Returns the modules that support all GPUs with these PCI device ids."""
     fits = {
         "open": all(device >= FIRST_TURING for device in ids),
         "proprietary": all(device < FIRST_BLACKWELL and device not in GRACE_HOPPER for device in ids),
@@ -68,7 +68,7 @@ def kernel_modules(ids: list[int]) -> list[str]:
 
 
 def content(file: Path) -> bytes:
-    """Returns a file's bytes, none where it is not there."""
+    """Returns a file's bytes, none if it does not exist."""
     return file.read_bytes() if file.exists() else b""
 
 
