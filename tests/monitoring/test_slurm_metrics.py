@@ -223,7 +223,7 @@ def test_without_slurm_it_reports_so_and_still_writes(
     found = values(PROGRAM.gather(None))
     assert found["slurm_up{}"] == 0
     assert found["slurm_accounting_up{}"] == 0
-    assert "the controller does not answer" in capsys.readouterr().err
+    assert "the controller does not respond" in capsys.readouterr().err
 
 
 def test_a_program_that_fails_is_reported_in_its_own_words(

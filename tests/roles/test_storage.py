@@ -57,4 +57,4 @@ def test_only_folders_that_differ_are_changed_and_one_of_somebody_else_is_refuse
             folder.symlink_to(tmp_path)
         done = play(tmp_path, [role], variables)
         assert done.returncode != 0, somebody
-        assert f"{folder} is no folder of games: somebody else made it" in " ".join(done.stdout.split())
+        assert f"{folder} is not a folder of games: another user created it" in " ".join(done.stdout.split())

@@ -65,7 +65,7 @@ def test_what_systemd_would_ignore_is_not_written(
     tmp_path: Path, unit: str, sections: dict[str, Any], ignored: str
 ) -> None:
     (write,) = (task for task in yaml.safe_load((ROOT / "roles/unit_dropins/tasks/main.yml").read_text())
-                if task["name"] == "Write the settings of units")  # fmt: skip
+                if task["name"] == "Install the settings of units")  # fmt: skip
     cluster = Cluster(ROOT / "inventories/lab")
     variables = {"item": f"/etc/systemd/system/{unit}.d/zz-site.conf"}
     command = Templar(cluster.loader, variables=variables).template(

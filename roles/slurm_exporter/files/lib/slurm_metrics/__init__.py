@@ -1,1 +1,1 @@
-"""Metrics of SLURM and of its training jobs, from programs and files that users have a hand in."""
+"""Metrics of SLURM and its training jobs, from programs and files whose content users control."""

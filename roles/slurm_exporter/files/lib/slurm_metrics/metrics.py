@@ -1,4 +1,4 @@
-"""Gauges that are always valid in Prometheus' text format, whatever a row of the input holds."""
+"""Gauges that are always valid in Prometheus' text format, for any input."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from prometheus_client import CollectorRegistry, Gauge, write_to_textfile
 # Name, value and label values of one sample.
 Sample = tuple[str, float, tuple[str, ...]]
 MOST_LETTERS = 128
-# Lines in the journal for each run; the metric counts all.
+# Log lines per run; the metric counts all rows.
 MOST_LINES = 20
 
 
 def printable(text: str) -> str:
-    """Returns a label's value without control characters and surrogates, and not longer than MOST_LETTERS."""
+    """Returns a label's value without control characters and surrogates, truncated to MOST_LETTERS."""
     return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text[:MOST_LETTERS])
 
 
 class Metrics:
-    """Gauges by name, and how many rows of each source were left out."""
+    """Gauges by name, and the number of skipped rows of each source."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self._gauges: dict[str, Gauge] = {}
         self._skipped: Counter[str] = Counter()
-        self.declare("ictx_slurm_skipped_rows", "Rows of the last run that could not be used, by source.", "source")
+        self.declare("ictx_slurm_skipped_rows", "Rows that the last run skipped as invalid, by source.", "source")
 
     def declare(self, name: str, text: str, *labels: str) -> None:
-        """Adds a gauge, which stays empty until it is set."""
+        """Adds a gauge without a value."""
         self._gauges[name] = Gauge(name, text, labels, registry=self.registry)
 
     def set(self, name: str, value: float, *labels: str) -> None:
@@ -40,33 +40,33 @@ class Metrics:
         (gauge.labels(*map(printable, labels)) if labels else gauge).set(float(value))
 
     def take(self, samples: Iterable[Sample]) -> None:
-        """Sets the samples of a row: all, or none when one of them cannot be made."""
+        """Sets the samples of a row: all, or none if one is invalid."""
         for name, value, labels in [(name, float(value), labels) for name, value, labels in samples]:
             self.set(name, value, *labels)
 
     @contextmanager
     def row(self, source: str, what: str) -> Iterator[None]:
-        """Reads one row: what is wrong with it is counted and costs that row only. One that has gone counts nowhere."""
+        """Reads one row: errors are counted and skip that row only. Files that no longer exist are ignored."""
         try:
             yield
         except FileNotFoundError:
             pass
-        except Exception as error:  # Users decide what a row holds, so there is no list of what it can raise.
+        except Exception as error:  # Users control the content, so any error is possible.
             self.skip(source, f"{what}: {type(error).__name__}: {error}")
 
     def skip(self, source: str, why: str, rows: int = 1) -> None:
-        """Counts rows that are left out."""
+        """Counts skipped rows."""
         self._skipped[source] += rows
         if sum(self._skipped.values()) <= MOST_LINES:
             self.log(f"skipped a row of {source}: {why}")
 
     @staticmethod
     def log(text: str) -> None:
-        """Writes a line to the journal."""
+        """Logs a line to the journal."""
         print(f"ictx-slurm-metrics: {printable(text)}", file=sys.stderr)
 
     def write(self, path: str, sources: Iterable[str]) -> None:
-        """Writes the file, all at once, with the count of each source."""
+        """Writes the file atomically, with the count of each source."""
         for source in sources:
             self.set("ictx_slurm_skipped_rows", self._skipped[source], source)
         write_to_textfile(path, self.registry)

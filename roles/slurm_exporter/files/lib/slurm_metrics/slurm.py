@@ -1,7 +1,7 @@
-"""What SLURM's own programs print: nodes, jobs, the scheduler, accounts. The formats are the same from SLURM 22.05 on.
+"""Metrics from the output of SLURM's programs: nodes, jobs, scheduler, accounts. Supports SLURM 22.05 and later.
 
-Users choose the names of their jobs, and nothing escapes them. So fields and records are separated by a mark that is
-drawn anew for each run: a name with a newline, or with what looks like another job's record, stays a name.
+Users choose the names of their jobs, which SLURM does not escape. So fields and records are separated by a mark that is
+random in each run: a name with a newline or with a fake record remains a name.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from ClusterShell.NodeSet import expand
 
 from .metrics import Metrics, Sample
 
-# States in which a node works or waits for work; `planned` is kept free for a job that is to start soon.
+# States in which a node runs or accepts jobs; `planned` is reserved for a job that starts soon.
 FIT = ("idle", "mixed", "allocated", "completing", "planned", "reserved")
 NODE_COLUMNS = {"NodeList": 64, "StateLong": 32, "CPUsState": 32, "Memory": 24, "AllocMem": 24}
 NODE_COLUMNS |= {"Gres": 128, "GresUsed": 128, "Timestamp": 32, "Reason": 128}
-# Users choose the length of names: what squeue prints of them for an array of 1,000 jobs would take all of our memory.
+# Names are truncated, because users choose their length and an array of 1,000 jobs would exhaust the memory limit.
 JOB_FIELDS = ["%i", "%A", "%u", "%U", "%128P", "%T", "%D", "%V", "%S", "%r", "%N", "%128j"]
 ACCOUNT_FIELDS = ["User", "UID", "Account", "State", "ElapsedRaw", "CPUTimeRAW", "AllocTRES", "JobIDRaw", "End"]
-# Jobs of each user that have series of their own; all are in the sums.
+# Jobs with series of their own per user; the sums include all jobs.
 JOBS_PER_USER = 500
 JOB_COMMAND = ("squeue", "--noheader", "--array")
 ACTIVE = ("RUNNING", "COMPLETING")
@@ -43,22 +43,22 @@ SDIAG = {
 
 def declare(metrics: Metrics) -> None:
     """Adds the gauges of SLURM, empty."""
-    metrics.declare("slurm_up", "Whether the controllers answer.")
-    metrics.declare("slurm_controller_up", "Whether a controller answers.", "controller", "role")
-    metrics.declare("slurm_accounting_up", "Whether the accounting database answers.")
-    metrics.declare("slurm_node_state", "1 for the state that a node is in.", "node", "state")
+    metrics.declare("slurm_up", "Whether the controllers respond.")
+    metrics.declare("slurm_controller_up", "Whether a controller responds.", "controller", "role")
+    metrics.declare("slurm_accounting_up", "Whether the accounting database responds.")
+    metrics.declare("slurm_node_state", "1 for the current state of a node.", "node", "state")
     metrics.declare("slurm_node_available", "Whether jobs can start on the node.", "node")
-    metrics.declare("slurm_node_unavailable_since_seconds", "When the reason was given.", "node", "state", "reason")
+    metrics.declare("slurm_node_unavailable_since_seconds", "Time when the reason was set.", "node", "state", "reason")
     for kind in ("cpus", "gpus", "memory_bytes"):
-        metrics.declare(f"slurm_node_total_{kind}", f"What the node has of {kind}.", "node")
-        metrics.declare(f"slurm_node_allocated_{kind}", f"What jobs hold of the node's {kind}.", "node")
+        metrics.declare(f"slurm_node_total_{kind}", f"Total {kind} of the node.", "node")
+        metrics.declare(f"slurm_node_allocated_{kind}", f"Allocated {kind} of the node.", "node")
     metrics.declare("slurm_queue_jobs", "Jobs in the queue.", "partition", "user", "state")
-    metrics.declare("slurm_jobs_pending_reason", "Jobs that wait, by reason.", "partition", "reason")
+    metrics.declare("slurm_jobs_pending_reason", "Pending jobs by reason.", "partition", "reason")
     who = ("job_id", "user", "partition")
-    metrics.declare("slurm_job_pending_since_seconds", "When a waiting job came.", *who, "reason")
-    metrics.declare("slurm_job_running_since_seconds", "When it started.", *who, "job_name")
-    metrics.declare("slurm_job_nodes", "Nodes that a job has or requests.", *who, "state")
-    metrics.declare("slurm_job_node", "1 for each node that a running job is on.", "job_id", "user", "node", "job_name")
+    metrics.declare("slurm_job_pending_since_seconds", "Submission time of a pending job.", *who, "reason")
+    metrics.declare("slurm_job_running_since_seconds", "Start time of a running job.", *who, "job_name")
+    metrics.declare("slurm_job_nodes", "Allocated or requested nodes of a job.", *who, "state")
+    metrics.declare("slurm_job_node", "1 for each node of a running job.", "job_id", "user", "node", "job_name")
     for name in SDIAG.values():
         metrics.declare(f"slurm_scheduler_{name}", f"sdiag: {name.replace('_', ' ')} (jobs: since midnight, UTC).")
     for name in ("main", "backfill"):
@@ -70,7 +70,7 @@ def declare(metrics: Metrics) -> None:
 
 
 def query(*command: str, check: bool = True, **environment: str) -> str:
-    """Returns the output of a program of SLURM. Raises OSError or subprocess.SubprocessError without an answer."""
+    """Returns the output of a program of SLURM. Raises OSError or subprocess.SubprocessError on failure."""
     done = subprocess.run(
         command,
         stdin=subprocess.DEVNULL,
@@ -93,19 +93,19 @@ def node_command() -> list[str]:
 def job_format(mark: str) -> dict[str, str]:
     """Returns the variable that puts a mark before each job and between its fields.
 
-    Not an option: users see command lines, and could rename a job before the controller answers.
+    Not a command line option, which users can see, and could then rename a job before the controller responds.
     """
     return {"SQUEUE_FORMAT": f"{mark}:" + f"{mark},".join(JOB_FIELDS)}
 
 
 def account_command(mark: str) -> list[str]:
-    """Returns the command that lists the jobs of the last 24 hours; users choose none of its fields."""
+    """Returns the command that lists the jobs of the last 24 hours; users control none of its fields."""
     table = ["--noheader", "--parsable2", f"--delimiter={mark}", "--allusers", "--allocations", "--starttime=now-1day"]
     return ["sacct", *table, f"--format={','.join(ACCOUNT_FIELDS)}"]
 
 
 def number(text: str) -> float:
-    """Returns a number of SLURM's, 0 for what it does not know (`N/A`, `Unknown`)."""
+    """Returns a number in SLURM's output, 0 for unknown ones (`N/A`, `Unknown`)."""
     try:
         return float(text)
     except ValueError:
@@ -114,28 +114,28 @@ def number(text: str) -> float:
 
 def gpus(gres: str) -> int:
     """Returns the GPUs in `gpu:2`, `gpu:a100:4(S:0-1)`, `gpu:1g.5gb:7,gpu:3g.20gb:2` or `gres/gpu=4`, else 0."""
-    # In accounts the sum stands beside the number of each type.
+    # In accounts the sum is listed beside the number of each type.
     if total := re.search(r"(?:^|,)gres/gpu=(\d+)", gres):
         return int(total[1])
     return sum(map(int, re.findall(r"(?:^|,)(?:gres/)?gpu(?::[^:=,()]+)?[:=](\d+)", gres)))
 
 
 def gather_controllers(metrics: Metrics, text: str) -> None:
-    """Sets what `scontrol ping` reports."""
+    """Sets the metrics of `scontrol ping`."""
     for role, controller, state in re.findall(r"Slurmctld\((\w+)\) at (\S+) is (\w+)", text):
         metrics.set("slurm_controller_up", float(state == "UP"), controller, role)
 
 
 def node_samples(line: str) -> Iterator[Sample]:
-    """Yields what a line of sinfo reports about a node; a node in several partitions has several lines."""
+    """Yields the samples of a line of sinfo; a node in several partitions has several lines."""
     row, start = {}, 0
     for name, width in NODE_COLUMNS.items():
         row[name] = line[start : start + width].strip()
         start += width
     node, state = row["NodeList"], row["StateLong"].rstrip("*~#!%$@^-")
     if not re.fullmatch(r"[\w.-]+", node):
-        raise ValueError("no name of a node")
-    # A star behind the state: the node does not answer.
+        raise ValueError("invalid node name")
+    # An asterisk after the state: the node does not respond.
     fit = state in FIT and not row["StateLong"].endswith("*")
     yield "slurm_node_state", 1, (node, state)
     yield "slurm_node_available", fit, (node,)
@@ -153,7 +153,7 @@ def node_samples(line: str) -> Iterator[Sample]:
 
 
 def gather_nodes(metrics: Metrics, text: str) -> None:
-    """Sets what sinfo reports about nodes."""
+    """Sets the metrics of sinfo."""
     for line in filter(str.strip, text.split("\n")):
         with metrics.row("nodes", line[:64].strip()):
             metrics.take(node_samples(line))
@@ -161,7 +161,7 @@ def gather_nodes(metrics: Metrics, text: str) -> None:
 
 @dataclass(frozen=True)
 class Job:
-    """A job in the queue. `number` names its folder; `label` is what users call it (`7_1` in an array)."""
+    """A job in the queue. `number` is the name of its folder; `label` is its id for users (`7_1` in an array)."""
 
     label: str
     number: str
@@ -189,7 +189,7 @@ class Job:
 
 
 def jobs_of(metrics: Metrics, text: str, mark: str) -> list[Job]:
-    """Returns the jobs that squeue lists, those that run first."""
+    """Returns the jobs of squeue, running ones first."""
     jobs = []
     for record in text.split(f"{mark}:")[1:]:
         with metrics.row("jobs", record.split(f"{mark},")[0]):
@@ -210,7 +210,7 @@ def job_samples(job: Job) -> Iterator[Sample]:
 
 
 def gather_jobs(metrics: Metrics, jobs: Sequence[Job]) -> None:
-    """Sets what squeue reports about jobs that wait and run."""
+    """Sets the metrics of squeue."""
     for labels, count in Counter((job.partition, job.user, job.state.lower()) for job in jobs).items():
         metrics.set("slurm_queue_jobs", count, *labels)
     waiting = Counter((job.partition, job.reason) for job in jobs if job.state == "PENDING")
@@ -228,7 +228,7 @@ def gather_jobs(metrics: Metrics, jobs: Sequence[Job]) -> None:
 
 
 def gather_scheduler(metrics: Metrics, text: str) -> None:
-    """Sets what sdiag reports; its times are microseconds."""
+    """Sets the metrics of sdiag; its times are microseconds."""
     main, _, backfill = text.partition("Backfilling stats")
     values = {key.strip(): value.split()[0] for key, value in re.findall(r"^\s*([^:\n]+):\s+(\S[^\n]*)$", main, re.M)}
     for key, name in SDIAG.items():
@@ -261,7 +261,7 @@ class Ended:
 
 
 def ended_jobs(metrics: Metrics, text: str, mark: str) -> list[Ended]:
-    """Returns the jobs that sacct lists."""
+    """Returns the jobs of sacct."""
     jobs = []
     for line in filter(None, text.split("\n")):
         with metrics.row("accounting", line.split(mark)[0]):
@@ -270,7 +270,7 @@ def ended_jobs(metrics: Metrics, text: str, mark: str) -> list[Ended]:
 
 
 def gather_accounts(metrics: Metrics, jobs: Iterable[Ended]) -> None:
-    """Sets what was used within the last 24 hours."""
+    """Sets the usage of the last 24 hours."""
     ended: Counter[tuple[str, str, str]] = Counter()
     cpu: defaultdict[tuple[str, str], float] = defaultdict(float)
     gpu: defaultdict[tuple[str, str], float] = defaultdict(float)

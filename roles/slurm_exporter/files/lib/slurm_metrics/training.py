@@ -1,7 +1,7 @@
-"""What training jobs write about themselves on shared storage: RUNS/USER/JOB. Every file there is as its user wants it.
+"""Metrics that training jobs write to shared storage: RUNS/USER/JOB. Users control the content of all files there.
 
-So nothing is opened but regular files and directories that the job's user owns, each relative to the directory above
-it and never through a link; how much is read of each, of each user and in all is bounded.
+So only regular files and directories that the job's user owns are opened, relative to their parent directory and never
+through a link; the amount that is read per file, per user and in total is limited.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 
 from .metrics import Metrics
 
-# A job that has ended still has its metrics for so long: its last values reach Prometheus.
+# Metrics of an ended job are exported so long, so that Prometheus scrapes the last values.
 AFTERWARDS = 600
 # Limits: bytes and lines of a file, brackets and digits of JSON, entries of a directory, folders of a user, seconds.
 MOST_BYTES = 65536
@@ -47,7 +47,7 @@ FIELDS = {
     "validation_rewards/accuracies": ("validation_reward_accuracy_ratio", "DPO: the share, of held-out pairs."),
     "gradient_norm": ("gradient_norm", "Norm of the whole gradient before clipping."),
     "learning_rate": ("learning_rate", "Learning rate."),
-    "tokens_per_second": ("tokens_per_second", "Tokens of all ranks a second."),
+    "tokens_per_second": ("tokens_per_second", "Tokens per second of all ranks."),
     "step_seconds": ("step_seconds", "Time of one optimizer step."),
     "data_seconds": ("data_seconds", "Part of a step spent waiting for data."),
     "forward_seconds": ("forward_seconds", "Part of a step spent in the forward pass and the loss."),
@@ -58,22 +58,22 @@ FIELDS = {
     "optimizer_seconds": ("optimizer_seconds", "Part of a step spent clipping gradients and updating weights."),
     "ranks_seconds": (
         "ranks_seconds",
-        "Part of a step spent agreeing with the other ranks on its loss and on stopping.",
+        "Part of a step spent exchanging loss and stop signals between ranks.",
     ),
     "communication_seconds": (
         "communication_seconds",
-        "Part of a step in which collectives of sharding and context parallelism ran, also beside computation.",
+        "Part of a step in which collectives of sharding and context parallelism ran, including overlap.",
     ),
-    "evaluation_seconds": ("evaluation_seconds", "Validation since the record before, shared out among its steps."),
-    "checkpoint_seconds": ("checkpoint_seconds", "Checkpoints since the record before, shared out among its steps."),
-    "mfu": ("mfu_ratio", "Model FLOPS utilisation, 0 to 1; attention counts as the whole square."),
+    "evaluation_seconds": ("evaluation_seconds", "Validation time since the previous record, divided by its steps."),
+    "checkpoint_seconds": ("checkpoint_seconds", "Checkpoint time since the previous record, divided by its steps."),
+    "mfu": ("mfu_ratio", "Model FLOPS utilisation, 0 to 1; attention counts as the full square."),
     "mfu_causal": (
         "mfu_causal_ratio",
-        "Model FLOPS utilisation, 0 to 1; attention counts as what is computed, half the square.",
+        "Model FLOPS utilisation, 0 to 1; attention counts as half the square (causal).",
     ),
-    "peak_memory_bytes": ("peak_memory_bytes", "Most that was allocated on a GPU since the record before."),
-    "skipped_steps": ("skipped_steps", "Steps since the record before that changed no weights."),
-    "roll_backs": ("roll_backs", "Times that the run went back to a checkpoint."),
+    "peak_memory_bytes": ("peak_memory_bytes", "Peak memory allocated on a GPU since the previous record."),
+    "skipped_steps": ("skipped_steps", "Steps since the previous record that were skipped."),
+    "roll_backs": ("roll_backs", "Number of rollbacks to a checkpoint."),
 }
 
 
@@ -81,19 +81,19 @@ def declare(metrics: Metrics) -> None:
     """Adds the gauges of training, empty."""
     labels = ("job_id", "user", "stage")
     metrics.declare("ictx_training_info", "1 for each training run.", *labels, "mlflow_run", "model")
-    metrics.declare("ictx_training_running", "Whether SLURM runs the job now.", *labels)
-    metrics.declare("ictx_training_last_record_timestamp_seconds", "When the job last wrote a record.", *labels)
+    metrics.declare("ictx_training_running", "Whether the job is running.", *labels)
+    metrics.declare("ictx_training_last_record_timestamp_seconds", "Time of the job's last record.", *labels)
     metrics.declare("ictx_training_record_interval_seconds", "Median time between records.", *labels)
-    metrics.declare("ictx_training_last_checkpoint_timestamp_seconds", "When it last saved.", *labels)
+    metrics.declare("ictx_training_last_checkpoint_timestamp_seconds", "Time of the last checkpoint.", *labels)
     metrics.declare("ictx_training_checkpoint_interval_seconds", "Median time between checkpoints.", *labels)
-    metrics.declare("ictx_training_steps", "Steps that the run is to have in the end.", *labels)
+    metrics.declare("ictx_training_steps", "Total steps of the run.", *labels)
     for name, text in FIELDS.values():
         metrics.declare(f"ictx_training_{name}", text, *labels)
 
 
 @dataclass(frozen=True)
 class Run:
-    """A job that may have a folder, as SLURM knows it; `uid` is who must own everything in it."""
+    """A job of SLURM that may have a folder; `uid` must own everything in it."""
 
     number: str
     user: str
@@ -102,7 +102,7 @@ class Run:
 
 
 class RefusedError(Exception):
-    """Something in a user's folder that is not read."""
+    """An entry of a user's folder that is not read for security."""
 
 
 @contextmanager
@@ -117,7 +117,7 @@ def opened(name: str, owner: int, kind: Callable[[int], bool], parent: int) -> I
     """
     if "/" in name or name in ("", ".", ".."):
         raise RefusedError("not the name of an entry")
-    # Opening a FIFO does not wait for its other end, and what was opened is examined, not what had the name before.
+    # O_NONBLOCK for FIFOs; the opened file is checked, because the entry may have been replaced.
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
     descriptor = os.open(name, flags, dir_fd=parent)
     try:
@@ -125,7 +125,7 @@ def opened(name: str, owner: int, kind: Callable[[int], bool], parent: int) -> I
         if not kind(found.st_mode):
             raise RefusedError("not a regular file" if kind is stat.S_ISREG else "not a directory")
         if found.st_uid != owner:
-            raise RefusedError(f"belongs to {found.st_uid} and not to {owner}")
+            raise RefusedError(f"belongs to uid {found.st_uid}, not to {owner}")
         yield descriptor
     finally:
         os.close(descriptor)
@@ -154,31 +154,31 @@ def real(value: object) -> float | None:
 
 
 def gaps(times: Iterable[float]) -> float:
-    """Returns the median of the time between moments, 0 where there are fewer than two."""
+    """Returns the median interval between times, 0 for fewer than two."""
     differences = [later - earlier for earlier, later in pairwise(sorted(filter(isfinite, times)))]
     return statistics.median(differences) if differences else 0.0
 
 
 def small(name: str, owner: int, folder: int) -> bytes:
-    """Returns the content of a small file, empty when it is not there. Raises RefusedError, OSError."""
+    """Returns the content of a small file, empty if it does not exist. Raises RefusedError, OSError."""
     with suppress(FileNotFoundError), opened(name, owner, stat.S_ISREG, folder) as file:
         return os.pread(file, MOST_BYTES, 0)
     return b""
 
 
 def last_lines(file: int) -> list[bytes]:
-    """Returns the last whole lines of a file; half a line at the end, or where the part begins, does not count."""
+    """Returns the last complete lines of a file; truncated lines at either end are dropped."""
     start = max(0, os.fstat(file).st_size - MOST_BYTES)
     lines = os.pread(file, MOST_BYTES, start).split(b"\n")[:-1]
     return lines[1 if start else 0 :][-MOST_LINES:]
 
 
 def checkpoints(owner: int, folder: int) -> list[float]:
-    """Returns when the checkpoints were saved; of very many only some count. Raises RefusedError, OSError."""
+    """Returns the times of at most MOST_ENTRIES checkpoints. Raises RefusedError, OSError."""
     saved = []
     with opened("checkpoints", owner, stat.S_ISDIR, folder) as inside, os.scandir(inside) as entries:
         for entry in islice(entries, MOST_ENTRIES):
-            # Old ones are removed while we look.
+            # Old ones may be removed meanwhile.
             with suppress(FileNotFoundError):
                 found = os.stat(entry.name, dir_fd=inside, follow_symlinks=False)
                 if re.fullmatch(r"step-\d+", entry.name) and stat.S_ISDIR(found.st_mode) and found.st_uid == owner:
@@ -187,23 +187,23 @@ def checkpoints(owner: int, folder: int) -> list[float]:
 
 
 class Reader:
-    """Reads the folder of one run into the metrics. What cannot be read costs its own metrics only."""
+    """Reads the folder of one run into the metrics. Unreadable parts lose their own metrics only."""
 
     def __init__(self, metrics: Metrics, run: Run, folder: int) -> None:
         self.metrics, self.run, self.folder = metrics, run, folder
         self.who = (run.number, run.user, "")
 
     def row(self, what: str) -> Any:
-        """Returns the context in which a part is read."""
+        """Returns the context for reading a part."""
         return self.metrics.row("training", f"{self.run.user}/{self.run.number}/{what}")
 
     def set(self, name: str, value: float | None, *labels: str) -> None:
-        """Sets a metric of the run where there is a value."""
+        """Sets a metric of the run if there is a value."""
         if value is not None:
             self.metrics.set(f"ictx_training_{name}", value, *self.who, *labels)
 
     def read(self) -> None:
-        """Reads everything, where the job writes metrics and runs or has just ended."""
+        """Reads everything, if the job writes metrics and is running or has just ended."""
         with opened("metrics.jsonl", self.run.uid, stat.S_ISREG, self.folder) as file:
             written = os.fstat(file).st_mtime
             if not self.run.running and time.time() - written > AFTERWARDS:
@@ -218,7 +218,7 @@ class Reader:
         self.read_records(lines, written)
 
     def read_about(self) -> None:
-        """Reads what the run is."""
+        """Reads the run's metadata."""
         about: dict[str, Any] = {}
         run_id = ""
         with self.row("about.json"):
@@ -245,13 +245,13 @@ class Reader:
         times = (real(record.get("time")) for record in records)
         self.set("record_interval_seconds", gaps(moment for moment in times if moment is not None))
         for field, (name, _) in FIELDS.items():
-            # A field that the last record lacks (validation is rarer) has the value of the last one that has it.
+            # If the last record lacks a field (validation is rarer), the latest value is used.
             values = [value for record in records if (value := real(record.get(field))) is not None]
             self.set(name, values[-1] if values else None)
 
 
 def fairly(metrics: Metrics, runs: Iterable[Run]) -> list[Run]:
-    """Returns the runs, one of each user after another: nobody's many folders use up the time of the others'."""
+    """Returns the runs of users in turn, so that one user's folders cannot use up the time."""
     of_user: defaultdict[str, list[Run]] = defaultdict(list)
     for run in sorted(runs, key=lambda run: not run.running):
         of_user[run.user].append(run)
@@ -263,7 +263,7 @@ def fairly(metrics: Metrics, runs: Iterable[Run]) -> list[Run]:
 
 
 def gather(metrics: Metrics, folder: Path, runs: Iterable[Run]) -> None:
-    """Reads the folders of jobs below a folder that only root may write."""
+    """Reads the folders of jobs in a folder that only root can write to."""
     end = time.monotonic() + MOST_SECONDS
     root = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
