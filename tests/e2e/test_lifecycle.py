@@ -97,7 +97,7 @@ def test_a_node_is_added_and_removed_while_jobs_run(lab: Lab, third: str) -> Non
 
     # The inventory without the node: its job is in the way, whoever runs SLURM's playbook.
     refused = " ".join(played("playbooks/slurm.yml", status=2).split())
-    assert f"SLURM has jobs there ({on_third}): playbooks/remove-node.yml waits for them" in refused
+    assert f"SLURM has jobs there ({on_third}): run playbooks/remove-node.yml, which waits for them" in refused
     assert third in states(lab)
     slip = " ".join(played("playbooks/remove-node.yml", "-e", "nodes=n2", status=2).split())
     assert f"slurm_compute does not have are: {third}" in slip

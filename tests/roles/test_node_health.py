@@ -111,7 +111,7 @@ def test_disks_memory_and_the_runtime(health: Any, tmp_path: Path) -> None:
     disks = [{"path": str(tmp_path), "min_free_mb": 10**9}, {"path": "/nowhere", "min_free_mb": 1}]
     problems = health.look(CONFIG | {"disks": disks, "memory_mb": 10**9, "runtime": str(tmp_path / "runc")})
     assert len(problems) == 4
-    assert "MB of memory, not 1000000000" in problems[0]
+    assert "MB of memory, expected 1000000000" in problems[0]
     assert f"{tmp_path} has " in problems[1]
     assert problems[2:] == ["/nowhere: No such file or directory", f"{tmp_path}/runc does not start"]
     (point,) = {line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()} & {"/proc"}
@@ -126,7 +126,7 @@ def test_a_mount_whose_server_is_gone_is_a_problem_and_not_waited_for(
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setattr(health.answer, "__kwdefaults__", {"seconds": 0.2})
     began = time.monotonic()
-    assert health.look(CONFIG | {"mounts": ["/proc"]}) == ["/proc does not answer"]
+    assert health.look(CONFIG | {"mounts": ["/proc"]}) == ["/proc does not respond"]
     assert time.monotonic() - began < 20
 
 
@@ -134,9 +134,9 @@ def test_a_mount_whose_server_is_gone_is_a_problem_and_not_waited_for(
     ("smi", "problems"),
     [
         (GPUS, []),
-        (GPUS.replace("1, 0\n", ""), ["3 GPUs answer, not 4"]),
+        (GPUS.replace("1, 0\n", ""), ["3 of 4 GPUs respond"]),
         (GPUS.replace("3, 0", "3, 2"), ["GPU 3 has 2 uncorrectable ECC errors"]),
-        ("", ["0 GPUs answer, not 4"]),
+        ("", ["0 of 4 GPUs respond"]),
     ],
 )
 def test_gpus_that_are_missing_or_have_errors(
@@ -171,7 +171,7 @@ def test_processes_of_users_without_a_job(health: Any, tmp_path: Path, monkeypat
         config = CONFIG | {"stray_users": ["nobody"]}
         assert health.look(config) == [], "just begun: its job's epilog may still run"
         monkeypatch.setattr(health, "SETTLED_SECONDS", -1)
-        assert health.look(config) == [f"1 processes of nobody without a job, as {process.pid}"]
+        assert health.look(config) == [f"1 processes of nobody without a job, e.g. {process.pid}"]
         assert health.look(CONFIG) == []
         (tmp_path / "65534").mkdir()
         assert health.look(config) == [], "a job of this user is here"

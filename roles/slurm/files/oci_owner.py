@@ -1,4 +1,4 @@
-"""Who could change what a path names: what is run or believed must be root's or one's own, like the folders above."""
+"""Checks that a path and its parent folders can be changed by root and the user only."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def trusted(path: Path) -> Path:
     """Returns the path with its links followed.
 
     Raises:
-        PermissionError: somebody else than root and this user owns it or a folder above it, or may write there.
+        PermissionError: another user owns it or a parent folder, or may write there.
         FileNotFoundError: it does not exist.
     """
     real = path.resolve(strict=True)
@@ -19,10 +19,10 @@ def trusted(path: Path) -> Path:
         about = part.stat()
         if about.st_uid not in (0, os.getuid()):
             raise PermissionError(f"{part} belongs to uid {about.st_uid}, not to root or uid {os.getuid()}")
-        # In a folder with the sticky bit nobody replaces what is another's. A group with a user's number is his own.
+        # In a folder with the sticky bit users cannot replace others' files. A group with the user's number is private.
         sticky = stat.S_ISDIR(about.st_mode) and about.st_mode & stat.S_ISVTX
         if not sticky and about.st_mode & stat.S_IWOTH:
-            raise PermissionError(f"{part} can be written to by everybody")
+            raise PermissionError(f"{part} is writable for everyone")
         if not sticky and about.st_mode & stat.S_IWGRP and about.st_gid not in (0, os.getuid()):
-            raise PermissionError(f"{part} can be written to by group {about.st_gid}")
+            raise PermissionError(f"{part} is writable for group {about.st_gid}")
     return real

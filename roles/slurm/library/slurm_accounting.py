@@ -1,5 +1,5 @@
 #!/usr/bin/python
-"""Ansible module: accounts, users, qualities of service and their limits in SLURM's accounting database."""
+"""Ansible module: manages accounts, users, qualities of service and limits in SLURM's accounting database."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from ansible.module_utils.basic import AnsibleModule
 
 DOCUMENTATION = r"""
 module: slurm_accounting
-short_description: Keeps SLURM's accounts, associations and qualities of service as the inventory has them
+short_description: Manages SLURM's accounts, associations and qualities of service
 description:
-  - Reads with C(sacctmgr show), compares, and runs C(sacctmgr) for what differs only; a second run changes nothing.
-  - A limit that an entry does not have is reset. What no entry names is left alone; C(state=absent) removes it.
-  - SLURM keeps names of accounts and QOS in small letters; capitals count as those.
+  - Compares with C(sacctmgr show) and runs C(sacctmgr) for differences only; a second run changes nothing.
+  - Limits that an entry does not set are reset. Objects without an entry are not changed; C(state=absent) removes one.
+  - SLURM stores names of accounts and QOS in lower case; upper case is converted.
 options:
-  absent_users: {type: dict, default: {}, description: Uids by name of users whose jobs and associations end.}
-  account: {type: str, required: true, description: Account of all users, and their default unless an association is.}
+  absent_users: {type: dict, default: {}, description: UIDs by name of users to remove; their jobs are cancelled.}
+  account: {type: str, required: true, description: Account of all users; default unless associations set another.}
   accounts: {type: list, elements: dict, default: [], description: "Other accounts: name, parent, state and limits."}
   associations:
     type: list
@@ -27,15 +27,15 @@ options:
     default: []
     description: "Limits of users, and their other accounts: user, account, default, state and limits."
   cluster: {type: str, required: true, description: Name of the cluster.}
-  operators: {type: list, elements: str, default: [], description: Operators; they submit nothing.}
+  operators: {type: list, elements: str, default: [], description: Operators, who cannot submit jobs.}
   qos: {type: list, elements: dict, default: [], description: "Qualities of service: name, users, state and limits."}
   users: {type: list, elements: str, default: [], description: Users.}
-  wait_seconds: {type: int, default: 20, description: Seconds until slurmdbd must know the cluster or answer.}
+  wait_seconds: {type: int, default: 20, description: Seconds to wait for slurmdbd.}
 author: [InfiniteContext]
 """
 
 EXAMPLES = r"""
-- name: Keep accounts and limits
+- name: Configure accounts and limits
   slurm_accounting:
     cluster: lab
     account: ictx
@@ -46,7 +46,7 @@ EXAMPLES = r"""
 """
 
 RETURN = r"""
-commands: {type: list, elements: str, returned: always, description: The commands that changed something (or would).}
+commands: {type: list, elements: str, returned: always, description: Commands that made (or would make) changes.}
 """
 
 Row = Mapping[str, str]
@@ -54,7 +54,7 @@ Command = list[str]
 
 
 class Setting(NamedTuple):
-    """How sacctmgr writes an option of the inventory (`key`) and shows it (`column`), and what it is if not set."""
+    """Names of an option in sacctmgr (`key` to write, `column` to read), its format and its value if not set."""
 
     key: str
     column: str
@@ -99,7 +99,7 @@ UNITS = {"K": 1 / 1024, "M": 1, "G": 1024, "T": 1024**2, "P": 1024**3}
 
 
 def seconds(text: str) -> int:
-    """Returns a time of SLURM's (M, M:S, H:M:S, D-H, D-H:M, D-H:M:S) in seconds."""
+    """Returns a time in SLURM's format (M, M:S, H:M:S, D-H, D-H:M, D-H:M:S) in seconds."""
     days, dash, rest = text.rpartition("-")
     parts = [int(part) for part in rest.split(":")]
     if not dash and len(parts) < 3:
@@ -120,7 +120,7 @@ def tres(value: str | Mapping[str, Any]) -> dict[str, str]:
 
 
 def canonical(setting: Setting, value: Any) -> Any:
-    """Returns a value, of the inventory or as sacctmgr shows it, in the one form in which two can be compared."""
+    """Returns a value of the inventory or of sacctmgr in a normal form for comparison."""
     if setting.kind == "tres":
         return tres(value or "")
     if setting.kind == "names":
@@ -137,7 +137,7 @@ def canonical(setting: Setting, value: Any) -> Any:
 
 
 def assignments(table: Mapping[str, Setting], entry: Mapping[str, Any], row: Row | None) -> Iterator[str]:
-    """Yields KEY=VALUE for what an entry of the inventory has and a row of sacctmgr's has not."""
+    """Yields KEY=VALUE for the differences between an entry of the inventory and a row of sacctmgr."""
     for option, setting in table.items():
         wanted, present = (canonical(setting, value) for value in (entry.get(option), (row or {}).get(setting.column)))
         if wanted == present:
@@ -157,20 +157,20 @@ def gone(entry: Mapping[str, Any]) -> bool:
 
 
 def parents_first(accounts: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Returns the accounts in an order in which each comes after its parent. Raises ValueError where there is none."""
+    """Returns the accounts with each after its parent. Raises ValueError for a cycle."""
     left, ordered = list(accounts), []
     while left:
         waiting = {entry["name"].lower() for entry in left}
         ready = [entry for entry in left if (entry.get("parent") or "root").lower() not in waiting]
         if not ready:
-            raise ValueError(f"accounts are their own ancestors: {', '.join(sorted(waiting))}")
+            raise ValueError(f"accounts have a cycle of parents: {', '.join(sorted(waiting))}")
         ordered += ready
         left = [entry for entry in left if entry not in ready]
     return ordered
 
 
 class Present(NamedTuple):
-    """What the database has, by name; associations by account and user (empty: the account's own)."""
+    """State of the database by name; associations by account and user (empty: the account's own)."""
 
     clusters: Sequence[str]
     qos: Mapping[str, Row]
@@ -179,7 +179,7 @@ class Present(NamedTuple):
 
 
 def qos_commands(wanted: Mapping[str, Any], present: Present) -> Iterator[Command]:
-    """Yields what adds and changes qualities of service: all exist before one may preempt another."""
+    """Yields commands that add and change QOS; all are added before one may preempt another."""
     kept = [entry for entry in wanted["qos"] if not gone(entry)]
     for entry in kept:
         if entry["name"].lower() not in present.qos:
@@ -191,10 +191,10 @@ def qos_commands(wanted: Mapping[str, Any], present: Present) -> Iterator[Comman
 
 
 def account_commands(wanted: Mapping[str, Any], present: Present) -> Iterator[Command]:
-    """Yields what adds and changes accounts."""
+    """Yields commands that add and change accounts."""
     cluster = f"cluster={wanted['cluster']}"
     listed = list(wanted["accounts"])
-    # An account or association that only follows from the list of users has no limits here: others' stay.
+    # Limits of an account or association without an entry of its own are not changed.
     implied = {"name": wanted["account"]}
     if implied["name"].lower() not in [entry["name"].lower() for entry in listed]:
         listed.insert(0, implied)
@@ -210,7 +210,7 @@ def account_commands(wanted: Mapping[str, Any], present: Present) -> Iterator[Co
 
 
 def user_commands(wanted: Mapping[str, Any], present: Present) -> Iterator[Command]:
-    """Yields what adds and changes users' associations, and their default accounts."""
+    """Yields commands that add and change users' associations and default accounts."""
     cluster, everybody = f"cluster={wanted['cluster']}", wanted["account"].lower()
     listed: dict[tuple[str, str], Mapping[str, Any]] = {(user, everybody): {} for user in wanted["users"]}
     listed |= {(entry["user"], entry["account"].lower()): entry for entry in wanted["associations"]}
@@ -235,7 +235,7 @@ def user_commands(wanted: Mapping[str, Any], present: Present) -> Iterator[Comma
 
 
 def removals(wanted: Mapping[str, Any], present: Present) -> Iterator[Command]:
-    """Yields what removes entries with `state: absent`: associations, then accounts (children first), then QOS."""
+    """Yields commands that remove entries with `state: absent`: associations, accounts (children first), QOS."""
     cluster = f"cluster={wanted['cluster']}"
     for entry in filter(gone, wanted["associations"]):
         if (entry["account"].lower(), entry["user"]) in present.associations:
@@ -249,7 +249,7 @@ def removals(wanted: Mapping[str, Any], present: Present) -> Iterator[Command]:
 
 
 def commands(wanted: Mapping[str, Any], present: Present) -> Iterator[Command]:
-    """Yields all that makes the database what the inventory has."""
+    """Yields all commands that change the database to the inventory's settings."""
     cluster = wanted["cluster"]
     if cluster not in present.clusters:
         yield ["sacctmgr", "-i", "add", "cluster", cluster]
@@ -258,11 +258,11 @@ def commands(wanted: Mapping[str, Any], present: Present) -> Iterator[Command]:
             yield ["sacctmgr", "-i", *command]
     for user, uid in wanted["absent_users"].items():
         if any(user == name for _, name in present.associations):
-            # By number: the node may not know the name any more. The association cannot go while they run.
+            # By uid, because the account may be deleted. An association cannot be removed while jobs run.
             yield ["scancel", f"--user={uid}"]
             yield ["sacctmgr", "-i", "delete", "user", "where", f"name={user}", f"cluster={cluster}"]
     for user in wanted["operators"]:
-        # They see all, and may not submit: a QOS that limits MaxSubmitJobs would outweigh that of the account.
+        # Operators may not submit: GrpSubmitJobs, because a QOS would override MaxSubmitJobs of the account.
         if user not in present.users:
             rights = ["adminlevel=Operator", "grpsubmitjobs=0"]
             yield ["sacctmgr", "-i", "add", "user", user, "account=root", f"cluster={cluster}", *rights]
@@ -271,7 +271,7 @@ def commands(wanted: Mapping[str, Any], present: Present) -> Iterator[Command]:
 
 
 def rows(text: str) -> list[Row]:
-    """Returns what `sacctmgr --parsable2 show` prints, by its headings."""
+    """Parses the output of `sacctmgr --parsable2 show`, by its headings."""
     head, *lines = text.splitlines() or [""]
     return [dict(zip(head.split("|"), line.split("|"), strict=True)) for line in lines]
 
@@ -283,7 +283,7 @@ class Database:
         self.module = module
 
     def show(self, *what: str, columns: Iterable[str]) -> list[Row]:
-        """Returns rows of a table by the names of the columns that were requested; sacctmgr's headings differ."""
+        """Returns rows of a table by the requested column names; sacctmgr's headings differ."""
         names = list(columns)
         _, text, _ = self.module.run_command(
             ["sacctmgr", "--parsable2", "--noheader", "show", *what, f"format={','.join(names)}"], check_rc=True
@@ -291,9 +291,9 @@ class Database:
         return rows("\n".join(["|".join(names), *text.splitlines()]))
 
     def present(self, cluster: str) -> Present:
-        """Returns what there is."""
+        """Returns the state of the database."""
         columns = ["Account", "User", "ParentName", *(setting.column for setting in ASSOCIATION.values())]
-        # Without limits of parents: those are no settings of the association.
+        # Without limits inherited from parents.
         listed = self.show("association", "WOPLimits", f"cluster={cluster}", columns=columns)
         qos = self.show("qos", columns=["Name", *(setting.column for setting in QOS.values())])
         users = self.show("user", columns=["User", "DefaultAccount", "AdminLevel"])
@@ -305,7 +305,7 @@ class Database:
         )
 
     def change(self, command: Command) -> None:
-        """Runs a command. A user's association goes once the last job has ended."""
+        """Runs a command. A user's association can be removed only after the last job has ended."""
         patience = 90 if command[2:4] == ["delete", "user"] else 0
         began = time.monotonic()
         while True:
@@ -337,8 +337,8 @@ def main() -> None:
     while module.run_command(["sacctmgr", "-nP", "show", "cluster", "format=Cluster"])[0] != 0:
         if time.monotonic() > deadline:
             if module.check_mode:
-                module.exit_json(changed=True, commands=[], msg="the accounting database does not answer yet")
-            module.fail_json(msg="the accounting database does not answer: systemctl status slurmdbd")
+                module.exit_json(changed=True, commands=[], msg="the accounting database does not respond yet")
+            module.fail_json(msg="the accounting database does not respond: see `systemctl status slurmdbd`")
         time.sleep(1)
     try:
         steps = list(commands(module.params, database.present(module.params["cluster"])))
