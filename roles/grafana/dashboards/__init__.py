@@ -10,7 +10,7 @@ MODULES = (fleet, slurm, gpu, training, serving, kubernetes, nodes, models)
 
 
 def build() -> dict[str, Dashboard]:
-    """Returns every dashboard by the name of its module; panels are numbered, so that links to one stay."""
+    """Returns every dashboard by the name of its module; panels are numbered, so that links remain valid."""
     made = {module.__name__.rpartition(".")[2]: module.build().build() for module in MODULES}
     for dashboard in made.values():
         for number, panel in enumerate(dashboard.panels or [], start=1):

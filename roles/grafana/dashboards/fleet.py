@@ -1,4 +1,4 @@
-"""Fleet: one look, is everything well?"""
+"""Fleet: overall state of the platform."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ BAD_BELOW_1 = [(float("-inf"), RED), (1.0, "green")]
 
 def build() -> Dashboard:
     """Returns the dashboard."""
-    made = start("fleet", "Fleet", "One look: is everything well?", {})
+    made = start("fleet", "Fleet", "Overall state of the platform.", {})
     made = row(
         made,
-        "Is everything well?",
+        "Health",
         number(
             "Alerts, critical",
-            "Critical alerts that fire now. Anything but 0 wants somebody at once.",
+            "Firing critical alerts; they require immediate action.",
             "none",
             'count(ALERTS{alertstate="firing",severity="critical"}) or vector(0)',
             [(1, RED)],
         ),
         number(
             "Alerts, warning",
-            "Warnings that fire now: to be looked at today.",
+            "Firing warnings; handle them within a day.",
             "none",
             'count(ALERTS{alertstate="firing",severity="warning"}) or vector(0)',
             [(1, YELLOW)],
         ),
         number(
-            "Nodes that answer",
-            "Share of the inventory's nodes whose exporter answers.",
+            "Nodes up",
+            "Share of the inventory's nodes whose exporter responds.",
             "percentunit",
             'avg(up{job="node",cluster="$cluster"})',
             BAD_BELOW_1,
@@ -45,14 +45,14 @@ def build() -> Dashboard:
         ),
         number(
             "Targets down",
-            "Targets that Prometheus cannot read.",
+            "Targets that Prometheus cannot scrape.",
             "none",
             'count(up{cluster="$cluster"} == 0) or vector(0)',
             [(1, RED)],
         ),
         number(
-            "Endpoints that answer",
-            "Share of the endpoints (registry, MLflow, Prometheus …) that answer as they should, seen from outside.",
+            "Endpoints up",
+            "Share of endpoints (registry, MLflow, Prometheus …) with a successful probe.",
             "percentunit",
             'avg(probe_success{cluster="$cluster"})',
             BAD_BELOW_1,
@@ -60,41 +60,41 @@ def build() -> Dashboard:
     )
     made = row(
         made,
-        "Use",
+        "Usage",
         number(
             "Jobs running",
-            "Jobs that run now.",
+            "Running jobs.",
             "none",
             'sum(slurm_queue_jobs{cluster="$cluster",state="running"}) or vector(0)',
         ),
         number(
-            "Jobs waiting",
-            "Jobs in the queue.",
+            "Jobs pending",
+            "Pending jobs.",
             "none",
             'sum(slurm_queue_jobs{cluster="$cluster",state="pending"}) or vector(0)',
         ),
         number(
-            "CPUs held",
-            "Share of the CPUs that jobs hold.",
+            "CPUs allocated",
+            "Share of CPUs that are allocated to jobs.",
             "percentunit",
             'cluster:slurm_cpus_allocated:ratio{cluster="$cluster"}',
         ),
         number(
-            "GPUs held",
-            "Share of the GPUs that jobs hold.",
+            "GPUs allocated",
+            "Share of GPUs that are allocated to jobs.",
             "percentunit",
             'cluster:slurm_gpus_allocated:ratio{cluster="$cluster"}',
         ),
         number(
             "Training goodput, 1 day",
-            "Share of the time in which running training jobs got on. The objective is 90 %.",
+            "Share of time in which running training jobs made progress. The objective is 90 %.",
             "percentunit",
             'cluster:training_goodput:ratio_1d{cluster="$cluster"}',
             [(float("-inf"), RED), (0.9, "green")],
         ),
         number(
             "Tokens generated",
-            "Tokens a second that all served models generate.",
+            "Tokens per second that all served models generate.",
             "none",
             'sum(model:serving_generation_tokens:rate5m{cluster="$cluster"})',
         ),
@@ -117,7 +117,7 @@ def build() -> Dashboard:
         ),
         listing(
             "Alerts",
-            "All alerts that fire or are about to. Each one's runbook is docs/runbooks/ALERT.md.",
+            "Firing and pending alerts. The runbook of each is docs/runbooks/ALERT.md.",
             'ALERTS{alertname!="Watchdog"} or ALERTS{alertname="Watchdog"}',
         ),
     )

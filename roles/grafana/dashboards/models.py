@@ -1,4 +1,4 @@
-"""Registry and models: where images and models come from, and whether people can get at them."""
+"""Registry and models: availability of images and models."""
 
 from __future__ import annotations
 
@@ -14,24 +14,26 @@ def build() -> Dashboard:
     made = start(
         "models",
         "Registry & models",
-        "The image registry, MLflow, and the training runs that make models.",
+        "The image registry, MLflow, and the training runs that produce models.",
         {"model": 'label_values(ictx_training_info{cluster="$cluster"}, model)'},
     )
     made = row(
         made,
         "Endpoints",
         number(
-            "Answering",
-            "Share of endpoints that answer as they should.",
+            "Endpoints up",
+            "Share of endpoints with a successful probe.",
             "percentunit",
             f"avg(probe_success{{{ME}}})",
             [(float("-inf"), RED), (1.0, "green")],
             6,
         ),
-        number("Slowest", "Longest answer.", "s", f"max(probe_duration_seconds{{{ME}}})", [(1, YELLOW), (5, RED)], 6),
         number(
-            "First certificate to end",
-            "Time until then.",
+            "Slowest", "Longest response time.", "s", f"max(probe_duration_seconds{{{ME}}})", [(1, YELLOW), (5, RED)], 6
+        ),
+        number(
+            "Certificate expiry",
+            "Time until the first certificate expires.",
             "s",
             f"min(probe_ssl_earliest_cert_expiry{{{ME}}}) - time()",
             [(float("-inf"), RED), (14 * 86400, "green")],
@@ -39,15 +41,17 @@ def build() -> Dashboard:
         ),
         number(
             "Runs",
-            "Training runs that report.",
+            "Training runs with metrics.",
             "none",
             f'count(ictx_training_info{{{ME},model=~"$model"}}) or vector(0)',
             width=6,
         ),
-        graph("Answers", "1 while an endpoint answers.", "none", {"{{instance}}": f"probe_success{{{ME}}}"}, top=1),
         graph(
-            "Time of an answer",
-            "Seen from the Prometheus host.",
+            "Probes", "1 if an endpoint's probe succeeds.", "none", {"{{instance}}": f"probe_success{{{ME}}}"}, top=1
+        ),
+        graph(
+            "Response time",
+            "Measured from the Prometheus host.",
             "s",
             {"{{instance}}": f"probe_duration_seconds{{{ME}}}"},
         ),
@@ -57,15 +61,15 @@ def build() -> Dashboard:
         "Image registry",
         number(
             "Registry",
-            "1 while it exposes its metrics.",
+            "1 if the registry exposes its metrics.",
             "none",
             f"min(registry_up{{{ME}}})",
             [(float("-inf"), RED), (1.0, "green")],
             6,
         ),
         number(
-            "Requests that fail",
-            "Share of requests within an hour with a 5xx answer.",
+            "Failed requests",
+            "Share of requests within an hour with a 5xx response.",
             "percentunit",
             f'(sum(rate(registry_http_requests_total{{{ME},code=~"5.."}}[1h])) or vector(0))'
             f" / sum(rate(registry_http_requests_total{{{ME}}}[1h]))",
@@ -74,28 +78,28 @@ def build() -> Dashboard:
         ),
         number(
             "Pulls and pushes",
-            "Requests that are worked on now.",
+            "Requests in progress.",
             "none",
             f"sum(registry_http_in_flight_requests{{{ME}}})",
             width=6,
         ),
         number(
-            "Space left",
-            "On the file systems of its host, the fullest one.",
+            "Free space",
+            "On the fullest file system of the registry's host.",
             "percentunit",
             f"1 - max(node:filesystem_used:ratio{{{ME}}} * on (cluster, node) group_left () registry_up)",
             [(float("-inf"), RED), (0.05, YELLOW), (0.2, "green")],
             6,
         ),
         graph(
-            "Requests of images",
-            "Requests a second, by what is requested and the answer: blobs are layers.",
+            "Registry requests",
+            "Requests per second by handler and status; blobs are layers.",
             "reqps",
             {"{{handler}} {{code}}": f"sum by (handler, code) (rate(registry_http_requests_total{{{ME}}}[5m]))"},
         ),
         graph(
-            "Time of a request of images",
-            "Mean, by what is requested.",
+            "Registry request duration",
+            "Mean by handler.",
             "s",
             {"{{handler}}": mean("registry_http_request_duration_seconds", "handler", ME)},
         ),
@@ -105,13 +109,13 @@ def build() -> Dashboard:
         "MLflow",
         graph(
             "Requests",
-            "Requests a second to the tracking server, by status.",
+            "Requests per second to the tracking server by status.",
             "reqps",
             {"{{status}}": "sum by (status) (rate(mlflow_http_request_total[5m]))"},
         ),
         graph(
-            "Time of a request",
-            "Mean.",
+            "Request duration",
+            "Mean by method.",
             "s",
             {"{{method}}": mean("mlflow_http_request_duration_seconds", "method", "")},
         ),
@@ -121,9 +125,9 @@ def build() -> Dashboard:
         "Models",
         listing(
             "Runs",
-            "Job, MLflow run, model and stage of what trains now or has just ended.",
+            "Job, MLflow run, model and stage of running and recently ended training jobs.",
             f'ictx_training_info{{{ME},model=~"$model"}}',
             width=12,
         ),
-        listing("Pods that serve", "Which model each pod serves.", "vllm:num_requests_running", width=12),
+        listing("Serving pods", "Model of each serving pod.", "vllm:num_requests_running", width=12),
     )

@@ -21,13 +21,11 @@ def build() -> Dashboard:
     made = row(
         made,
         "All",
-        number("Nodes", "Nodes that answer.", "none", f'sum(up{{job="node",{ME}}})'),
-        number(
-            "CPU", "Mean share of CPU time that is not idle.", "percentunit", f"avg(node:cpu_utilisation:ratio{{{ME}}})"
-        ),
+        number("Nodes", "Nodes whose exporter responds.", "none", f'sum(up{{job="node",{ME}}})'),
+        number("CPU", "Mean share of non-idle CPU time.", "percentunit", f"avg(node:cpu_utilisation:ratio{{{ME}}})"),
         number(
             "Memory",
-            "Largest share of memory in use.",
+            "Highest memory utilisation of a node.",
             "percentunit",
             f"max(node:memory_utilisation:ratio{{{ME}}})",
             [(0.9, YELLOW), (0.95, RED)],
@@ -59,12 +57,12 @@ def build() -> Dashboard:
         "Processors and memory",
         graph(
             "CPU",
-            "Share of CPU time that is not idle.",
+            "Share of non-idle CPU time.",
             "percentunit",
             {EACH: f"node:cpu_utilisation:ratio{{{ME}}}"},
             top=1,
         ),
-        graph("Load", "Processes that run or wait, over one minute.", "none", {EACH: f"node_load1{{{ME}}}"}),
+        graph("Load", "Running and waiting processes, mean of one minute.", "none", {EACH: f"node_load1{{{ME}}}"}),
         graph(
             "Memory",
             "Share in use, without caches.",
@@ -74,8 +72,8 @@ def build() -> Dashboard:
             top=1,
         ),
         graph(
-            "Killed for memory",
-            "Processes that the kernel killed for want of memory, within 15 minutes.",
+            "OOM kills",
+            "Processes that the kernel killed because of low memory, within 15 minutes.",
             "none",
             {EACH: f"increase(node_vmstat_oom_kill{{{ME}}}[15m])"},
             [(1, RED)],
@@ -94,14 +92,14 @@ def build() -> Dashboard:
         ),
         graph(
             "Busiest disk",
-            "Share of time in which the disk worked.",
+            "Share of time in which the disk was busy.",
             "percentunit",
             {EACH: f"node:disk_io_utilisation:ratio{{{ME}}}"},
             top=1,
         ),
         graph(
-            "Read and written",
-            "By all disks.",
+            "Disk throughput",
+            "Bytes read and written by all disks.",
             "Bps",
             {
                 "{{node}} read": f"sum by (node) (rate(node_disk_read_bytes_total{{{ME}}}[5m]))",
@@ -109,8 +107,8 @@ def build() -> Dashboard:
             },
         ),
         graph(
-            "Room left",
-            "Bytes that users can still write.",
+            "Free space",
+            "Bytes available to users.",
             "bytes",
             {
                 "{{node}} {{mountpoint}}": "max by (node, mountpoint) "
@@ -123,14 +121,14 @@ def build() -> Dashboard:
         "Central logs",
         graph(
             "Newest line",
-            "How long ago each node wrote the newest line that the central logs have. It grows for a silent node too: "
-            "the alert NodeLogsMissing fires when lines are missing.",
+            "Age of the newest line of each node in the central logs. It also grows if a node writes no lines; "
+            "the alert NodeLogsMissing fires if lines are missing.",
             "s",
             {EACH: f"time() - ictx_logs_received_timestamp_seconds{{{ME}}}"},
         ),
         graph(
             "Space",
-            "Disk space of each node's lines on the host that keeps them.",
+            "Disk space of each node's lines on the log receiver.",
             "bytes",
             {EACH: f"ictx_logs_received_bytes{{{ME}}}"},
         ),
@@ -140,7 +138,7 @@ def build() -> Dashboard:
         "Network and services",
         graph(
             "Network",
-            "Received and sent, without virtual interfaces.",
+            "Received and sent traffic without virtual interfaces.",
             "Bps",
             {
                 "{{node}} received": f"node:network_receive:rate5m{{{ME}}}",
@@ -149,7 +147,7 @@ def build() -> Dashboard:
         ),
         graph(
             "Errors",
-            "Packets a second with errors.",
+            "Packets with errors per second.",
             "pps",
             {
                 EACH: f"sum by (node) (rate(node_network_receive_errs_total{{{ME}}}[5m]))"
@@ -165,7 +163,7 @@ def build() -> Dashboard:
         ),
         graph(
             "Clock",
-            "Offset from the source of time.",
+            "Offset from the time source.",
             "s",
             {EACH: f"node_timex_offset_seconds{{{ME}}}"},
             [(0.05, YELLOW)],

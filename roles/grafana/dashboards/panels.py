@@ -1,4 +1,4 @@
-"""What the dashboards share: variables, links, annotations, and panels that always have a unit and a description."""
+"""Shared parts of dashboards: variables, links, annotations, and panels with a unit and a description."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ RED, YELLOW, GREEN = "red", "yellow", "green"
 Panel = stat.Panel | table.Panel | timeseries.Panel
 Steps = Sequence[tuple[float, str]]
 
-# Where a series' labels lead: from a job to its GPUs, its run and its node, from a node to its jobs.
+# Links of a series by its labels.
 LINKS = {
     "job_id": ("Training run of job ${__field.labels.job_id}", "/d/ictx-training?var-job=${__field.labels.job_id}"),
     "node": ("Node ${__field.labels.node}", "/d/ictx-nodes?var-node=${__field.labels.node}"),
@@ -29,8 +29,8 @@ def start(uid: str, title: str, text: str, variables: Mapping[str, str]) -> Dash
     """Returns an empty dashboard.
 
     Args:
-        uid: last part of its address, `ictx-<uid>`.
-        variables: query of each variable behind `datasource` and `cluster`, by name.
+        uid: suffix of its UID, `ictx-<uid>`.
+        variables: query of each variable after `datasource` and `cluster`, by name.
     """
     made = (
         Dashboard(title)
@@ -67,7 +67,7 @@ def start(uid: str, title: str, text: str, variables: Mapping[str, str]) -> Dash
 
 
 def variable(name: str, query: str, many: bool = True) -> dashboard.QueryVariable:
-    """Returns a variable whose values a query finds; `many` may be chosen at once, all of them unless chosen."""
+    """Returns a variable with the values of a query; `many` allows multiple values and defaults to all."""
     made = (
         dashboard.QueryVariable(name)
         .label(name.capitalize())
@@ -80,7 +80,7 @@ def variable(name: str, query: str, many: bool = True) -> dashboard.QueryVariabl
 
 
 def thresholds(steps: Steps) -> dashboard.ThresholdsConfig:
-    """Returns colours from values on; below the first value all is well."""
+    """Returns colours by lower bound; green below the first value."""
     first = [models.Threshold(value=None, color=GREEN)]
     rest = [models.Threshold(value=value, color=color) for value, color in steps]
     if steps and steps[0][0] == float("-inf"):
@@ -115,11 +115,11 @@ def graph(
     top: float | None = None,
     stacked: bool = False,
 ) -> timeseries.Panel:
-    """Returns a panel of lines over time, half as wide as the dashboard; `steps` are drawn as lines.
+    """Returns a time series panel of half the dashboard's width; `steps` are drawn as lines.
 
     Args:
-        top: upper end of the axis, whose lower one is 0 then.
-        stacked: whether series are parts of a whole, drawn as areas on top of each other.
+        top: upper end of the axis, which then begins at 0.
+        stacked: whether series are stacked as areas.
     """
     panel = (
         timeseries.Panel()

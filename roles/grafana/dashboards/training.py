@@ -1,4 +1,4 @@
-"""Training run: one job from loss to hardware."""
+"""Training run: a job's loss, speed and hardware."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def build() -> Dashboard:
     made = start(
         "training",
         "Training run",
-        "A job of any stage, from its loss to its hardware. Jobs are SLURM's numbers; a run is MLflow's.",
+        "Loss, speed and hardware of a training job. `job` is SLURM's number, `run` is MLflow's id.",
         {
             "stage": 'label_values(ictx_training_info{cluster="$cluster"}, stage)',
             "run": 'label_values(ictx_training_info{cluster="$cluster",stage=~"$stage"}, mlflow_run)',
@@ -30,23 +30,23 @@ def build() -> Dashboard:
         "Now",
         number("Step", "Optimizer steps done.", "none", f"max(ictx_training_step{{{ME}}})"),
         number("Loss", "Training loss, nats per token.", "none", f"min(ictx_training_loss{{{ME}}})"),
-        number("Tokens a second", "Of all ranks.", "none", f"sum(ictx_training_tokens_per_second{{{ME}}})"),
+        number("Tokens per second", "Sum of all ranks.", "none", f"sum(ictx_training_tokens_per_second{{{ME}}})"),
         number(
             "MFU",
-            "Model FLOPS utilisation: useful operations, of what the hardware can do.",
+            "Model FLOPS utilisation: useful operations relative to the hardware's peak.",
             "percentunit",
             f"avg(ictx_training_mfu_ratio{{{ME}}})",
         ),
         number(
             "Last step",
-            "How long ago the job logged a step.",
+            "Time since the last logged step.",
             "s",
             f"min(job:training_record_age:seconds{{{ME}}})",
             [(600, RED)],
         ),
         number(
             "Last checkpoint",
-            "How long ago: this much would be lost now.",
+            "Time since the last checkpoint, i.e. the work that a crash would lose.",
             "s",
             f"min(job:training_checkpoint_age:seconds{{{ME}}})",
             [(1800, YELLOW), (3600, RED)],
@@ -64,14 +64,14 @@ def build() -> Dashboard:
         ),
         graph(
             "Gradient norm",
-            "Before clipping. A rise comes before most spikes of the loss.",
+            "Before clipping. It rises before most loss spikes.",
             "none",
             {BY: f"ictx_training_gradient_norm{{{ME}}}"},
         ),
-        graph("Learning rate", "Of the optimizer.", "none", {BY: f"ictx_training_learning_rate{{{ME}}}"}),
+        graph("Learning rate", "Learning rate of the optimizer.", "none", {BY: f"ictx_training_learning_rate{{{ME}}}"}),
         graph(
             "Reward margin",
-            "DPO: how much more reward chosen answers get than rejected ones, relative to the first model.",
+            "DPO: reward of chosen minus rejected answers, relative to the initial model.",
             "none",
             {
                 BY: f"ictx_training_reward_margin{{{ME}}}",
@@ -90,7 +90,7 @@ def build() -> Dashboard:
         ),
         graph(
             "Steps",
-            "Steps done. A step back is a restart from a checkpoint.",
+            "Completed steps. A decrease is a restart from a checkpoint.",
             "none",
             {BY: f"ictx_training_step{{{ME}}}"},
         ),
@@ -98,10 +98,10 @@ def build() -> Dashboard:
     made = row(
         made,
         "Speed",
-        graph("Tokens a second", "Of all ranks.", "none", {BY: f"ictx_training_tokens_per_second{{{ME}}}"}),
+        graph("Tokens per second", "Sum of all ranks.", "none", {BY: f"ictx_training_tokens_per_second{{{ME}}}"}),
         graph(
             "MFU and GPU utilisation",
-            "MFU counts useful operations (causal: half of attention's square), utilisation only that a kernel ran.",
+            "MFU counts useful operations (causal: half of attention's square), utilisation any running kernel.",
             "percentunit",
             {
                 f"{BY} MFU": f"ictx_training_mfu_ratio{{{ME}}}",
@@ -110,10 +110,10 @@ def build() -> Dashboard:
             },
             top=1,
         ),
-        graph("Time of a step", "From data to updated weights.", "s", {BY: f"ictx_training_step_seconds{{{ME}}}"}),
+        graph("Step time", "From loading data to updated weights.", "s", {BY: f"ictx_training_step_seconds{{{ME}}}"}),
         graph(
             "Goodput",
-            "Share of the last hour in which the job got on.",
+            "Share of the last hour in which the job made progress.",
             "percentunit",
             {BY: f"avg_over_time(job:training_progressing{{{ME}}}[1h])"},
             [(float("-inf"), RED), (0.9, "green")],
@@ -121,10 +121,10 @@ def build() -> Dashboard:
         ),
         graph(
             "Step breakdown",
-            "Seconds of each part of a step on the first rank, the mean of the chosen jobs. Data to ranks make up the "
-            "step: waiting for data, forward pass, backward pass with the sums of sharded gradients, clipping and the "
-            "optimizer, and agreeing with the other ranks. Evaluation and checkpoints come between steps; the steps of "
-            "a record share them.",
+            "Seconds of each part of a step on the first rank, mean of the selected jobs. A step consists of data to "
+            "ranks: waiting for data, forward pass, backward pass with reduction of sharded gradients, clipping and "
+            "optimizer, and synchronisation with the other ranks. Evaluation and checkpoints run between steps; their "
+            "time is divided by the steps of a record.",
             "s",
             {part: f"avg(ictx_training_{part}_seconds{{{ME}}})" for part in PARTS},
             stacked=True,
@@ -132,17 +132,17 @@ def build() -> Dashboard:
     )
     made = row(
         made,
-        "Safety",
+        "Checkpoints and progress",
         graph(
             "Age of the last checkpoint",
-            "It falls to 0 with each checkpoint.",
+            "Returns to 0 with each checkpoint.",
             "s",
             {BY: f"job:training_checkpoint_age:seconds{{{ME}}}"},
             [(1800, YELLOW)],
         ),
         graph(
             "Age of the last record",
-            "It grows when the job hangs.",
+            "Grows if the job hangs.",
             "s",
             {BY: f"job:training_record_age:seconds{{{ME}}}"},
             [(600, RED)],
@@ -150,10 +150,10 @@ def build() -> Dashboard:
     )
     return row(
         made,
-        "Its nodes",
+        "Nodes of the job",
         graph(
             "CPU",
-            "CPU of the job's nodes.",
+            "CPU utilisation of the job's nodes.",
             "percentunit",
             {"{{node}}": f'node:cpu_utilisation:ratio{{cluster="$cluster"}} * {ON_NODES}'},
             top=1,
@@ -166,7 +166,7 @@ def build() -> Dashboard:
         ),
         graph(
             "Network",
-            "Received by the job's nodes.",
+            "Traffic that the job's nodes receive.",
             "Bps",
             {"{{node}}": f'node:network_receive:rate5m{{cluster="$cluster"}} * {ON_NODES}'},
         ),
