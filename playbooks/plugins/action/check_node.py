@@ -178,7 +178,7 @@ class ActionModule(ActionBase):
     def _problems(shown: str, done: dict[str, Any], shared: str, min_free_gb: float) -> list[str]:
         answer = done["stdout"].splitlines()
         if "python" not in answer:
-            reason = (done["stderr"].strip() or "no answer").splitlines()[-1]
+            reason = (done["stderr"].strip() or "no response").splitlines()[-1]
             return [
                 f"{shown}: Python cannot be run ({reason if done['rc'] else 'python3 is missing'}): install python3"
             ]
