@@ -146,6 +146,11 @@ class CudaBackend(MLACommonBackend):
         """Returns tokens of a block. vLLM divides larger blocks into these."""
         return [16, 64]
 
+    @classmethod
+    def get_preferred_block_size(cls, default_block_size: int) -> int:
+        """Returns tokens of a block if the user does not choose: with 16, `mla_decode` takes a third longer (H200)."""
+        return max(default_block_size, 64)
+
     @staticmethod
     def get_impl_cls() -> type[CudaImpl]:
         """Returns what computes."""
