@@ -42,7 +42,7 @@ def test_an_archive_names_its_home(tmp_path: Path) -> None:
     assert [Path(each).name.rpartition("-")[0] for each in printed] == ["mlflow", "serving"]
     assert yaml.safe_load(helm("show", "chart", printed[1]))["home"] == "https://charts.example.org"
     assert "expected https" in run("--out", tmp_path, "--home", "charts.example.org", status=2)
-    assert "go together" in run("--out", tmp_path, "--sign", "somebody", status=2)
+    assert "must be used together" in run("--out", tmp_path, "--sign", "somebody", status=2)
 
 
 @pytest.mark.skipif(not shutil.which("gpg"), reason="gpg is not installed")

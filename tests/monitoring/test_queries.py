@@ -35,7 +35,8 @@ def queries() -> dict[str, tuple[str, bool]]:
     found = {}
     for title, panel in dashboards.panels():
         for target in panel["targets"]:
-            key = f"{title}: {panel['title']} {target['refId']}"
+            # Some dashboards have a number and a graph of the same title.
+            key = f"{title}: {panel['title']} ({panel['type']}) {target['refId']}"
             found[key] = (dashboards.filled(target["expr"], "lab"), panel["type"] == "timeseries")
     for file in RULES:
         for group in yaml.safe_load(file.read_text())["groups"]:

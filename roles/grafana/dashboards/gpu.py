@@ -22,7 +22,7 @@ def build() -> Dashboard:
         made,
         "All",
         number("GPUs", "GPUs with metrics.", "none", f"count(DCGM_FI_DEV_GPU_UTIL{{{ME}}})"),
-        number("Utilisation", "Mean utilisation of all GPUs.", "percentunit", f"avg(node:gpu_utilisation:avg{{{ME}}})"),
+        number("Mean utilisation", "Of all GPUs.", "percentunit", f"avg(node:gpu_utilisation:avg{{{ME}}})"),
         number("Memory used", "Share of all GPU memory.", "percentunit", f"avg(node:gpu_memory_used:ratio{{{ME}}})"),
         number("Power", "Power of all GPUs.", "watt", f"sum(node:gpu_power_watts:sum{{{ME}}})"),
         number(
