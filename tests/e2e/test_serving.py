@@ -186,7 +186,7 @@ def test_a_version_without_evaluations_is_not_promoted(registry: Registry, lab: 
     before, version = registry.alias("champion"), registry.register("")
     done = lab.run("ctl", PROMOTE.format(version).partition(" --force")[0], user="researcher")
     assert (done.returncode, registry.alias("champion")) == (3, before)
-    assert f"models:/{MODEL}/{version} is refused: perplexity is not measured: ictx eval perplexity" in done.stderr
+    assert f"models:/{MODEL}/{version} is rejected: perplexity is not measured: ictx eval perplexity" in done.stderr
 
 
 def test_a_damaged_version_is_not_promoted(registry: Registry, lab: Lab) -> None:

@@ -180,7 +180,7 @@ def test_two_models_are_behind_one_address(second: Path) -> None:
         assert (status, answer["model"], served_by) == (200, model, release)
     status, answer, _ = send("/v1/completions", {"model": "ictx-third", "prompt": "x"})
     assert status == 404
-    assert f"served are ictx-second, {MODEL}" in answer["error"]["message"]
+    assert f"served models are ictx-second, {MODEL}" in answer["error"]["message"]
 
 
 def test_a_canary_gets_a_tenth_of_a_thousand_requests(second: Path, record_property: Any) -> None:

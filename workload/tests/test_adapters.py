@@ -210,7 +210,7 @@ def test_what_cannot_be_loaded_keeps_a_new_pod_from_clients_and_no_old_one(
     assert adapters.update()
     adapters.server.url = f"http://127.0.0.1:{free_port()}"
     assert not adapters.update()
-    assert "the server does not answer" in capsys.readouterr().out
+    assert "the server does not respond" in capsys.readouterr().out
 
 
 def test_clients_reach_no_path_that_loads(
@@ -255,8 +255,8 @@ def test_wrong_adapters_are_named(trained: Trained, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("- a", "expected lines NAME"), ("a/b: models:/x/1", "'a/b' is no name"), ("a: x", "'x' names no model"),
-     ("a: [", "cannot be read"), ("1: models:/x/1", "1 is no name")],
+    [("- a", "expected lines NAME"), ("a/b: models:/x/1", "'a/b' is not a name"), ("a: x", "'x' is not a model"),
+     ("a: [", "cannot be read"), ("1: models:/x/1", "1 is not a name")],
 )  # fmt: skip
 def test_a_wrong_list_is_named(text: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "list").write_text(text)

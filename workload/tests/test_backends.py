@@ -155,7 +155,7 @@ def test_a_request_goes_to_the_release_that_serves_its_model(tmp_path: Path) -> 
         assert send(url, "/v1/completions", {"prompt": "x"})[1]["name"] == "one", "no model: this release's"
         status, answer, _ = send(url, "/v1/chat/completions", {"model": "huge"})
         assert status == 404
-        assert answer["error"]["message"] == "the model `huge` does not exist: served are large, small, support"
+        assert answer["error"]["message"] == "the model `huge` does not exist: served models are large, small, support"
         two.models.append("sales")
         time.sleep(0.5)
         assert send(url, "/v1/completions", {"model": "sales"})[1]["name"] == "two", "an adapter that was loaded"
@@ -194,14 +194,14 @@ def test_what_stands_in_when_a_release_is_gone(tmp_path: Path) -> None:
             assert {(status, answer["name"]) for status, answer, _ in answers} == {(200, "stable")}
             status, answer, _ = send(url, "/v1/completions", {"model": "huge"})
             assert status == 503
-            assert "is not known yet: 127.0.0.1 did not answer so far" in answer["error"]["message"]
+            assert "is not known yet: 127.0.0.1 has not responded yet" in answer["error"]["message"]
 
 
 def test_a_connection_that_is_refused_goes_to_the_next_release() -> None:
     up, down = Backend("up", "http://up"), Backend("down", "http://down")
     up.cards = down.cards = [{"id": "m"}]
     backends = Backends([up, down], Path())
-    with pytest.raises(Refused, match="`m` is not ready: up, down does not answer") as caught:
+    with pytest.raises(Refused, match="`m` is not ready: up, down does not respond") as caught:
         backends.choose("m")
     assert caught.value.status == 503
     up.up = True

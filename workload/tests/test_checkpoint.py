@@ -157,7 +157,7 @@ def test_a_flipped_bit_anywhere_is_found(run: Checkpoints, name: str, place: flo
 def test_without_any_that_can_be_used_the_run_does_not_start_anew(run: Checkpoints) -> None:
     for path in run.complete():
         (path / INDEX).unlink()
-    with pytest.raises(UserError, match=r"none of the checkpoints in .*step-00000001, step-00000002.* can be|restore"):
+    with pytest.raises(UserError, match=r"no checkpoint in .*step-00000001, step-00000002.*restore"):
         run.load_newest(state(0))
     assert len([*run.directory.glob("step-????????")]) == 2, "nothing was renamed"
 
@@ -256,7 +256,7 @@ def test_write_access_to_a_runs_folders_is_taken_from_others(
     run.directory.parent.chmod(0o2775)
     assert run.load_newest(state(0)) == 2
     assert run.directory.parent.stat().st_mode & 0o7777 == 0o2755
-    assert f"{run.directory.parent}: taking write access from others (mode was 2775)" in capsys.readouterr().out
+    assert f"{run.directory.parent}: removing write access of others (mode was 2775)" in capsys.readouterr().out
 
 
 def test_checkpoints_are_writable_by_their_owner_only_whatever_the_umask_is(tmp_path: Path) -> None:
@@ -284,7 +284,7 @@ def test_what_is_not_finite_is_neither_written_nor_read(run: Checkpoints) -> Non
     for bad in (float("nan"), float("inf"), float("-inf")):
         poisoned = state(3)
         poisoned["model"]["weight"][7, 7] = bad
-        with pytest.raises(UserError, match=r"step-00000003 is not written, since weights .* are not finite"):
+        with pytest.raises(UserError, match=r"step-00000003 was not written, because weights .* are not finite"):
             run.save(3, poisoned)
     assert [path.name for path in run.directory.iterdir() if "3" in path.name] == []
     save_without_manifest(poisoned, checkpoint_id=run.directory / "step-00000003")
@@ -294,7 +294,7 @@ def test_what_is_not_finite_is_neither_written_nor_read(run: Checkpoints) -> Non
 def test_another_shape_is_a_wrong_setting_and_no_damage(run: Checkpoints) -> None:
     other = state(0)
     other["model"]["weight"] = torch.zeros(2, 2)
-    with pytest.raises(UserError, match=r"step-00000002 does not fit this configuration .*ize mismatch"):
+    with pytest.raises(UserError, match=r"step-00000002 does not match this configuration .*ize mismatch"):
         run.load_newest(other)
     assert len(run.complete()) == 2
 
@@ -362,7 +362,7 @@ def test_two_ranks_read_what_one_wrote_agree_and_write_what_one_reads(run: Check
     lines = [line for line in first.splitlines() if not line.startswith("checkpoint step-00000004 is not used")]
     assert lines == second.splitlines()
     assert lines[:3] == ["loaded 2", "loaded 4", "loaded 3"]
-    assert "step-00000005 is not written, since" in lines[3]
+    assert "step-00000005 was not written, because" in lines[3]
     # A file that only the second rank reads: both take the older checkpoint.
     assert "checkpoint step-00000004 is not used: " in first
     assert "__1_0.distcp: its SHA-256 is" in first

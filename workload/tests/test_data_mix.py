@@ -182,9 +182,9 @@ def test_corpora_that_cannot_be_mixed_are_named(folders: list[Path], tmp_path: P
         ({"mix": {"dir": "a"}}, r"setting mix is .*: expected a list"),
         ({"long_documents": {"tokens": 5}}, r"missing setting long_documents.weight"),
         ({"long_documents": {"tokens": 1, "weight": 2}}, r"long_documents.tokens is 1: expected more than 1"),
-        ({}, r"data.dir is needed"),
-        ({"mix": [{"weight": 2}, {"dir": "b"}]}, r"data.dir is needed"),
-        ({"mix": [{"dir": "a"}], "dir": "b"}, r"data.dir is given, but each corpus of data.mix has a dir"),
+        ({}, r"data.dir is not set"),
+        ({"mix": [{"weight": 2}, {"dir": "b"}]}, r"data.dir is not set"),
+        ({"mix": [{"dir": "a"}], "dir": "b"}, r"data.dir is set, but each corpus of data.mix has a dir"),
     ],
 )
 def test_wrong_settings_are_named(values: dict[str, Any], message: str) -> None:

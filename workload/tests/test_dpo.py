@@ -209,7 +209,7 @@ def test_a_lost_rank_ends_the_job_and_the_next_start_goes_on(
     ranks[1].kill()
     left, lost = (commands.end(rank) for rank in ranks)
     assert (left.status, lost.status) == (2, -signal.SIGKILL), left.err
-    assert left.err.splitlines()[-1].startswith("ictx: a rank has ended or does not answer"), left.err
+    assert left.err.splitlines()[-1].startswith("ictx: a rank has exited or does not respond"), left.err
     for name in ("run", "whole"):
         for ended in [commands.end(rank) for rank in commands.ranks(2, *start(tmp_path / name, *settings))]:
             assert ended.status == 0, ended.err
@@ -265,10 +265,10 @@ def test_each_pair_comes_once_an_epoch() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (["train.sequence_length=256"], "a context longer than the parent's stretch allows, which is 128 tokens"),
+        (["train.sequence_length=256"], "longer than the parent's context of 128 tokens"),
         (["dpo.loss=other"], "setting dpo.loss is 'other': expected one of sigmoid, ipo, hinge"),
-        (["dpo.engine=trl", "optimizer.name=muon"], "dpo.engine is trl, which cannot do optimizer.name: muon"),
-        (["dpo.reference=run:OTHER"], "which has another vocabulary than run:"),
+        (["dpo.engine=trl", "optimizer.name=muon"], "dpo.engine is trl, which does not support optimizer.name: muon"),
+        (["dpo.reference=run:OTHER"], "whose vocabulary differs from that of run:"),
         (["init=run:BARE"], "has no chat template"),
     ],
 )

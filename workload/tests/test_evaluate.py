@@ -139,12 +139,12 @@ def test_prepared_data_is_measured_as_the_files_it_was_made_of(
         (["perplexity", "--files", "{text}", "--chunk-size", "0"], "chunk-size is 0: expected 1 or more"),
         (["perplexity", "--files", "{text}", "--cache-dtype", "int8"], "cache-dtype int8 keeps keys in the dtype"),
         (["needle", "--samples", "0"], "samples is 0: expected 1 or more"),
-        (["needle", "--lengths", "512"], "lengths has 512: the model's max_position_embeddings is 256"),
+        (["needle", "--lengths", "512"], "lengths has 512: expected at most the model's max_position_embeddings, 256"),
         (["needle", "--lengths", "90"], "length is 90: the needle and its question take"),
         (["needle", "--depths", "1.5"], "depth is 1.5: expected 0 (the beginning) to 1 (the end)"),
         (["needle", "--device", "tpu"], "--device is tpu: expected cpu, cuda or cuda:NUMBER"),
         (["needle", "--model", "/nowhere"], "/nowhere is no model's folder (no config.json)"),
-        (["needle", "--model", "models:/x"], "'models:/x' names no model: expected models:/<name>@<alias>"),
+        (["needle", "--model", "models:/x"], "'models:/x' is not a model: expected models:/<name>@<alias>"),
     ],
 )
 def test_wrong_requests_are_one_line(

@@ -52,7 +52,7 @@ def test_what_was_measured_is_on_the_version_and_opens_the_gate(
     register(tmp_path / "runs/2", initializer_range=2.0)
     assert ictx(monkeypatch, *command, f"models:/{NAME}/2", "--out", tmp_path / "second") == 0
     assert ictx(monkeypatch, *promote) == 3
-    assert f"models:/{NAME}/2 is refused: perplexity is " in capsys.readouterr().err
+    assert f"models:/{NAME}/2 is rejected: perplexity is " in capsys.readouterr().err
 
 
 def test_an_alias_that_moves_meanwhile_changes_nothing(

@@ -109,7 +109,7 @@ def test_the_export_is_the_model_that_transformers_computes(chain: list[Path], p
         (["model.rope_theta=1e6"], r"model.rope_theta is 1000000.0, but run:.* has 10000.0: leave it out"),
         (
             ["model.yarn.factor=4", "train.sequence_length=256"],
-            "train.sequence_length is 256: a context longer than the parent's stretch allows, which is 128 tokens "
+            "train.sequence_length is 256, longer than the parent's context of 128 tokens "
             r"\(run:.*\): raise model.yarn.factor",
         ),
         (["model.max_position_embeddings=100", "model.yarn.factor=4"], "is 100: expected yarn.factor × "),

@@ -152,7 +152,7 @@ def test_a_seed_repeats_the_draws() -> None:
     ("arguments", "message"),
     [
         (["--prompt", ""], "the prompt is empty"),
-        (["--prompt", "x", "--max-new-tokens", "256"], "1 tokens of the prompt and 256 new ones are more than"),
+        (["--prompt", "x", "--max-new-tokens", "256"], "1 prompt tokens and 256 new tokens exceed"),
         (["--prompt", "x", "--max-new-tokens", "0"], "max-new-tokens is 0: expected 1 or more"),
         (["--prompt", "x", "--chunk-size", "0"], "chunk-size is 0: expected 1 or more"),
         (["--prompt", "x", "--block-size", "0"], "block-size is 0: expected 1 or more"),
@@ -162,7 +162,7 @@ def test_a_seed_repeats_the_draws() -> None:
         (["--prompt", "x", "--temperature", "nan"], "temperature is nan: expected 0 or more"),
         (["--prompt", "x", "--seed", str(10**20)], f"seed is {10**20}: expected -9223372036854775808 to 1844674407370"),
         (["--prompt", "x", "--seed", str(-(10**19))], f"seed is -{10**19}: expected"),
-        (["--prompt", "x", "--max-new-tokens", str(10**30)], "1 tokens of the prompt and 1000000000000000000000000000"),
+        (["--prompt", "x", "--max-new-tokens", str(10**30)], "1 prompt tokens and 1000000000000000000000000000"),
         (["--prompt", "x", "--device", "cuda:99"], "--device is cuda:99: this machine has "),
         (["--prompt", "x", "--device", "tpu"], "--device is tpu: expected cpu, cuda or cuda:NUMBER"),
         (["--prompt", "x", "--device", "meta"], "--device is meta: expected cpu, cuda or cuda:NUMBER"),
@@ -274,7 +274,7 @@ def test_describe_tells_the_large_model_s_size_and_cache(
     assert ictx(monkeypatch, "model", "describe", "ictx-1b", "--context", "-1") == 2
     assert "--context is -1: expected 1 to 1048576" in capsys.readouterr().err
     assert ictx(monkeypatch, "model", "describe", "ictx-2b") == 2
-    assert "configuration model/ictx-2b.yaml is neither here nor" in capsys.readouterr().err
+    assert "configuration model/ictx-2b.yaml does not exist" in capsys.readouterr().err
 
 
 def test_describe_says_where_no_cache_is_quantised() -> None:
@@ -316,7 +316,7 @@ def test_fp8_is_refused_where_the_gpu_has_none(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(dispatch, "capability", lambda device: 86)
     # Only dtype, device and capability are queried; there is no such GPU here.
     like = SimpleNamespace(dtype=torch.bfloat16, device=torch.device("cuda"))
-    with pytest.raises(UserError, match=r"capability 8.6 has no fp8; int8 takes as many bytes"):
+    with pytest.raises(UserError, match=r"capability 8.6 has no fp8; use int8, which needs the same memory"):
         refuse_quantised("fp8", like, 64)  # type: ignore[arg-type]
     refuse_quantised("int8", like, 64)  # type: ignore[arg-type]
 
@@ -376,7 +376,7 @@ def test_import_and_export_take_a_model_over(
     assert ictx(monkeypatch, "export", "--checkpoint", checkpoint, "--out", checkpoint) == 2
     assert "expected another folder than the checkpoint's" in capsys.readouterr().err
     assert ictx(monkeypatch, *arguments, "--rescale") == 2
-    assert "--rescale is for --dtype float16" in capsys.readouterr().err
+    assert "--rescale requires --dtype float16" in capsys.readouterr().err
     content = json.loads((tmp_path / "import" / "config.json").read_text())
     (tmp_path / "import" / "config.json").write_text(json.dumps(content | {"architectures": ["Other"]}))
     assert ictx(monkeypatch, "import", "--checkpoint", tmp_path / "import", "--out", tmp_path / "again") == 2
@@ -399,7 +399,7 @@ def test_export_reads_a_run_s_checkpoint(
     (tmp_path / "run" / "model.yaml").write_text(yaml.safe_dump(settings | {"hidden_size": 40}))
     capsys.readouterr()
     assert ictx(monkeypatch, *arguments) == 2
-    assert f"checkpoint {step} is no model of model.yaml" in capsys.readouterr().err
+    assert f"checkpoint {step} does not match its run's model.yaml" in capsys.readouterr().err
 
 
 def test_a_reader_that_has_seen_enough_is_no_error() -> None:

@@ -147,20 +147,22 @@ def test_an_alias_that_moves_changes_nothing_for_a_run_that_began(
     (run / "init" / "model.safetensors").write_bytes(b"")
     shutil.rmtree(run / "checkpoints")
     assert extend(f"models:/{NAME}@base") == 0
-    with pytest.raises(UserError, match=f"init is models:/{NAME}/2, but .*/run began with models:/{NAME}@base: give"):
+    with pytest.raises(
+        UserError, match=f"init is models:/{NAME}/2, but .*/run was started with models:/{NAME}@base: use"
+    ):
         extend(f"models:/{NAME}/2")
 
 
 @pytest.mark.parametrize(
     ("init", "settings", "message"),
     [
-        ("''", [], "init is needed: --set init=models:/NAME@ALIAS"),
+        ("''", [], "init is not set: add --set init=models:/NAME@ALIAS"),
         ("ictx-tiny", [], "init is ictx-tiny: expected models:/NAME/VERSION, models:/NAME@ALIAS or run:/FOLDER"),
-        ("models:/x", [], "'models:/x' names no model: expected"),
+        ("models:/x", [], "'models:/x' is not a model: expected"),
         (f"models:/{NAME}/7", [], f"models:/{NAME}/7 does not exist"),
         (f"models:/{NAME}@nobody", [], f"models:/{NAME}@nobody does not exist"),
         ("models:/nothing/1", [], "models:/nothing/1 does not exist"),
-        ("run:/nowhere", [], "init is run:/nowhere, which is no run of yours that has ended: /nowhere: No such file"),
+        ("run:/nowhere", [], "init is run:/nowhere, which is not a completed run of yours: /nowhere: No such file"),
         (f"models:/{NAME}/1", ["model.hidden_size=32"], f"model.hidden_size is 32, but models:/{NAME}/1 has 64: leave"),
         (f"models:/{NAME}/1", ["model.hidden_sise=32"], "unknown setting model.hidden_sise: did you mean model.hidden"),
         (f"models:/{NAME}/1", ["model=3"], "setting model is 3: expected keys and values"),
@@ -173,7 +175,7 @@ def test_an_alias_that_moves_changes_nothing_for_a_run_that_began(
         (
             f"models:/{NAME}/1",
             ["train.sequence_length=512"],
-            "train.sequence_length is 512: a context longer than the parent's stretch allows, which is 256 tokens",
+            "train.sequence_length is 512, longer than the parent's context of 256 tokens",
         ),
     ],
 )
@@ -187,13 +189,13 @@ def test_what_cannot_be_begun_with_is_refused_by_name(
 
 
 def test_pretraining_has_no_parent(commands: Commands) -> None:
-    with pytest.raises(UserError, match="init is models:/x/1: expected none"):
+    with pytest.raises(UserError, match="init is models:/x/1: leave it out"):
         load(str(commands.folder / "test.yaml"), ["init=models:/x/1"])
 
 
 def test_a_server_that_is_away_is_one_line(extend: Callable[..., int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")  # discard: nothing listens
-    with pytest.raises(UserError, match=r"MLFLOW_TRACKING_URI is 'http://127\.0\.0\.1:9': nothing listens there"):
+    with pytest.raises(UserError, match=r"MLFLOW_TRACKING_URI is 'http://127\.0\.0\.1:9': connection refused"):
         extend(f"models:/{NAME}/1", "run.tracking_patience=0")
 
 
@@ -214,8 +216,8 @@ def copied(commands: Commands, parents: list[Path], tmp_path: Path) -> Path:
     [
         (lambda run: damage(run / "export" / "model.safetensors"), "model.safetensors: its SHA-256 is .* instead of"),
         (lambda run: (run / "export" / "more.bin").write_text(""), "export/more.bin: is not in the manifest"),
-        (lambda run: (run / "result.json").unlink(), "no run of yours that has ended: .*/result.json: No such file"),
-        (lambda run: shutil.rmtree(run / "export"), "no run of yours that has ended: .*/export: No such file"),
+        (lambda run: (run / "result.json").unlink(), "not a completed run of yours: .*/result.json: No such file"),
+        (lambda run: shutil.rmtree(run / "export"), "not a completed run of yours: .*/export: No such file"),
         (lambda run: (run / "export").chmod(0o777), r"export: others can write to it \(mode 0777\)"),
         pytest.param(lambda run: os.chown(run, MALLORY, 0), f"belongs to user id {MALLORY}, not to 0", marks=as_root),
         pytest.param(
@@ -243,7 +245,7 @@ def test_a_run_without_checksums_is_taken_as_it_is(extend: Callable[..., int], c
     shutil.rmtree(tmp_path / "run" / "checkpoints")
     assert extend(f"run:{copied}", *STILL) == 0
     damage(tmp_path / "run" / "init" / "model.safetensors")
-    with pytest.raises(UserError, match=r"has other files than when .* began: give another"):
+    with pytest.raises(UserError, match=r"has changed since .* was started: use another"):
         extend(f"run:{copied}", *STILL)
 
 
@@ -296,5 +298,5 @@ def test_a_corpus_for_a_model_needs_the_folder_that_it_comes_to(commands: Comman
     done = commands.run(*words, f"--set=init=models:/{NAME}/1")
     assert (done.status, done.err.splitlines()[-1]) == (
         2,
-        "ictx: run.dir is needed, where the model of init comes to: --set run.dir=FOLDER",
+        "ictx: run.dir is not set: add --set run.dir=FOLDER (the model of init is kept there)",
     )

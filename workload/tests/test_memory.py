@@ -127,7 +127,7 @@ def test_preference_optimization_which_is_not_counted_refuses_it() -> None:
     model = ModelConfig(**SMALL)
     assert DpoConfig(model, LoopConfig(1, 64, 1, recompute="selective"))
     for name, value in {"recompute": "auto", "z_loss": 1e-4}.items():
-        with pytest.raises(ValueError, match=f"train.{name} is .*: not for preference optimization"):
+        with pytest.raises(ValueError, match=f"train.{name} is .*: not supported by preference optimization"):
             DpoConfig(model, LoopConfig(1, 64, 1, **{name: value}))  # type: ignore[arg-type]
 
 

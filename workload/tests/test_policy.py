@@ -29,7 +29,7 @@ def version(number: int, against: str = "", **metrics: float) -> Evaluated:
 def test_a_first_version_needs_evaluations_and_no_comparison() -> None:
     assert check(SHIPPED, version(1, perplexity=1e9), None) == []
     with pytest.raises(
-        Refused, match="models:/m/1 is refused: perplexity is not measured: ictx eval perplexity --model"
+        Refused, match="models:/m/1 is rejected: perplexity is not measured: ictx eval perplexity --model"
     ):
         check(SHIPPED, version(1, needle=1.0), None)
 
@@ -51,7 +51,7 @@ def test_a_worse_version_is_refused_with_the_metric_and_its_numbers(metrics: dic
 
 def test_every_reason_is_named() -> None:
     with pytest.raises(
-        Refused, match=r"perplexity is 20.*; needle is 0, .*; ruler is 0, .*--force --reason TEXT overrules"
+        Refused, match=r"perplexity is 20.*; needle is 0, .*; ruler is 0, .*override: --force --reason TEXT"
     ):
         check(SHIPPED, version(2, perplexity=20, needle=0, ruler=0), version(1, **GOOD))
 
@@ -97,7 +97,7 @@ def test_the_margin_is_the_only_thing_that_counts(
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("metrics: {perplexty: {better: lower}}", "metrics.perplexty is no metric: expected one of perplexity"),
+        ("metrics: {perplexty: {better: lower}}", "metrics.perplexty is not a metric: expected one of perplexity"),
         ("metrics: {needle: {better: more}}", "setting metrics.needle.better is 'more': expected one of lower, higher"),
         ("metrics: {needle: {better: higher, margin: -1}}", "margin is -1.0: expected 0 or more"),
         ("incomparable: ignore", "setting incomparable is 'ignore': expected one of refuse, pass"),
@@ -131,19 +131,19 @@ def test_the_command_refuses_with_status_3_and_a_forced_version_keeps_why(
     first, second = registered(), registered()
     assert promote(first) == 3
     assert capsys.readouterr().err == (
-        f"ictx: models:/{NAME}/1 is refused: perplexity is not measured: ictx eval perplexity --model models:/{NAME}/1 "
-        "(--force --reason TEXT overrules)\n"
+        f"ictx: models:/{NAME}/1 is rejected: perplexity is not measured: ictx eval perplexity --model models:/{NAME}/1"
+        " (override: --force --reason TEXT)\n"
     )
     assert "champion" not in client.get_registered_model(NAME).aliases
     measured(client, first, 10)
     assert promote(first) == 0
     measured(client, second, 11)
     assert promote(second) == 3 and "perplexity is 11, the champion's" in capsys.readouterr().err
-    assert promote(second, "--force") == 2 and "--force and --reason go together" in capsys.readouterr().err
+    assert promote(second, "--force") == 2 and "--force and --reason must be used together" in capsys.readouterr().err
     assert str(client.get_model_version_by_alias(NAME, "champion").version) == first
     monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "alice")
     assert promote(second, "--force", "--reason", "a\n fix") == 0
-    assert "overruled: " in capsys.readouterr().out
+    assert "overridden: " in capsys.readouterr().out
     tags = client.get_model_version(NAME, second).tags
     assert tags[FORCED_TAG].startswith("alice, 20") and tags[FORCED_TAG].endswith(": a fix")
     assert "perplexity is 11" in tags[OVERRULED_TAG]

@@ -334,9 +334,9 @@ def test_the_settings_file_is_refused_by_name_before_anything_starts(
         (["data.dir=/nowhere"], "/nowhere holds no prepared data"),
         (["train.batch_size=100000"], "a global batch takes 100000"),
         (["model.vocab_size=600"], "was prepared with vocab_size 512, but model.vocab_size is 600"),
-        (["model.hidden_size=32"], "step-00000120 does not fit this configuration"),
+        (["model.hidden_size=32"], "step-00000120 does not match this configuration"),
         (["train.steps=100"], "train.steps is 100, but .* has a checkpoint of step 120"),
-        (["data.dir={other}"], "was trained on other data than .*/other holds"),
+        (["data.dir={other}"], "was trained on other data than .*/other:"),
         (
             ["optimizer.learning_rate=1e30", "run.dir={new}"],
             r"the loss is .* at step 12 \(gradient norm nan\), after 10 .*: lower optimizer.learn",
@@ -427,7 +427,7 @@ def test_a_series_of_bad_steps_ends_the_run_and_leaves_the_last_good_checkpoint(
     wanted = ["train.steps=20", "train.bad_steps=4", "train.roll_backs=0"]
     with monkeypatch.context() as patch:
         make_nan(patch, range(5, 100))
-        with pytest.raises(UserError, match=r"at step 9 .*after 4 steps like it .* checkpoint is of step 3: lower"):
+        with pytest.raises(UserError, match=r"at step 9 .*after 4 skipped steps .* checkpoint is of step 3: lower"):
             train(short(commands, prepared, tmp_path, *wanted))
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000003"]
     assert train(short(commands, prepared, tmp_path, *wanted)) == 0

@@ -31,5 +31,5 @@ def test_a_folder_without_a_model_is_one_line(
 ) -> None:
     assert ictx(monkeypatch, "register", tmp_path, "--model", "x") == 2
     assert capsys.readouterr().err == (
-        f"ictx: {tmp_path} is no folder of a model or adapter: it has neither config.json nor adapter_config.json\n"
+        f"ictx: {tmp_path} is not a model or adapter: it has neither config.json nor adapter_config.json\n"
     )

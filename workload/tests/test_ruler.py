@@ -156,7 +156,7 @@ def test_the_command_scores_what_the_model_writes(
     assert (tmp_path / "out/ruler.png").stat().st_size > 1000
     for words_, reason in (
         (["--tasks", "niah"], "task niah is none of RULER's: expected all, or of niah_single_1"),
-        (["--lengths", "3001"], "lengths has 3,001: the model's max_position_embeddings is 3,000"),
+        (["--lengths", "3001"], "lengths has 3,001: expected at most the model's max_position_embeddings, 3,000"),
         (["--lengths", "200"], "niah_single_1 at length 200 takes "),
         (["--samples", "0"], "samples is 0: expected 1 or more"),
     ):

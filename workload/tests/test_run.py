@@ -103,7 +103,10 @@ def test_the_run_goes_back_after_a_series_of_bad_steps_and_leaves_their_data_out
     monkeypatch.setattr(Batches, "next", next)
     make_nan(monkeypatch, range(5, 8))
     assert train(short(commands, prepared, tmp_path, "train.bad_steps=2", "train.steps=8")) == 0
-    assert "back to the checkpoint of step 3, without the data since then (1 of 3 times" in capsys.readouterr().out
+    assert (
+        "rolled back to the checkpoint of step 3, skipping the data since then (roll-back 1 of 3"
+        in capsys.readouterr().out
+    )
     # Steps 1 to 4, three bad ones, and 4 to 8 with other data.
     assert taken == [8 * number for number in range(12)]
     assert [record["step"] for record in records(tmp_path)] == list(range(1, 9))
@@ -117,7 +120,7 @@ def test_a_run_that_goes_bad_again_and_again_ends(
 ) -> None:
     make_nan(monkeypatch, range(5, 1000))
     config = short(commands, prepared, tmp_path, "train.bad_steps=1", "train.roll_backs=2", "train.checkpoint_every=2")
-    with pytest.raises(UserError, match=r"at step 6 .*, after 1 steps like it .* checkpoint is of step 4: lower"):
+    with pytest.raises(UserError, match=r"at step 6 .*, after 1 skipped steps .* checkpoint is of step 4: lower"):
         train(config)
     assert max(curve(tmp_path)) <= 6
 
@@ -231,9 +234,7 @@ def test_a_model_that_would_become_another_function_is_refused_by_name(
     assert train(short(commands, prepared, tmp_path, "train.steps=1")) == 0
     kept = (tmp_path / "model.yaml").read_text()
     name = setting.split("=")[0]
-    with pytest.raises(
-        UserError, match=rf"model.{name} is .*began with {begun}: go on with --set model.{name}={begun}"
-    ):
+    with pytest.raises(UserError, match=rf"model.{name} is .*was started with {begun}: use --set model.{name}={begun}"):
         train(short(commands, prepared, tmp_path, f"model.{setting}"))
     assert (tmp_path / "model.yaml").read_text() == kept
     assert train(short(commands, prepared, tmp_path, "train.steps=2", "model.initializer_range=0.3")) == 0
@@ -291,7 +292,7 @@ def test_muon_goes_on_exactly_and_learns(commands: Commands, prepared: Path, tmp
     assert train(short(commands, prepared, tmp_path / "muon", *muon)) == 0
     assert result_of(tmp_path / "muon")["resumed_from_step"] == 3
     assert curve(tmp_path / "muon") == whole
-    with pytest.raises(UserError, match=r"does not fit this configuration"):
+    with pytest.raises(UserError, match=r"does not match this configuration"):
         train(short(commands, prepared, tmp_path / "muon", "train.steps=9"))
 
 
@@ -310,7 +311,7 @@ def test_a_run_begins_from_a_checkpoint_of_another(commands: Commands, prepared:
     whole = curve(tmp_path / "whole")
     assert curve(tmp_path / "branch") == {step: whole[step] for step in (4, 5)}
     assert curve(tmp_path / "long")[5] != whole[5]
-    for wrong, why in (("x", "is no checkpoint"), ("checkpoints/step-00000007", "step-00000007: No such file")):
+    for wrong, why in (("x", "is not a checkpoint"), ("checkpoints/step-00000007", "step-00000007: No such file")):
         with pytest.raises(UserError, match=why):
             train(short(commands, prepared, tmp_path / wrong, f"run.start_from={tmp_path}/long/{wrong}"))
 
@@ -351,7 +352,7 @@ def test_a_model_is_chosen_by_name_on_the_command_line_as_in_the_file(commands: 
         chosen = load("pretrain/tiny.yaml", ["model.rope_theta=77", f"model={name}"])
         assert (chosen.run.model_name, chosen.model.rope_theta) == (f"ictx-{name}", 77)
         assert (chosen.model.moe is not None, chosen.data.vocab_size) == ("moe" in name, chosen.model.vocab_size)
-    with pytest.raises(UserError, match=r"model/nothing.yaml is neither here"):
+    with pytest.raises(UserError, match=r"model/nothing.yaml does not exist"):
         load("pretrain/tiny.yaml", ["model=nothing"])
 
 
@@ -398,7 +399,7 @@ def test_a_checkpoint_that_cannot_be_written_does_not_stop_the_run(
     assert train(short(commands, prepared, tmp_path, "train.checkpoint_every=2", "train.keep_checkpoints=1")) == 0
     out = capsys.readouterr().out
     assert (
-        "step-00000004: [Errno 28] No space left on device: training goes on, the last checkpoint is of step 2" in out
+        "step-00000004: [Errno 28] No space left on device: training continues, the last checkpoint is of step 2" in out
     )
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000006"]
 

@@ -109,7 +109,7 @@ def test_whatever_ends_a_run_the_next_start_goes_on(commands: Commands, prepared
         found = statuses(ranks)
         assert found[victim].status == -signal.SIGKILL
         assert found[1 - victim].status == 2, "the other one does not wait for ever"
-        assert "ictx: a rank has ended or does not answer" in found[1 - victim].err
+        assert "ictx: a rank has exited or does not respond" in found[1 - victim].err
     for _ in range(2):
         ranks = commands.ranks(2, *words)
         during_a_save(run, ranks)
@@ -122,7 +122,7 @@ def test_whatever_ends_a_run_the_next_start_goes_on(commands: Commands, prepared
         during_a_save(run, ranks)
         for rank in ranks:
             subprocess.run(["prlimit", f"--pid={rank.pid}", "--fsize=2500000"], check=True)
-        printed(ranks[0], "training goes on, the last checkpoint is of step")
+        printed(ranks[0], "training continues, the last checkpoint is of step")
         for rank in ranks:
             rank.send_signal(signal.SIGTERM)
         assert [rank.status for rank in statuses(ranks)] == [2, 2], "nothing could be saved"
@@ -140,6 +140,6 @@ def test_a_rank_that_hangs_is_named_and_ends_the_job(commands: Commands, prepare
     ranks[1].kill()
     assert first.status == 2
     assert "rank 1 on " in first.err
-    assert "does not answer, and the others wait in" in first.err
+    assert "does not respond, and the others wait in" in first.err
     assert (tmp_path / "hang" / "rank-00000.flight").stat().st_size > 0
     assert "Traceback" not in first.err

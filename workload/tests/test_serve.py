@@ -183,7 +183,7 @@ def test_two_pods_that_share_a_volume_take_turns(registered: Registered, exporte
     pods = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     printed = [pod.communicate(timeout=600)[0] for pod in pods]
     assert [pod.returncode for pod in pods] == [0, 0], printed
-    assert sorted("fetched model.safetensors" in text for text in printed) == [False, True], printed
+    assert sorted("downloaded model.safetensors" in text for text in printed) == [False, True], printed
     assert files(target) == files(exported)
 
 
@@ -199,7 +199,7 @@ def set_config(folder: Path, **values: int) -> None:
 @pytest.mark.parametrize(
     ("in_export", "in_store", "message"),
     [
-        (lambda m: truncate(m / "model.safetensors"), None, r"model.safetensors is broken \(.*\): promote another"),
+        (lambda m: truncate(m / "model.safetensors"), None, r"model.safetensors is damaged \(.*\): promote another"),
         (
             None,
             lambda m: truncate(m / "model.safetensors"),
@@ -207,11 +207,11 @@ def set_config(folder: Path, **values: int) -> None:
         ),
         (None, lambda m: (m / "config.json").write_text("{}"), "config.json of version 1 does not have the checksum"),
         (None, lambda m: (m / "tokenizer.json").unlink(), "version 1 lacks tokenizer.json, which its SHA256SUMS lists"),
-        (None, lambda m: (m / SUMS_FILE).unlink(), "version 1 has lost its SHA256SUMS"),
+        (None, lambda m: (m / SUMS_FILE).unlink(), "the SHA256SUMS of version 1 is missing"),
         (
             None,
             lambda m: (m / SUMS_FILE).write_text(""),
-            "SHA256SUMS of version 1 is not what the registry vouches for",
+            "SHA256SUMS of version 1 does not have the checksum in the registry",
         ),
         (lambda m: (m / "model.safetensors").unlink(), None, r"has no \*.safetensors"),
         (lambda m: (m / "config.json").unlink(), None, "has no readable config.json"),
@@ -251,7 +251,7 @@ def test_a_version_without_checksums_is_checked_by_size_and_structure(
     pull(client, ModelRef(NAME, version=version), tmp_path / "m")
     assert "registered without SHA256SUMS" in capsys.readouterr().out
     truncate(artifacts(client, version) / "model.safetensors")
-    with pytest.raises(UserError, match=r"model\.safetensors is broken"):
+    with pytest.raises(UserError, match=r"model\.safetensors is damaged"):
         pull(client, ModelRef(NAME, version=version), tmp_path / "other")
 
 
@@ -261,8 +261,8 @@ def test_a_version_without_checksums_is_checked_by_size_and_structure(
         (f"models:/{NAME}@champion", f"models:/{NAME}@champion does not exist: .*champion"),
         (f"models:/{NAME}/7", f"models:/{NAME}/7 does not exist"),
         ("models:/nothing@champion", "models:/nothing@champion does not exist"),
-        (f"models:/{NAME}", "names no model: expected models:/<name>@<alias> or models:/<name>/<version>"),
-        ("runs:/0123/model", "names no model"),
+        (f"models:/{NAME}", "is not a model: expected models:/<name>@<alias> or models:/<name>/<version>"),
+        ("runs:/0123/model", "is not a model"),
     ],
 )
 def test_what_is_not_registered_is_named(
@@ -285,7 +285,7 @@ def test_a_server_that_is_down_is_one_line_within_a_minute(tmp_path: Path) -> No
     )
     assert done.returncode == 2
     last = done.stderr.splitlines()[-1]
-    assert last == f"ictx: MLFLOW_TRACKING_URI is '{address}': nothing listens there (connection refused)"
+    assert last == f"ictx: MLFLOW_TRACKING_URI is '{address}': connection refused (is the server running?)"
     assert "Traceback" not in done.stderr
     assert time.monotonic() - began < 120
 
@@ -300,7 +300,7 @@ def test_promotion_moves_the_alias_and_says_what_it_was(client: MlflowClient, re
     with pytest.raises(UserError, match=f"models:/{NAME}/9 does not exist"):
         promote(client, "9", "champion")
     registered(name="ictx-other")
-    with pytest.raises(UserError, match=f"name the model with --model; registered are ictx-other, {NAME}"):
+    with pytest.raises(UserError, match=f"set --model; registered models: ictx-other, {NAME}"):
         promote(client, "1", "champion")
     promote(client, "1", "champion", NAME)
     assert client.get_model_version_by_alias(NAME, "champion").version == 1
@@ -356,7 +356,7 @@ def test_a_server_refuses_a_version_that_nobody_promoted(
     client: MlflowClient, registered: Registered, tmp_path: Path
 ) -> None:
     version = registered()
-    with pytest.raises(UserError, match=f"whose checksums no promoter recorded: ictx promote {version} --alias"):
+    with pytest.raises(UserError, match=f"which was not promoted: run ictx promote {version} --alias"):
         pull(client, ModelRef(NAME, alias="candidate"), tmp_path / "m", promoted=True)
     promote(client, version, "champion")
     assert pull(client, ModelRef(NAME, version=version), tmp_path / "m", promoted=True) == version

@@ -69,5 +69,5 @@ def test_a_wrong_element_is_named(values: dict[str, object], named: str) -> None
 
 @pytest.mark.parametrize("assignment", ["parts[2].name=c", "parts[x].name=c", "parts[-1].name=c", "parts.name=c"])
 def test_an_element_that_is_not_there_is_named(assignment: str) -> None:
-    with pytest.raises(UserError, match="is no element of a list of 2"):
+    with pytest.raises(UserError, match="is not an index of a list of 2"):
         override({"parts": [{"name": "a"}, {"name": "b"}]}, [assignment])

@@ -59,7 +59,7 @@ def test_a_reading_forgets_what_it_told(watch: Stopwatch, clock: Clock) -> None:
 
 
 def test_a_lap_without_a_beginning_is_refused_by_name(watch: Stopwatch) -> None:
-    with pytest.raises(RuntimeError, match="'forward' has no beginning"):
+    with pytest.raises(RuntimeError, match="'forward' was not started"):
         watch.lap("forward")
 
 

@@ -41,12 +41,12 @@ def config(folder: Path, *assignments: str) -> SweepConfig:
         ("space={optimizer.learning_rate: 3}", r"space\.optimizer\.learning_rate is 3: expected keys and values"),
         ("space={train.seed: {low: 3, high: 3}}", r"space\.train\.seed\.low is 3, high is 3: expected low < high"),
         ("space={train.seed: {low: 0, high: 3, log: true}}", "expected more than 0 with log: true"),
-        ("space={train.seed: {low: 0, choices: [1]}}", "expected no low, high and step"),
-        ("space={run.dir: {choices: [a]}}", "run.dir is for the sweep to choose"),
-        ("settings=[run.model_name=x]", "run.model_name=x is for the sweep to choose"),
+        ("space={train.seed: {low: 0, choices: [1]}}", "choices is set: leave low, high and step out"),
+        ("space={run.dir: {choices: [a]}}", "run.dir is set by the sweep"),
+        ("settings=[run.model_name=x]", "run.model_name=x is set by the sweep"),
         ("pruner=best", "pruner is 'best': expected one of median, none"),
         ("trials=0", "trials is 0: expected 1 or more"),
-        ("dir=", "dir is needed: --set dir=FOLDER"),
+        ("dir=", "dir is not set: add --set dir=FOLDER"),
     ],
 )
 def test_bad_settings_are_named(tmp_path: Path, assignment: str, words: str) -> None:
@@ -222,7 +222,7 @@ def test_a_sweep_ends_with_its_best_trial_prunes_and_survives_a_killed_worker(
     os.kill(worker, signal.SIGKILL)
     ended = commands.end(process)
     assert ended.status == 0, ended
-    assert "a worker ended with signal 9: another one goes on" in ended.out
+    assert "a worker was killed by signal 9: starting another one" in ended.out
     assert "trial 0: its worker is lost" in ended.out
     assert "resuming after step" in (folder / "trial-0000" / "log").read_text()
     result = json.loads((folder / "result.json").read_text())

@@ -199,5 +199,5 @@ def test_any_settings_file_is_taken_or_refused_in_one_line(
 
 @pytest.mark.parametrize("name", ["a" * 5000, "a\0b", "", "/dev", "/nowhere/x.yaml"])
 def test_a_settings_file_that_is_none_is_refused(name: str) -> None:
-    with pytest.raises(UserError, match="is neither here nor below"):
+    with pytest.raises(UserError, match="does not exist: set a path"):
         load(name, [])

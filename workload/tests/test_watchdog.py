@@ -49,7 +49,7 @@ class First:
         (
             ("forward", 3, False),
             ("backward", 4, True),
-            "rank 1 on n1 (forward of step 7) does not answer, and the others",
+            "rank 1 on n1 (forward of step 7) does not respond, and the others",
         ),
         (
             ("data", 2, True),

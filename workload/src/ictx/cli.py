@@ -1,4 +1,4 @@
-"""The command line: what each room of the package registers."""
+"""The `ictx` command line: collects the commands that the subpackages register."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ from ictx.train import cli as train
 from ictx.version import describe
 
 ROOMS = (data, train, sweep, evaluate, serve, model, infer, kernels, bench, doctor)
-"""In the order of the help."""
+"""Subpackages with commands, in the order of the help."""
 SETTINGS_OF_RUNS = {"train": "--set", "sweep": "--train"}
-"""Options that take settings of runs of training, by area."""
+"""The option of each area that overrides settings of training runs."""
 
 
 EPILOG = """
 exit status:
   0        success
-  1        a check failed (ictx doctor, ictx kernels build), or an unexpected error, with its traceback
-  2        wrong arguments, settings or input: one line names the thing and the remedy
+  1        a check failed (ictx doctor, ictx kernels build), or an unexpected error (prints a traceback)
+  2        invalid arguments, settings or input (prints one line with the cause and the remedy)
   3        ictx promote: the policy rejects the version
-  75       a checkpoint is saved; start the same command again (SIGTERM, time limit, preemption)
-  128 + N  ended by signal N
+  75       interrupted after saving a checkpoint (SIGTERM, time limit, preemption): run the same command again
+  128 + N  terminated by signal N
 
 examples:
   ictx model describe ictx-1b
@@ -46,17 +46,17 @@ examples:
 """
 
 COMPLETION = """
-It completes commands, options, choices and files, without a start of Python each time.
+Completes commands, options, choices and files without starting Python each time.
 
 examples:
   source <(ictx completion bash)                              # in this shell
   ictx completion bash >~/.local/share/bash-completion/completions/ictx
-  ictx completion zsh >"${fpath[1]}/_ictx"                    # then a new shell
+  ictx completion zsh >"${fpath[1]}/_ictx"                    # then start a new shell
 """
 
 
 class Version(argparse.Action):
-    """Prints what runs; looks it up only then."""
+    """Prints the version; collects it only when requested."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
         print(describe())
@@ -64,7 +64,7 @@ class Version(argparse.Action):
 
 
 def parser() -> argparse.ArgumentParser:
-    """Returns the command line's grammar."""
+    """Returns the parser with all commands."""
     top = argparse.ArgumentParser(
         prog="ictx",
         description="Long-context language models: data, training, evaluation, export, serving.",
@@ -77,7 +77,7 @@ def parser() -> argparse.ArgumentParser:
         room.register(areas)
     completion = areas.add_parser(
         "completion",
-        help="print what completes commands in a shell",
+        help="print a shell's completion script",
         epilog=COMPLETION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -87,7 +87,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def actions(grammar: argparse.ArgumentParser) -> Iterator[argparse.Action]:
-    """Yields the options and arguments of a command and of all below it."""
+    """Yields the options and arguments of a command and of all its subcommands."""
     for action in grammar._actions:
         yield action
         if isinstance(action, argparse._SubParsersAction):
@@ -96,7 +96,7 @@ def actions(grammar: argparse.ArgumentParser) -> Iterator[argparse.Action]:
 
 
 def complete(arguments: argparse.Namespace) -> int:
-    """`ictx completion`: raises UserError where the package that writes the script is missing."""
+    """Runs `ictx completion`. Raises UserError if shtab is not installed."""
     try:
         import shtab
     except ImportError as error:
@@ -111,22 +111,22 @@ def complete(arguments: argparse.Namespace) -> int:
 
 
 def with_agents_settings(words: Sequence[str]) -> list[str]:
-    """Returns a command's words with what a W&B agent's `${args}` adds (`--SECTION.KEY=VALUE`) as settings."""
+    """Returns the arguments with those of a W&B agent's `${args}` (`--SECTION.KEY=VALUE`) turned into settings."""
     option = SETTINGS_OF_RUNS.get(words[0]) if words else None
     return [f"{option}={word[2:]}" if option and re.match(r"--\w+(\.\w+)+=", word) else word for word in words]
 
 
 def main() -> int:
-    """Runs the command line."""
+    """Runs the command line; returns the exit status."""
     arguments = parser().parse_args(with_agents_settings(sys.argv[1:]))
-    # Paths need not be UTF-8: whoever reads them gets the bytes that they have.
+    # Paths need not be UTF-8: print their bytes unchanged.
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="surrogateescape")
     try:
         status = exit_status(lambda: int(arguments.run(arguments)))
         sys.stdout.flush()
     except BrokenPipeError:
-        # Whoever reads has seen enough (`ictx … | head`). What is left must not be flushed at the interpreter's end.
+        # The reader has closed the pipe (`ictx … | head`): the interpreter must not flush the rest at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     return status

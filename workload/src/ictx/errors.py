@@ -1,4 +1,4 @@
-"""What went wrong in the user's terms: the command line prints such an error as one line, without a traceback."""
+"""Errors for users: the command line prints them as one line, without a traceback."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from collections.abc import Callable
 
 
 class UserError(Exception):
-    """Names the thing that is wrong and what to do about it."""
+    """An error with a message that contains the cause and the remedy."""
 
 
 def printable(text: str) -> str:
-    """Returns text in one line: names of files, models and users are others', and may steer a terminal."""
+    """Returns text with non-printable characters escaped: names from others may contain terminal control sequences."""
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
 def exit_status(command: Callable[[], int]) -> int:
-    """Returns the command's status; a UserError becomes one line and status 2."""
+    """Returns the command's status. Prints a UserError, or an OSError of a file, as one line and returns 2."""
     try:
         return command()
     except UserError as error:
         print(f"ictx: {printable(str(error))}", file=sys.stderr)
     except OSError as error:
-        # A file that is missing, not permitted, …: the file is what matters, not where we met it.
+        # A file that is missing, not permitted, …: a traceback would not help the user.
         if error.filename is None:
             raise
         print(f"ictx: {printable(str(error.filename))}: {error.strerror}", file=sys.stderr)

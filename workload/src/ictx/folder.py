@@ -1,4 +1,4 @@
-"""Folders that appear complete or not at all, and stay."""
+"""Atomic, durable writes of folders and files."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from ictx.errors import UserError
 
 @contextmanager
 def replacing(directory: Path) -> Iterator[Path]:
-    """Yields an empty folder beside `directory` that takes its place, with what was written there safe on disk.
+    """Yields an empty folder that is synced to disk and replaces `directory` when the block ends.
 
-    An older `directory` goes. When the block raises, nothing of the new one stays and the older one is untouched; what
-    a killed process left is removed by the next that writes the same folder.
+    If the block raises, the new folder is removed and `directory` stays unchanged. Remains of a killed process are
+    removed by the next call for the same folder.
     """
     draft, old = (directory.with_name(f"{directory.name}.{suffix}") for suffix in ("part", "old"))
     if old.exists() and not directory.exists():
-        # Killed between the two renames below.
+        # A process was killed between the two renames below.
         old.replace(directory)
     for left in (draft, old):
         shutil.rmtree(left, ignore_errors=True)
@@ -42,7 +42,7 @@ def replacing(directory: Path) -> Iterator[Path]:
 
 
 def sync(path: Path) -> None:
-    """Makes a file, or the names in a folder, survive a power cut."""
+    """Flushes a file, or a folder's entries, to disk (fsync)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -51,7 +51,7 @@ def sync(path: Path) -> None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Writes a file that is there with all of its text, also after a power cut, or as it was before."""
+    """Writes a file atomically: even after a power cut it has its old or its new content."""
     draft = path.with_name(f"{path.name}.part")
     draft.unlink(missing_ok=True)
     with draft.open("x") as file:
@@ -62,7 +62,7 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def read_text(path: Path) -> str:
-    """Returns a file's text. Raises UserError where it is not UTF-8."""
+    """Returns a file's text. Raises UserError if it is not UTF-8."""
     try:
         return path.read_text("utf-8")
     except UnicodeDecodeError as error:

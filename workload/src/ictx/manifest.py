@@ -1,7 +1,7 @@
-"""Manifests: the files of a folder with their sizes and SHA-256, written when all of them are complete.
+"""Manifests: the files of a folder with sizes and SHA-256, written after all of them are complete.
 
-What is read by another process than the one that wrote it (checkpoints, prepared data, models) is compared with its
-manifest first. Only the standard library is imported: who verifies a folder need not have torch.
+Folders written by another process (checkpoints, prepared data, models) are verified with their manifest before use.
+Imports only the standard library, so that verification does not need torch.
 """
 
 from __future__ import annotations
@@ -22,30 +22,30 @@ from ictx.folder import sync
 
 MANIFEST_FILE, FORMAT = "manifest.json", 1
 LARGEST_TEXT = 16 << 20
-"""Bytes of the largest manifest or other JSON file that is read."""
+"""Size limit (bytes) of manifests and other JSON files."""
 SHA256 = re.compile("[0-9a-f]{64}")
 OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 BLOCK = 1 << 20
-# hashlib releases the interpreter's lock. Ranks of one node share its cores and its storage.
+# hashlib releases the GIL. Few threads, because the ranks of a node share its cores and storage.
 THREADS = min(4, len(os.sched_getaffinity(0)))
 
 
 class Unusable(UserError):
-    """A file or folder that must not be read: damaged, incomplete, or writable by others."""
+    """A file or folder that must not be used: damaged, incomplete, or writable by others."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A file as it was written."""
+    """Checksum and size of a file."""
 
     sha256: str
     """In hexadecimal."""
     size: int | None = None
-    """Bytes; None where a list has checksums only."""
+    """Bytes; None if only the checksum is known."""
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """Opens a regular file for reading: follows no link, waits for no FIFO. Raises Unusable for anything else."""
+    """Opens a regular file for reading. Raises Unusable for anything else (symbolic links are not followed)."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError as error:
@@ -70,7 +70,7 @@ def read_json(path: Path) -> Any:
 
 
 def digest(path: Path, progress: Callable[[int], object] = int) -> Entry:
-    """Returns what a file is; `progress` gets the bytes of each block. Raises Unusable when it cannot be read."""
+    """Returns a file's entry; calls `progress` with each block's bytes. Raises Unusable if it cannot be read."""
     sha256, size = hashlib.sha256(), 0
     with open_regular(path) as file:
         try:
@@ -84,7 +84,7 @@ def digest(path: Path, progress: Callable[[int], object] = int) -> Entry:
 
 
 def hash_files(directory: Path, names: Iterable[str], progress: Callable[[int], object] = int) -> dict[str, Entry]:
-    """Returns files of a folder with what they are, read in several threads. Raises Unusable."""
+    """Returns the entries of files of a folder by name; hashes in several threads. Raises Unusable."""
     names = list(names)
     with ThreadPoolExecutor(THREADS) as pool:
         found = pool.map(lambda name: digest(directory / name, progress), names)
@@ -92,7 +92,7 @@ def hash_files(directory: Path, names: Iterable[str], progress: Callable[[int], 
 
 
 def list_files(directory: Path) -> set[str]:
-    """Returns the files below a folder, without its manifest. Raises Unusable for links, FIFOs and other odd things."""
+    """Returns the files below a folder except its manifest. Raises Unusable for links and special files."""
     names, folders = set[str](), [""]
     while folders:
         prefix = folders.pop()
@@ -112,12 +112,12 @@ def list_files(directory: Path) -> set[str]:
 
 
 def shown(directory: Path, name: str) -> str:
-    """Returns a path for a message: names on disk may hold line ends and bytes that no terminal prints."""
+    """Returns a path for a message, with non-printable characters escaped."""
     return f"{directory}/{name if name.isprintable() else ascii(name)}"
 
 
 def write(directory: Path, entries: Mapping[str, Entry]) -> str:
-    """Writes a folder's manifest, safe on disk, and returns the SHA-256 of it. Call it last."""
+    """Writes and syncs a folder's manifest; returns the manifest's SHA-256. Call it after all other writes."""
     files = {name: asdict(entries[name]) for name in sorted(entries)}
     content = (json.dumps({"format": FORMAT, "files": files}, indent=1) + "\n").encode()
     descriptor = os.open(directory / MANIFEST_FILE, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
@@ -130,7 +130,7 @@ def write(directory: Path, entries: Mapping[str, Entry]) -> str:
 
 
 def read(directory: Path) -> dict[str, Entry]:
-    """Returns what a folder's manifest lists. Raises Unusable when there is none that can be read."""
+    """Returns the entries of a folder's manifest. Raises Unusable if it is missing or invalid."""
     path = directory / MANIFEST_FILE
     content = read_json(path)
     if not isinstance(content, dict) or content.get("format") != FORMAT or not isinstance(content.get("files"), dict):
@@ -145,7 +145,7 @@ def read(directory: Path) -> dict[str, Entry]:
 
 
 def check_entry(path: Path, name: object, sha256: object) -> None:
-    """Raises Unusable unless a line of the list `path` names a file inside its folder and has a SHA-256."""
+    """Raises Unusable unless an entry of the list `path` is a file name inside its folder with a SHA-256."""
     inside = isinstance(name, str) and name.isprintable() and name == PurePosixPath(name).as_posix()
     if not inside or str(name) in ("", ".") or str(name).startswith("/") or ".." in str(name).split("/"):
         raise Unusable(f"{path}: {str(name)[:100]!r} is not the name of a file in the folder")
@@ -159,7 +159,7 @@ def is_sha256(value: object) -> bool:
 
 
 def check_names(directory: Path, entries: Collection[str]) -> None:
-    """Raises Unusable when a folder lacks a file that its manifest lists, or has another one. Reads no file."""
+    """Raises Unusable if a folder's file names differ from its manifest. Reads no file content."""
     found, wanted = list_files(directory), set(entries)
     if missing := wanted - found:
         raise Unusable(f"{shown(directory, min(missing))}: is missing")
@@ -168,9 +168,9 @@ def check_names(directory: Path, entries: Collection[str]) -> None:
 
 
 def check_files(directory: Path, entries: Mapping[str, Entry], progress: Callable[[int], object] = int) -> None:
-    """Reads files of a folder. Raises Unusable for the first one that is not what `entries` lists."""
+    """Compares sizes and SHA-256 of a folder's files with `entries`. Raises Unusable for the first difference."""
     for name, entry in entries.items():
-        # A wrong length is found without reading the other files.
+        # Sizes first: a wrong size is found without hashing.
         with open_regular(directory / name) as file:
             size = os.fstat(file.fileno()).st_size
         if entry.size is not None and size != entry.size:
@@ -181,7 +181,7 @@ def check_files(directory: Path, entries: Mapping[str, Entry], progress: Callabl
 
 
 def verify(directory: Path) -> dict[str, Entry]:
-    """Compares a folder with its manifest, which it returns. Raises Unusable naming the file and what is wrong."""
+    """Verifies a folder with its manifest; returns the entries. Raises Unusable with the file and the difference."""
     entries = read(directory)
     check_names(directory, entries)
     check_files(directory, entries)
@@ -189,13 +189,13 @@ def verify(directory: Path) -> dict[str, Entry]:
 
 
 def check_owner(path: Path, allowed: Collection[int] = (), *, any_mode: bool = False) -> None:
-    """Raises Unusable unless a file or folder is this user's (or an allowed one's), and only the owner can write to it.
+    """Raises Unusable unless a file or folder belongs to this (or an allowed) user and only the owner can write to it.
 
     Args:
         allowed: user ids besides the process's own.
-        any_mode: whether others may be able to write to it.
+        any_mode: accept a file that others can write to.
 
-    In a rootless container its root is the job's user, and every other user's files have the overflow id.
+    In a rootless container, root is the job's user, and files of all other users have the overflow id.
     """
     try:
         found = path.lstat()

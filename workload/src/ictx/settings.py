@@ -1,4 +1,4 @@
-"""Typed settings from YAML files: unknown keys and wrong types are refused by name."""
+"""Typed settings from YAML files: unknown keys and wrong types are rejected with the setting's name."""
 
 from __future__ import annotations
 
@@ -22,26 +22,28 @@ T = TypeVar("T")
 
 
 SHIPPED = Path("/opt/ictx/configs"), Path(__file__).parents[2] / "configs"
-"""Where the configs lie that come with the image, and with the checkout."""
+"""Folders of the shipped configs: in the image, and in a checkout."""
 
 
 def config_path(name: str) -> Path:
-    """Returns the file: as given, or below the configs that come with the image or the checkout. Raises UserError."""
+    """Returns a config's path: as given, or below the shipped configs. Raises UserError if there is none."""
     for folder in (Path(), *SHIPPED):
-        # A name that is too long, or holds a null, is no file's.
+        # is_file raises for a name that is too long or contains a null byte.
         with suppress(OSError, ValueError):
             if (folder / name).is_file():
                 return folder / name
-    raise UserError(f"configuration {shown(name)} is neither here nor below {SHIPPED[0]}")
+    raise UserError(
+        f"configuration {shown(name)} does not exist: set a path, or the name of a config below {SHIPPED[0]}"
+    )
 
 
 def shipped(pattern: str) -> list[Path]:
-    """Returns the files of that pattern that come with the image or, where there are none, with the checkout."""
+    """Returns the shipped configs that match a glob pattern: those of the image, else those of the checkout."""
     return next((found for folder in SHIPPED if (found := sorted(folder.glob(pattern)))), [])
 
 
 def load_yaml(path: Path) -> dict[str, Any]:
-    """Returns the mapping in a YAML file. Raises UserError when there is none."""
+    """Returns the mapping in a YAML file. Raises UserError if the file cannot be read or is not a mapping."""
     try:
         text = path.read_text()
     except OSError as error:
@@ -60,15 +62,15 @@ def _parsed(text: str, where: str) -> Any:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise UserError(f"{where}: not YAML: {str(error).splitlines()[0]}") from error
-    except Exception as error:  # PyYAML lets pass what int, datetime, re and the recursion limit raise
+    except Exception as error:  # PyYAML does not catch errors of int, datetime, re and the recursion limit
         raise UserError(f"{where}: not YAML: {type(error).__name__}: {shown(str(error))}") from error
 
 
 def shown(value: object) -> str:
-    """Returns a value for a message: one line, however long, deep or odd it is."""
+    """Returns a value for a message: one short line."""
     try:
         return value if isinstance(value, str) and value.isprintable() and len(value) < 200 else reprlib.repr(value)
-    except ValueError:  # an integer of more digits than Python prints
+    except ValueError:  # an integer with more digits than Python converts
         return f"a long {type(value).__name__}"
 
 
@@ -93,7 +95,7 @@ def override(content: Mapping[str, Any], assignments: Iterable[str]) -> dict[str
             place, found = _at(target, section, assignment)
             if not isinstance(found, dict | list):
                 raise UserError(f"--set {shown(assignment)}: {shown(section)} is not a section")
-            # What was given stays as it is.
+            # Copied, so that the caller's content is not changed.
             target[place] = target = found.copy()
         place, _ = _at(target, key, assignment)
         target[place] = _parsed(text, f"--set {shown(assignment)}")
@@ -101,19 +103,19 @@ def override(content: Mapping[str, Any], assignments: Iterable[str]) -> dict[str
 
 
 def _at(target: dict[str, Any] | list[Any], step: str, assignment: str) -> tuple[Any, Any]:
-    """Returns a section's key or a list's index, and what is there; a section that there is not is empty."""
+    """Returns a section's key or a list's index, and its value; the value of a missing key is an empty section."""
     if isinstance(target, dict):
         return step, target.get(step, {})
     number = re.fullmatch(r"\[(\d{1,9})\]", step)
     if not number or int(number[1]) >= len(target):
-        raise UserError(f"--set {shown(assignment)}: {shown(step)} is no element of a list of {len(target)}")
+        raise UserError(f"--set {shown(assignment)}: {shown(step)} is not an index of a list of {len(target)}")
     return int(number[1]), target[int(number[1])]
 
 
 def build(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
-    """Returns the dataclass made of a mapping, nested dataclasses included.
+    """Returns a dataclass built from a mapping, including nested dataclasses.
 
-    Raises UserError naming the key (`train.steps`), its value and what is allowed.
+    Raises UserError with the key (`train.steps`), its value and what is allowed.
     """
     arguments = typed(cls, values, where)
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
@@ -127,7 +129,7 @@ def build(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
 
 
 def typed(cls: type[Any], values: Mapping[str, Any], where: str = "") -> dict[str, Any]:
-    """Returns values as the fields of a dataclass have them; some may be missing. Raises UserError as `build` does."""
+    """Returns values converted to the types of a dataclass's fields; some may be missing. Raises UserError."""
     hints = get_type_hints(cls)
     known = {field.name for field in dataclasses.fields(cls)}
     arguments: dict[str, Any] = {}
@@ -141,9 +143,9 @@ def typed(cls: type[Any], values: Mapping[str, Any], where: str = "") -> dict[st
 
 
 def _convert(kind: Any, value: Any, name: str) -> Any:
-    """Returns the value as `kind`: a dataclass, a plain type, one of several, a list or a mapping.
+    """Returns the value converted to `kind`: a dataclass, a plain type, a union, a list or a mapping.
 
-    Raises UserError naming the setting, or the element (`data.mix[1].weight`).
+    Raises UserError with the name of the setting or element (`data.mix[1].weight`).
     """
     origin, arguments = get_origin(kind), get_args(kind)
     if kind is Any:
@@ -176,7 +178,7 @@ def _convert(kind: Any, value: Any, name: str) -> Any:
     if kind is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) <= sys.float_info.max:
         return float(value)
     if kind is float and isinstance(value, str):
-        # YAML 1.1 reads 3e-4 as text.
+        # In YAML 1.1, 3e-4 is a string.
         try:
             return float(value)
         except ValueError:
@@ -189,7 +191,7 @@ def _convert(kind: Any, value: Any, name: str) -> Any:
 
 
 def _convert_to_one(kinds: tuple[Any, ...], value: Any, name: str) -> Any:
-    """Returns the value as the first of several kinds that it fits."""
+    """Returns the value converted to the first of several types that accepts it."""
     if value is None and type(None) in kinds:
         return None
     *others, last = (kind for kind in kinds if kind is not type(None))
@@ -200,12 +202,12 @@ def _convert_to_one(kinds: tuple[Any, ...], value: Any, name: str) -> Any:
 
 
 def _too_large(value: object) -> bool:
-    """Whether a number is one that no setting means, and that most libraries cannot take."""
+    """Whether a value is an integer outside 64 bits, which most libraries reject."""
     return isinstance(value, int) and not -(1 << 63) <= value < 1 << 63
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Returns nested settings as `section.key`: text."""
+    """Returns nested settings as a flat mapping of `section.key` to text."""
     flat: dict[str, str] = {}
     for key, value in values.items():
         flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": str(value)}
@@ -213,8 +215,8 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def command_line() -> argparse.ArgumentParser:
-    """Returns the options of a command that reads a configuration, as a parent of its parser."""
+    """Returns a parent parser with the options of commands that read a configuration."""
     parent = argparse.ArgumentParser(add_help=False)
-    parent.add_argument("--config", required=True, help="YAML file, here or below the shipped configs")
-    parent.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="replace a setting")
+    parent.add_argument("--config", required=True, help="YAML file: a path, or a name below the shipped configs")
+    parent.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override a setting")
     return parent

@@ -1,4 +1,4 @@
-"""Where the time of training steps goes: marks on the device's own clock, read when a record is due."""
+"""Measures the parts of training steps with marks on the device's clock, read when a record is logged."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Mark = float | torch.cuda.Event
 
 
 def mark(device: torch.device, clock: Callable[[], float] = time.monotonic) -> Mark:
-    """Returns when the current stream of a GPU gets here, without waiting for that; elsewhere the clock's time."""
+    """Records an event in a GPU's current stream, without synchronizing; on other devices returns the clock's time."""
     if device.type != "cuda":
         return clock()
     event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
@@ -20,38 +20,38 @@ def mark(device: torch.device, clock: Callable[[], float] = time.monotonic) -> M
 
 
 class Stopwatch:
-    """Seconds between marks, by the name of what happened before the mark.
+    """Seconds between marks, summed by the name of the lap that each mark ends.
 
-    On a GPU a mark is an event in the current stream: setting it waits for nothing, and its time is that at which the
-    GPU gets there. Elsewhere it is the clock's time. Work on other streams (communication) counts where the current
-    stream waits for it.
+    On a GPU a mark is an event in the current stream: setting it does not synchronize, and its time is when the GPU
+    reaches it. On other devices it is the clock's time. Work on other streams (communication) counts only while the
+    current stream waits for it.
     """
 
     def __init__(self, device: torch.device, clock: Callable[[], float] = time.monotonic) -> None:
-        """Begins with nothing measured.
+        """Creates a stopwatch without laps.
 
         Args:
             device: where the steps run.
-            clock: seconds of a clock that never goes back; a GPU's events do not need it.
+            clock: returns seconds of a monotonic clock; not used on GPUs.
         """
         self._device, self._clock = device, clock
         self._last: Mark | None = None
         self._laps: list[tuple[str, Mark, Mark]] = []
 
     def start(self) -> None:
-        """Begins the next lap here: what has happened since the last one does not count."""
+        """Starts the next lap; excludes the time since the last one."""
         self._last = mark(self._device, self._clock)
 
     def lap(self, name: str) -> None:
-        """Ends a lap and begins the next. Raises RuntimeError before the first `start`."""
+        """Ends a lap and starts the next one. Raises RuntimeError before the first `start`."""
         if self._last is None:
-            raise RuntimeError(f"the lap {name!r} has no beginning: call start() first")
+            raise RuntimeError(f"the lap {name!r} was not started: call start() first")
         now = mark(self._device, self._clock)
         self._laps.append((name, self._last, now))
         self._last = now
 
     def read(self) -> dict[str, float]:
-        """Returns the seconds of each name since the last reading, and forgets them; waits for the last mark."""
+        """Returns and resets the seconds of each lap name; waits for the last mark."""
         laps, self._laps = self._laps, []
         wait(laps[-1][2] if laps else 0.0)
         total: dict[str, float] = {}
@@ -61,13 +61,13 @@ class Stopwatch:
 
 
 def wait(mark: Mark) -> None:
-    """Waits until a GPU has got to a mark."""
+    """Waits until the GPU has reached a mark; returns immediately for a clock's mark."""
     if isinstance(mark, torch.cuda.Event):
         mark.synchronize()
 
 
 def union(spans: Iterable[tuple[float, float]]) -> float:
-    """Returns the length of what the spans (begin, end) cover together."""
+    """Returns the total length of the union of spans (begin, end)."""
     total, reached = 0.0, -float("inf")
     for begin, end in sorted(spans):
         total += max(end - max(begin, reached), 0.0)

@@ -1,4 +1,4 @@
-"""What runs: the release, the commit that it was built of, the packages below, and the lock files of these."""
+"""Version information: release, commit, image, lock files and the main dependencies."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from ictx import __version__
 
 BELOW = ("torch", "triton", "transformers", "vllm")
 INSTALLED = ".installed-*.txt"
-"""Copies of the lock files that an environment was installed from, in its folder (images, scripts/bootstrap)."""
+"""Copies of an environment's lock files in its folder, written by the images and scripts/bootstrap."""
 
 
 def installed(package: str) -> str:
-    """Returns an installed package's version, empty where there is none."""
+    """Returns an installed package's version; empty if it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -26,10 +26,10 @@ def installed(package: str) -> str:
 
 
 def commit() -> str:
-    """Returns the commit of the image, or of the checkout (`-dirty` where it was changed); may be empty."""
+    """Returns the commit of the image, or of the checkout (with `-dirty` if it has changes); empty if unknown."""
     if found := os.environ.get("ICTX_GIT_COMMIT"):
         return found
-    # workload/src/ictx of a checkout. An installed package may lie in a repository of somebody else's.
+    # Only for workload/src/ictx of a checkout: an installed package may be inside an unrelated repository.
     root = Path(__file__).resolve().parents[3]
     if not (root / "workload/pyproject.toml").is_file():
         return ""
@@ -41,13 +41,13 @@ def commit() -> str:
 
 
 def locks() -> dict[str, str]:
-    """Returns the first 12 digits of the SHA-256 of each lock file of this environment, by name; none where unknown."""
+    """Returns the first 12 digits of the SHA-256 of each lock file of this environment, by name."""
     found = sorted(Path(sys.prefix).glob(INSTALLED))
     return {file.name.removeprefix(".installed-"): hashlib.sha256(file.read_bytes()).hexdigest()[:12] for file in found}
 
 
 def describe() -> str:
-    """Returns what `ictx --version` prints."""
+    """Returns the output of `ictx --version`."""
     of = commit()
     lines = [f"ictx {__version__}" + (f" (commit {of})" if of else "")]
     if image := os.environ.get("ICTX_IMAGE_DIGEST"):

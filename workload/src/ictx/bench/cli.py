@@ -1,4 +1,4 @@
-"""The command line of whole-model benchmarks: `ictx bench decode|train|align|links`."""
+"""The command line: `ictx bench decode|train|align|links`."""
 
 from __future__ import annotations
 
@@ -38,104 +38,126 @@ examples:
 
 def register(areas: Any) -> None:
     """Adds `bench` to the areas of the command line."""
-    commands = areas.add_parser("bench", help="whole-model benchmarks").add_subparsers(metavar="COMMAND", required=True)
+    commands = areas.add_parser("bench", help="benchmark whole models and the network").add_subparsers(
+        metavar="COMMAND", required=True
+    )
     decode = commands.add_parser(
         "decode",
-        help="decode with random weights on this GPU; time of a token beside its floor",
+        help="measure decoding with random weights on this GPU, relative to the memory-bound minimum",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     decode.add_argument("--config", required=True, help="name of a shipped configuration, or a YAML file")
-    decode.add_argument("--context", type=int, metavar="N", help="cached tokens at the end (the model's longest)")
-    decode.add_argument("--new-tokens", type=int, default=128, metavar="N", help="tokens that are decoded (128)")
     decode.add_argument(
-        "--cache-dtype", choices=("bfloat16", "int8", "fp8"), default="bfloat16", help="dtype of latents (bfloat16)"
+        "--context", type=int, metavar="N", help="cached tokens at the end (default: the model's context)"
+    )
+    decode.add_argument("--new-tokens", type=int, default=128, metavar="N", help="tokens to decode (default: 128)")
+    decode.add_argument(
+        "--cache-dtype",
+        choices=("bfloat16", "int8", "fp8"),
+        default="bfloat16",
+        help="dtype of latents (default: bfloat16)",
     )
     decode.add_argument(
-        "--memory-gb", type=float, metavar="GB", help="most memory, 10^9 bytes, CUDA's context included"
+        "--memory-gb", type=float, metavar="GB", help="memory limit in 10^9 bytes, including CUDA's context"
     )
-    decode.add_argument("--chunk-size", type=int, default=8192, metavar="N", help="tokens of a prefill step (8192)")
-    decode.add_argument("--skip-prefill", action="store_true", help="fill the cache with random rows instead")
     decode.add_argument(
-        "--out", type=Path, metavar="FILE", help="save the row: .json, or .csv, which rows are added to"
+        "--chunk-size", type=int, default=8192, metavar="N", help="tokens per prefill step (default: 8192)"
+    )
+    decode.add_argument("--skip-prefill", action="store_true", help="fill the cache with random values instead")
+    decode.add_argument(
+        "--out", type=Path, metavar="FILE", help="save the row: .json (overwritten), or .csv (appended)"
     )
     decode.set_defaults(run=run_decode)
     train = commands.add_parser(
         "train",
-        help="training steps on random tokens: rate, utilisation, memory",
+        help="measure training steps on random tokens: throughput, utilisation, memory",
         epilog=TRAIN_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     train.add_argument("--config", required=True, help="name of a shipped configuration, or a YAML file")
-    train.add_argument("--seq", type=int, required=True, metavar="N", help="tokens of a window")
-    train.add_argument("--ranks", type=int, default=1, metavar="N", help="GPUs of this machine; processes without (1)")
-    train.add_argument("--batch", type=int, default=1, metavar="N", help="windows of a rank and step (1)")
-    train.add_argument("--steps", type=int, default=10, metavar="N", help="steps that are timed (10)")
+    train.add_argument("--seq", type=int, required=True, metavar="N", help="tokens per window")
+    train.add_argument(
+        "--ranks", type=int, default=1, metavar="N", help="ranks: one per GPU, or CPU processes (default: 1)"
+    )
+    train.add_argument("--batch", type=int, default=1, metavar="N", help="windows per rank and step (default: 1)")
+    train.add_argument("--steps", type=int, default=10, metavar="N", help="measured steps (default: 10)")
     train.add_argument(
         "--recompute", nargs="*", choices=("none", "selective", "full", "auto"), default=["selective"],
-        help="what the backward computes again; several are measured in turn, ours is left out without any (selective)",
+        help="recomputation modes to measure; none given: only --ddp and --peer (default: selective)",
     )  # fmt: skip
-    train.add_argument("--layers", type=int, metavar="N", help="layers that compute again (all)")
-    train.add_argument("--compile", action="store_true", help="compile each layer, ours and the peer's")
+    train.add_argument("--layers", type=int, metavar="N", help="number of layers that recompute (default: all)")
+    train.add_argument("--compile", action="store_true", help="compile each layer, also of the peer")
     train.add_argument(
         "--fp8", choices=("none", "tensorwise", "rowwise", "rowwise_with_gw_hp"), default="none",
-        help="multiply the layers' linear products in fp8; with --compile (none)",
+        help="fp8 recipe of the layers' linear products; requires --compile (default: none)",
     )  # fmt: skip
-    train.add_argument("--cp", type=int, default=1, metavar="N", help="ranks that split each window (1)")
-    train.add_argument("--replicate", type=int, default=1, metavar="N", help="copies of the sharded weights: HSDP (1)")
-    train.add_argument("--offload", action="store_true", help="keep layers' inputs and results in the host's memory")
-    train.add_argument("--cap", type=float, metavar="GB", help="most memory of a rank, 10^9 bytes")
-    train.add_argument("--warm-up", type=int, default=3, metavar="N", help="steps before those that are timed (3)")
-    train.add_argument("--profile", action="store_true", help="share of communication in a step, by the profiler")
-    train.add_argument("--peer", action="store_true", help="also measure transformers with the same sizes")
+    train.add_argument("--cp", type=int, default=1, metavar="N", help="context parallel ranks per window (default: 1)")
     train.add_argument(
-        "--ddp", action="store_true", help="also measure DistributedDataParallel with the same recompute"
+        "--replicate", type=int, default=1, metavar="N", help="replicas of the sharded weights, HSDP (default: 1)"
+    )
+    train.add_argument("--offload", action="store_true", help="store saved activations in host memory")
+    train.add_argument("--cap", type=float, metavar="GB", help="memory limit per rank in 10^9 bytes")
+    train.add_argument(
+        "--warm-up", type=int, default=3, metavar="N", help="steps before the measured ones (default: 3)"
+    )
+    train.add_argument("--profile", action="store_true", help="measure the share of communication with the profiler")
+    train.add_argument("--peer", action="store_true", help="also measure transformers' model of the same size")
+    train.add_argument(
+        "--ddp", action="store_true", help="also measure DistributedDataParallel with the same --recompute"
     )
     train.add_argument(
-        "--check", type=int, metavar="N", help="compare gradients under --cp with those under N instead of measuring"
+        "--check",
+        type=int,
+        metavar="N",
+        help="instead of measuring, compare gradients under --cp with those under --cp N",
     )
     train.add_argument(
-        "--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the computation (bfloat16)"
+        "--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="compute dtype (default: bfloat16)"
     )
     train.add_argument("--out", type=Path, metavar="FILE", help="save the rows as JSON")
     train.set_defaults(run=run_train)
     align = commands.add_parser(
         "align",
-        help="steps of DPO and SFT on this GPU, with random weights and tokens, beside TRL's trainers",
+        help="measure steps of DPO and SFT with random weights and tokens on this GPU, and with TRL's trainers",
         epilog=ALIGN_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     align.add_argument("--config", required=True, help="name of a shipped configuration, or a YAML file")
-    align.add_argument("--task", choices=("dpo", "sft"), required=True, help="what is trained")
-    align.add_argument("--seq", type=int, required=True, metavar="N", help="tokens of a row; a pair has two rows")
-    align.add_argument("--batch", type=int, default=1, metavar="N", help="rows, or pairs, of a step (1)")
-    align.add_argument("--steps", type=int, default=5, metavar="N", help="steps that are timed (5)")
-    align.add_argument("--warm-up", type=int, default=2, metavar="N", help="steps before those that are timed (2)")
-    align.add_argument("--compile", action="store_true", help="compile the layers of ictx")
+    align.add_argument("--task", choices=("dpo", "sft"), required=True, help="training stage")
+    align.add_argument("--seq", type=int, required=True, metavar="N", help="tokens per row; a pair has two rows")
+    align.add_argument("--batch", type=int, default=1, metavar="N", help="rows or pairs per step (default: 1)")
+    align.add_argument("--steps", type=int, default=5, metavar="N", help="measured steps (default: 5)")
+    align.add_argument(
+        "--warm-up", type=int, default=2, metavar="N", help="steps before the measured ones (default: 2)"
+    )
+    align.add_argument("--compile", action="store_true", help="compile ictx's layers")
     align.add_argument(
         "--recompute", choices=("none", "selective", "full"), default="",
-        help="what backward computes again (full for trl, which is its default, else selective)",
+        help="recomputation mode (default: full for trl, as in TRL, else selective)",
     )  # fmt: skip
     align.add_argument(
         "--only", nargs="+", choices=("trl", "trl+ictx", "ictx"), default=["trl", "trl+ictx", "ictx"],
-        help="trl: its trainer with SDPA; trl+ictx: with our attention; ictx: our loop (all)",
+        help="trl: TRL with SDPA; trl+ictx: TRL with ictx's attention; ictx: ictx's loop (default: all)",
     )  # fmt: skip
     align.add_argument("--out", type=Path, metavar="FILE", help="save the rows as JSON")
     align.set_defaults(run=run_align)
     links = commands.add_parser(
         "links",
-        help="all-reduce of every two nodes and of all, on several ranks: NCCL, or Gloo without GPUs",
+        help="measure all-reduce between each pair of nodes and over all ranks (NCCL, or Gloo without GPUs)",
         epilog=LINKS_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    links.add_argument("--size-mb", type=int, default=256, metavar="MB", help="10^6 bytes that are summed (256)")
-    links.add_argument("--times", type=int, default=5, metavar="N", help="sums that are timed (5)")
-    links.add_argument("--out", type=Path, metavar="FILE", help="save what was found as JSON")
+    links.add_argument(
+        "--size-mb", type=int, default=256, metavar="MB", help="message size in 10^6 bytes (default: 256)"
+    )
+    links.add_argument("--times", type=int, default=5, metavar="N", help="measured repetitions (default: 5)")
+    links.add_argument("--out", type=Path, metavar="FILE", help="save the results as JSON")
     links.set_defaults(run=run_links)
 
 
 def run_decode(arguments: argparse.Namespace) -> int:
-    """`ictx bench decode`."""
+    """Runs `ictx bench decode`."""
     from ictx.bench.decode import Case, measure
     from ictx.bench.report import lines, save, values
     from ictx.errors import UserError
@@ -162,7 +184,7 @@ def run_decode(arguments: argparse.Namespace) -> int:
 
 
 def run_train(arguments: argparse.Namespace) -> int:
-    """`ictx bench train`."""
+    """Runs `ictx bench train`."""
     import json
     from dataclasses import asdict, replace
 
@@ -221,7 +243,7 @@ def run_train(arguments: argparse.Namespace) -> int:
 
 
 def run_align(arguments: argparse.Namespace) -> int:
-    """`ictx bench align`."""
+    """Runs `ictx bench align`."""
     import json
     from dataclasses import asdict
 
@@ -248,7 +270,7 @@ def run_align(arguments: argparse.Namespace) -> int:
 
 
 def run_links(arguments: argparse.Namespace) -> int:
-    """`ictx bench links`."""
+    """Runs `ictx bench links`."""
     import json
     from dataclasses import asdict
 

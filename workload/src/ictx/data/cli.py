@@ -1,4 +1,4 @@
-"""The command line of the data: `ictx data prepare|verify`."""
+"""The command line: `ictx data prepare|verify`."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from ictx.data.config import DataConfig
 
 PREPARE_EXAMPLES = """
-The folder that holds the prepared corpus is printed last. Its name follows the text and the settings, so what is there
-already is not made again.
+Prints the path of the prepared corpus last. Its name is a hash of text and settings, so that an existing corpus is not
+prepared again.
 
 examples:
   ictx data prepare --config pretrain/tiny.yaml --corpus /usr/lib/python3 /usr/share/doc --out /shared/data
@@ -30,15 +30,17 @@ examples:
   ictx data prepare --config sft/tiny.yaml --corpus stdlib --out /shared/data
   ictx data prepare --config sft/ictx-1b.yaml --corpus chats.jsonl alpaca.json hf=trl-lib/Capybara --out data
 
-A configuration with data.kind sft or dpo prepares conversations, or prompts with a chosen and a rejected answer: JSON
-lines, JSON lists and Parquet with messages, ShareGPT's conversations, Alpaca's instructions, TRL's prompt, completion,
-chosen and rejected; and `stdlib`, the documented functions of Python's standard library.
+A configuration with data.kind sft or dpo prepares conversations, or prompts with a chosen and a rejected answer, from
+JSON lines, JSON lists and Parquet with messages, ShareGPT's conversations, Alpaca's instructions, or TRL's prompt,
+completion, chosen and rejected; or from `stdlib`, the documented functions of Python's standard library.
 """
 
 
 def register(areas: Any) -> None:
     """Adds `data` to the areas of the command line."""
-    data = areas.add_parser("data", help="corpora").add_subparsers(metavar="COMMAND", required=True)
+    data = areas.add_parser("data", help="prepare and verify training data").add_subparsers(
+        metavar="COMMAND", required=True
+    )
     prepare = data.add_parser(
         "prepare",
         parents=[command_line()],
@@ -52,24 +54,24 @@ def register(areas: Any) -> None:
         required=True,
         metavar="SOURCE",
         help="files, folders and pipes (text, .jsonl, .parquet; compressed or not), and hf=NAME[,CONFIG[,SPLIT]]: a "
-        "data set of the Hugging Face Hub, or a folder that `datasets` reads; for conversations also `stdlib`",
+        "data set of the Hugging Face Hub, or a folder for `datasets`; for conversations also `stdlib`",
     )
-    prepare.add_argument("--out", type=Path, required=True, help="folder below which the prepared corpus is put")
-    prepare.add_argument("--link", type=Path, help="symbolic link to make to the prepared corpus")
+    prepare.add_argument("--out", type=Path, required=True, help="parent folder of the prepared corpus")
+    prepare.add_argument("--link", type=Path, help="symbolic link to create or update to the prepared corpus")
     prepare.set_defaults(run=run_prepare)
     verify = data.add_parser(
         "verify",
-        help="read a prepared corpus and compare it with its checksums",
+        help="verify the checksums of a prepared corpus",
         epilog="example:\n  ictx data verify data/now",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    verify.add_argument("dir", type=Path, metavar="DIR", help="what `ictx data prepare` printed")
+    verify.add_argument("dir", type=Path, metavar="DIR", help="prepared corpus, as printed by `ictx data prepare`")
     verify.set_defaults(run=run_verify)
 
 
 def run_prepare(arguments: argparse.Namespace) -> int:
-    """`ictx data prepare`."""
-    # A job that is signalled to stop cleans up like one that fails.
+    """Runs `ictx data prepare`."""
+    # Raises SystemExit, so that a job that is signalled to stop cleans up like one that fails.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     directory = _prepared(arguments)
     if arguments.link:
@@ -82,8 +84,8 @@ def run_prepare(arguments: argparse.Namespace) -> int:
 
 
 def _prepared(arguments: argparse.Namespace) -> Path:
-    """Prepares what the configuration is for."""
-    # The model may be a name here, of which nothing can be set; it is read below.
+    """Prepares a corpus or conversations, depending on the configuration."""
+    # Applies only data settings: `model` may still be a name here, which has no keys to override.
     own = [each for each in arguments.set if re.match(r"data\b", each)]
     data = override(load_yaml(config_path(arguments.config)), own).get("data")
     if isinstance(data, dict) and data.get("kind"):
@@ -94,16 +96,16 @@ def _prepared(arguments: argparse.Namespace) -> Path:
     from ictx.data.prepare import prepare
     from ictx.train.config import PretrainConfig, read
 
-    # The whole configuration is read: what is wrong in it shows before the corpus is read, not after.
+    # Reads the whole configuration, so that errors in it are reported before the corpus is read.
     content = read(arguments.config, arguments.set)
     config = _of_parent(content) if content.get("init") else build(PretrainConfig, content).data
     return prepare(arguments.corpus, arguments.out, config)
 
 
 def _of_parent(content: dict[str, Any]) -> DataConfig:
-    """Returns the corpus of a stage that begins with another model: with that one's tokenizer, unless it has one.
+    """Returns the corpus settings of a stage with a parent; data.tokenizer defaults to the parent's.
 
-    The model comes to run.dir, where the stage finds it. Raises UserError.
+    Downloads the parent to run.dir, where the stage uses it. Raises UserError.
     """
     from ictx.data.config import DataConfig
     from ictx.registry import explained
@@ -113,7 +115,7 @@ def _of_parent(content: dict[str, Any]) -> DataConfig:
 
     run = build(RunConfig, content.get("run", {}), "run.")
     if run.dir is None:
-        raise UserError("run.dir is needed, where the model of init comes to: --set run.dir=FOLDER")
+        raise UserError("run.dir is not set: add --set run.dir=FOLDER (the model of init is kept there)")
     run.dir.mkdir(parents=True, exist_ok=True)
     with explained():
         parent = take(content["init"], run.dir, run.tracking_patience)
@@ -125,7 +127,7 @@ def _of_parent(content: dict[str, Any]) -> DataConfig:
 
 
 def run_verify(arguments: argparse.Namespace) -> int:
-    """`ictx data verify`."""
+    """Runs `ictx data verify`."""
     from ictx.data.contents import verify
 
     meta = verify(arguments.dir)

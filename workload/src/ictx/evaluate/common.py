@@ -1,4 +1,4 @@
-"""What the commands of `ictx eval` share: the model, how it computes, the endpoint, and where the result goes."""
+"""Common parts of `ictx eval` commands: model, inference settings, endpoint, and publication of results."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from ictx.model.hf_config import read_hf_config
 
 
 def subject(arguments: argparse.Namespace, name: str | None = None) -> Subject:
-    """Returns the model that `--model`, or another option, names."""
+    """Returns the model of `--model`, or of another option's value."""
     given: Path | None = arguments.models
     return find(name or arguments.model, arguments.out, given or Path(arguments.out.resolve().parent, "models"))
 
 
 def prefill(arguments: argparse.Namespace) -> Prefill:
-    """Returns how text goes through the model."""
+    """Returns the prefill settings."""
     dtype = CACHE_DTYPES.get(arguments.cache_dtype, arguments.cache_dtype)
     return Prefill(arguments.chunk_size, dtype, getattr(arguments, "beyond", False))
 
@@ -37,7 +37,7 @@ def loaded(arguments: argparse.Namespace, subject: Subject) -> tuple[Transformer
 
 
 def context(subject: Subject) -> int:
-    """Returns the longest text that the model is made for."""
+    """Returns the model's context in tokens."""
     return read_hf_config(subject.folder)[0].max_position_embeddings
 
 
@@ -48,17 +48,17 @@ def lengths(arguments: argparse.Namespace, subject: Subject, beyond: bool = Fals
     if chosen[0] < 1:
         raise UserError(f"lengths has {chosen[0]}: expected 1 or more")
     if chosen[-1] > most and not beyond:
-        raise UserError(f"lengths has {chosen[-1]:,}: the model's max_position_embeddings is {most:,}")
+        raise UserError(f"lengths has {chosen[-1]:,}: expected at most the model's max_position_embeddings, {most:,}")
     return chosen
 
 
 def dtype_name(model: Transformer) -> str:
-    """Returns the dtype of the weights."""
+    """Returns the name of the weights' dtype."""
     return str(model.lm_head.weight.dtype).removeprefix("torch.")
 
 
 def endpoint(arguments: argparse.Namespace, url: str, model: str) -> Endpoint:
-    """Returns an endpoint that answers, takes the key and serves the model. Raises UserError."""
+    """Returns an endpoint after checking that it responds, accepts the key and serves the model. Raises UserError."""
     found = Endpoint(url, model, _key(arguments), arguments.timeout)
     found.check()
     return found

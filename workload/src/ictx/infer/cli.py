@@ -23,34 +23,50 @@ def register(areas: Any) -> None:
     """Adds the command to `ictx`."""
     generate = areas.add_parser(
         "generate",
-        help="let a model go on with a text",
+        help="generate a continuation of a prompt",
         epilog=GENERATE_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    generate.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help="a model's folder")
+    generate.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help="folder of an exported model")
     prompt = generate.add_mutually_exclusive_group(required=True)
-    prompt.add_argument("--prompt", help="text")
-    prompt.add_argument("--prompt-file", type=Path, metavar="FILE", help="file with the text")
-    generate.add_argument("--chat", action="store_true", help="the text is a user's turn in a chat")
-    generate.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="longest answer (128)")
-    generate.add_argument("--chunk-size", type=int, default=512, metavar="N", help="tokens of a prefill step (512)")
-    generate.add_argument("--block-size", type=int, default=64, metavar="N", help="tokens of a cache block (64)")
-    generate.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (0)")
-    generate.add_argument("--top-k", type=int, default=0, metavar="N", help="draw among so many; 0 for all (0)")
-    generate.add_argument("--top-p", type=float, default=1.0, help="draw among the likeliest with this sum (1)")
-    generate.add_argument("--seed", type=int, help="makes draws repeatable")
-    generate.add_argument("--dtype", choices=DTYPES, help="dtype of the weights (the checkpoint's)")
+    prompt.add_argument("--prompt", help="prompt text")
+    prompt.add_argument("--prompt-file", type=Path, metavar="FILE", help="file with the prompt text")
+    generate.add_argument("--chat", action="store_true", help="apply the chat template to the prompt as a user's turn")
+    generate.add_argument(
+        "--max-new-tokens", type=int, default=128, metavar="N", help="maximum number of new tokens (default: 128)"
+    )
+    generate.add_argument(
+        "--chunk-size", type=int, default=512, metavar="N", help="tokens per prefill step (default: 512)"
+    )
+    generate.add_argument(
+        "--block-size", type=int, default=64, metavar="N", help="tokens per cache block (default: 64)"
+    )
+    generate.add_argument("--temperature", type=float, default=0.0, help="sampling temperature; 0: greedy (default: 0)")
+    generate.add_argument(
+        "--top-k", type=int, default=0, metavar="N", help="sample from the N likeliest tokens; 0: all (default: 0)"
+    )
+    generate.add_argument(
+        "--top-p",
+        type=float,
+        default=1.0,
+        help="sample from the likeliest tokens with this total probability (default: 1)",
+    )
+    generate.add_argument("--seed", type=int, help="random seed for reproducible sampling")
+    generate.add_argument(
+        "--dtype", choices=DTYPES, help="dtype of the weights (default: the checkpoint's; 16 bits on a GPU)"
+    )
     generate.add_argument(
         "--cache-dtype",
         choices=DTYPES + QUANTISED,
-        help="dtype of the cache (that of the weights); int8 and fp8 take 656 bytes a token and layer, fp8 from 8.9 on",
+        help="dtype of the cache (default: the weights'); int8 and fp8 use 656 bytes per token and layer; fp8 needs "
+        "compute capability 8.9",
     )
-    generate.add_argument("--device", help="where to compute (a GPU where there is one)")
+    generate.add_argument("--device", help="cpu, cuda or cuda:NUMBER (default: a GPU if there is one)")
     generate.set_defaults(run=run_generate)
 
 
 def run_generate(arguments: argparse.Namespace) -> int:
-    """`ictx generate`."""
+    """Runs `ictx generate`."""
     import torch
 
     from ictx.infer.generate import Report, generate
@@ -80,7 +96,7 @@ def run_generate(arguments: argparse.Namespace) -> int:
     except torch.OutOfMemoryError as error:
         device = model.lm_head.weight.device
         raise UserError(
-            f"{device} has too little memory: lower --max-new-tokens or --chunk-size, or give --cache-dtype int8"
+            f"{device} has too little memory: lower --max-new-tokens or --chunk-size, or set --cache-dtype int8"
         ) from error
     print(flush=True)
     print(report, file=sys.stderr)

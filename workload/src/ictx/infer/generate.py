@@ -1,4 +1,4 @@
-"""Generation: chunked prefill into the latent cache, then a token at a time."""
+"""Generation: chunked prefill into the latent cache, then token by token decoding."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ BLOCK_SIZE = 64
 
 @dataclass
 class Report:
-    """What a generation took."""
+    """Statistics of a generation."""
 
     prompt_tokens: int = 0
     """Tokens of the prompt."""
     new_tokens: int = 0
     """Tokens generated."""
     ready_seconds: float = 0.0
-    """On a GPU, time until kernels are compiled, loaded and captured: no part of the others."""
+    """On a GPU, time to compile, load and capture kernels; not part of the other times."""
     prefill_seconds: float = 0.0
     """Time until the first new token."""
     decode_seconds: float = 0.0
-    """Time for the others."""
+    """Time for all further tokens."""
     cache_bytes: int = 0
-    """What the cache's tokens take."""
+    """Bytes of the tokens in the cache."""
     uncaptured: str | None = None
-    """Why no CUDA graph holds the decode step; None where one does."""
+    """Why the decode step is not captured in a CUDA graph; None if it is."""
     tokens: list[int] = field(default_factory=list)
     """The new tokens."""
 
@@ -69,14 +69,15 @@ def generate(
     """Yields new tokens until one of `stop` (which is not yielded) or `max_new_tokens`.
 
     Args:
-        chunk_size: tokens of the prompt that go through the model at a time: what bounds the workspace of prefill.
-        block_size: tokens of a block of the cache; None makes it contiguous.
-        cache_dtype: what the cache holds; that of the weights unless given. int8 and fp8 quantise the latents.
-        report: is filled in as generation goes on.
+        prompt: token ids.
+        chunk_size: prompt tokens per forward pass; bounds the memory of prefill.
+        block_size: tokens per cache block; None: a contiguous cache.
+        cache_dtype: dtype of the cache; default: the weights'. int8 and fp8 quantise the latents.
+        report: updated during generation.
 
-    On a GPU that all its kernels are built for, a dense model's tokens are replays of a CUDA graph (`DecodeStep`).
+    On a GPU with kernels for all operations, a dense model's decode steps are replays of a CUDA graph (`DecodeStep`).
 
-    Raises UserError when the prompt is empty or does not fit the model's context, or the cache cannot be quantised.
+    Raises UserError if the prompt is empty or longer than the model's context, or the cache cannot be quantised.
     """
     config, weight = model.config, model.lm_head.weight
     longest = len(prompt) + max_new_tokens
@@ -87,8 +88,8 @@ def generate(
             raise UserError(f"{name} is {value}: expected 1 or more")
     if longest > config.max_position_embeddings:
         raise UserError(
-            f"{len(prompt)} tokens of the prompt and {max_new_tokens} new ones are more than the model's "
-            f"max_position_embeddings, {config.max_position_embeddings}"
+            f"{len(prompt)} prompt tokens and {max_new_tokens} new tokens exceed the model's "
+            f"max_position_embeddings, {config.max_position_embeddings}: shorten the prompt or lower --max-new-tokens"
         )
     dtype, stored = weight.dtype, None
     if isinstance(cache_dtype, str):
@@ -129,17 +130,17 @@ def generate(
 
 
 def _make_ready(model: Transformer, cache: LatentCache, prompt_bs: Tensor, chunk_size: int, decode: bool) -> float:
-    """Compiles and loads what the prompt's chunks launch, and a further token if `decode`; returns the seconds.
+    """Compiles and loads the kernels of prefill, and of decoding if `decode`; returns the seconds.
 
-    Kernels are compiled for a chunk's length, and for some lengths of the cache: the first two chunks and the last two
-    run, on a cache of zeros, which is empty again afterwards.
+    Kernels are specialized for chunk lengths and some cache lengths, so this runs the first two and the last two chunks
+    on a cache of zeros, and empties it afterwards.
     """
     began, length = time.perf_counter(), prompt_bs.shape[1]
     firsts = range(0, length, chunk_size)
     parts = [(first, prompt_bs[:, first : first + chunk_size]) for first in sorted({*firsts[:2], *firsts[-2:]})]
     for first, tokens in [*parts, (length, prompt_bs[:, :1])] if decode and length < cache.max_length else parts:
         cache.commit(cache.reserve(first))
-        # Waits for the device.
+        # Synchronizes with the device.
         model(tokens, cache=cache, last_only=True)[0, 0, 0].item()
         cache.release(0)
     return time.perf_counter() - began
@@ -148,7 +149,7 @@ def _make_ready(model: Transformer, cache: LatentCache, prompt_bs: Tensor, chunk
 def _following(
     model: Transformer, cache: LatentCache, newest: Tensor, sampler: Sampler, count: int, report: Report
 ) -> Iterator[int]:
-    """Returns what yields `count` tokens after the newest, which is not in the cache yet; captures the step."""
+    """Returns an iterator of `count` tokens after the newest, which is not in the cache yet; captures the step."""
     if report.uncaptured is not None:
         return _forwards(model, cache, newest, sampler, count)
     began = time.perf_counter()
@@ -166,24 +167,26 @@ def _following(
 
 
 def _forwards(model: Transformer, cache: LatentCache, newest: Tensor, sampler: Sampler, count: int) -> Iterator[int]:
-    """Yields `count` tokens after the newest, a forward each."""
+    """Yields `count` tokens after the newest, with one forward pass each."""
     for _ in range(count):
         newest = sampler(model(newest[:, None], cache=cache, last_only=True)[:, -1])
         yield int(newest.item())
 
 
 def refuse_quantised(stored: str, weight: Tensor, block_size: int | None) -> None:
-    """Raises UserError where a cache whose latents are int8 or fp8 cannot be had beside weights like this one."""
+    """Raises UserError if an int8 or fp8 cache is not supported with these weights and device."""
     if stored not in layout.QUANTISED:
         raise UserError(f"cache-dtype is {stored}: expected a dtype or one of {', '.join(layout.QUANTISED)}")
     if weight.dtype.itemsize != 2:
         raise UserError(
             f"cache-dtype {stored} keeps keys in the dtype of the weights, {str(weight.dtype).removeprefix('torch.')}, "
-            "which must have 16 bits: give --dtype bfloat16 or float16"
+            "which must have 16 bits: set --dtype bfloat16 or float16"
         )
     if block_size is None:
-        raise UserError(f"cache-dtype {stored} needs a cache in blocks: give a block size")
+        raise UserError(f"cache-dtype {stored} needs a cache in blocks: set a block size")
     if weight.device.type == "cuda":
         reason = dispatch.refused("mla_decode", dispatch.capability(weight.device), weight.dtype, stored)
         if reason and stored == "fp8":
-            raise UserError(f"cache-dtype fp8 cannot be decoded on this GPU: {reason}; int8 takes as many bytes")
+            raise UserError(
+                f"cache-dtype fp8 is not supported on this GPU: {reason}; use int8, which needs the same memory"
+            )

@@ -1,4 +1,4 @@
-"""A model and its tokenizer from a checkpoint, in the dtype and on the device that suit each other."""
+"""Loads a model and its tokenizer from a checkpoint, with a suitable dtype and device."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def load(checkpoint: Path, dtype: str | None = None, device: str | None = None) 
     """Returns the model and the tokenizer of a folder.
 
     Args:
-        dtype: of the weights, by its name; `suitable_dtype` unless given.
-        device: where to compute; a GPU where there is one unless given.
+        dtype: name of the weights' dtype; default: `suitable_dtype`.
+        device: cpu, cuda or cuda:NUMBER; default: a GPU if there is one.
 
-    Raises UserError naming what is wrong with the folder, its tokenizer or the device.
+    Raises UserError for an invalid folder, tokenizer or device.
     """
     place = find_device(device)
     vocabulary = Vocabulary.load(checkpoint)
@@ -35,7 +35,7 @@ def load(checkpoint: Path, dtype: str | None = None, device: str | None = None) 
 
 
 def find_device(name: str | None) -> torch.device:
-    """Returns the device of that name, or the one to take. Raises UserError where the machine has no such."""
+    """Returns the named or the default device. Raises UserError if the machine does not have it."""
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -53,11 +53,11 @@ def find_device(name: str | None) -> torch.device:
 
 
 def suitable_dtype(checkpoint: Path, device: torch.device) -> torch.dtype:
-    """Returns the dtype to compute in: the checkpoint's, but on a GPU 16 bits, which its kernels are made for."""
+    """Returns the checkpoint's dtype; on a GPU a 16-bit dtype instead of float32, because the kernels need 16 bits."""
     stored = stored_dtype(checkpoint)
     if device.type != "cuda" or stored != torch.float32:
         return stored
     dtype = dispatch.half(dispatch.capability(device))
     name = str(dtype).removeprefix("torch.")
-    print(f"the weights are float32: computing in {name}; --dtype float32 is exact and slower", file=sys.stderr)
+    print(f"the weights are float32: computing in {name} (--dtype float32 is exact, but slower)", file=sys.stderr)
     return dtype

@@ -1,4 +1,4 @@
-"""The command line of the kernels: `ictx kernels build|explain|tune|bench`."""
+"""The command line: `ictx kernels build|explain|tune|bench`."""
 
 from __future__ import annotations
 
@@ -32,15 +32,17 @@ examples:
 def register(areas: Any) -> None:
     """Adds `kernels` to the areas of the command line."""
     raw = argparse.RawDescriptionHelpFormatter
-    area = areas.add_parser("kernels", help="GPU kernels: choice, build, measurement")
+    area = areas.add_parser("kernels", help="select, build, tune and benchmark GPU kernels")
     commands = area.add_subparsers(metavar="COMMAND", required=True)
     explain = commands.add_parser(
         "explain",
-        help="print which implementation of each operation is chosen here, and why",
+        help="print the implementation chosen for each operation, with the reason",
         epilog=EXPLAIN,
         formatter_class=raw,
     )
-    explain.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
+    explain.add_argument(
+        "--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"], help="(default: bfloat16)"
+    )
     explain.add_argument(
         "--capability",
         type=int,
@@ -57,42 +59,42 @@ def register(areas: Any) -> None:
     build.add_argument(
         "--cache",
         type=Path,
-        help="folder of the compiled kernels (default: ICTX_KERNEL_CACHE, or ~/.cache/ictx/kernels)",
+        help="folder for the compiled kernels (default: ICTX_KERNEL_CACHE, or ~/.cache/ictx/kernels)",
     )
     build.add_argument(
         "--target", type=int, nargs="+", metavar="CC", help="compute capabilities (default: all supported ones)"
     )
-    build.add_argument("--jobs", type=int, default=2, help="processes that compile at once (default: 2)")
+    build.add_argument("--jobs", type=int, default=2, help="parallel compile processes (default: 2)")
     build.set_defaults(run=run_build)
     tune = commands.add_parser(
         "tune",
-        help="find the fastest configurations on this GPU, and write them to the file",
+        help="find the fastest configurations on this GPU and save them",
         description="Tunes the decode kernel for each kind of input (cache and rows per program: plain/rows16, "
         "int8/rows16, …) and the attention kernels (forward, keys_values, queries). Candidates compile while others "
         "are measured; each kind gets an equal share of the time, and unused time goes to the later ones.",
         epilog=TUNE,
         formatter_class=raw,
     )
-    tune.add_argument("--out", type=Path, help="where to write (default: the file of the installed package)")
+    tune.add_argument("--out", type=Path, help="file to write (default: the installed package's)")
     tune.add_argument("--seconds", type=float, default=600, help="total time of the search (default: 600)")
-    tune.add_argument("--jobs", type=int, default=8, help="processes that compile at once (default: 8)")
+    tune.add_argument("--jobs", type=int, default=8, help="parallel compile processes (default: 8)")
     tune.add_argument("--kind", nargs="+", metavar="KIND", help="kinds to tune, such as int8/rows16 (default: all)")
     tune.set_defaults(run=run_tune)
     bench = commands.add_parser(
         "bench",
-        help="measure the kernels and their peers on this GPU",
+        help="benchmark the kernels and other libraries on this GPU",
         epilog=BENCH,
         formatter_class=raw,
     )
-    bench.add_argument("--out", type=Path, required=True, help="folder of the CSV and the plots")
+    bench.add_argument("--out", type=Path, required=True, help="folder for CSV files and plots")
     bench.add_argument("--quick", action="store_true", help="only the shortest contexts")
     bench.add_argument("--only", choices=("decode", "attention"), help="one part (default: both)")
-    bench.add_argument("--no-peers", dest="peers", action="store_false", help="our kernels alone")
+    bench.add_argument("--no-peers", dest="peers", action="store_false", help="do not measure other libraries")
     bench.set_defaults(run=run_bench)
 
 
 def run_explain(arguments: argparse.Namespace) -> int:
-    """`ictx kernels explain`."""
+    """Runs `ictx kernels explain`."""
     import torch
 
     from ictx.kernels.dispatch import explain
@@ -104,7 +106,7 @@ def run_explain(arguments: argparse.Namespace) -> int:
 
 
 def run_build(arguments: argparse.Namespace) -> int:
-    """`ictx kernels build`: status 1 where a variant must not ship."""
+    """Runs `ictx kernels build`; returns 1 if a variant fails the checks."""
     from ictx.errors import UserError
     from ictx.infer.launches import drive
     from ictx.kernels.build.build import TARGETS, build
@@ -112,10 +114,10 @@ def run_build(arguments: argparse.Namespace) -> int:
     from ictx.kernels.dispatch import have_triton
 
     if not have_triton():
-        raise UserError("Triton is not installed: nothing can be compiled")
+        raise UserError("Triton is not installed: pip install triton")
     targets = tuple(arguments.target or TARGETS)
     if unknown := sorted(set(targets) - set(TARGETS)):
-        raise UserError(f"no such target: {unknown[0]} (there are {', '.join(map(str, TARGETS))})")
+        raise UserError(f"--target has {unknown[0]}: expected some of {', '.join(map(str, TARGETS))}")
     faulty = 0
     print(f"{'target':7} {'variant':66} {'registers':>9} {'spilled':>7} {'shared':>7} {'matrix':>6} {'cubin':>7}")
     for report in build(arguments.cache or default_cache(), targets, drive, arguments.jobs):
@@ -125,12 +127,12 @@ def run_build(arguments: argparse.Namespace) -> int:
         )
         faulty += bool(report.faults)
     if faulty:
-        print(f"{faulty} variants must not ship")
+        print(f"{faulty} variants failed the checks")
     return 1 if faulty else 0
 
 
 def run_tune(arguments: argparse.Namespace) -> int:
-    """`ictx kernels tune`."""
+    """Runs `ictx kernels tune`."""
     from ictx.kernels.tune.run import main
     from ictx.kernels.tuned import FILE
 
@@ -138,7 +140,7 @@ def run_tune(arguments: argparse.Namespace) -> int:
 
 
 def run_bench(arguments: argparse.Namespace) -> int:
-    """`ictx kernels bench`."""
+    """Runs `ictx kernels bench`."""
     from ictx.kernels.bench.run import main
 
     return main(arguments.out, arguments.quick, arguments.only, arguments.peers)

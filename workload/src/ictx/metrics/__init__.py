@@ -1,4 +1,4 @@
-"""What a training run exposes to monitoring: what it is (about.json), and how well it uses its hardware."""
+"""Metrics of training runs for monitoring: about.json, and model FLOPS utilisation."""
 
 from ictx.metrics.about import write_about
 from ictx.metrics.efficiency import Flops, flops_per_token, model_flops_utilisation, peak_flops

@@ -1,4 +1,4 @@
-"""Model FLOPS utilisation: the operations that a step needs, of what the hardware could do in that time."""
+"""Model FLOPS utilisation: the floating-point operations of a step relative to the hardware's peak in that time."""
 
 from __future__ import annotations
 
@@ -9,32 +9,32 @@ import torch
 from ictx.model import ModelConfig
 from ictx.model.describe import active_parameters
 
-# Dense peak of bfloat16 (float16 on Turing), FLOP/s, from NVIDIA's data sheets; without sparsity.
+# Dense peak (no sparsity) in bfloat16 (float16 on Turing), FLOP/s, from NVIDIA's data sheets.
 PEAKS = {"A100": 312e12, "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "L40S": 362e12, "T4": 65e12}
 
 
 @dataclass(frozen=True)
 class Flops:
-    """Operations of forward and backward for one token of a window."""
+    """Floating-point operations of forward and backward per token."""
 
     weights: float
-    """Six for each weight that the token is multiplied with: of the experts those that it goes to, and no lookup."""
+    """6 per weight that a token is multiplied with: active experts only, without the embedding lookup."""
     attention: float
-    """Three times the forward pass of scores and values, where a token sees the whole window."""
+    """Three times the forward pass of scores and values, without a causal mask."""
 
     @property
     def causal(self) -> float:
-        """What is computed: a token sees half of the window on average (PaLM, arXiv:2204.02311, appendix B)."""
+        """With a causal mask: a token attends to half of the window on average (PaLM, arXiv:2204.02311, appendix B)."""
         return self.weights + self.attention / 2
 
     @property
     def full(self) -> float:
-        """The whole square counted, as torchtitan and Megatron-LM do."""
+        """Without a causal mask, the convention of torchtitan and Megatron-LM."""
         return self.weights + self.attention
 
 
 def flops_per_token(config: ModelConfig, sequence_length: int) -> Flops:
-    """Returns the operations of a training step for one token; the further prediction is a layer and another head."""
+    """Returns the operations of a training step per token; multi-token prediction adds a layer and another head."""
     multiplied, layers = active_parameters(config), config.num_hidden_layers
     if config.num_nextn_predict_layers:
         multiplied += active_parameters(config, further=True) + config.vocab_size * config.hidden_size
@@ -44,7 +44,7 @@ def flops_per_token(config: ModelConfig, sequence_length: int) -> Flops:
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Returns what one device can do a second, or None if unknown (such as on a CPU)."""
+    """Returns a device's peak in FLOP/s; None if unknown (for example on a CPU)."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
@@ -52,9 +52,9 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 def model_flops_utilisation(tokens_per_second: float, flops: Flops, peak: float | None) -> dict[str, float]:
-    """Returns the fields `mfu_causal` and `mfu`, 0 to 1, by `Flops.causal` and `Flops.full`.
+    """Returns `mfu_causal` and `mfu` (0 to 1), computed with `Flops.causal` and `Flops.full`.
 
-    Nothing if the peak of a device is unknown.
+    Empty if `peak` (FLOP/s) is unknown.
     """
     if not peak:
         return {}

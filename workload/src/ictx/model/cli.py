@@ -1,4 +1,4 @@
-"""The command line of the model: `ictx model describe`, `ictx export`, `ictx import`."""
+"""The command line: `ictx model describe`, `ictx export`, `ictx import`."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ examples:
 """
 EXPORT_EXAMPLES = """
 A checkpoint is a model's folder, such as the `export` of a run, or a `step-…` folder of a run's `checkpoints`. The
-result appears complete or not at all. For float16 the model first reads a text: where an activation comes within 4× of
-the largest number, the export is refused by name, or with --rescale weights are scaled so that the model computes the
-same with smaller numbers.
+output folder is created only when it is complete. For float16, activations are measured on a text first: if one comes
+within 4× of float16's maximum, the export fails with its name, or with --rescale weights are scaled so that the model
+computes the same function with smaller activations.
 
 examples:
   ictx export --checkpoint runs/1/export --out model-fp16 --dtype float16 --rescale
   ictx export --checkpoint runs/1/checkpoints/step-00000100 --tokenizer data/0123456789abcdef --out model
 """
 IMPORT_EXAMPLES = """
-Reads a DeepseekV3ForCausalLM that another program wrote, checks every tensor, and writes it as this one does: in shards
-with checksums, with the tokenizer.
+Reads a DeepseekV3ForCausalLM of another program, checks every tensor, and writes it like `ictx export`: in shards with
+checksums, with the tokenizer.
 
 examples:
   ictx import --checkpoint from-transformers --out model
@@ -44,42 +44,54 @@ examples:
 
 def register(areas: Any) -> None:
     """Adds the commands to `ictx`."""
-    model = areas.add_parser("model", help="configurations").add_subparsers(metavar="COMMAND", required=True)
+    model = areas.add_parser("model", help="describe model configurations").add_subparsers(
+        metavar="COMMAND", required=True
+    )
     describe = model.add_parser(
         "describe",
-        help="parameters, cache, operations and memory of a configuration",
+        help="print parameters, cache size, operations and memory of a configuration",
         epilog=DESCRIBE_EXAMPLES,
         formatter_class=RAW,
     )
     describe.add_argument("config", help="name of a shipped configuration, or a YAML file")
-    describe.add_argument("--context", type=int, help="tokens at which operations are counted (the longest)")
+    describe.add_argument(
+        "--context", type=int, help="tokens for which operations are counted (default: the model's context)"
+    )
     describe.set_defaults(run=run_describe)
 
     export = areas.add_parser(
-        "export", help="write a model for Hugging Face and vLLM", epilog=EXPORT_EXAMPLES, formatter_class=RAW
+        "export", help="export a model for Hugging Face and vLLM", epilog=EXPORT_EXAMPLES, formatter_class=RAW
     )
     _add_conversion(export)
-    export.add_argument("--rescale", action="store_true", help="make float16 safe where that keeps the function")
-    export.add_argument("--calibration", type=Path, metavar="FILE", help="text for measuring (Python's own help)")
-    export.add_argument("--tokenizer", type=Path, metavar="DIR", help="tokenizer (that of the checkpoint)")
+    export.add_argument(
+        "--rescale", action="store_true", help="scale weights for float16 without changing the function"
+    )
+    export.add_argument(
+        "--calibration", type=Path, metavar="FILE", help="text for the measurement (default: Python's help topics)"
+    )
+    export.add_argument(
+        "--tokenizer", type=Path, metavar="DIR", help="folder of the tokenizer (default: the checkpoint's)"
+    )
     export.set_defaults(run=run_export)
 
     imported = areas.add_parser(
-        "import", help="check and take over a DeepseekV3ForCausalLM", epilog=IMPORT_EXAMPLES, formatter_class=RAW
+        "import", help="check and convert a DeepseekV3ForCausalLM", epilog=IMPORT_EXAMPLES, formatter_class=RAW
     )
     _add_conversion(imported)
     imported.set_defaults(run=run_export, rescale=False, calibration=None, tokenizer=None)
 
 
 def _add_conversion(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help="what to read")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write; an older one goes")
-    parser.add_argument("--dtype", choices=DTYPES, help="dtype of the weights (the checkpoint's)")
-    parser.add_argument("--max-shard-size", type=int, default=1024, metavar="MIB", help="largest file (1024)")
+    parser.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help="folder to read")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write; replaces an older one")
+    parser.add_argument("--dtype", choices=DTYPES, help="dtype of the weights (default: the checkpoint's)")
+    parser.add_argument(
+        "--max-shard-size", type=int, default=1024, metavar="MIB", help="maximum file size (default: 1024)"
+    )
 
 
 def run_describe(arguments: argparse.Namespace) -> int:
-    """`ictx model describe`."""
+    """Runs `ictx model describe`."""
     from ictx.model.config import ModelConfig
     from ictx.model.describe import describe
 
@@ -93,7 +105,7 @@ def run_describe(arguments: argparse.Namespace) -> int:
 
 
 def run_export(arguments: argparse.Namespace) -> int:
-    """`ictx export` and `ictx import`."""
+    """Runs `ictx export` and `ictx import`."""
     import torch
 
     from ictx.data.tokenizer import TOKENIZER_FILE
@@ -111,10 +123,10 @@ def run_export(arguments: argparse.Namespace) -> int:
     dtype = getattr(torch, arguments.dtype) if arguments.dtype else stored
     tokenizer = arguments.tokenizer or (source if (source / TOKENIZER_FILE).exists() else None)
     if arguments.rescale and dtype != torch.float16:
-        raise UserError("--rescale is for --dtype float16")
+        raise UserError("--rescale requires --dtype float16")
     if dtype == torch.float16 != stored:
         _make_safe(model, tokenizer, arguments)
-    # The numbers of tokens are another tokenizer's where one is given.
+    # Not with another tokenizer: its generation config contains token ids.
     kept = None if arguments.tokenizer or is_checkpoint(source) else Generation.read(source)
     shard = arguments.max_shard_size << 20
     save_pretrained(model, out, tokenizer, dtype=dtype, max_shard_bytes=shard, generation=kept)
@@ -134,10 +146,10 @@ def _model_of(source: Path) -> Transformer:
 
 
 def _make_safe(model: Transformer, tokenizer: Path | None, arguments: argparse.Namespace) -> None:
-    """Raises UserError naming what is too large for float16, after rescaling where that is wanted."""
+    """Raises UserError with the activations that are too large for float16, after rescaling if requested."""
     from ictx.model.float16 import measure, require_float16, rescale
 
-    # In float32: what overflows is to be seen, not to happen.
+    # Measures in float32, in which activations do not overflow.
     model.float()
     batches = list(_calibration(model, tokenizer, arguments.calibration))
     amax = measure(model, batches)
@@ -153,7 +165,7 @@ def _make_safe(model: Transformer, tokenizer: Path | None, arguments: argparse.N
 
 
 def _calibration(model: Transformer, tokenizer: Path | None, file: Path | None) -> Iterator[Tensor]:
-    """Yields eight windows of text, spread over a file; random tokens where there is no tokenizer."""
+    """Yields eight windows of text, spread over a file; random tokens without a tokenizer."""
     import torch
 
     from ictx.infer.vocabulary import Vocabulary
@@ -162,7 +174,7 @@ def _calibration(model: Transformer, tokenizer: Path | None, file: Path | None) 
     if tokenizer is None:
         if file:
             raise UserError("--calibration needs a tokenizer: give --tokenizer")
-        print("no tokenizer: measured with random tokens", file=sys.stderr)
+        print("no tokenizer: measuring with random tokens", file=sys.stderr)
         generator = torch.Generator().manual_seed(0)
         yield torch.randint(model.config.vocab_size, (8, length), generator=generator)
         return

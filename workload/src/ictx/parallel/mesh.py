@@ -1,4 +1,4 @@
-"""How the ranks of a job share out weights and windows: dp_replicate × dp_shard × cp, named as in torchtitan."""
+"""The device mesh of a job's ranks: dp_replicate × dp_shard × cp, named as in torchtitan."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from ictx.parallel.context import Context
 
 @dataclass(frozen=True)
 class Layout:
-    """Ranks along each axis of the mesh, the last axis being neighbours; by default all of them shard."""
+    """Sizes of the mesh's axes; ranks of the last axis are neighbours. Default: all ranks shard."""
 
     dp_replicate: int = 1
-    """Groups of ranks that each hold all weights (HSDP): a node each where the network between nodes is slow."""
+    """Replicas of the sharded weights (HSDP): one per node if the network between nodes is slow."""
     dp_shard: int = -1
-    """Ranks among which weights are sharded, besides those of `cp`; -1: as many as there are."""
+    """Ranks that shard weights, besides those of `cp`; -1: all remaining ranks."""
     cp: int = 1
-    """Ranks that share out the tokens of each window (context parallelism); they shard weights too."""
+    """Context parallel ranks that split each window's tokens; they also shard weights."""
 
     def __post_init__(self) -> None:
         for name in ("dp_replicate", "cp"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: expected 1 or more")
         if self.dp_shard < 1 and self.dp_shard != -1:
-            raise ValueError(f"dp_shard is {self.dp_shard}: expected 1 or more, or -1 for as many as there are")
+            raise ValueError(f"dp_shard is {self.dp_shard}: expected 1 or more, or -1 for all remaining ranks")
 
     def of(self, ranks: int) -> Layout:
-        """Returns the layout of so many ranks, `dp_shard` computed. Raises UserError where the product is another."""
+        """Returns the layout with `dp_shard` resolved. Raises UserError if the product is not the number of ranks."""
         others = self.dp_replicate * self.cp
         found = replace(self, dp_shard=max(ranks // others, 1)) if self.dp_shard == -1 else self
         product = others * found.dp_shard
@@ -48,14 +48,14 @@ class Layout:
                 raise ValueError(f"parallel.cp is {self.cp}: expected to divide {name}, {value}")
 
     def sharding(self, device: str) -> DeviceMesh:
-        """Returns the mesh that weights are sharded over, and replicated where that is wanted; for all ranks."""
+        """Returns the mesh for sharding, and for replication with HSDP; every rank calls it."""
         shards = self.dp_shard * self.cp
         if self.dp_replicate == 1:
             return init_device_mesh(device, (shards,), mesh_dim_names=("dp_shard_cp",))
         return init_device_mesh(device, (self.dp_replicate, shards), mesh_dim_names=("dp_replicate", "dp_shard_cp"))
 
     def context(self, device: str) -> Context | None:
-        """Returns the ranks that share this one's windows; None where it has them for itself."""
+        """Returns this rank's context parallel group; None without context parallelism."""
         if self.cp == 1:
             return None
         mesh = init_device_mesh(device, (self.dp_replicate * self.dp_shard, self.cp), mesh_dim_names=("dp", "cp"))

@@ -1,11 +1,11 @@
-"""`ictx adapters`: keeps the LoRA adapters of a running vLLM what a list names, without a restart.
+"""`ictx adapters`: synchronizes the LoRA adapters of a running vLLM with a list, without a restart.
 
-It runs beside vLLM, in the same pod, and reads the list anew on each pass: an adapter that is new there is fetched from
-the registry (`ictx pull`) and loaded, one whose alias moved on is replaced, one that is gone is unloaded. What vLLM
-has, `/v1/models` lists, so that one that was restarted gets all of them again.
+Runs beside vLLM in the same pod and reads the list in each pass: downloads new adapters from the registry (`ictx pull`)
+and loads them, replaces those whose alias has changed, and unloads those that are not listed any more. Queries
+`/v1/models` for the loaded adapters, so that a restarted vLLM gets all of them again.
 
-vLLM's endpoints for that load whatever folder they are given. So they are closed to clients (`ictx.serve.gate`): this
-process writes a key of its own at its start, into a folder that only the pod's containers see.
+vLLM's endpoints for adapters load any folder and are therefore closed to clients (`ictx.serve.gate`): at its start this
+process writes its own key to a folder that only the pod's containers can read.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ from ictx.serve.pull import pull
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 READY = "ready"
-"""In the folder of the key: there once all that is listed is loaded, as long as the server answers."""
+"""File in the folder of the key; exists after all listed adapters were loaded, while the server responds."""
 
 
 def read_list(file: Path) -> dict[str, ModelRef]:
-    """Returns served name → version of the registry. Raises UserError naming the entry that is wrong."""
+    """Returns served name → version of the registry. Raises UserError with the invalid entry."""
     try:
         content: Any = yaml.safe_load(file.read_text()) or {}
     except (OSError, yaml.YAMLError) as error:
@@ -50,7 +50,7 @@ def read_list(file: Path) -> dict[str, ModelRef]:
         raise UserError(f"{file}: expected lines NAME: models:/MODEL@ALIAS")
     for name in content:
         if not isinstance(name, str) or not NAME.fullmatch(name):
-            raise UserError(f"{file}: {name!r} is no name of an adapter: expected letters, digits, . _ -")
+            raise UserError(f"{file}: {name!r} is not a name for an adapter: expected letters, digits, . _ -")
     return {name: ModelRef.parse(str(uri)) for name, uri in content.items()}
 
 
@@ -61,10 +61,10 @@ class Server:
     url: str
     key_file: Path
     certificate: Path | None = None
-    """What it presents; it is compared as a whole, since its names are those of the Service."""
+    """The server's certificate; compared as a whole, because its names are those of the Service."""
 
     def send(self, method: str, path: str, body: object = None) -> Any:
-        """Returns what it answers. Raises UserError for a refusal, OSError where it does not answer."""
+        """Sends a request; returns the parsed response. Raises UserError for an HTTP error, OSError without a reply."""
         context = None
         if self.certificate:
             context = ssl.create_default_context(cafile=str(self.certificate))
@@ -81,7 +81,7 @@ class Server:
         return json.loads(text) if text.startswith("{") else text
 
     def loaded(self) -> dict[str, Path]:
-        """Returns the adapters that it serves, and the folder of each."""
+        """Returns the loaded adapters and their folders."""
         cards = cast("list[dict[str, Any]]", self.send("GET", "/v1/models")["data"])
         return {card["id"]: Path(card["root"]) for card in cards if card.get("parent")}
 
@@ -95,7 +95,7 @@ def _message(text: str) -> str:
 
 @dataclass
 class Adapters:
-    """The adapters of one server; `state` is the folder of key and readiness, `folder` that of the files."""
+    """The adapters of one server; `state` is the folder for key and READY, `folder` that for the files."""
 
     client: MlflowClient
     server: Server
@@ -105,30 +105,30 @@ class Adapters:
     state: Path
     promoted: bool = True
     rank: int | None = None
-    """Largest rank that the server takes; not compared if None."""
+    """Maximum rank that the server accepts; not checked if None."""
     _said: dict[str, str] = field(default_factory=dict)
 
     def open(self) -> None:
-        """Writes the key by which the server knows this process."""
+        """Writes the key with which this process authenticates."""
         write_whole(self.state / ADMIN_KEY, secrets.token_urlsafe(32))
         (self.state / READY).unlink(missing_ok=True)
 
     def follow(self, seconds: float) -> None:
-        """Makes passes for ever; what fails is reported once, and tried again."""
+        """Runs passes forever; errors are logged once and retried."""
         while True:
             ready = self.update()
             (self.state / READY).touch() if ready else (self.state / READY).unlink(missing_ok=True)
             time.sleep(seconds)
 
     def update(self) -> bool:
-        """Makes one pass; returns whether clients may be sent here: the server answers and has all that is listed.
+        """Runs one pass; returns whether the pod is ready: the server responds and has all listed adapters.
 
-        An adapter that cannot be loaded keeps a new pod from clients, but takes none from them that served before.
+        An adapter that cannot be loaded keeps a new pod unready, but does not make a ready pod unready.
         """
         try:
             wanted, loaded = read_list(self.list_file), self.server.loaded()
         except OSError as error:
-            self._say("", f"the server does not answer: {getattr(error, 'reason', error)}")
+            self._say("", f"the server does not respond: {getattr(error, 'reason', error)}")
             return False
         except UserError as error:
             self._say("", str(error))
@@ -159,7 +159,7 @@ class Adapters:
         for other in folder.parent.iterdir():
             if other.is_dir() and other != folder:
                 shutil.rmtree(other, ignore_errors=True)
-        self._say(name, f"{name} is {ref.name}/{version} now")
+        self._say(name, f"{name} is now {ref.name}/{version}")
 
     def _check(self, ref: ModelRef, directory: Path) -> None:
         check_adapter(ref, directory, self.base, self.rank)
@@ -169,13 +169,13 @@ class Adapters:
         self._say(name, f"{name} is unloaded")
 
     def _clear(self, wanted: dict[str, ModelRef]) -> None:
-        """Removes the files of adapters that are not listed any more."""
+        """Deletes the files of adapters that are not listed any more."""
         for folder in self.folder.iterdir() if self.folder.is_dir() else ():
             if folder.name not in wanted:
                 shutil.rmtree(folder, ignore_errors=True)
 
     def _say(self, name: str, text: str) -> None:
-        """Prints at once, and not what was printed last of the same adapter."""
+        """Prints without buffering; skips a repetition of the adapter's last line."""
         if self._said.get(name) != text:
             print(f"adapters: {printable(text)}", flush=True)
         self._said[name] = text

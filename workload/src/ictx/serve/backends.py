@@ -1,8 +1,8 @@
-"""Other releases behind one address: several models, and a share of a model's requests for its next version.
+"""Other releases behind one address: several models, or a share of a model's requests for a new version (canary).
 
-vLLM's router (0.1.17) goes by the `model` of a request too (`--enable-igw`), but has no weights, keys or verified TLS.
-Here each backend is a Service of another release, and what it serves its `/v1/models` lists: adapters are found by
-their names like models. Where several list a name, their weights divide its requests.
+vLLM's router (0.1.17) can also route by a request's `model` (`--enable-igw`), but without weights, keys or verified
+TLS. Here each backend is the Service of another release; its `/v1/models` lists its models and adapters. If several
+backends list a name, its requests are divided by their weights.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from ictx.serve.gate import KEYS, accepted
 from ictx.serve.replicas import LOGGER, Replicas
 
 GOLDEN = 0.6180339887498949
-"""Multiples of it, less their whole part, fill 0 to 1 evenly: shares are met within a few requests, not by chance."""
+"""Golden ratio: fractional parts of its multiples are evenly distributed, so that few requests match the weights."""
 SESSION = (b"x-session-id", b"x-user-id")
-"""Headers by which a client stays with one version, as with one replica of the router."""
+"""Headers that bind a client to one version, and to one replica in the router."""
 
 
 class Refused(Exception):
-    """A request that no backend can answer: status and text."""
+    """A request that no backend can serve: HTTP status and message."""
 
     def __init__(self, status: int, text: str) -> None:
         super().__init__(text)
@@ -41,26 +41,26 @@ class Refused(Exception):
 
 @dataclass(eq=False)
 class Backend:
-    """A release: its Service, its share, and what it listed last."""
+    """A release: its Service, its weight, and its last list of models."""
 
     service: str
     url: str
     weight: float = 100
     context: ssl.SSLContext | None = None
     cards: list[dict[str, Any]] | None = None
-    """As in `/v1/models`; None until it has answered once."""
+    """`data` of `/v1/models`; None until the first response."""
     up: bool = False
     _noted: str = ""
 
     def note(self, text: str) -> None:
-        """Logs what changed."""
+        """Logs a text unless it is the same as the last one."""
         if text != self._noted:
             LOGGER.log(logging.INFO if self.up else logging.WARNING, "%s %s", self.service, text)
         self._noted = text
 
     @property
     def models(self) -> set[str]:
-        """Returns the names that it serves, or served when it answered last."""
+        """Names of the models in its last list."""
         return {card["id"] for card in self.cards or ()}
 
 
@@ -74,11 +74,11 @@ class Backends:
 
     @property
     def own(self) -> Backend:
-        """Returns this release."""
+        """This release."""
         return self.every[0]
 
     async def follow(self, session: aiohttp.ClientSession, replicas: Replicas, seconds: float) -> None:
-        """Keeps what each backend lists, until it is cancelled."""
+        """Updates the backends' lists of models until it is cancelled."""
         while True:
             self.own.url = replicas.urls[0] if replicas.urls else ""
             await asyncio.gather(*(self._look(session, backend) for backend in self.every))
@@ -95,13 +95,13 @@ class Backends:
                 backend.cards = [card for card in (await answer.json())["data"] if isinstance(card["id"], str)]
         except (OSError, aiohttp.ClientError, TimeoutError, ValueError, LookupError, TypeError) as error:
             backend.up = False
-            backend.note(f"does not list its models: {error or type(error).__name__}")
+            backend.note(f"cannot list models: {error or type(error).__name__}")
             return
         backend.up = True
         backend.note(f"serves {', '.join(sorted(backend.models))}")
 
     def listed(self) -> bytes:
-        """Returns the answer of `/v1/models`: what all that answer list, each name once."""
+        """Returns the response of `/v1/models`: the models of all available backends, each name once."""
         cards: dict[str, Any] = {}
         for backend in self.every:
             if backend.up and backend.weight:
@@ -110,10 +110,9 @@ class Backends:
         return json.dumps({"object": "list", "data": list(cards.values())}).encode()
 
     def choose(self, model: str, session: bytes | None = None) -> list[Backend]:
-        """Returns whom a request for a model goes to: first the one whose turn it is, then those that could stand in.
+        """Returns the backends for a model's request: the chosen one first, then the alternatives.
 
-        The same session always has the same turn. Raises Refused: 404 for a name that nobody knows, 503 for one whose
-        backends are down.
+        A session always gets the same backend. Raises Refused: 404 for an unknown model, 503 if its backends are down.
         """
         able = [backend for backend in self.every if backend.weight and model in backend.models]
         ready = [backend for backend in able if backend.up]
@@ -126,11 +125,11 @@ class Backends:
             first = ready[bisect(ends[:-1], point * ends[-1])]
             return [first, *(backend for backend in ready if backend is not first)]
         if able:
-            raise Refused(503, f"the model `{model}` is not ready: {_names(able)} does not answer")
+            raise Refused(503, f"the model `{model}` is not ready: {_names(able)} does not respond")
         if missing := [backend for backend in self.every if backend.cards is None]:
-            raise Refused(503, f"the model `{model}` is not known yet: {_names(missing)} did not answer so far")
+            raise Refused(503, f"the model `{model}` is not known yet: {_names(missing)} has not responded yet")
         names = sorted({name for backend in self.every for name in backend.models})
-        raise Refused(404, f"the model `{model}` does not exist: served are {', '.join(names)}")
+        raise Refused(404, f"the model `{model}` does not exist: served models are {', '.join(names)}")
 
 
 def _names(backends: Iterable[Backend]) -> str:
@@ -138,7 +137,7 @@ def _names(backends: Iterable[Backend]) -> str:
 
 
 def requested(body: bytes, headers: Iterable[tuple[bytes, bytes]]) -> tuple[str | None, bytes | None]:
-    """Returns the model that a request names and its session, a header or the body's `user`; None for what it lacks."""
+    """Returns a request's model and session (a header, or the body's `user`); None for each that is missing."""
     try:
         content = json.loads(body)
     except ValueError:
@@ -153,7 +152,7 @@ def requested(body: bytes, headers: Iterable[tuple[bytes, bytes]]) -> tuple[str 
 
 
 def from_environment(environment: Mapping[str, str]) -> Backends | None:
-    """Returns the releases that the chart's variables describe; None where there is this one alone."""
+    """Returns the releases set in the chart's variables; None without other releases."""
     others = json.loads(environment.get("ICTX_BACKENDS") or "[]")
     if not others:
         return None
@@ -164,7 +163,7 @@ def from_environment(environment: Mapping[str, str]) -> Backends | None:
         service = url.host or ""
         context = None
         if url.scheme == "https":
-            # That of a release with an authority of its own, else this release's, else the system's.
+            # CA of the other release if set, else this release's, else the system's.
             files = [Path(environment.get("ICTX_BACKENDS_CA", "")) / f"{service}.crt"]
             files.append(Path(environment.get("ICTX_REPLICAS_CA", "")))
             context = ssl.create_default_context(cafile=next((str(file) for file in files if file.is_file()), None))

@@ -1,14 +1,13 @@
-"""What clients reach where several replicas serve a model: TLS and keys before vLLM's router, which has neither.
+"""The endpoint of a model with several replicas: adds TLS and API keys in front of vLLM's router, which has neither.
 
-`vllm-router` listens on this pod alone, for whoever reaches it may add or remove workers. Generation goes through it
-(`ROUTED`: it chooses the replica by prefix, session or load, and tries another where one fails). All else goes to a
-replica directly: no other path of the router can be reached, and clients see what vLLM answers.
+`vllm-router` listens only inside this pod, because any of its clients could add or remove workers. Generation requests
+(`ROUTED`) go through it: it chooses the replica by prefix, session or load, and retries on another one. All other
+requests go to a replica directly, so that no other path of the router is exposed.
 
-Where other releases stand behind the same address (`ictx.serve.backends`), a request goes to one that serves the model
-that it names.
+With other releases behind the same address (`ictx.serve.backends`), a request goes to a release that serves its model.
 
-Served by uvicorn: `uvicorn ictx.serve.front:app`, behind `ictx.serve.gate.Gate`. Variables: those of the gate and of
-`ictx.serve.replicas.from_environment` and `ictx.serve.backends.from_environment`.
+Served by uvicorn: `uvicorn ictx.serve.front:app`, behind `ictx.serve.gate.Gate`. Uses the variables of the gate, of
+`ictx.serve.replicas.from_environment` and of `ictx.serve.backends.from_environment`.
 """
 
 from __future__ import annotations
@@ -31,14 +30,14 @@ from ictx.serve.replicas import LOGGER, Replicas, from_environment
 ROUTED = frozenset({"/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/embeddings"})
 """Paths whose POST goes through the router."""
 HOP = frozenset({b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization", b"te", b"trailer"})
-"""Headers about one connection (RFC 9110, 7.6.1), besides those that follow from the body."""
+"""Hop-by-hop headers (RFC 9110, 7.6.1), except those about the body."""
 DROPPED = HOP | {b"transfer-encoding", b"upgrade"}
 OF_REQUESTS = frozenset({b"host", b"content-length", b"expect"})
-"""Headers of requests that are made anew."""
+"""Request headers that are not forwarded but set again."""
 SECONDS = 2.0
-"""Between two looks at which replicas are ready, and at what other releases serve."""
+"""Interval of the queries for ready replicas and for other releases' models."""
 SERVED_BY = b"x-ictx-served-by"
-"""Header of answers: the Service of the release that answered, where there are several."""
+"""Response header with the Service of the release that responded, if there are several."""
 
 
 def _passed_on(
@@ -48,7 +47,7 @@ def _passed_on(
 
 
 async def _body(receive: Receive) -> AsyncIterator[bytes]:
-    """Yields a request's body; raises ConnectionError where the client left before its end."""
+    """Yields a request's body. Raises ConnectionError if the client disconnects before its end."""
     while True:
         message = await receive()
         if message["type"] == "http.disconnect":
@@ -59,7 +58,7 @@ async def _body(receive: Receive) -> AsyncIterator[bytes]:
 
 
 async def _answer(send: Send, status: int, text: str) -> None:
-    """Answers in vLLM's form of errors; `GET /health` too, whose readers look at the status alone."""
+    """Sends a response in vLLM's error format; also for `GET /health`, whose clients read only the status."""
     await _send(
         send, status, json.dumps({"error": {"message": text, "code": status}} if status >= 400 else {}).encode()
     )
@@ -72,7 +71,7 @@ async def _send(send: Send, status: int, body: bytes) -> None:
 
 
 class Front:
-    """ASGI application that passes requests on, as they are, and their answers as they come."""
+    """ASGI application that forwards requests unchanged and streams the responses."""
 
     def __init__(self, replicas: Replicas, backends: Backends | None = None) -> None:
         self._replicas = replicas
@@ -92,9 +91,9 @@ class Front:
             await self._until_client_leaves(scope, receive, send)
 
     async def _live(self, receive: Receive, send: Send) -> None:
-        """Follows the replicas from start to stop."""
+        """Tracks replicas and backends from startup to shutdown."""
         await receive()
-        # No limit of time: reading a million tokens takes minutes, and the router has one of its own.
+        # No total timeout: prefill of a million tokens takes minutes, and the router has its own timeout.
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=10)
         connector = aiohttp.TCPConnector(limit=0)
         brief = aiohttp.ClientTimeout(total=30)
@@ -114,7 +113,7 @@ class Front:
         await send({"type": "lifespan.shutdown.complete"})
 
     async def _health(self, send: Send) -> None:
-        """Answers 200 where the router has a replica to send requests to, or another release answers."""
+        """Sends 200 if the router has a ready replica, or another release responds."""
         assert self._session is not None, "the server has not started"
         try:
             async with self._session.get(f"{self._replicas.router}/readiness") as answer:
@@ -125,23 +124,23 @@ class Front:
         await _answer(send, 200 if ready else 503, "no replica is ready")
 
     async def _releases(self, scope: Message, body: bytes) -> list[Backend]:
-        """Returns the releases that a request may go to, in turn; none where this one is alone. Raises Refused."""
+        """Returns the releases for a request in order of preference; empty without backends. Raises Refused."""
         if self._backends is None:
             return []
         model, session = await asyncio.to_thread(requested, body, scope["headers"])
         return [self._backends.own] if model is None else self._backends.choose(model, session)
 
     def _target(self, scope: Message) -> str | None:
-        """Returns whom a request goes to: the router, or the next replica; None without any."""
+        """Returns the URL for a request: the router, or the next replica; None if no replica is ready."""
         if scope["method"] == "POST" and scope["path"] in ROUTED:
             return self._replicas.router
         urls = self._replicas.urls
         return urls[next(self._turn) % len(urls)] if urls else None
 
     async def _until_client_leaves(self, scope: Message, receive: Receive, send: Send) -> None:
-        """Passes a request on; where its client leaves, the replica is to stop computing."""
+        """Forwards a request; cancels it if the client disconnects, so that the replica stops computing."""
         try:
-            # Whole, as the router reads it whole too: only then can a client be watched.
+            # Reads the whole body first (as the router does), because only then can a disconnect be detected.
             body = b"".join([part async for part in _body(receive)])
         except ConnectionResetError:
             return
@@ -155,7 +154,7 @@ class Front:
             await working
 
     async def _pass_on(self, scope: Message, body: bytes, send: Send) -> None:
-        """Sends a request and returns its answer piece by piece."""
+        """Forwards a request and streams the response."""
         if self._backends and scope["method"] == "GET" and scope["path"] == "/v1/models":
             await _send(send, 200, self._backends.listed())
             return
@@ -177,9 +176,9 @@ class Front:
     async def _try(
         self, scope: Message, body: bytes, send: Send, target: str, release: Backend | None, last: bool
     ) -> bool:
-        """Sends a request to one target; returns False where nothing listens there and it is not the last one."""
+        """Forwards a request to one target; returns False if the connection fails and it is not the last target."""
         assert self._session is not None, "the server has not started"
-        # The path as it came, `%2F` included: what was compared with ROUTED is what is sent there.
+        # The router gets the decoded path, which was compared with ROUTED; replicas get the raw path, including `%2F`.
         raw = scope["path"] if target == self._replicas.router else scope["raw_path"].decode("latin-1")
         query = scope["query_string"].decode("latin-1")
         url = URL(f"{target}{raw}" + (f"?{query}" if query else ""), encoded=True)
@@ -205,10 +204,10 @@ class Front:
         except (aiohttp.ClientError, TimeoutError) as error:
             LOGGER.warning("%s %s: %s", scope["method"], scope["path"], error)
             if started:
-                raise  # the client must not take a part of an answer for all of it: uvicorn breaks the connection
+                raise  # uvicorn then aborts the connection, so that the client detects a truncated response
             if isinstance(error, aiohttp.ClientConnectorError) and not last:
                 return False
-            await _answer(send, 502, "the replica that computed this request is gone: try again")
+            await _answer(send, 502, "the replica of this request failed: retry")
             return True
         await send({"type": "http.response.body", "body": b""})
         return True

@@ -1,8 +1,8 @@
-"""The gate in front of vLLM's API: every request but `GET /health` needs a key.
+"""Authentication of vLLM's API: every request except `GET /health` needs an API key.
 
-vLLM's own `--api-key` covers a few path prefixes: `/invocations` and `/tokenize` answer anybody. This ASGI middleware
-(`--middleware ictx.serve.gate.Gate`) is around all that vLLM routes and mounts, so what a new version adds is behind it
-too. Prometheus scrapes a port of its own, which is in no Service for clients.
+vLLM's own `--api-key` protects only some path prefixes; `/invocations` and `/tokenize` stay open. This ASGI middleware
+(`--middleware ictx.serve.gate.Gate`) wraps all routes and mounts, including those that new versions add. Prometheus
+scrapes a separate port that is not part of the clients' Service.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from wsgiref.simple_server import WSGIRequestHandler, make_server
 KEYS = "ICTX_API_KEYS"
 """Variable with the folder of the keys: the files `api-key` and, while a key is rotated, `api-key-previous`."""
 METRICS_PORT = "ICTX_METRICS_PORT"
-"""Variable with the port on which `/metrics` is served without a key; none if unset."""
+"""Variable with the port that serves `/metrics` without a key; disabled if unset."""
 ADMIN = "ICTX_ADMIN"
-"""Variable with the folder of the key of the process that keeps the adapters; unset where there is none."""
+"""Variable with the folder of the key of `ictx adapters`; unset without adapters."""
 ADMIN_KEY = "key"
-"""The file in it."""
+"""File with the key in ADMIN."""
 LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
 CLOSED = (LOAD, UNLOAD, "/adapters")
-"""Paths, and what is below them, that are closed to clients; `/adapters` is another name of the two, SageMaker's."""
+"""Paths, including subpaths, that are closed to clients; `/adapters` is SageMaker's name of the other two."""
 FILES = ("api-key", "api-key-previous", "api-key")
-"""What is read, in this order: kubelet replaces the folder as a whole, and a file may be gone for an instant."""
+"""Files to read, in this order; repeated because a file may be missing while kubelet replaces the folder."""
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -37,7 +37,7 @@ App = Callable[[Message, Receive, Send], Awaitable[None]]
 
 
 def accepted(folder: Path) -> list[bytes]:
-    """Returns the keys that are accepted now: they are read for each request, as a mounted Secret changes in place."""
+    """Returns the accepted keys. Read for each request, because a mounted Secret changes in place."""
     keys = []
     for name in FILES:
         try:
@@ -48,7 +48,7 @@ def accepted(folder: Path) -> list[bytes]:
 
 
 def presented(headers: list[tuple[bytes, bytes]]) -> bytes | None:
-    """Returns the bearer key of a request; None without exactly one `Authorization: Bearer`."""
+    """Returns the bearer key of a request; None unless it has exactly one `Authorization: Bearer` header."""
     values = [value for name, value in headers if name.lower() == b"authorization"]
     if len(values) != 1:
         return None
@@ -57,9 +57,9 @@ def presented(headers: list[tuple[bytes, bytes]]) -> bytes | None:
 
 
 def serve_metrics(port: int) -> None:
-    """Serves this server's metrics on a port of its own, in a thread, as plain text whatever format is preferred.
+    """Serves this server's metrics on a separate port in a thread, always in the text format.
 
-    In OpenMetrics prometheus_client writes `vllm:…` as `vllm_…`, a name that no rule or dashboard has.
+    In the OpenMetrics format prometheus_client renames `vllm:…` to `vllm_…`, which rules and dashboards do not use.
     """
     from prometheus_client import make_wsgi_app
     from vllm.v1.metrics.prometheus import get_prometheus_registry
@@ -79,19 +79,19 @@ def serve_metrics(port: int) -> None:
 
 
 def closed(path: str) -> bool:
-    """Returns whether a path (unquoted, as routes are looked up) loads or unloads adapters, below a prefix too."""
+    """Returns whether an unquoted path loads or unloads adapters, also below a prefix."""
     return any(f"{name}/" in f"{path}/" for name in CLOSED)
 
 
 async def hide(send: Send) -> None:
-    """Answers 404, as for a path that there is not."""
+    """Sends 404, as for an unknown path."""
     body = b'{"detail":"Not Found"}'
     await send({"type": "http.response.start", "status": 404, "headers": [(b"content-type", b"application/json")]})
     await send({"type": "http.response.body", "body": body})
 
 
 async def refuse(scope: Message, send: Send) -> None:
-    """Answers 401; a WebSocket is refused before its handshake."""
+    """Sends 401; a WebSocket is rejected before its handshake."""
     prefix = "http"
     if scope["type"] == "websocket":
         prefix = "websocket.http"
@@ -105,7 +105,7 @@ async def refuse(scope: Message, send: Send) -> None:
 
 
 class Gate:
-    """ASGI middleware that refuses what has no key. Without a key to compare with, the server does not start."""
+    """ASGI middleware that rejects requests without a valid key. Raises RuntimeError if no key is configured."""
 
     def __init__(self, app: App) -> None:
         self._app = app
@@ -114,29 +114,29 @@ class Gate:
             raise RuntimeError(f"{KEYS}={self._folder} has no key")
 
     def _administers(self, scope: Message) -> bool:
-        """Returns whether a request is of the process that keeps the adapters."""
+        """Returns whether a request comes from `ictx adapters`."""
         if ADMIN not in os.environ:
             return False
         key = presented(scope["headers"])
         try:
             own = (Path(os.environ[ADMIN]) / ADMIN_KEY).read_bytes().strip()
         except FileNotFoundError:
-            return False  # the process has not started
+            return False  # `ictx adapters` has not started yet
         return bool(own) and key is not None and hmac.compare_digest(key, own)
 
     def _allows(self, scope: Message) -> bool:
-        """Returns whether a request passes."""
+        """Returns whether a request is allowed."""
         if scope["type"] == "http" and scope["method"] == "GET" and scope["path"] == "/health":
             return True
         key = presented(scope["headers"])
         if key is None:
             return False
-        # All are compared, each in constant time: the time taken depends on none of them.
+        # Compares all keys, each in constant time, so that the duration does not depend on the keys.
         matches = [hmac.compare_digest(key, each) for each in accepted(self._folder)]
         return any(matches)
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        """Hands a request on, or refuses it."""
+        """Forwards a request, or rejects it."""
         if scope["type"] == "lifespan":
             if port := os.environ.get(METRICS_PORT):
                 serve_metrics(int(port))

@@ -1,4 +1,4 @@
-"""What a version must show before an alias moves to it: its evaluations, beside those of the version before."""
+"""The promotion policy: requirements on a version's evaluation results, also relative to the current champion."""
 
 from __future__ import annotations
 
@@ -21,31 +21,31 @@ KINDS = {
     "judge_score": "judge",
     "judge_win_rate": "judge",
 }
-"""Metrics of `ictx eval`, and the command that measures each. Those of the harness are `harness.TASK.METRIC`."""
+"""Metrics of `ictx eval`, and the command that measures each. Metrics of the harness are `harness.TASK.METRIC`."""
 
 
 class Refused(UserError):
-    """The policy does not admit a version."""
+    """The policy rejects a version."""
 
 
 @dataclass(frozen=True)
 class Rule:
-    """What is required of a metric."""
+    """Requirements on a metric."""
 
     better: Literal["lower", "higher"]
-    """Which numbers are better."""
+    """Whether lower or higher values are better."""
     required: bool = False
-    """Whether a version without it is refused."""
+    """Whether a version without the metric is rejected."""
     margin: float | None = None
-    """How much worse than the champion's number it may be; it is not compared unless given."""
+    """Maximum by which it may be worse than the champion's; if unset, it is not compared."""
     relative: bool = False
-    """Whether the margin is a share of the champion's number."""
+    """Whether the margin is relative to the champion's value."""
     limit: float | None = None
-    """The worst number that is admitted, whatever the champion's is."""
+    """The worst accepted value, independent of the champion."""
     bound: Literal["value", "low", "high"] = "value"
-    """What the limit counts for: the number, or an end of its 95 % interval."""
+    """What the limit applies to: the value, or an end of its 95 % confidence interval."""
     against_champion: bool = False
-    """Whether it must have been measured against the champion (win rates); without one it is not required."""
+    """Whether it must have been measured against the champion (win rates); ignored without a champion."""
 
     def __post_init__(self) -> None:
         if self.margin is not None and not 0 <= self.margin < math.inf:
@@ -59,18 +59,18 @@ class Policy:
     metrics: dict[str, Rule] = field(default_factory=dict)
     """By the metric's name."""
     incomparable: Literal["refuse", "pass"] = "refuse"
-    """What follows where the champion has no such number, or one of other text, lengths or samples."""
+    """Result if the champion lacks the metric, or has one measured on other text, lengths or samples."""
 
     def __post_init__(self) -> None:
         for name in self.metrics:
             if name not in KINDS and not name.startswith("harness."):
                 raise ValueError(
-                    f"metrics.{name} is no metric: expected one of {', '.join(KINDS)}, harness.TASK.METRIC"
+                    f"metrics.{name} is not a metric: expected one of {', '.join(KINDS)}, harness.TASK.METRIC"
                 )
 
     @classmethod
     def read(cls, file: Path) -> Policy:
-        """Returns the policy in a YAML file. Raises UserError naming the file and the setting that is wrong."""
+        """Returns the policy in a YAML file. Raises UserError with the file and the invalid setting."""
         try:
             return build(cls, load_yaml(file))
         except UserError as error:
@@ -79,14 +79,14 @@ class Policy:
 
 @dataclass(frozen=True)
 class Evaluated:
-    """A version and what its tags hold of it."""
+    """A version and its tags."""
 
     uri: str
     """models:/NAME/VERSION."""
     tags: Mapping[str, str]
 
     def number(self, metric: str) -> float | None:
-        """Returns a metric. Raises UserError for a tag that is no number."""
+        """Returns a metric's value; None if it was not measured. Raises UserError if the tag is not a number."""
         text = self.tags.get(f"{EVAL_TAG}{metric}")
         try:
             value = None if text is None else float(text)
@@ -99,7 +99,7 @@ class Evaluated:
         return value
 
     def about(self, metric: str, what: str) -> str | None:
-        """Returns what the evaluation behind a metric notes: `measured`, `against`."""
+        """Returns a note of the evaluation of a metric: `measured` or `against`."""
         return self.tags.get(f"{EVAL_TAG}{kind(metric)}.{what}")
 
 
@@ -109,21 +109,21 @@ def kind(metric: str) -> str:
 
 
 def check(policy: Policy, version: Evaluated, champion: Evaluated | None) -> list[str]:
-    """Returns what was compared, a line each. Raises Refused naming the metrics and their numbers."""
+    """Returns one line per comparison. Raises Refused with the failed comparisons."""
     lines: list[str] = []
     reasons: list[str] = []
     for metric, rule in policy.metrics.items():
         for passed, line in _findings(policy, metric, rule, version, champion):
             (lines if passed else reasons).append(line)
     if reasons:
-        raise Refused(f"{version.uri} is refused: {'; '.join(reasons)} (--force --reason TEXT overrules)")
+        raise Refused(f"{version.uri} is rejected: {'; '.join(reasons)} (override: --force --reason TEXT)")
     return lines
 
 
 def _findings(
     policy: Policy, metric: str, rule: Rule, version: Evaluated, champion: Evaluated | None
 ) -> Iterator[tuple[bool, str]]:
-    """Yields whether each part of a rule is met, and the line that names its numbers."""
+    """Yields for each part of a rule whether it passed, and a line with the values."""
     if rule.against_champion and champion is None:
         return
     number, command = version.number(metric), f"ictx eval {kind(metric)} --model"

@@ -1,4 +1,4 @@
-"""`ictx promote`: sets the version of a registered model that an alias stands for, and vouches for its files."""
+"""`ictx promote`: sets an alias of a registered model to a version, and records its verified checksums."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ from ictx.serve.policy import Evaluated, Policy, Refused, check
 
 
 def only_model(client: MlflowClient) -> str:
-    """Returns the name of the only registered model. Raises UserError when there are several, or none."""
+    """Returns the name of the only registered model. Raises UserError if there are several, or none."""
     names = sorted(model.name for model in client.search_registered_models())
     if len(names) != 1:
-        raise UserError(f"name the model with --model; registered are {', '.join(names) or 'none'}")
+        raise UserError(f"set --model; registered models: {', '.join(names) or 'none'}")
     return str(names[0])
 
 
 def promote(
     client: MlflowClient, version: str, alias: str, model: str = "", policy: Policy | None = None, forced: str = ""
 ) -> str:
-    """Points the alias to a version (a number, or another alias) and returns what was done, in words.
+    """Sets the alias to a version (a number, or another alias); returns a message.
 
-    The version's files are read and compared with what the job logged, or with what an earlier promotion recorded, and
-    their checksums are recorded where only promoters write: `ictx pull` compares with them.
+    Verifies the version's files with the checksums that the job logged, or that an earlier promotion recorded, and
+    records them in a tag that only promoters can write, which `ictx pull` verifies.
 
     Args:
-        policy: what the version's evaluations must show, beside those of the version behind the alias.
-        forced: why a version that the policy refuses is promoted all the same; tags of the version keep it.
+        policy: requirements on the version's evaluations, also relative to the alias's current version.
+        forced: reason to promote a version that the policy rejects; recorded in the version's tags.
 
-    Raises UserError naming the version when it does not exist or is damaged, and the models when several are registered
-    and none is named; Refused with the metrics and numbers that the policy does not admit.
+    Raises UserError if the version does not exist or is damaged, or `model` is not set and there are several; Refused
+    with the comparisons that failed.
     """
     model = model or only_model(client)
     ref = ModelRef(model, version=version) if version.isdecimal() else ModelRef(model, alias=version)
@@ -46,7 +46,7 @@ def promote(
     before = client.get_registered_model(model).aliases.get(alias)
     if source.promoted and str(before) == source.version:
         return f"models:/{model}@{alias} is version {before} already"
-    # From here on the number counts: another may move the alias meanwhile.
+    # Use the number from here on, because somebody may change the alias meanwhile.
     source = replace(source, ref=ModelRef(model, version=source.version))
     lines, tags = _admit(client, source.ref, None if before is None else str(before), policy or Policy(), forced)
     with tempfile.TemporaryDirectory(prefix="ictx-promote-") as folder:
@@ -55,7 +55,7 @@ def promote(
         tags[PROMOTED_TAG] = format_sums(sums)
     now = client.get_registered_model(model).aliases.get(alias)
     if now != before:
-        raise UserError(f"models:/{model}@{alias} was version {before} and is {now} now: compare again with that one")
+        raise UserError(f"models:/{model}@{alias} changed from version {before} to {now} meanwhile: run promote again")
     for name, text in tags.items():
         client.set_model_version_tag(model, source.version, name, text)
     client.set_registered_model_alias(model, alias, source.version)
@@ -66,12 +66,12 @@ def promote(
 def _admit(
     client: MlflowClient, ref: ModelRef, champion: str | None, policy: Policy, forced: str
 ) -> tuple[list[str], dict[str, str]]:
-    """Returns what was compared, and the tags that a forced promotion leaves. Raises Refused."""
+    """Returns the comparisons, and the tags of a forced promotion. Raises Refused."""
 
     def evaluated(ref: ModelRef) -> Evaluated:
         return Evaluated(str(ref), ref.find(client).tags or {})
 
-    # A version that was promoted before, and stands behind the alias, is no champion of itself.
+    # A version is not compared with itself.
     other = ModelRef(ref.name, version=champion) if champion and champion != ref.version else None
     try:
         lines, overruled = check(policy, evaluated(ref), evaluated(other) if other else None), ""
@@ -84,4 +84,4 @@ def _admit(
     user = os.environ.get("MLFLOW_TRACKING_USERNAME") or getpass.getuser()
     date = datetime.now(timezone.utc).isoformat(timespec="seconds")
     tags = {FORCED_TAG: f"{user}, {date}: {forced}"} | ({OVERRULED_TAG: overruled} if overruled else {})
-    return [*lines, *([f"overruled: {overruled}"] if overruled else [])], tags
+    return [*lines, *([f"overridden: {overruled}"] if overruled else [])], tags

@@ -1,4 +1,4 @@
-"""`ictx pull`: brings a registered model's files into a folder, verified, and not twice."""
+"""`ictx pull`: downloads a registered model's files to a folder and verifies them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ictx.download import Source, fetch_all, held_version
 from ictx.errors import UserError, printable
 from ictx.registry import ModelRef
 
-# What vLLM's MLA can serve. Another width passes its start and its health checks, and fails at the first request.
+# Sizes that vLLM's MLA supports. With others it starts and passes health checks, but fails at the first request.
 SERVABLE = {
     "kv_lora_rank": 512,
     "qk_rope_head_dim": 64,
@@ -33,27 +33,32 @@ def pull(
     promoted: bool = False,
     check: Callable[[ModelRef, Path], None] | None = None,
 ) -> str:
-    """Brings the version's files to `target`, which is complete and verified or not there; returns the version.
+    """Downloads the version's files to `target`, which is created only if complete and verified; returns the version.
 
-    Files that an interrupted pull has verified already are not fetched again. A fixed version that is there already
-    needs no server. With `promoted`, a version that no promoter verified is refused. `check` refuses files that cannot
-    be served (`check_servable` unless given). Raises UserError naming the model and what is wrong with it.
+    Files that an interrupted pull has verified are not downloaded again. A fixed version that exists in `target` needs
+    no server.
+
+    Args:
+        promoted: reject a version that was not promoted.
+        check: raises UserError for files that cannot be served; default: `check_servable`.
+
+    Raises UserError with the model and the cause.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     draft = target.with_name(f".{target.name}.part")
     with _locked(target.with_name(f".{target.name}.lock")), _explained(target):
         held = held_version(target)
         if ref.version and held == (ref.name, ref.version):
-            _say(f"{ref} is in {target} already")
+            _say(f"{ref} is already in {target}")
             return ref.version
         source = Source.find(client, ref)
         if held == (ref.name, source.version):
-            _say(f"{ref} is version {source.version}, in {target} already")
+            _say(f"{ref} is version {source.version}, already in {target}")
             return source.version
         if promoted and not source.promoted:
             raise UserError(
-                f"{ref} is version {source.version}, whose checksums no promoter recorded: "
-                f"ictx promote {source.version} --alias ALIAS --model {ref.name}"
+                f"{ref} is version {source.version}, which was not promoted: "
+                f"run ictx promote {source.version} --alias ALIAS --model {ref.name}"
             )
         _say(f"{ref} is version {source.version}, at {source.uri}")
         fetch_all(source, draft, _say)
@@ -66,7 +71,7 @@ def pull(
 
 
 def check_servable(ref: ModelRef, directory: Path) -> None:
-    """Refuses what a server would only fail on later: broken weights, latents of a size that vLLM cannot serve."""
+    """Raises UserError for models that a server would fail on later: damaged weights, or unsupported MLA sizes."""
     weights = sorted(directory.rglob("*.safetensors"))
     if not weights:
         raise UserError(f"{ref} has no *.safetensors: it is not an exported model")
@@ -75,7 +80,7 @@ def check_servable(ref: ModelRef, directory: Path) -> None:
             with safe_open(file, framework="numpy") as content:
                 content.keys()
         except SafetensorError as error:
-            raise UserError(f"{ref}: {file.name} is broken ({error}): promote another version") from error
+            raise UserError(f"{ref}: {file.name} is damaged ({error}): promote another version") from error
     try:
         config: dict[str, Any] = json.loads((directory / "config.json").read_text())
     except (OSError, ValueError) as error:
@@ -91,19 +96,19 @@ def check_servable(ref: ModelRef, directory: Path) -> None:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Keeps other pods that share the volume out until this pull has ended."""
+    """Holds a lock against other pods that share the volume."""
     with path.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            _say(f"another pull into this folder is under way: waiting ({path})")
+            _say(f"another pull to this folder is running: waiting for its lock {path}")
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
 @contextmanager
 def _explained(target: Path) -> Iterator[None]:
-    """Names the folder where a write to an open file fails (full disk) without a name."""
+    """Adds the folder to errors of writes to open files (full disk), which have no file name."""
     try:
         yield
     except OSError as error:
@@ -113,5 +118,5 @@ def _explained(target: Path) -> Iterator[None]:
 
 
 def _say(text: str) -> None:
-    """Prints at once: the log is read while the container runs."""
+    """Prints without buffering, because the log is read while the container runs."""
     print(f"pull: {printable(text)}", flush=True)

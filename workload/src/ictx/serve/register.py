@@ -1,4 +1,4 @@
-"""`ictx register`: a model that no run of ours made becomes a version of the registry, such as one that judges."""
+"""`ictx register`: registers a model that was not trained by ictx, such as a judge, or an adapter."""
 
 from __future__ import annotations
 
@@ -14,14 +14,12 @@ EXPERIMENT = "registered"
 
 
 def register(folder: Path, model: str, alias: str) -> str:
-    """Returns what was done, in words: the folder's files are the newest version of `model`, and `alias` is it.
+    """Registers a folder's files as a new version of `model` and sets `alias` to it; returns a message.
 
-    SHA256SUMS is written beside them. Raises UserError for a folder without a model.
+    Writes SHA256SUMS into the folder. Raises UserError for a folder without a model.
     """
     if not any((folder / name).is_file() for name in (CONFIG_FILE, ADAPTER_CONFIG)):
-        raise UserError(
-            f"{folder} is no folder of a model or adapter: it has neither {CONFIG_FILE} nor {ADAPTER_CONFIG}"
-        )
+        raise UserError(f"{folder} is not a model or adapter: it has neither {CONFIG_FILE} nor {ADAPTER_CONFIG}")
     with tempfile.TemporaryDirectory(prefix="ictx-register-") as notes:
         tracker = Tracker(Path(notes), EXPERIMENT, {"folder": str(folder.resolve())}, patience=60.0)
         try:

@@ -1,9 +1,9 @@
-"""The replicas of a served model, as the router beside this process sees them: plain HTTP on addresses of this host.
+"""The replicas of a served model, provided to the router beside this process as plain HTTP on local addresses.
 
-The discovery of vLLM's router (`vllm-router`) registers `http://` addresses, and a pod's address is in no certificate.
-So each replica gets a local address here, from which connections go on to the pod, encrypted and verified by the name
-of the Service. Which replicas are ready, the DNS entry of a headless Service lists: that needs neither a token nor
-rights on the API.
+vLLM's router (`vllm-router`) registers only `http://` addresses, and certificates do not contain pods' addresses. So
+each replica gets a local address here, from which connections are forwarded to the pod over TLS, verified with the name
+of the Service. Ready replicas are taken from the DNS entry of a headless Service, which needs no access to the
+Kubernetes API.
 """
 
 from __future__ import annotations
@@ -23,15 +23,16 @@ import aiohttp
 
 LOGGER = logging.getLogger("uvicorn.error")
 CHUNK = 1 << 16
-"""Bytes that are passed on at a time."""
+"""Bytes to forward at a time."""
 LOCAL_PORT = 30001
-"""Port of the replicas' local addresses, in all of 127.0.0.0/8: nothing in the pod has it on all addresses."""
+"""Port of the replicas' local addresses (127.0.0.0/8); not used by other processes of the pod."""
 
 
 def local_address(replica: str) -> str:
-    """Returns the address of this host (127.0.0.0/8) that stands for a replica's.
+    """Returns the local address (127.0.0.0/8) of a replica.
 
-    The same in each router, so that all hash alike; of IPv4 the last three numbers, to be read in metrics.
+    Derived from the replica's address, so that all routers hash equally; of IPv4 it keeps the last three bytes, so that
+    it is recognizable in metrics.
     """
     address = ipaddress.ip_address(replica)
     last = address.packed[1:] if address.version == 4 else hashlib.sha256(address.packed).digest()[:3]
@@ -39,7 +40,7 @@ def local_address(replica: str) -> str:
 
 
 async def _copy(source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
-    """Passes bytes on until the source ends; what waits is bounded by the target's buffer."""
+    """Copies bytes until the source ends; the target's buffer bounds memory."""
     while data := await source.read(CHUNK):
         target.write(data)
         await target.drain()
@@ -47,9 +48,9 @@ async def _copy(source: asyncio.StreamReader, target: asyncio.StreamWriter) -> N
 
 @dataclass
 class Replicas:
-    """The replicas that are ready, each behind a listening socket of this host, and registered at the router.
+    """The ready replicas, each with a local listening socket, registered at the router.
 
-    `host` and `port` are those of the headless Service, `name` that of the replicas' certificate (None: plain HTTP).
+    `host` and `port` are the headless Service's; `name` is the name in the replicas' certificate (None: plain HTTP).
     """
 
     router: str
@@ -62,20 +63,20 @@ class Replicas:
     _servers: dict[str, asyncio.Server] = field(default_factory=dict)
 
     async def follow(self, session: aiohttp.ClientSession, seconds: float) -> None:
-        """Keeps the router's list what DNS has, until it is cancelled."""
+        """Synchronizes the router's list with DNS until it is cancelled."""
         try:
             while True:
                 try:
                     await self.update(session, await self._ready())
                 except (OSError, aiohttp.ClientError, TimeoutError) as error:
-                    LOGGER.warning("the replicas of %s stay as they are: %s", self.host, error or type(error).__name__)
+                    LOGGER.warning("cannot update the replicas of %s: %s", self.host, error or type(error).__name__)
                 await asyncio.sleep(seconds)
         finally:
             for server in self._servers.values():
                 server.close()
 
     async def _ready(self) -> set[str]:
-        """Returns the addresses of the replicas that are ready; a DNS that is down is an error, having none is not."""
+        """Returns the addresses of the ready replicas, possibly none. Raises OSError if DNS fails."""
         loop = asyncio.get_running_loop()
         try:
             found = await loop.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
@@ -86,9 +87,9 @@ class Replicas:
         return {str(address[0]) for *_, address in found}
 
     async def update(self, session: aiohttp.ClientSession, ready: set[str]) -> None:
-        """Opens and registers what is new, and removes what is gone; requests in flight go on.
+        """Opens and registers new replicas, and removes missing ones; requests in flight continue.
 
-        The router's list is queried each time: one that was restarted has none.
+        Queries the router's list each time, because a restarted router has none.
         """
         async with session.get(f"{self.router}/list_workers") as answer:
             answer.raise_for_status()
@@ -110,7 +111,7 @@ class Replicas:
             LOGGER.info("%s %s: %s %s", what, url, answer.status, text)
 
     async def _listen(self, address: str, replica: str) -> asyncio.Server:
-        """Returns a server that passes each of its connections on to a replica."""
+        """Returns a server that forwards its connections to a replica."""
         context = ssl.create_default_context(cafile=self.authority) if self.name else None
 
         async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -121,7 +122,7 @@ class Replicas:
                     replica, self.port, ssl=context, server_hostname=self.name
                 )
                 copies = [asyncio.create_task(_copy(reader, upstream)), asyncio.create_task(_copy(answers, writer))]
-                # Whichever side ends, ends the other: neither HTTP client nor server here closes one direction alone.
+                # Closes both directions when one ends: HTTP clients and servers here never close only one direction.
                 await asyncio.wait(copies, return_when=asyncio.FIRST_COMPLETED)
             except (OSError, ssl.SSLError) as error:
                 LOGGER.warning("replica %s: %s", replica, error)
@@ -141,7 +142,7 @@ class Replicas:
 
 
 def from_environment(environment: Mapping[str, str]) -> Replicas:
-    """Returns the replicas that the chart's variables describe; without the authority's file, it is the system's."""
+    """Returns the replicas set in the chart's variables; without a CA file, the system's CAs are used."""
     authority = environment.get("ICTX_REPLICAS_CA", "")
     return Replicas(
         router=environment["ICTX_ROUTER"],

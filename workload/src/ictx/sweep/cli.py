@@ -1,4 +1,4 @@
-"""The command line of sweeps: `ictx sweep`."""
+"""The command line: `ictx sweep`."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ from ictx.errors import UserError
 from ictx.sweep.config import SweepConfig, load
 
 EXAMPLES = """
-`ictx sweep CONFIG` starts the configuration's `parallel` workers here and waits for them. `run` is one worker: start as
-many as you like, where you like, on the same folder. A trial whose worker is lost, and one that crashes, goes on from
-its last checkpoint. SIGTERM saves a checkpoint and ends with status 75. `status` lists the trials, `best` names the
-best one. `trial` trains once, with the settings that somebody else chose: the command of a W&B agent, as in
-sweep/tiny-wandb.yaml.
+`ictx sweep CONFIG` starts the configuration's `parallel` workers on this machine and waits for them. `run` is a single
+worker: start any number on any machines with the same folder. A trial that crashes or loses its worker resumes from its
+last checkpoint. On SIGTERM a checkpoint is saved and the exit status is 75. `status` lists the trials, `best` prints
+the best one. `trial` trains once with given settings: the command of a W&B agent, as in sweep/tiny-wandb.yaml.
 
 examples:
   ictx sweep sweep/tiny.yaml --set dir=sweeps/1 --train data.dir=data/0123456789abcdef
@@ -32,27 +31,31 @@ def register(areas: Any) -> None:
     """Adds `sweep` to the areas of the command line."""
     sweep = areas.add_parser(
         "sweep",
-        help="optimise the settings of a training stage",
+        help="search for the best settings of a training stage",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="ictx sweep [run|status|best|trial] CONFIG [--set KEY=VALUE] [--train SECTION.KEY=VALUE …]",
     )
-    sweep.add_argument("action", nargs="?", choices=ACTIONS, default="start", help="what to do; all of it unless given")
-    sweep.add_argument("config", metavar="CONFIG", help="YAML file, here or below the shipped configs")
-    sweep.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="replace a setting of the sweep")
+    sweep.add_argument(
+        "action", nargs="?", choices=ACTIONS, default="start", help="action (default: start all workers and wait)"
+    )
+    sweep.add_argument("config", metavar="CONFIG", help="YAML file: a path, or a name below the shipped configs")
+    sweep.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting of the sweep"
+    )
     sweep.add_argument(
         "--train",
         action="extend",
         nargs="*",
         default=[],
         metavar="SECTION.KEY=VALUE",
-        help="settings of every run, besides those in the configuration",
+        help="further settings of every run",
     )
     sweep.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """`ictx sweep`."""
+    """Runs `ictx sweep`."""
     action, config = arguments.action, load(arguments.config, arguments.set, arguments.train)
     if action == "start":
         given = [*(f"--set={each}" for each in arguments.set), *(f"--train={each}" for each in arguments.train)]
@@ -70,19 +73,19 @@ def run(arguments: argparse.Namespace) -> int:
 
     assert config.dir
     if not (config.dir / "journal").exists():
-        raise UserError(f"{config.dir} holds no sweep")
+        raise UserError(f"{config.dir} is not a sweep: set --set dir=FOLDER to one that `ictx sweep` has started")
     sweep = Sweep(config, reading=True)
     if action == "status":
         print(table(sweep))
         return 0
     if not (best := sweep.best()):
-        raise UserError(f"no trial of {config.name} has gone to its end yet")
+        raise UserError(f"no trial of {config.name} has finished yet")
     print(summary(sweep, best))
     return 0
 
 
 def _trial(config: SweepConfig) -> int:
-    """Becomes the training with the values that an outside agent chose."""
+    """Replaces this process by the training with an external agent's settings."""
     from ictx.sweep.report import Parent
     from ictx.sweep.study import Sweep
     from ictx.sweep.worker import training
@@ -97,7 +100,7 @@ def _trial(config: SweepConfig) -> int:
 
 
 def _start(config: SweepConfig, arguments: list[str]) -> int:
-    """Runs the workers of this machine to their end; returns 0, or the first status that is not."""
+    """Runs this machine's workers until they end; returns 0, or the first nonzero status."""
     shares = _shares(config.parallel)
     workers = [_worker(arguments, share) for share in shares]
 
@@ -113,7 +116,7 @@ def _start(config: SweepConfig, arguments: list[str]) -> int:
         workers.pop(number).returncode = status = os.waitstatus_to_exitcode(raw)
         share = shares.pop(number)
         if status < 0 and left:
-            print(f"a worker ended with signal {-status}: another one goes on", flush=True)
+            print(f"a worker was killed by signal {-status}: starting another one", flush=True)
             left -= 1
             shares.append(share)
             workers.append(_worker(arguments, share))
@@ -128,7 +131,7 @@ def _worker(arguments: list[str], share: str | None) -> subprocess.Popen[bytes]:
 
 
 def _shares(workers: int) -> list[str | None]:
-    """Returns the GPUs of each worker; None for each where there are none. Raises UserError for too few."""
+    """Returns each worker's CUDA_VISIBLE_DEVICES; None without GPUs. Raises UserError for too few GPUs."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
         import torch

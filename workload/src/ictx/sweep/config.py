@@ -1,4 +1,4 @@
-"""What a sweep tries, and how often."""
+"""Settings of a sweep."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ictx.errors import UserError
 from ictx.settings import build, config_path, load_yaml, override, shown
 
 OURS = ("run.dir", "run.experiment", "run.model_name", "track.group", "track.name", "track.parent")
-"""Settings of each run that follow from the sweep's."""
+"""Settings of runs that the sweep sets itself."""
 Choice = bool | int | float | str
 
 
@@ -21,20 +21,20 @@ class Range:
     """Values of a setting: from `low` to `high`, or one of `choices`."""
 
     low: int | float | None = None
-    """Lowest value; whole numbers where both ends are."""
+    """Lowest value; only integers are tried if both ends are integers."""
     high: int | float | None = None
     """Highest value."""
     log: bool = False
-    """Uniform in the logarithm, as for learning rates."""
+    """Sample uniformly in the logarithm, as for learning rates."""
     step: int | float | None = None
-    """Distance of neighbouring values."""
+    """Step between values."""
     choices: tuple[Choice, ...] = ()
     """Values, instead of a range."""
 
     def __post_init__(self) -> None:
         if self.choices:
             if not (self.low is self.high is self.step is None):
-                raise ValueError("choices are values by themselves: expected no low, high and step")
+                raise ValueError("choices is set: leave low, high and step out")
             return
         if self.low is None or self.high is None or not self.low < self.high:
             raise ValueError(f"low is {self.low}, high is {self.high}: expected low < high, or choices")
@@ -49,38 +49,38 @@ class SweepConfig:
     """A sweep."""
 
     config: str
-    """Configuration of each run, as `ictx train` reads it."""
+    """Configuration of each run, for `ictx train --config`."""
     space: Mapping[str, Range]
-    """What is tried, by the name of the setting, such as optimizer.learning_rate."""
+    """Search space by setting, such as optimizer.learning_rate."""
     name: str
-    """Of the sweep: its MLflow run, and the group of its runs in W&B."""
+    """Name of the sweep, of its MLflow run and of its W&B group."""
     trials: int
-    """Runs in all."""
+    """Total number of runs."""
     dir: Path | None = None
-    """Folder of the sweep, with one of each run, on storage that all workers have."""
+    """Folder of the sweep and its runs, on storage that all workers share."""
     stage: str = "pretrain"
-    """What `ictx train` does."""
+    """Stage of `ictx train`."""
     settings: tuple[str, ...] = ()
     """Settings of every run: SECTION.KEY=VALUE."""
     launch: tuple[str, ...] = ()
-    """Starts a run's ranks, with `ictx` arguments after it: [torchrun, --nproc-per-node=4, -m, ictx]; one rank unless
-    given."""
+    """Launcher of a run's ranks, to which the `ictx` arguments are appended: [torchrun, --nproc-per-node=4, -m, ictx];
+    default: one rank."""
     parallel: int = 1
-    """Workers that `ictx sweep CONFIG` starts; they share out the GPUs of this machine."""
+    """Number of workers that `ictx sweep CONFIG` starts; the machine's GPUs are divided among them."""
     metric: str = "validation_loss"
-    """Measure that is optimized, of those in metrics.jsonl; the last one counts."""
+    """Metric of metrics.jsonl to optimize; its last value counts."""
     direction: Literal["minimize", "maximize"] = "minimize"
-    """What is better: less, or more."""
+    """Direction of the optimization."""
     pruner: Literal["median", "none"] = "median"
-    """`median`: stop a run that is worse than the median of the others at the same step; `none`."""
+    """`median`: stop runs that are worse than the median of the others at the same step; `none`: no pruning."""
     startup_trials: int = 4
-    """Finished runs that the median needs."""
+    """Number of finished runs before pruning starts."""
     warmup_steps: int = 0
-    """Steps of a run before which it is not stopped."""
+    """Minimum steps of a run before it can be pruned."""
     retries: int = 2
-    """Further starts of a run that crashed, or whose worker was lost; it goes on from its last checkpoint."""
+    """Restarts of a run that crashed or lost its worker; it resumes from its last checkpoint."""
     seed: int = 0
-    """Of the choice of values."""
+    """Random seed of the search."""
     experiment: str = "sweep"
     """MLflow experiment."""
 
@@ -97,7 +97,7 @@ class SweepConfig:
             raise ValueError(f"name is {shown(self.name)}: expected letters, digits, spaces and . _ + -")
         for each in (*self.settings, *self.space):
             if each.partition("=")[0].strip() in OURS:
-                raise ValueError(f"{shown(each)} is for the sweep to choose: leave it out")
+                raise ValueError(f"{shown(each)} is set by the sweep: leave it out")
 
 
 def load(name: str, assignments: list[str], further: list[str]) -> SweepConfig:
@@ -107,5 +107,5 @@ def load(name: str, assignments: list[str], further: list[str]) -> SweepConfig:
         content["settings"] = [*given, *further]
     config = build(SweepConfig, content)
     if config.dir is None:
-        raise UserError("dir is needed: --set dir=FOLDER, on storage that all workers have")
+        raise UserError("dir is not set: add --set dir=FOLDER, on storage that all workers share")
     return config

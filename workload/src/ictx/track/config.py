@@ -1,4 +1,4 @@
-"""Where a run is tracked besides MLflow, and under which name."""
+"""Settings of tracking in MLflow and W&B."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ MODES = ("auto", "online", "offline", "disabled")
 
 @dataclass(frozen=True)
 class TrackConfig:
-    """Names of a run in MLflow and in Weights & Biases (W&B), and how W&B gets it."""
+    """Names of a run in MLflow and in Weights & Biases (W&B), and the mode of W&B."""
 
     wandb: str = "auto"
-    """`online`; `offline`: a folder in run.dir for `wandb sync`; `disabled`; `auto`: WANDB_MODE where it is set, else
-    online where there is an API key, else offline, or disabled where the package is not installed."""
+    """`online`; `offline`: a folder in run.dir for `wandb sync`; `disabled`; `auto`: WANDB_MODE if set, else online
+    with an API key, else offline, or disabled if the package is not installed."""
     project: str | None = None
-    """W&B project; WANDB_PROJECT, else run.experiment, unless given."""
+    """W&B project; default: WANDB_PROJECT, else run.experiment."""
     entity: str | None = None
-    """W&B user or team; WANDB_ENTITY, else the key's default, unless given."""
+    """W&B user or team; default: WANDB_ENTITY, else the key's default."""
     group: str | None = None
-    """Runs that W&B shows together, such as those of a sweep."""
+    """W&B group of runs, such as those of a sweep."""
     name: str | None = None
-    """Of the run, in both; the number of the SLURM job, else the name of run.dir, unless given."""
+    """Name of the run in both; default: the number of the SLURM job, else the name of run.dir."""
     parent: str | None = None
-    """Id of the MLflow run that this one is a part of, such as a sweep."""
+    """Id of the parent MLflow run, such as a sweep's."""
 
     def __post_init__(self) -> None:
         if self.wandb not in MODES:

@@ -1,4 +1,4 @@
-"""Sharded checkpoints that are there as a whole or not at all, and are read only if they are what was written."""
+"""Sharded checkpoints: written atomically, and verified before they are loaded."""
 
 from __future__ import annotations
 
@@ -41,28 +41,33 @@ from ictx.train.ranks import on_all, on_first
 from ictx.train.storage import HAS_MANIFEST, INDEX_FILE, HashingWriter, Misfit, SafePlanner, SafeReader
 
 MODEL_FILE = "model.yaml"
-"""In a run's folder: the model's configuration, which its checkpoints need to be read without the run's settings."""
+"""File in a run's folder with the model's configuration, to load its checkpoints without the run's settings."""
 NAME = re.compile(r"step-(\d{8})")
 SET_ASIDE = ".unusable"
-"""Ends the name of a checkpoint that was not what it should be when an older one was taken instead."""
+"""Suffix of a checkpoint that failed verification, so that an older one was loaded instead."""
 
 
 class Checkpoints:
-    """The checkpoints of a run: folders `step-00000100`, renamed to that when all ranks have written theirs."""
+    """The checkpoints of a run: folders `step-00000100`, renamed to this when all ranks have written their files."""
 
     def __init__(self, directory: Path, keep: int) -> None:
-        """Args: `directory` is on storage that all ranks share; only the newest `keep` stay. Every rank makes one."""
+        """Every rank creates one.
+
+        Args:
+            directory: folder on storage that all ranks share.
+            keep: number of newest checkpoints to keep.
+        """
         self.directory, self.keep = directory, keep
-        # What is written beside the training loop must not meet its collectives.
+        # Its own group, because checkpoints are written concurrently with the training loop's collectives.
         self._group = dist.new_group(backend="gloo")
         pinned = torch.cuda.is_available()
-        # A thread begins with the first GPU.
+        # A new thread's default device is the first GPU.
         device = torch.cuda.current_device() if pinned else None
         self._thread = ThreadPoolExecutor(1, initializer=lambda: torch.cuda.set_device(device) if pinned else None)
         self._staging = StagingOptions(pinned, False, False, pinned)
 
     def complete(self) -> list[Path]:
-        """Returns the checkpoints that have all their files as far as names show, oldest first."""
+        """Returns the complete checkpoints, oldest first; checks only names."""
         return [path for path in self._found() if (path / INDEX_FILE).exists()]
 
     def _found(self) -> list[Path]:
@@ -73,39 +78,39 @@ class Checkpoints:
     def save(self, step: int, state: dict[str, Any]) -> Path:
         """Writes a checkpoint; every rank calls it.
 
-        Raises UserError naming the folder when it cannot be written, or when a number in the state is not finite.
+        Raises UserError if it cannot be written, or if a number in the state is not finite.
         """
         final = self._folder(step, state)
         return self._thread.submit(self._write, final, state).result()
 
     def begin(self, step: int, state: dict[str, Any]) -> Future[Path]:
-        """Copies a state, which may change then, and writes it while the caller goes on; every rank calls it.
+        """Copies a state and writes it in the background; every rank calls it.
 
-        One checkpoint is written after the other. The result raises what `save` does; this raises UserError when a
-        number in the state is not finite.
+        Checkpoints are written one at a time. The future raises the errors of `save`; this raises UserError if a number
+        in the state is not finite.
         """
         final = self._folder(step, state)
-        # One for each checkpoint: with GPUs PyTorch 2.11's copies only once (KeyError: <class 'type'>).
+        # A new stager per checkpoint: with GPUs PyTorch 2.11's works only once (KeyError: <class 'type'>).
         copy = DefaultStager(self._staging).stage(state)
         assert isinstance(copy, dict)
         return self._thread.submit(self._write, final, copy)
 
     def close(self, wait: bool) -> None:
-        """Ends the thread; `wait` for what is being written, unless a rank is lost that has a part in it."""
+        """Stops the thread; `wait` for a checkpoint that is being written. Do not wait if a rank is lost."""
         self._thread.shutdown(wait)
 
     def _folder(self, step: int, state: dict[str, Any]) -> Path:
-        """Returns where a state goes. Raises UserError when it must not be written."""
+        """Returns a checkpoint's folder. Raises UserError if the state is not finite."""
         final = self.directory / f"step-{step:08}"
         if not all(on_all(lambda: finite(state))):
             raise UserError(
-                f"checkpoint {final} is not written, since weights or the optimizer's state are not finite: lower "
-                "optimizer.learning_rate; the next start resumes from the checkpoint before"
+                f"checkpoint {final} was not written, because weights or optimizer state are not finite: lower "
+                "optimizer.learning_rate; the next start resumes from the previous checkpoint"
             )
         return final
 
     def _write(self, final: Path, state: dict[str, Any]) -> Path:
-        """Writes a checkpoint and removes those that are too many then."""
+        """Writes a checkpoint and removes the oldest ones beyond `keep`."""
         draft, group = final.with_suffix(".part"), self._group
         try:
             on_first(lambda: _begin(draft), group)
@@ -125,12 +130,12 @@ class Checkpoints:
             shutil.rmtree(old)
 
     def load_newest(self, state: dict[str, Any]) -> int:
-        """Fills `state` in place from the newest checkpoint that can be used; returns its step, 0 when there is none.
+        """Loads the newest usable checkpoint into `state` in place; returns its step, 0 if there is no checkpoint.
 
-        Every rank calls it. Newer ones that are damaged, incomplete or writable by others are named and set aside.
-        Raises UserError naming the checkpoint when `state` has other tensors than it, or when none can be used.
+        Every rank calls it. Newer ones that are damaged, incomplete or writable by others are reported and renamed
+        (SET_ASIDE). Raises UserError if `state` has other tensors than the checkpoint, or if none is usable.
         """
-        # The first rank chooses: on network storage another node may not see the newest folder yet.
+        # The first rank lists them: on network storage another node may not see the newest folder yet.
         on_first(self._close_to_others)
         on_first(self._remove_drafts)
         found = on_first(self._found)
@@ -149,43 +154,43 @@ class Checkpoints:
             return int(match[1])
         if unusable:
             raise UserError(
-                f"none of the checkpoints in {self.directory} can be used ({', '.join(path.name for path in found)}; "
-                "the lines above give the reasons): restore one, or remove them to train from the start"
+                f"no checkpoint in {self.directory} is usable ({', '.join(path.name for path in found)}; "
+                "see the reasons above): restore one, or remove them to train from step 0"
             )
         return 0
 
     def load(self, path: Path, state: dict[str, Any]) -> int:
-        """Fills `state` in place from any run's checkpoint, and returns its step; as `load_newest`."""
+        """Loads any run's checkpoint into `state` in place; returns its step. Raises like `load_newest`."""
         path = path.resolve()
         match = NAME.fullmatch(path.name)
         if not match:
-            raise UserError(f"{path} is no checkpoint: expected RUN/checkpoints/step-00001000")
+            raise UserError(f"{path} is not a checkpoint: expected RUN/checkpoints/step-00001000")
         for folder in (path.parent.parent, path.parent):
             on_first(lambda folder=folder: check_owner(folder))  # type: ignore[misc]
         _load(path, state)
         return int(match[1])
 
     def _remove_drafts(self) -> None:
-        """Removes what a process that was killed in the middle of a checkpoint left."""
+        """Removes incomplete checkpoints of a killed process."""
         for draft in self.directory.glob("step-????????.part"):
             shutil.rmtree(draft, ignore_errors=True)
 
     def _close_to_others(self) -> None:
-        """Makes the run's folders writable by their owner only: between two checks no other user replaces files.
+        """Makes the run's folders writable only by their owner, so that others cannot replace files after a check.
 
-        Raises Unusable when they are somebody else's.
+        Raises Unusable if another user owns them.
         """
         for folder in (self.directory.parent.resolve(), self.directory.resolve()):
             if folder.exists():
                 check_owner(folder, any_mode=True)
                 mode = stat.S_IMODE(folder.stat().st_mode)
                 if mode & OTHERS_WRITE:
-                    print(f"{folder}: taking write access from others (mode was {mode:04o})", flush=True)
+                    print(f"{folder}: removing write access of others (mode was {mode:04o})", flush=True)
                     folder.chmod(mode & ~OTHERS_WRITE)
 
 
 def finite(state: Mapping[str, Any]) -> bool:
-    """Whether all numbers of this rank's tensors are."""
+    """Whether all numbers of this rank's tensors are finite."""
     extremes: list[Tensor] = []
     for leaf in tree_leaves(state):
         if isinstance(leaf, Tensor) and leaf.is_floating_point():
@@ -196,14 +201,14 @@ def finite(state: Mapping[str, Any]) -> bool:
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether a folder is one of a run's checkpoints, usable or not."""
+    """Whether a folder has the name of a checkpoint."""
     return bool(NAME.fullmatch(path.name))
 
 
 def load_model(path: Path) -> Transformer:
     """Returns the model of a run's checkpoint.
 
-    Raises UserError when the checkpoint is damaged or somebody else's, or its run's MODEL_FILE does not describe it.
+    Raises UserError if the checkpoint is damaged or another user's, or does not match its run's MODEL_FILE.
     """
     path = path.resolve()
     for folder in (path.parent.parent, path.parent):
@@ -220,19 +225,18 @@ def load_model(path: Path) -> Transformer:
     reader = SafeReader(path, files, bool(entries))
     reader.open()
     if any(".lora_" in name for name in reader.index.state_dict_metadata if name.startswith("model.")):
-        raise UserError(f"checkpoint {path} has an adapter (train.lora): take the run's export, where it is merged")
+        raise UserError(f"checkpoint {path} has an adapter (train.lora): use the run's export, in which it is merged")
     try:
         load(state, storage_reader=reader, planner=SafePlanner(), no_dist=True)
     except CheckpointException as error:
-        raise UserError(f"checkpoint {path} is no model of {MODEL_FILE}: {_cause(error)}") from error
+        raise UserError(f"checkpoint {path} does not match its run's {MODEL_FILE}: {_cause(error)}") from error
     return model.eval()
 
 
 def trusted_files(path: Path) -> tuple[set[str], dict[str, Entry]]:
-    """Returns a checkpoint's files, and which have a checksum, after a look at names, owners and modes.
+    """Returns a checkpoint's files, and the manifest's entries, after checking names, owners and modes.
 
-    Only the manifest is read. Earlier versions wrote none: of their checkpoints no file has a checksum.
-    Raises Unusable naming what is wrong.
+    Reads only the manifest. Earlier versions wrote none: their checkpoints have no entries. Raises Unusable.
     """
     check_owner(path)
     names = list_files(path)
@@ -246,9 +250,9 @@ def trusted_files(path: Path) -> tuple[set[str], dict[str, Entry]]:
 
 
 def _load(path: Path, state: dict[str, Any]) -> None:
-    """Fills the state; every rank calls it and checks a part of the files. Raises Unusable, and UserError."""
+    """Loads into the state; every rank calls it and verifies a part of the files. Raises Unusable and UserError."""
     files, entries = on_first(lambda: trusted_files(path))
-    # A rank's number is in the names of its files: at the same world size it reads again what it has just checked.
+    # File names contain the rank's number, so that at the same world size a rank verifies the files that it reads.
     names = sorted(entries, key=lambda name: [int(number) for number in re.findall(r"\d+", name)])
     share = {name: entries[name] for name in names[dist.get_rank() :: dist.get_world_size()]}
     on_all(lambda: check_files(path, share))
@@ -260,23 +264,23 @@ def _load(path: Path, state: dict[str, Any]) -> None:
         first = _first(error)
         if isinstance(first, Misfit):
             raise UserError(
-                f"checkpoint {path} does not fit this configuration ({_cause(error)}): give the settings that it was "
-                "made with, or another run.dir"
+                f"checkpoint {path} does not match this configuration ({_cause(error)}): use the settings that it was "
+                "created with, or another run.dir"
             ) from error
         raise Unusable(f"{path}: {_cause(error)}") from error
     if not all(on_all(lambda: finite(state))):
-        raise Unusable(f"{path}: it holds numbers that are not finite")
+        raise Unusable(f"{path}: contains numbers that are not finite")
 
 
 def _begin(draft: Path) -> None:
-    """Makes an empty folder that only this user can write to."""
+    """Creates an empty folder that only this user can write to."""
     shutil.rmtree(draft, ignore_errors=True)
     draft.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
     draft.mkdir(mode=0o755)
 
 
 def _publish(draft: Path, final: Path, entries: Mapping[str, Entry]) -> None:
-    """Gives a draft that all ranks have written its manifest, and then its name."""
+    """Writes the manifest of a draft that all ranks have completed, and renames it to its final name."""
     check_names(draft, entries)
     write(draft, entries)
     if final.exists():
@@ -286,17 +290,17 @@ def _publish(draft: Path, final: Path, entries: Mapping[str, Entry]) -> None:
 
 
 def _set_aside(paths: Iterable[Path]) -> None:
-    """Renames checkpoints, so that they count no more; they are the user's to look at and to remove."""
+    """Renames checkpoints so that they are ignored; the user can inspect and remove them."""
     for path in paths:
         names = (path.with_name(f"{path.name}{SET_ASIDE}{number or ''}") for number in itertools.count())
         path.replace(next(name for name in names if not os.path.lexists(name)))
 
 
 def _first(error: CheckpointException) -> BaseException:
-    """Returns what went wrong on the lowest rank that something went wrong on."""
+    """Returns the error of the lowest rank that failed."""
     return error.failures[min(error.failures)][0]
 
 
 def _cause(error: BaseException) -> str:
-    """Returns the first line of what went wrong."""
+    """Returns the first line of an error."""
     return str(_first(error) if isinstance(error, CheckpointException) else error).partition("\n")[0]

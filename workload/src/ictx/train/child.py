@@ -1,4 +1,4 @@
-"""Stages that begin with a parent, the model that `init` names: extend, sft, dpo."""
+"""Stages that start from a parent model (`init`): extend, sft, dpo."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from ictx.train.stage import Stage
 
 
 class Child:
-    """What such a `Stage` has, whatever it trains: a base. `main` makes one of its settings and the parent."""
+    """Base class of such stages; `main` creates an instance from the settings and the parent."""
 
     name = ""
     settings: type[StageConfig] = StageConfig
     changeable: Collection[str] = ()
-    """Settings of the model that may differ from the parent's."""
-    remedy = "a run of `ictx train extend` makes it longer"
-    """What to do about a context that is too short."""
+    """Model settings that may differ from the parent's."""
+    remedy = "extend it with `ictx train extend`"
+    """Remedy for a context that is too short."""
 
     def __init__(self, config: Any, parent: Parent) -> None:
         self.config, self.parent = config, parent
@@ -34,9 +34,9 @@ class Child:
 
     @classmethod
     def completed(cls, content: Mapping[str, Any], parent: Parent) -> dict[str, Any]:
-        """Returns settings with what the parent fixes: the model, its name in the registry, and the experiment.
+        """Returns settings completed from the parent: the model, its registered name, and the experiment.
 
-        Raises UserError for settings that contradict it.
+        Raises UserError for settings that contradict the parent.
         """
         given, model = _typed(cls, content), content.get("model") or {}
         if not isinstance(model, Mapping):
@@ -45,26 +45,26 @@ class Child:
         loop: LoopConfig | None = given.get("train")
         if loop and loop.sequence_length > sizes.max_position_embeddings:
             raise UserError(
-                f"train.sequence_length is {loop.sequence_length}: a context longer than the parent's stretch allows, "
-                f"which is {sizes.max_position_embeddings} tokens ({parent.init}): {cls.remedy}"
+                f"train.sequence_length is {loop.sequence_length}, longer than the parent's context of "
+                f"{sizes.max_position_embeddings} tokens ({parent.init}): {cls.remedy}"
             )
         defaults = {"model_name": parent.name, "experiment": cls.name}
         return {**content, "model": asdict(sizes), "run": {**defaults, **content.get("run", {})}}
 
     def conduct(self, ranks: Ranks, directory: Path) -> int:
-        """Runs the stage among ranks that have joined: see `ictx.train.run.main`."""
+        """Runs the stage with ranks that have joined: see `ictx.train.run.main`."""
         return conduct(cast("Stage", self), self.config, ranks, directory)
 
 
 def main(kind: type[Child], content: Mapping[str, Any]) -> int:
-    """Runs or goes on with a run of such a stage, whose settings come as plain values: see `ictx.train.run.main`.
+    """Starts or resumes a run of such a stage with settings as plain values: see `ictx.train.run.main`.
 
-    Raises UserError also for a parent that cannot be had (`ictx.train.init.take`).
+    Also raises UserError if the parent is not available (`ictx.train.init.take`).
     """
     given = _typed(kind, content)
     init, run = given.get("init"), given.get("run", RunConfig())
     if not init:
-        raise UserError("init is needed: --set init=models:/NAME@ALIAS, models:/NAME/VERSION or run:/FOLDER")
+        raise UserError("init is not set: add --set init=models:/NAME@ALIAS, models:/NAME/VERSION or run:/FOLDER")
     with begun(run, given.get("parallel", Layout()), given.get("track", DEFAULTS)) as (ranks, directory):
         parent = on_first(lambda: take(init, directory, run.tracking_patience))
         config = build(kind.settings, kind.completed(content, parent))
@@ -72,5 +72,5 @@ def main(kind: type[Child], content: Mapping[str, Any]) -> int:
 
 
 def _typed(kind: type[Child], content: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns what is given of a stage's settings, but for the model. Raises UserError for what is wrong in it."""
+    """Returns a stage's typed settings, except the model. Raises UserError for invalid ones."""
     return typed(kind.settings, {name: value for name, value in content.items() if name != "model"})

@@ -1,4 +1,4 @@
-"""The command line of training: `ictx train pretrain`."""
+"""The command line: `ictx train`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ictx.errors import exit_status
 from ictx.settings import command_line
 
 PRETRAIN_EXAMPLES = """
-A run goes on from the newest checkpoint in run.dir. SIGTERM saves a checkpoint and ends with status 75.
+A run resumes from the newest checkpoint in run.dir. On SIGTERM it saves a checkpoint and exits with status 75.
 
 examples:
   torchrun --nproc-per-node 2 -m ictx train pretrain --config pretrain/tiny.yaml \\
@@ -21,8 +21,8 @@ examples:
 """
 
 EXTEND_EXAMPLES = """
-The parent's version is looked up once, verified and kept in run.dir/init: an alias that moves meanwhile changes
-nothing. model.yarn sets how far positions are stretched; everything else of the model is the parent's.
+The parent's version is resolved once, verified and kept in run.dir/init, so that a changed alias does not affect the
+run. model.yarn sets the context extension; the other model settings are the parent's.
 
 examples:
   ictx train extend --config extend/tiny.yaml --set init=models:/ictx-tiny@candidate \\
@@ -32,9 +32,9 @@ examples:
 """
 
 SFT_EXAMPLES = """
-Data is what `ictx data prepare` makes with the same configuration. The loss is that of the answers alone, which the
-chat template marks with {% generation %}; a window holds several conversations that do not see each other. With
-train.lora small matrices are trained; run.dir/export has them merged, run.dir/adapter apart, as PEFT reads them.
+Prepare the data with `ictx data prepare` and the same configuration. Only tokens of answers, which the chat template
+marks with {% generation %}, contribute to the loss. A window packs several conversations without attention between
+them. With train.lora, run.dir/export contains the merged model and run.dir/adapter the adapter in PEFT's format.
 
 examples:
   ictx data prepare --config sft/tiny.yaml --corpus stdlib --out data --link data/sft
@@ -45,9 +45,9 @@ examples:
 """
 
 DPO_EXAMPLES = """
-data.dir is what `ictx data prepare --config dpo/…` printed. Up to 32,768 tokens TRL trains (pip install trl), beyond
-that our own loop does; dpo.engine chooses. Rewards are relative to the parent, or to dpo.reference. With train.lora
-small matrices are trained, as in `ictx train sft`.
+Set data.dir to the path that `ictx data prepare --config dpo/…` printed. Up to 32,768 tokens TRL trains (pip install
+trl), beyond that ictx's own loop; dpo.engine overrides this. Rewards are relative to the parent, or to dpo.reference.
+train.lora works as in `ictx train sft`.
 
 examples:
   ictx train dpo --config dpo/tiny.yaml --set init=models:/ictx-tiny@candidate \\
@@ -61,15 +61,17 @@ examples:
 
 def register(areas: Any) -> None:
     """Adds `train` to the areas of the command line."""
-    train = areas.add_parser("train", help="training").add_subparsers(metavar="COMMAND", required=True)
-    _add(train, "pretrain", run_pretrain, "train a model from the start, export and register it", PRETRAIN_EXAMPLES)
-    _add(train, "extend", run_extend, "teach a trained model longer contexts", EXTEND_EXAMPLES)
-    _add(train, "sft", run_sft, "teach a trained model the answers of conversations", SFT_EXAMPLES)
-    _add(train, "dpo", run_dpo, "make preferred answers likelier than rejected ones", DPO_EXAMPLES)
+    train = areas.add_parser("train", help="train a model").add_subparsers(metavar="COMMAND", required=True)
+    _add(
+        train, "pretrain", run_pretrain, "train a model from random weights, export and register it", PRETRAIN_EXAMPLES
+    )
+    _add(train, "extend", run_extend, "extend a model's context window", EXTEND_EXAMPLES)
+    _add(train, "sft", run_sft, "fine-tune a model on conversations (SFT)", SFT_EXAMPLES)
+    _add(train, "dpo", run_dpo, "align a model with preference pairs (DPO)", DPO_EXAMPLES)
 
 
 def _add(train: Any, name: str, run: Callable[[argparse.Namespace], int], about: str, examples: str) -> None:
-    """Adds a stage."""
+    """Adds a stage's command."""
     stage = train.add_parser(
         name,
         parents=[command_line()],
@@ -78,21 +80,25 @@ def _add(train: Any, name: str, run: Callable[[argparse.Namespace], int], about:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     stage.add_argument(
-        "--profile", type=int, default=0, metavar="STEPS", help="trace so many steps to run.dir/profile (train.profile)"
+        "--profile",
+        type=int,
+        default=0,
+        metavar="STEPS",
+        help="trace STEPS steps to run.dir/profile (sets train.profile)",
     )
     stage.set_defaults(run=run)
 
 
-# torch takes seconds to import: only what trains waits for it.
+# Stages are imported in their commands, because importing torch takes seconds.
 def run_pretrain(arguments: argparse.Namespace) -> int:
-    """`ictx train pretrain`."""
+    """Runs `ictx train pretrain`."""
     from ictx.train.pretrain import start
 
     return _train(arguments, start)
 
 
 def run_extend(arguments: argparse.Namespace) -> int:
-    """`ictx train extend`."""
+    """Runs `ictx train extend`."""
     from ictx.train.child import main
     from ictx.train.extend import Extension
 
@@ -100,7 +106,7 @@ def run_extend(arguments: argparse.Namespace) -> int:
 
 
 def run_sft(arguments: argparse.Namespace) -> int:
-    """`ictx train sft`."""
+    """Runs `ictx train sft`."""
     from ictx.train.child import main
     from ictx.train.sft import Tuning
 
@@ -108,7 +114,7 @@ def run_sft(arguments: argparse.Namespace) -> int:
 
 
 def run_dpo(arguments: argparse.Namespace) -> int:
-    """`ictx train dpo`."""
+    """Runs `ictx train dpo`."""
     from ictx.train.child import main
     from ictx.train.dpo import Preference
 
@@ -116,13 +122,13 @@ def run_dpo(arguments: argparse.Namespace) -> int:
 
 
 def _train(arguments: argparse.Namespace, stage: Callable[[dict[str, Any]], int]) -> int:
-    """Runs a stage, which gets its settings as plain values, and ends the process."""
+    """Runs a stage with its settings as plain values, and exits the process."""
     from ictx.train.config import read
 
     profile = [f"train.profile={arguments.profile}"] if arguments.profile else []
     status = exit_status(lambda: stage(read(arguments.config, arguments.set + profile)))
-    # Threads of torch outlive the process group; one that then requests the interpreter while it shuts down aborts the
-    # process, and torchrun takes that for a failure of the whole job. Everything is written: leave at once.
+    # torch's threads outlive the process group. One that needs the interpreter while it shuts down aborts the process,
+    # and torchrun would report a failed job. Everything is written by now: exit immediately.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)

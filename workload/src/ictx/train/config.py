@@ -20,39 +20,39 @@ OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("cosine", "wsd")
 LONGEST_TIMEOUT = 7 * 86400.0
 MODEL_NAME = re.compile(r"\w([\w .+-]{0,198}[\w.+-])?")
-"""What `models:/NAME@ALIAS` can name, and a search in the registry can quote."""
+"""Names that `models:/NAME@ALIAS` and a registry search accept."""
 ALIAS = re.compile(r"(?!v\d+$|latest$)[A-Za-z0-9_-]{1,200}", re.IGNORECASE)
-"""What MLflow takes: `latest` and `v1` would be read as versions."""
+"""Aliases that MLflow accepts: `latest` and `v1` would be parsed as versions."""
 
 
 TRAINING_ONLY = {"initializer_range", "mtp_loss_weight", "moe.balance_loss_weight", "moe.bias_update_speed"}
-"""Settings of a model that change how it is trained and not what it computes: another start may change them."""
+"""Model settings that affect only training, not the model's output: they may change when a run resumes."""
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """The optimizer, and its learning rate: a linear warm-up, then a decay."""
+    """The optimizer and its learning rate schedule: a linear warm-up, then a decay."""
 
     name: str = "adamw"
-    """`adamw`, or `muon` for the layers' matrices and AdamW for the rest."""
+    """`adamw`, or `muon`: Muon for the layers' matrices and AdamW for all other weights."""
     learning_rate: float = 3e-4
-    """Highest learning rate."""
+    """Peak learning rate."""
     schedule: str = "cosine"
-    """`cosine`: down from the warm-up on; `wsd`: stays until the last `decay_steps`."""
+    """`cosine`: decays after the warm-up; `wsd` (warm-up, stable, decay): decays in the last `decay_steps`."""
     decay_steps: int | None = None
-    """Steps of the decay of `wsd`; a tenth of all unless given."""
+    """Steps of the decay of `wsd`; default: a tenth of all steps."""
     final_share: float = 0.1
-    """Learning rate at the last step, as a share of the highest."""
+    """Learning rate at the last step, relative to the peak."""
     warmup_steps: int = 100
-    """Steps until the highest learning rate."""
+    """Steps until the peak learning rate."""
     weight_decay: float = 0.1
-    """Decay of the matrices; norms have none."""
+    """Weight decay of matrices; norms have none."""
     beta1: float = 0.9
-    """Decay of the mean of gradients."""
+    """Decay rate of the first moment (mean of gradients)."""
     beta2: float = 0.95
-    """Decay of the mean of squared gradients."""
+    """Decay rate of the second moment (mean of squared gradients)."""
     clip_norm: float = 1.0
-    """Longest gradient."""
+    """Maximum gradient norm; larger gradients are clipped."""
 
     def __post_init__(self) -> None:
         for name in ("learning_rate", "clip_norm"):
@@ -73,17 +73,17 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """Small matrices that are trained in place of the model's own (arXiv:2106.09685)."""
+    """LoRA: trains low-rank matrices instead of the model's weights (arXiv:2106.09685)."""
 
     rank: int = 16
-    """Width of the matrices."""
+    """Rank of the matrices."""
     alpha: float = 32.0
-    """What they add is weighted by alpha / rank."""
+    """Their output is scaled by alpha / rank."""
     dropout: float = 0.0
-    """Share of their inputs that is left out in training."""
+    """Dropout probability of their inputs in training."""
     targets: tuple[str, ...] | None = None
-    """Names of the layers' matrices that get them, such as q_b_proj and o_proj; all of attention and feed-forward
-    unless given."""
+    """Names of the layers' matrices to adapt, such as q_b_proj and o_proj; default: all matrices of attention and
+    feed-forward."""
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -97,68 +97,68 @@ class LoraConfig:
 
     @property
     def scale(self) -> float:
-        """Factor on what the matrices add."""
+        """Factor of the adapter's output."""
         return self.alpha / self.rank
 
 
 @dataclass(frozen=True)
 class LoopConfig:
-    """How long, on how much, how often."""
+    """The training loop: steps, batch, precision, memory, logging, checkpoints and error handling."""
 
     steps: int
     """Optimizer steps."""
     sequence_length: int
-    """Tokens of a window."""
+    """Tokens per window."""
     batch_size: int
-    """Windows of a rank in a forward and backward."""
+    """Windows per rank in each forward and backward pass."""
     dtype: str = "bfloat16"
-    """Dtype of the computation on GPUs, and of the exported weights; weights are kept in float32 while training."""
+    """Dtype of the computation on GPUs and of the exported weights; master weights are float32."""
     mask_documents: bool = False
-    """Keep attention within documents, with positions that begin anew in each; else a window is one text."""
+    """Restrict attention to within documents, and restart positions at each document; default: no boundaries."""
     recompute: str = "selective"
-    """What backward computes again instead of keeping it: `none`, `selective` (all but attention's result), `full`;
-    `auto`: as little as the GPU's memory allows (`ictx.parallel.memory`), and `selective` without a GPU."""
+    """Activation recomputation in backward: `none`, `selective` (all but attention's output), `full`; `auto`: as little
+    as the GPU's memory allows (`ictx.parallel.memory`), and `selective` without a GPU."""
     recompute_layers: int | None = None
-    """Layers that do so, the first ones; all of them unless given."""
+    """Number of layers, from the first, that recompute; default: all."""
     offload: bool = False
-    """Keep what `selective` and `full` keep, layers' inputs among it, in the host's memory: for very long windows."""
+    """Store saved activations of `selective` and `full` in host memory: for very long windows."""
     fp8: str = "none"
-    """Recipe by which the layers' linear products are computed in fp8, where GPU and torchao have it: `tensorwise`,
-    `rowwise`, `rowwise_with_gw_hp`; `none`: in `dtype`."""
+    """torchao recipe for computing the layers' linear products in fp8: `tensorwise`, `rowwise`, `rowwise_with_gw_hp`;
+    `none`: in `dtype`. Needs a GPU with fp8."""
     compile: bool = False
-    """Compile each layer with torch.compile; layers with experts stay as they are."""
+    """Compile each layer with torch.compile, except layers with experts."""
     deterministic: bool = False
-    """The same bits in each run on a GPU: libraries that are faster, and do not promise that, are not used."""
+    """Bitwise reproducible results on a GPU; disables faster libraries that are not deterministic."""
     accumulate: int = 1
-    """Forwards and backwards of a step: `accumulate` times the batch in the same memory."""
+    """Gradient accumulation: forward and backward passes per step."""
     reduce_once: bool = False
-    """Sum gradients over ranks once a step, not in each backward: less traffic, but memory for all of them."""
+    """Reduce gradients over ranks once per step instead of in each backward: less traffic, but more memory."""
     z_loss: float = 0.0
-    """Weight of the mean of log² Z, Z being the sum of a token's exponentiated logits: 1e-4 in PaLM; 0: none."""
+    """Weight of the z-loss, the mean of log² Z with Z the softmax denominator: 1e-4 in PaLM; 0: disabled."""
     seed: int = 0
-    """Weights and order of the data."""
+    """Random seed of the initial weights and the data order."""
     log_every: int = 10
-    """Steps between two records of the loss."""
+    """Steps between log records."""
     validate_every: int = 100
-    """Steps between two looks at the validation data."""
+    """Steps between evaluations on the validation data."""
     validation_windows: int = 64
-    """Windows at each look: the same ones whatever the number of ranks and their batches."""
+    """Windows per evaluation, independent of the number of ranks and the batch size."""
     checkpoint_every: int = 500
-    """Steps between two checkpoints."""
+    """Steps between checkpoints."""
     keep_checkpoints: int = 2
-    """Checkpoints that stay."""
+    """Number of newest checkpoints to keep."""
     bad_steps: int = 10
-    """Steps in a row that are skipped, their loss or gradient not being finite (or a spike); one more is too many."""
+    """Maximum consecutive skipped steps (loss or gradient not finite, or a spike) before a roll-back."""
     roll_backs: int = 3
-    """Times in a row that the run then goes back to its last checkpoint, without the data between; then it ends."""
+    """Maximum consecutive roll-backs to the last checkpoint, skipping the data since then, before the run fails."""
     skip_spikes: float = 0.0
-    """Skip steps whose loss or gradient is so many standard deviations above those of the last ones; 0: none."""
+    """Skip steps whose loss or gradient norm exceeds the recent mean by this many standard deviations; 0: disabled."""
     timeout: float = 600.0
-    """Seconds after which a rank that does not take part in a step ends the job; a little before, it is named."""
+    """Seconds without progress of a rank after which the job fails; the hanging rank is reported shortly before."""
     lora: LoraConfig | None = None
-    """Train small matrices beside the frozen ones, with a parent (`init`) only."""
+    """Train a LoRA adapter beside frozen weights; requires a parent (`init`)."""
     profile: int = 0
-    """Steps to trace, after the first ones, to run.dir/profile."""
+    """Number of steps to trace to run.dir/profile, after warm-up steps."""
 
     def __post_init__(self) -> None:
         for name in [
@@ -180,9 +180,13 @@ class LoopConfig:
         if self.lora and self.fp8 != "none":
             raise ValueError(f"fp8 is {self.fp8}: expected none with train.lora")
         if self.offload and (self.compile or self.recompute == "none" or self.recompute_layers is not None):
-            raise ValueError("offload is true: expected compile: false, and all layers to compute again")
+            raise ValueError(
+                "offload is true: expected compile: false, recompute other than none, and no recompute_layers"
+            )
         if self.fp8 != "none" and not (self.compile and self.dtype == "bfloat16"):
-            raise ValueError(f"fp8 is {self.fp8!r}: expected compile: true (or casts cost too much), dtype: bfloat16")
+            raise ValueError(
+                f"fp8 is {self.fp8!r}: expected compile: true (casts are too slow without it) and dtype: bfloat16"
+            )
         if self.recompute == "auto" and (self.offload or self.recompute_layers is not None):
             raise ValueError("recompute is 'auto': expected offload: false, and no recompute_layers")
         for name in ("bad_steps", "recompute_layers", "roll_backs", "skip_spikes", "profile", "z_loss"):
@@ -194,20 +198,20 @@ class LoopConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Where results go."""
+    """Output folder and registration of the results."""
 
     dir: Path | None = None
     """Checkpoints, metrics and the exported model."""
     start_from: Path | None = None
-    """Checkpoint of another run to begin from, such as for a decay of its own: RUN/checkpoints/step-00001000."""
+    """Checkpoint of another run to start from, for example for a separate decay: RUN/checkpoints/step-00001000."""
     experiment: str = "pretrain"
     """MLflow experiment."""
     model_name: str | None = None
-    """Registered model; `ictx-<name of the model's file>` unless given, nothing is registered if empty."""
+    """Registered model; default: `ictx-<name of the model's file>`; if empty, nothing is registered."""
     alias: str = "candidate"
-    """Alias that the registered version gets."""
+    """Alias to set on the registered version."""
     tracking_patience: float = 300.0
-    """Seconds for which the beginning and the end of a run wait for a tracking server that does not answer."""
+    """Seconds that the start and the end of a run wait for a tracking server that does not respond."""
 
     def __post_init__(self) -> None:
         if self.model_name and not MODEL_NAME.fullmatch(self.model_name):
@@ -224,22 +228,22 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class StageConfig:
-    """A run of any stage."""
+    """Settings common to all stages."""
 
     model: ModelConfig
-    """Sizes of the model."""
+    """Model configuration."""
     train: LoopConfig
-    """The loop."""
+    """Training loop."""
     init: str = ""
-    """Model to begin with: models:/NAME/VERSION, models:/NAME@ALIAS, or run:/FOLDER for the export of an own run."""
+    """Initial model: models:/NAME/VERSION, models:/NAME@ALIAS, or run:/FOLDER for the export of one of your runs."""
     parallel: Layout = field(default_factory=Layout)
-    """Ranks along the axes of the mesh."""
+    """Sizes of the device mesh."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    """The optimizer."""
+    """Optimizer."""
     run: RunConfig = field(default_factory=RunConfig)
-    """The results."""
+    """Results."""
     track: TrackConfig = field(default_factory=TrackConfig)
-    """The run in MLflow and W&B."""
+    """Tracking in MLflow and W&B."""
 
     def __post_init__(self) -> None:
         if self.train.sequence_length > self.model.max_position_embeddings:
@@ -250,15 +254,15 @@ class StageConfig:
         self.parallel.check_model(self.model.num_attention_heads, self.train.sequence_length)
         lora = self.train.lora
         if lora and self.parallel.cp > 1 and "kv_b_proj" in (lora.targets or ("kv_b_proj",)):
-            raise ValueError("train.lora.targets has kv_b_proj: expected others, as parallel.cp reads it as one matrix")
+            raise ValueError("train.lora.targets has kv_b_proj, which parallel.cp does not support: leave it out")
 
 
 @dataclass(frozen=True)
 class CorpusConfig(StageConfig):
-    """A run that predicts the next token of a corpus."""
+    """Settings of a run that trains next-token prediction on a corpus."""
 
     data: DataConfig = field(default_factory=DataConfig)
-    """The corpus."""
+    """Corpus."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -270,26 +274,26 @@ class CorpusConfig(StageConfig):
 
 @dataclass(frozen=True)
 class PretrainConfig(CorpusConfig):
-    """A pretraining run."""
+    """Settings of a pretraining run."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.init:
-            raise ValueError(f"init is {shown(self.init)}: expected none, as pretraining begins with random weights")
+            raise ValueError(f"init is {shown(self.init)}: leave it out, pretraining starts with random weights")
         if self.train.lora:
-            raise ValueError("train.lora is given: expected none, as pretraining begins with random weights")
+            raise ValueError("train.lora is set: leave it out, pretraining starts with random weights")
 
 
 @dataclass(frozen=True)
 class ExtendConfig(CorpusConfig):
-    """A run that teaches a model longer contexts."""
+    """Settings of a context extension run."""
 
 
 def read(name: str, assignments: list[str]) -> dict[str, Any]:
     """Returns a run's settings as plain values.
 
-    `model: NAME`, also from an assignment, is replaced by the content of configs/model/NAME.yaml; other assignments
-    come after that. The corpus gets the model's vocabulary unless it sets another.
+    `model: NAME`, also in an assignment, is replaced by the content of configs/model/NAME.yaml before the other
+    assignments are applied. data.vocab_size defaults to the model's.
     """
     chosen = [each for each in assignments if each.partition("=")[0] == "model"]
     content = override(load_yaml(config_path(name)), chosen)
@@ -306,5 +310,5 @@ def read(name: str, assignments: list[str]) -> dict[str, Any]:
 
 
 def load(name: str, assignments: list[str]) -> PretrainConfig:
-    """Reads a run's settings. Raises UserError naming what is wrong in them."""
+    """Reads a pretraining run's settings. Raises UserError with the invalid setting."""
     return build(PretrainConfig, read(name, assignments))

@@ -1,4 +1,4 @@
-"""Direct preference optimization (arXiv:2305.18290): preferred answers become likelier than rejected ones."""
+"""Direct preference optimization (arXiv:2305.18290): raises the likelihood of chosen answers over rejected ones."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ictx.train.ranks import Ranks
 
 
 class Preference(PreferenceStage):
-    """The stage, trained by the engine of its settings."""
+    """The stage; trains with the engine of its settings."""
 
     def conduct(self, ranks: Ranks, directory: Path) -> int:
         """Runs the stage: see `ictx.train.run.main`."""
@@ -24,7 +24,7 @@ class Preference(PreferenceStage):
 
 
 def require_trl() -> None:
-    """Raises UserError where TRL is not installed."""
+    """Raises UserError if TRL is not installed."""
     for name in ("trl", "accelerate"):
         if importlib.util.find_spec(name) is None:
             raise UserError(f"dpo.engine is trl, but {name} is not installed: install it, or set dpo.engine=ictx")

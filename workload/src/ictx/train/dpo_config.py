@@ -10,23 +10,23 @@ from ictx.data.chat.config import ChatDataConfig
 from ictx.train.config import StageConfig
 
 LONGEST_OF_TRL = 32768
-"""Tokens of an answer with its prompt up to which `engine: auto` takes TRL."""
+"""Maximum tokens of prompt and answer for which `engine: auto` uses TRL."""
 
 
 @dataclass(frozen=True)
 class PreferenceConfig:
-    """The loss of a pair of answers, and the model that it compares with."""
+    """The loss of a pair of answers, and the reference model."""
 
     loss: Literal["sigmoid", "ipo", "hinge"] = "sigmoid"
-    """`sigmoid`: DPO (arXiv:2305.18290); `ipo` (arXiv:2310.12036), of means over an answer's tokens; `hinge` (SLiC,
+    """`sigmoid`: DPO (arXiv:2305.18290); `ipo` (arXiv:2310.12036), with means over an answer's tokens; `hinge` (SLiC,
     arXiv:2305.10425)."""
     beta: float = 0.1
-    """How strongly the model is held to the reference; of `ipo` the paper's τ."""
+    """Strength of the regularization towards the reference model; τ of the paper for `ipo`."""
     reference: str | None = None
-    """The model that rewards are relative to, given as `init` is; that one unless given."""
+    """Reference model, in the format of `init`; default: `init`."""
     engine: Literal["auto", "trl", "ictx"] = "auto"
-    """`trl`: TRL's DPOTrainer on transformers' model; `ictx`: our own loop, which also shares long answers out among
-    ranks; `auto`: TRL where it supports the settings."""
+    """`trl`: TRL's DPOTrainer with transformers' model; `ictx`: ictx's own loop, which supports context parallelism;
+    `auto`: TRL if it supports the settings and the length, else `ictx`."""
 
     def __post_init__(self) -> None:
         if not 0 < self.beta < math.inf:
@@ -35,8 +35,8 @@ class PreferenceConfig:
 
 @dataclass(frozen=True)
 class DpoConfig(StageConfig):
-    """A run of preference optimization. `train.sequence_length` is the most tokens of a prompt with an answer: longer
-    answers are cut; `train.batch_size` counts pairs."""
+    """Settings of preference optimization. `train.sequence_length` is the maximum of tokens of prompt and answer:
+    longer answers are truncated; `train.batch_size` counts pairs."""
 
     dpo: PreferenceConfig = field(default_factory=PreferenceConfig)
     """The loss."""
@@ -45,24 +45,26 @@ class DpoConfig(StageConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        # What is counted, and what is added, are those of next-token prediction.
+        # The memory estimate and the z-loss are implemented only for next-token prediction.
         for name, wrong in {"recompute": "auto", "z_loss": self.train.z_loss or None}.items():
             if getattr(self.train, name) == wrong:
-                raise ValueError(f"train.{name} is {wrong}: not for preference optimization, leave it out")
+                raise ValueError(f"train.{name} is {wrong}: not supported by preference optimization, leave it out")
         if self.data.kind != "dpo":
             raise ValueError(f"data.kind is {self.data.kind}: expected dpo")
         if self.dpo.engine == "trl" and (obstacle := self.obstacle()):
-            raise ValueError(f"dpo.engine is trl, which cannot do {obstacle}: leave dpo.engine out, or set it to ictx")
+            raise ValueError(
+                f"dpo.engine is trl, which does not support {obstacle}: leave dpo.engine out, or set it to ictx"
+            )
 
     @property
     def engine(self) -> Literal["trl", "ictx"]:
-        """What trains."""
+        """The engine that trains."""
         if self.dpo.engine != "auto":
             return self.dpo.engine
         return "ictx" if self.obstacle() or self.train.sequence_length > LONGEST_OF_TRL else "trl"
 
     def obstacle(self) -> str | None:
-        """Returns the setting that TRL's trainer, as we use it, does not support."""
+        """Returns the first setting that our use of TRL's trainer does not support; None if all are supported."""
         loop, defaults = self.train, type(self.train)(1, 1, 1)
         unknown = (
             "recompute_layers", "offload", "compile", "fp8", "mask_documents", "reduce_once", "profile", "skip_spikes",

@@ -1,4 +1,4 @@
-"""The loss of preference optimization on pairs of answers, as a batch's share of a step's: see `ictx.train.loss`."""
+"""The loss of preference optimization on pairs of answers, as a batch's share of a step: see `ictx.train.loss`."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from ictx.train.loss import Counts, Loss
 
 @dataclass(frozen=True)
 class PairBatch:
-    """Pairs of one rank: rows of all chosen answers, then of all rejected ones, each behind its prompt."""
+    """Pairs of one rank: rows of prompt and answer, first all chosen answers, then all rejected ones."""
 
     input_ids: Tensor
-    """int64 (2 · pairs, sequence), padded behind the answer."""
+    """int64 (2 · pairs, sequence), padded after the answer."""
     labels: Tensor
-    """Each position's next token where that is of the answer, else -1; of the same shape."""
+    """int64, same shape: each position's next token if it belongs to the answer, else -1."""
     reference: Tensor
     """The reference model's log-probability of each row's answer, float32 (2 · pairs)."""
     lengths: Tensor
@@ -31,15 +31,15 @@ class PairBatch:
         return PairBatch(*(x.to(device) for x in (self.input_ids, self.labels, self.reference, self.lengths)))
 
     def part(self, place: int, parts: int) -> PairBatch:
-        """Returns one of equal parts of each row's tokens; what is known of whole answers stays."""
+        """Returns part `place` of `parts` equal parts of each row's tokens, with the values of whole answers."""
         ids, labels = (x.view(len(x), parts, -1)[:, place] for x in (self.input_ids, self.labels))
         return replace(self, input_ids=ids, labels=labels)
 
 
 def answer_log_probs(model: Transformer, batch: PairBatch) -> Tensor:
-    """Returns the log-probability of each row's answer, (2 · pairs), the same on all ranks of a context.
+    """Returns the log-probability of each row's answer, (2 · pairs), equal on all ranks of a context.
 
-    A rank's gradient is of its own tokens. Causal attention needs no mask: padding stands behind what counts.
+    A rank's gradient covers its own tokens. No mask is needed: padding comes last, and attention is causal.
     """
     own: Tensor = model(batch.input_ids, labels=batch.labels, each=True).sum(1)
     context = model.context
@@ -50,12 +50,12 @@ def pair_losses(ratios: Tensor, lengths: Tensor, config: PreferenceConfig) -> Te
     """Returns each pair's loss, (pairs).
 
     Args:
-        ratios: log-probability of each answer less the reference's, (2 · pairs): the chosen ones first.
-        lengths: tokens of each answer.
+        ratios: log-probability of each answer minus the reference's, (2 · pairs), chosen answers first.
+        lengths: tokens of each answer, (2 · pairs).
     """
     chosen, rejected = ratios.chunk(2)
     if config.loss == "ipo":
-        # arXiv:2310.12036, equation 17; of means over tokens as in TRL, where the authors confirmed it.
+        # arXiv:2310.12036, equation 17; with means over tokens as in TRL, which its authors confirmed.
         chosen, rejected = (ratios / lengths).chunk(2)
         return (chosen - rejected - 1 / (2 * config.beta)).square()
     margin = config.beta * (chosen - rejected)
@@ -64,13 +64,13 @@ def pair_losses(ratios: Tensor, lengths: Tensor, config: PreferenceConfig) -> Te
 
 
 def pair_counts(model: Transformer, batch: PairBatch) -> Counts:
-    """Returns how many `pairs` a batch has. Ranks of a context have the same ones: each counts a part of them."""
+    """Returns the number of `pairs` of a batch. Ranks of a context share the pairs: each counts a fraction."""
     pairs = len(batch.lengths) / 2 / (model.context.count if model.context else 1)
     return {"pairs": torch.full((), pairs, dtype=torch.float64, device=batch.lengths.device)}
 
 
 def preference_loss(model: Transformer, batch: PairBatch, config: PreferenceConfig, totals: Counts) -> Loss:
-    """Returns a batch's share of the mean loss of pairs, and of mean rewards by the names that TRL has for them.
+    """Returns a batch's share of the mean loss over pairs, and of the mean rewards with TRL's metric names.
 
     Args:
         totals: `pair_counts` of all batches of the step on all ranks.
@@ -85,6 +85,6 @@ def preference_loss(model: Transformer, batch: PairBatch, config: PreferenceConf
         "rewards/margins": (chosen - rejected).sum(),
         "rewards/accuracies": (chosen > rejected).float().sum(),
     }
-    # Ranks of a context record a part of what all of them have; their gradients are of their own tokens alone.
+    # Metrics are equal on the ranks of a context, so each contributes a fraction; gradients cover only own tokens.
     pairs, parts = totals["pairs"], model.context.count if model.context else 1
     return losses.sum() / pairs, {name: value / parts / pairs for name, value in sums.items()}

@@ -1,4 +1,4 @@
-"""Pairs of answers as tokens: made once a run, in its folder, and read in one order by both engines."""
+"""Tokenized pairs of answers: created once per run in its folder, and read in the same order by both engines."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ Array = np.ndarray[Any, Any]
 ABOUT = "about.json"
 COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 BLOCK = 256
-"""Pairs that are written at once."""
+"""Pairs per written batch."""
 MULTIPLE = 64
-"""Rows are padded to a multiple of so many tokens: few lengths, so that an allocator's blocks fit again."""
+"""Rows are padded to a multiple of this, because few different lengths avoid fragmentation in the allocator."""
 
 
 @dataclass(frozen=True)
@@ -45,16 +45,18 @@ class Pairs:
     train: Any
     validation: Any
     fingerprint: str
-    """Of the rows, the tokenizer and the length."""
+    """Fingerprint of the rows, the tokenizer and the length."""
     pad: int
-    """Token to pad with."""
+    """Padding token."""
     length: int
-    """Most tokens of a prompt with an answer: what lies behind is cut."""
+    """Maximum tokens of prompt and answer; longer rows are truncated."""
 
     def batch(self, pairs: Any, reference: Array, parts: int = 1) -> PairBatch:
-        """Returns some pairs of a split, with the reference model's log-probabilities of their answers, (pairs, 2).
+        """Returns a batch of pairs of a split.
 
-        Rows get a length that is a multiple of MULTIPLE · parts.
+        Args:
+            reference: the reference model's log-probabilities of their answers, (pairs, 2).
+            parts: rows are padded to a multiple of MULTIPLE · parts.
         """
         rows, firsts = [], []
         for answer in ("chosen_ids", "rejected_ids"):
@@ -73,7 +75,7 @@ class Pairs:
 
 
 def places(count: int, seed: int, first: int, number: int) -> list[int]:
-    """Returns which pairs of `count` are the next `number` of a run behind the first ones: each once an epoch."""
+    """Returns the indices of the next `number` pairs of a run after `first`; each of `count` occurs once per epoch."""
     found: list[int] = []
     while len(found) < number:
         epoch, start = divmod(first + len(found), count)
@@ -83,18 +85,18 @@ def places(count: int, seed: int, first: int, number: int) -> list[int]:
 
 @functools.lru_cache(2)
 def _order(count: int, seed: int, epoch: int) -> Tensor:
-    # A generator takes 32 bits of its seed.
+    # The generator uses only 32 bits of its seed.
     return torch.randperm(count, generator=torch.Generator().manual_seed(zlib.crc32(f"{seed} {epoch}".encode())))
 
 
 class PairBatches:
-    """A run's training pairs without an end: as `ictx.data.loader.Batches`."""
+    """A run's infinite sequence of training pairs, like `ictx.data.loader.Batches`."""
 
     rows = 2
     """Sequences of a window, which is a pair."""
 
     def __init__(self, pairs: Pairs, reference: Array, batch: int, seed: int, ranks: Ranks) -> None:
-        """Args: `reference` is of the training pairs, (pairs, 2); `batch` is pairs of a rank."""
+        """Args: `reference`: log-probabilities for the training pairs, (pairs, 2); `batch`: pairs per rank."""
         self.pairs, self.reference, self.batch, self.seed, self.ranks = pairs, reference, batch, seed, ranks
         self.windows, self.taken = len(pairs.train), 0
 
@@ -106,21 +108,21 @@ class PairBatches:
         return self.pairs.batch(self.pairs.train[found], self.reference[found], parts).part(place, parts)
 
     def state_dict(self) -> dict[str, int]:
-        """Returns where the order stands, and what it depends on."""
+        """Returns the position in the order, and the seed."""
         return {"taken": self.taken, "seed": self.seed}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Goes on where the order stood. Raises UserError when it was another one."""
+        """Continues at a position. Raises UserError if the order has another seed."""
         if state["seed"] != self.seed:
-            raise UserError(f"train.seed is {self.seed}, but the checkpoint's data has the order of {state['seed']}")
+            raise UserError(f"train.seed is {self.seed}, but the checkpoint's was {state['seed']}: use that")
         self.taken = state["taken"]
 
 
 def tokenized(tokenizer: Any, row: Row, length: int) -> dict[str, list[int]] | None:
-    """Returns a pair as tokens, as TRL makes them; None where `length` tokens show no difference of its answers.
+    """Returns a pair tokenized like in TRL; None if the answers do not differ within `length` tokens.
 
-    An answer begins where the prompt as it is answered ends in both, which a template need not render at the end of the
-    prompt alone.
+    The prompt is the common prefix of the rendered prompt and both answered conversations, because a template may
+    render the end of a prompt differently when an answer follows.
     """
 
     def ids(messages: Any, ask: bool = False) -> list[int]:
@@ -154,9 +156,9 @@ def load_tokenizer(directory: Path) -> Any:
 
 
 def make(directory: Path, data: Path, vocabulary: Path, length: int) -> None:
-    """Puts the pairs of a folder of prepared data, as tokens, in `directory`; one process calls it.
+    """Tokenizes the pairs of a prepared data folder into `directory`; one process calls it.
 
-    What is there already for the same rows, tokenizer and length stays. Raises UserError where no pair is left.
+    Does nothing if `directory` exists for the same rows, tokenizer and length. Raises UserError if no pair is left.
     """
     about = {"fingerprint": _fingerprint(data, vocabulary, length)}
     if (directory / ABOUT).exists() and read_json(directory / ABOUT) == about:
@@ -173,7 +175,7 @@ def make(directory: Path, data: Path, vocabulary: Path, length: int) -> None:
                     "train.sequence_length"
                 )
             if made < count:
-                print(f"{count - made:,} of {count:,} {split} pairs are left out: their answers do not differ in the "
+                print(f"skipped {count - made:,} of {count:,} {split} pairs: their answers do not differ in the "
                       f"first {length:,} tokens (train.sequence_length)", flush=True)  # fmt: skip
         (draft / ABOUT).write_text(json.dumps(about) + "\n")
 
@@ -186,7 +188,7 @@ def _tokenized(tokenizer: Any, rows: Iterable[Row], length: int, progress: Progr
 
 
 def _write(path: Path, pairs: Iterator[dict[str, list[int]]]) -> int:
-    """Writes pairs as `datasets` reads them, without all of them in memory; returns how many."""
+    """Streams pairs to a file in the format of `datasets`; returns their number."""
     schema, count = pa.schema({name: pa.list_(pa.int32()) for name in COLUMNS}), 0
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as stream:
         while block := list(islice(pairs, BLOCK)):
@@ -202,7 +204,7 @@ def _fingerprint(data: Path, vocabulary: Path, length: int) -> str:
 
 
 def opened(directory: Path, vocabulary: Path, length: int) -> Pairs:
-    """Returns what `make` put there; every rank may call it then."""
+    """Returns the pairs that `make` wrote; every rank may call it after `make`."""
     from datasets import Dataset
 
     train, validation = (Dataset.from_file(str(directory / f"{split}.arrow")) for split in SPLITS)

@@ -1,4 +1,4 @@
-"""What TRL logs, as records of ours."""
+"""Converts TRL's logs to ictx's records."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from ictx.train.ranks import Ranks
 from ictx.train.run import peak_memory
 
 NAMES = {"grad_norm": "gradient_norm"}
-"""TRL's, where ours is another; its `eval_…` are `validation_…` of ours."""
+"""TRL's names that differ from ours; `eval_…` becomes `validation_…`."""
 TAKEN = ("loss", "learning_rate", "grad_norm", "entropy", "rewards/", "logps/")
-"""What names begin with that are recorded."""
+"""Prefixes of the metrics to record."""
 
 
 class Reports:
-    """TRL's logs as records of ours."""
+    """Collects TRL's logs and writes records."""
 
     def __init__(self, journal: Journal, ranks: Ranks, steps: int) -> None:
-        """Args: `steps` is where the run ends."""
+        """Args: `steps` is the run's total number of steps."""
         self.journal, self.ranks, self.steps = journal, ranks, steps
         self.waiting: dict[str, float] = {}
         self.busy, self.began, self.done = 0.0, 0.0, 0
@@ -34,14 +34,14 @@ class Reports:
         self.logged = time.monotonic()
 
     def reference(self, pairs: int) -> None:
-        """Counts pairs that the reference model has seen, and prints now and then how many."""
+        """Counts pairs that the reference model has scored; logs the number every PAUSE seconds."""
         self.referred += pairs
         if time.monotonic() - self.logged > PAUSE:
             self.logged = time.monotonic()
             self.journal.say(f"log-probabilities of the reference model: {self.referred:,} pairs")
 
     def begin(self) -> None:
-        """Begins a step; what was logged of the one before is complete."""
+        """Starts a step; writes the record of the previous one, which is complete."""
         self.write()
         self.began = time.monotonic()
 
@@ -50,10 +50,10 @@ class Reports:
         self.busy, self.done = self.busy + time.monotonic() - self.began, self.done + 1
 
     def log(self, step: int, logs: dict[str, Any]) -> None:
-        """Takes what TRL logs at a step. Raises UserError when the loss is not finite."""
+        """Receives TRL's logs of a step. Raises UserError if the loss is not finite."""
         validation = "eval_loss" in logs
         if not validation and "loss" not in logs:
-            return  # a summary of the whole training
+            return  # TRL's summary at the end of the training
         prefix, found = "validation_" if validation else "", dict[str, float]()
         for name, value in logs.items():
             bare = name.removeprefix("eval_")
@@ -61,7 +61,7 @@ class Reports:
                 found[prefix + NAMES.get(bare, bare)] = float(value)
         loss = found["validation_loss" if validation else "loss"]
         if not math.isfinite(loss):
-            raise UserError(f"the loss is {loss} at step {step}: lower optimizer.learning_rate; the next start goes on "
+            raise UserError(f"the loss is {loss} at step {step}: lower optimizer.learning_rate; the next start resumes "
                             "from the last checkpoint")  # fmt: skip
         if not validation:
             tokens = int(logs["num_tokens"])
@@ -71,7 +71,7 @@ class Reports:
         self.waiting |= {"step": step} | found
 
     def write(self) -> None:
-        """Writes a record of what waits; every rank calls it."""
+        """Writes the pending record, if any; every rank calls it."""
         if not self.waiting:
             return
         record, self.waiting = self.waiting, {}
@@ -84,18 +84,18 @@ class Reports:
 
 
 class Hooks(TrainerCallback):
-    """Calls for records, and ends the training with a checkpoint where a rank is signalled to stop."""
+    """Triggers records, and stops the training with a checkpoint if a rank is signalled to stop."""
 
     def __init__(self, reports: Reports, ranks: Ranks, loop: LoopConfig) -> None:
         self.reports, self.ranks, self.loop = reports, ranks, loop
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """A step of the optimizer begins."""
+        """Called before an optimizer step."""
         self.reports.begin()
         seed_dropout(self.loop, state.global_step + 1, self.ranks.rank)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """It ends."""
+        """Called after an optimizer step."""
         self.reports.end()
         if state.global_step == state.max_steps:
             control.should_log = control.should_evaluate = control.should_save = True
@@ -103,5 +103,5 @@ class Hooks(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        """Measures are there, of training or of validation."""
+        """Called with metrics of training or validation."""
         self.reports.log(state.global_step, logs or {})

@@ -1,4 +1,4 @@
-"""TRL's trainer with checkpoints of ours: complete or absent, verified, and good for any number of ranks."""
+"""TRL's trainer with ictx's checkpoints: atomic, verified, and independent of the number of ranks."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TRAINED = StateDictOptions(ignore_frozen_params=True)
 
 
 class RunTrainer(PairTrainer):
-    """Trains a run's pairs in its order, from where it stood."""
+    """Trains a run's pairs in its order, from the last position."""
 
     def __init__(
         self,
@@ -37,32 +37,32 @@ class RunTrainer(PairTrainer):
         fingerprint: str,
         **arguments: Any,
     ) -> None:
-        """Args: `past` is what the newest checkpoint noted, `fingerprint` of what the run trains on."""
+        """Args: `past` is the newest checkpoint's progress; `fingerprint` identifies the run's data."""
         self.ranks, self.checkpoints, self.reports, self.past = ranks, checkpoints, reports, past
         self.fingerprint, self.begun_at = fingerprint, 0
         super().__init__(config, ranks.device, callbacks=[Hooks(reports, ranks, config.train)], **arguments)
         self.remove_callback(PrinterCallback)
 
     def compute_ref_log_probs(self, model: Any, inputs: Any) -> Any:
-        """Returns what TRL does, and prints now and then how far it is."""
+        """Returns TRL's log-probabilities; logs progress."""
         found = super().compute_ref_log_probs(model, inputs)
         self.reports.reference(len(inputs["input_ids"]) // 2 * self.ranks.count)
         return found
 
     def go(self, step: int, count: int, used: list[int], scratch: Path) -> None:
-        """Trains from a checkpoint's step, or from the start (0).
+        """Trains from a checkpoint's step, or from step 0.
 
         Args:
-            count: pairs of an epoch.
-            used: which of them the trainer has.
-            scratch: an empty folder of this rank's own.
+            count: pairs per epoch.
+            used: indices of the pairs in the trainer's data set.
+            scratch: an empty folder for this rank only.
         """
         loop, self.begun_at = self.config.train, step
         self.per_step = loop.accumulate * loop.batch_size * self.ranks.count
         chosen = places(count, loop.seed, self.past["taken"], (loop.steps - step) * self.per_step)
         place = {pair: number for number, pair in enumerate(used)}
         rest = [place[pair] for pair in chosen]
-        # transformers passes over the batches of the steps that were done, as many as they are at this number of ranks.
+        # transformers skips the batches of completed steps at this number of ranks: put placeholders in their place.
         self.train_dataset = self.train_dataset.select([0] * (step * self.per_step) + rest)
         if step:
             state = TrainerState(global_step=step, train_batch_size=loop.batch_size)
@@ -72,7 +72,7 @@ class RunTrainer(PairTrainer):
         self.reports.write()
 
     def snapshot(self) -> dict[str, Any]:
-        """Returns what a checkpoint holds; tensors are the ones that are trained."""
+        """Returns the content of a checkpoint; tensors are references, not copies."""
         model, optimizer = get_state_dict(self.model, self.optimizer.optimizer, options=TRAINED)
         steps = self.state.global_step - self.begun_at
         progress = {
@@ -87,14 +87,14 @@ class RunTrainer(PairTrainer):
         }
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Writes a checkpoint of ours in place of transformers'."""
+        """Writes an ictx checkpoint instead of transformers'."""
         step, journal = self.state.global_step, self.reports.journal
         self.reports.write()
         journal.say(f"saved {self.checkpoints.save(step, self.snapshot())}")
         journal.flush(step)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Takes up weights, optimizer and rates, once the model is sharded."""
+        """Loads weights, optimizer and learning rates after the model is sharded."""
         if checkpoint is None:
             return
         state = self.snapshot()
@@ -109,19 +109,19 @@ class RunTrainer(PairTrainer):
         for group, kept, base, rate in zip(
             self.optimizer.param_groups, settings, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
         ):
-            # Weight decay and the like are those of this start's settings.
+            # Keep this start's hyperparameters, such as weight decay.
             group |= {name: value for name, value in kept.items() if name != "params"}
             group["lr"] = base * rate(self.begun_at)
         scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
 
     def _load_from_checkpoint(self, *_: Any) -> None:
-        """Weights come with the optimizer."""
+        """Does nothing: weights are loaded with the optimizer."""
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        """The order of pairs is the run's, and each step seeds what its dropout draws."""
+        """Does nothing: the order of pairs is the run's, and dropout is seeded in each step."""
 
     def result(self, last: Mapping[str, float]) -> dict[str, Any]:
-        """Returns what result.json begins with; `last` is the last record."""
+        """Returns the first fields of result.json; `last` is the last record."""
         return {
             "final_loss": last["loss"],
             "val_loss": last["validation_loss"],

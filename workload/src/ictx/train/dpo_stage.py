@@ -1,4 +1,4 @@
-"""Preference optimization on our own loop: the stage, and what TRL's trainer shares with it."""
+"""Preference optimization with ictx's own loop, and the parts that TRL's trainer uses too."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ from ictx.train.ranks import Ranks, on_first
 from ictx.train.sharded import sharded_model
 
 PAIRS, REFERENCE, LOG_PROBS = "pairs", "reference", "reference.safetensors"
-"""In a run's folder: pairs as tokens; the model of `dpo.reference`; log-probabilities of the answers."""
+"""Names in a run's folder: tokenized pairs; the model of `dpo.reference`; log-probabilities of the answers."""
 PLAN = "plan.json"
-"""In a run's folder: how many training pairs its starts come to."""
+"""File in a run's folder with the number of training pairs that its starts need."""
 PAUSE = 10.0
-"""Seconds between two lines about progress."""
+"""Seconds between progress lines."""
 MARGIN, ACCURACY = "validation_rewards/margins", "validation_rewards/accuracies"
 
 
 class PreferenceStage(Child):
-    """The stage."""
+    """The stage `dpo`."""
 
     config: DpoConfig
     name, settings = "dpo", DpoConfig
@@ -53,11 +53,11 @@ class PreferenceStage(Child):
     def data_dir(self) -> Path:
         """Folder with the prepared rows."""
         if self.config.data.dir is None:
-            raise UserError("data.dir is needed: --set data.dir=FOLDER, as `ictx data prepare` printed it")
+            raise UserError("data.dir is not set: add --set data.dir=FOLDER, the path that `ictx data prepare` printed")
         return self.config.data.dir
 
     def open(self, ranks: Ranks) -> tuple[Pairs, Parent]:
-        """Returns the pairs as tokens and the reference model; every rank calls it. Raises UserError."""
+        """Returns the tokenized pairs and the reference model; every rank calls it. Raises UserError."""
         data, length = checked_folder(self.data_dir, self.config.data), self.config.train.sequence_length
         folder, vocabulary = self.directory / PAIRS, self.vocabulary
         reference = on_first(self._reference)
@@ -69,9 +69,9 @@ class PreferenceStage(Child):
         return pairs, reference
 
     def _used(self, count: int, ranks: Ranks) -> list[int]:
-        """Returns which of `count` training pairs the run comes to: the reference model need not see the others.
+        """Returns the indices of the training pairs that the run needs, so that the reference model scores only these.
 
-        A start with other settings may go on from anywhere in what earlier ones planned, which is noted.
+        The number is saved, because a start with other settings may resume anywhere in the plan of earlier starts.
         """
         loop, note = self.config.train, self.directory / PLAN
         total = loop.steps * loop.accumulate * loop.batch_size * ranks.data_count
@@ -82,7 +82,7 @@ class PreferenceStage(Child):
         return sorted(dpo_pairs.places(count, loop.seed, 0, min(count, plan["needed"])))
 
     def _reference(self) -> Parent:
-        """Returns the model that rewards are relative to. Raises UserError for one of another vocabulary."""
+        """Returns the reference model. Raises UserError if its vocabulary differs from the parent's."""
         name, run = self.config.dpo.reference, self.config.run
         if name is None:
             return self.parent
@@ -91,13 +91,13 @@ class PreferenceStage(Child):
         ours, theirs = (read_tokenizer(each.directory).get_vocab() for each in (self.parent, found))
         if ours != theirs or found.config.vocab_size != self.parent.config.vocab_size:
             raise UserError(
-                f"dpo.reference is {name}, which has another vocabulary than {self.parent.init}: rewards compare "
-                "probabilities of the same tokens"
+                f"dpo.reference is {name}, whose vocabulary differs from that of {self.parent.init}: use a reference "
+                "with the same tokenizer"
             )
         return found
 
     def batches(self, ranks: Ranks) -> PairBatches:
-        """Returns the pairs, with the reference model's log-probabilities. Raises UserError."""
+        """Returns the training pairs with the reference model's log-probabilities. Raises UserError."""
         loop = self.config.train
         self.pairs, reference = self.open(ranks)
         self.scores = self._scores(reference, ranks)
@@ -105,10 +105,9 @@ class PreferenceStage(Child):
         return PairBatches(self.pairs, self.scores["train"], loop.batch_size, loop.seed, ranks)
 
     def _scores(self, reference: Parent, ranks: Ranks) -> dict[str, Array]:
-        """Returns log-probabilities of answers, float32 (pairs, 2): computed once a run.
+        """Returns log-probabilities of answers, float32 (pairs, 2); computed once per run.
 
-        Of `train` and `validation` by the reference model, and as `init` those of validation by the model that the run
-        begins with.
+        `train` and `validation` are by the reference model; `init` is of the validation pairs by the initial model.
         """
         path, key = self.directory / LOG_PROBS, {"of": self.fingerprint, "pairs": str(len(self.used))}
         if on_first(lambda: path.exists() and _metadata(path) == key):
@@ -137,12 +136,12 @@ class PreferenceStage(Child):
         """Returns the model's log-probabilities of both answers of some pairs, (pairs, 2), on every rank.
 
         Args:
-            about: what to print now and then.
+            about: title of progress lines; None: no progress lines.
         """
         batch, (place, parts) = self.config.train.batch_size, ranks.part
         found = torch.zeros(len(chosen), 2, dtype=torch.float64, device=ranks.device)
         logged = time.monotonic()
-        # Every rank does as many forwards: sharded weights need all of them. What is left over is done again.
+        # A sharded forward needs all ranks, so every rank runs the same number; surplus pairs are repeated.
         for first in range(0, len(chosen), batch * ranks.data_count):
             numbers = [first + ranks.data_rank * batch + one for one in range(batch)]
             own = [chosen[number % len(chosen)] for number in numbers]
@@ -158,20 +157,20 @@ class PreferenceStage(Child):
         return np.asarray(found.float().cpu())
 
     def counts(self, model: Transformer, batch: Any) -> Counts:
-        """Returns how many pairs there are."""
+        """Returns the number of pairs."""
         return pair_counts(model, batch)
 
     def loss(self, model: Transformer, batch: Any, totals: Counts) -> Loss:
-        """Returns the loss of the pairs."""
+        """Returns the preference loss."""
         return preference_loss(model, batch, self.config.dpo, totals)
 
     def examine(self, model: Transformer) -> dict[str, float]:
-        """Returns the loss and the rewards of held-out pairs."""
+        """Returns loss and rewards on held-out pairs."""
         chosen = self.held_out(self.pairs)
         return self._measured(chosen, self._log_probs(model, self.pairs.validation, chosen, self.ranks))
 
     def held_out(self, pairs: Pairs) -> range:
-        """Returns the pairs of the validation: spread evenly, and the same ones each time."""
+        """Returns the indices of the validation pairs: spread evenly, and always the same."""
         available = len(pairs.validation)
         count = min(available, self.config.train.validation_windows)
         return range(0, available // count * count, available // count)
@@ -187,7 +186,7 @@ class PreferenceStage(Child):
         }
 
     def conclude(self, result: dict[str, Any]) -> tuple[dict[str, Any], str]:
-        """Returns the held-out rewards before and after, and a line about them."""
+        """Returns the held-out rewards before and after training, and a log line about them."""
         if self.config.engine == "ictx":
             chosen = self.held_out(self.pairs)
             before = self._measured(chosen, self.scores["init"][[*chosen]])
@@ -200,12 +199,12 @@ class PreferenceStage(Child):
         }  # fmt: skip
         return found | {"engine": self.config.engine, "reference": self.reference}, (
             f"held-out reward margin {before[MARGIN]:.4f} before, {after[MARGIN]:.4f} after; "
-            f"{after[ACCURACY]:.0%} of the pairs in the right order"
+            f"{after[ACCURACY]:.0%} of the pairs ranked correctly"
         )
 
 
 def recorded(directory: Path) -> list[dict[str, float]]:
-    """Returns the records of a run's validations, the one before training and the last among them."""
+    """Returns the records of a run's evaluations, including that before training."""
     with open_regular(directory / "metrics.jsonl") as file:
         records = [json.loads(line) for line in file if line.endswith(b"\n")]
     return [record for record in records if MARGIN in record]

@@ -1,4 +1,4 @@
-"""TRL's DPOTrainer on transformers' model with our attention, optimizer, order of pairs and checkpoints."""
+"""TRL's DPOTrainer with transformers' model and ictx's attention, optimizer, order of pairs and checkpoints."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ LAYER = "DeepseekV3DecoderLayer"
 
 
 def arguments(config: DpoConfig, device: torch.device, directory: Path) -> Arguments:
-    """Returns TRL's settings for ours.
+    """Converts a run's settings to TRL's.
 
     Args:
-        device: on GPUs weights are sharded by FSDP2 through accelerate, computed with in `train.dtype`, and kept in
-            float32; elsewhere accelerate has DistributedDataParallel alone.
-        directory: for what TRL writes; nothing unless it fails.
+        device: on GPUs, accelerate shards the float32 weights with FSDP2 and computes in `train.dtype`; on other
+            devices it supports only DistributedDataParallel.
+        directory: TRL's output folder; stays empty unless TRL fails.
     """
     loop, on_gpu = config.train, device.type == "cuda"
     half = on_gpu and loop.dtype == "bfloat16"
@@ -44,7 +44,7 @@ def arguments(config: DpoConfig, device: torch.device, directory: Path) -> Argum
         precompute_ref_log_probs=True,
         max_grad_norm=config.optimizer.clip_norm,
         seed=loop.seed,
-        # The order is ours: see `PairTrainer.arrange`.
+        # `RunTrainer.go` arranges the pairs in the run's order.
         train_sampling_strategy="sequential",
         bf16=half,
         use_cpu=not on_gpu,
@@ -65,14 +65,14 @@ def arguments(config: DpoConfig, device: torch.device, directory: Path) -> Argum
         ddp_find_unused_parameters=False,
     )
     if on_gpu:
-        # As in `ictx.parallel`. Otherwise accelerate sums gradients in bfloat16, and rounds log-probabilities to it.
+        # As in `ictx.parallel`. By default accelerate reduces gradients in bfloat16 and rounds log-probabilities to it.
         policy = MixedPrecisionPolicy(torch.bfloat16 if half else None, torch.float32, cast_forward_inputs=False)
         made.fsdp_plugin_args["mixed_precision_policy"] = policy
     return made
 
 
 class PairTrainer(DPOTrainer):
-    """TRL's trainer, of pairs that are tokens already."""
+    """TRL's trainer for tokenized pairs."""
 
     model: Any
     optimizer: Any
@@ -80,28 +80,28 @@ class PairTrainer(DPOTrainer):
     train_dataset: Any
 
     def __init__(self, config: DpoConfig, device: torch.device, **arguments: Any) -> None:
-        """Computes the log-probabilities of the reference model, which is released then.
+        """Computes the log-probabilities of the reference model and releases it.
 
         Args:
-            arguments: TRL's; `ref_model` must be given, and data sets have `prompt_ids`, `chosen_ids`, `rejected_ids`.
+            arguments: DPOTrainer's, with `ref_model`; data sets need `prompt_ids`, `chosen_ids`, `rejected_ids`.
         """
         self.config, self.device_of_run = config, device
         super().__init__(**arguments)
         self.ref_model = None
 
     def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
-        """Returns pairs as they are."""
+        """Returns the pairs unchanged: they are tokenized already."""
         return dataset
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """Returns the one that our own loop has."""
+        """Returns the optimizer of ictx's own loop."""
         if self.optimizer is None:
             weights = [weight for weight in self.model.parameters() if weight.requires_grad]
             self.optimizer = adamw(weights, self.config.optimizer, self.device_of_run)
         return cast(torch.optim.Optimizer, self.optimizer)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LambdaLR:
-        """Returns the rates that our own loop has: step n is done with the n-th."""
+        """Returns the learning rate schedule of ictx's own loop."""
         if self.lr_scheduler is None:
             rate = functools.partial(_share, steps=num_training_steps, config=self.config)
             self.lr_scheduler = LambdaLR(optimizer or self.optimizer, rate)
@@ -110,5 +110,5 @@ class PairTrainer(DPOTrainer):
 
 
 def _share(done: int, steps: int, config: DpoConfig) -> float:
-    """Returns the rate of the next step, as a share of the highest."""
+    """Returns the learning rate of the next step relative to the peak; `done` steps are completed."""
     return learning_rate(min(done + 1, steps), steps, config.optimizer) / config.optimizer.learning_rate

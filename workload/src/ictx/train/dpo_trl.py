@@ -1,4 +1,4 @@
-"""A run of `ictx train dpo` with TRL: what `ictx.train.run` does for our own loop."""
+"""A run of `ictx train dpo` with TRL; the counterpart of `ictx.train.run`."""
 
 from __future__ import annotations
 
@@ -37,10 +37,11 @@ from ictx.train.stage import Stage
 
 
 def load_model(parent: Parent, attention: str, adapter: LoopConfig | None = None) -> Any:
-    """Returns transformers' model of a parent, float32, in the host's memory.
+    """Returns a parent as transformers' model, float32, in host memory.
 
     Args:
-        adapter: settings of one that trains; with `lora` it gets the same adapter as in our own loop.
+        attention: transformers' name of the attention implementation.
+        adapter: settings of the training; with `lora` the model gets the same adapter as in ictx's own loop.
     """
     disable_progress_bar()  # type: ignore[no-untyped-call]
     model = DeepseekV3ForCausalLM.from_pretrained(parent.directory, dtype=torch.float32, attn_implementation=attention)
@@ -51,8 +52,8 @@ def load_model(parent: Parent, attention: str, adapter: LoopConfig | None = None
 
 
 def conduct(stage: PreferenceStage, ranks: Ranks, directory: Path) -> int:
-    """Runs or goes on with a run: see `ictx.train.run.main`."""
-    # Bars fill a job's log, and what transformers plans to rename is not the user's to change.
+    """Starts or resumes a run: see `ictx.train.run.main`."""
+    # Progress bars clutter a job's log, and users cannot act on transformers' deprecation warnings.
     os.environ.setdefault("TQDM_DISABLE", "1")
     disable_progress_bars()
     warnings.filterwarnings("ignore", category=FutureWarning)
@@ -62,17 +63,17 @@ def conduct(stage: PreferenceStage, ranks: Ranks, directory: Path) -> int:
         torch.use_deterministic_algorithms(True, warn_only=True)
     pairs, reference = stage.open(ranks)
     checkpoints = Checkpoints(directory / "checkpoints", loop.keep_checkpoints)
-    # What is known before the model is made: the newest checkpoint that can be used, and how far it had come.
+    # Loaded before the model is created: step and progress of the newest usable checkpoint.
     state = {"trainer": "", "data": stage.fingerprint}
     step = checkpoints.load_newest(state)
     if step and state["data"] != stage.fingerprint:
         raise UserError(
-            f"{directory} was trained on other data than {stage.data_dir} holds, or with another reference: give what "
-            "it began with, or another run.dir"
+            f"{directory} was trained on other data than {stage.data_dir}, or with another reference: use those that "
+            "it was started with, or another run.dir"
         )
     if step > loop.steps:
         raise UserError(
-            f"train.steps is {loop.steps}, but {directory} has a checkpoint of step {step}: raise train.steps or give "
+            f"train.steps is {loop.steps}, but {directory} has a checkpoint of step {step}: raise train.steps or use "
             "another run.dir"
         )
     past = json.loads(state["trainer"]) if step else {"taken": 0, "tokens": 0}
@@ -103,7 +104,7 @@ def conduct(stage: PreferenceStage, ranks: Ranks, directory: Path) -> int:
             ranks.limit(loop.timeout)
             trainer.go(step, len(pairs.train), stage.used, Path(scratch))
             if trainer.state.global_step < loop.steps:
-                journal.say(f"stop requested: ended after step {trainer.state.global_step}")
+                journal.say(f"stop requested: stopped after step {trainer.state.global_step}")
                 journal.finish("KILLED")
                 return STOPPED
             result = trainer.result(on_first(lambda: recorded(directory))[-1]) | {

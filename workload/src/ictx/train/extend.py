@@ -1,4 +1,4 @@
-"""Extension: trains a model for longer contexts, with YaRN's stretched positions (arXiv:2309.00071)."""
+"""Context extension: trains a model for longer contexts, with YaRN's scaled positions (arXiv:2309.00071)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ictx.train.ranks import Ranks, on_first
 
 
 class Extension(OnCorpus, Child):
-    """The stage: next-token prediction as in pretraining, from the parent's weights."""
+    """The stage `extend`: next-token prediction as in pretraining, from the parent's weights."""
 
     config: ExtendConfig
 
@@ -25,7 +25,7 @@ class Extension(OnCorpus, Child):
 
     @classmethod
     def completed(cls, content: Mapping[str, Any], parent: Parent) -> dict[str, Any]:
-        """Returns settings with what the parent fixes, the vocabulary of the data among it."""
+        """Returns settings completed from the parent, including data.vocab_size."""
         whole = super().completed(content, parent)
         before, now = parent.config.yarn, whole["model"]["yarn"]
         if before and now["factor"] < before.factor:
@@ -35,7 +35,7 @@ class Extension(OnCorpus, Child):
         return {**whole, "data": {"vocab_size": parent.config.vocab_size, **whole.get("data", {})}}
 
     def batches(self, ranks: Ranks) -> Batches:
-        """Returns the corpus in its order, packed. Raises UserError for one that does not fit parent and settings."""
+        """Returns the packed corpus in the run's order. Raises UserError if it does not match parent and settings."""
         batches = super().batches(ranks)
         on_first(lambda: self.parent.check_tokenizer(self.data_dir))
         return batches

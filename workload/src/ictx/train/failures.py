@@ -1,4 +1,4 @@
-"""What other libraries raise in a run, as errors that name the remedy."""
+"""Converts other libraries' errors in a run to UserErrors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ictx.registry import as_user_error
 
 @contextmanager
 def explained(directory: Path | None) -> Iterator[None]:
-    """Turns what other libraries raise about storage and the tracking server into a UserError that names it."""
+    """Converts other libraries' errors about storage, ranks and the tracking server to a UserError with the cause."""
     try:
         yield
     except MlflowException as error:
@@ -25,10 +25,10 @@ def explained(directory: Path | None) -> Iterator[None]:
         raise UserError(f"cannot write the exported model below {directory}: {error}") from error
     except RuntimeError as error:
         if isinstance(error, dist.DistError) or "gloo" in str(error):
-            raise UserError(f"a rank has ended or does not answer: {str(error).splitlines()[0]}") from error
+            raise UserError(f"a rank has exited or does not respond: {str(error).splitlines()[0]}") from error
         raise
     except OSError as error:
-        # A write to an open file that fails (full disk) does not name it.
+        # A failed write to an open file (full disk) has no file name.
         if error.filename:
             raise
         raise UserError(f"cannot write below {directory}: {error.strerror}") from error

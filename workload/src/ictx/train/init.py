@@ -1,4 +1,4 @@
-"""The model that a run begins with (`init`): resolved once to a version, verified, and kept in the run's folder."""
+"""A run's initial model (`init`): resolved once to a version, verified, and kept in the run's folder."""
 
 from __future__ import annotations
 
@@ -28,75 +28,75 @@ from ictx.train.config import TRAINING_ONLY
 from ictx.train.ranks import on_first
 
 NOTE, FOLDER = "init.json", "init"
-"""In a run's folder: what `init` stood for when the run began, and the model's files."""
+"""File in a run's folder with the version that `init` was resolved to, and folder with the model's files."""
 NOTED = ("init", "origin", "name", "version", "run_id")
-"""Texts in the note, and fields of `Parent`."""
+"""String fields of the note and of `Parent`."""
 RESULT = ("model_name", "model_version", "mlflow_run_id")
-"""What result.json has of them."""
+"""The corresponding fields of result.json."""
 EXPORT = "export"
-"""In a run's folder: its model."""
+"""Folder of a run with its exported model."""
 
 
 @dataclass(frozen=True)
 class Parent:
-    """A model to begin with, complete and verified in the run's folder."""
+    """An initial model, complete and verified in the run's folder."""
 
     init: str
-    """What the settings name: `models:/NAME/VERSION`, `models:/NAME@ALIAS` or `run:/FOLDER`."""
+    """Value of the setting: `models:/NAME/VERSION`, `models:/NAME@ALIAS` or `run:/FOLDER`."""
     origin: str
-    """What that was when the run began: `models:/NAME/VERSION` or `run:/FOLDER`."""
+    """What it was resolved to when the run started: `models:/NAME/VERSION` or `run:/FOLDER`."""
     name: str
-    """Registered model, empty where there is none."""
+    """Registered model; empty if it is not registered."""
     version: str
-    """Its version, empty where there is none."""
+    """Registered version; empty if it is not registered."""
     run_id: str
-    """MLflow run that trained it, empty if unknown."""
+    """MLflow run that trained it; empty if unknown."""
     directory: Path
-    """The files, as `ictx.model.hf` writes them."""
+    """Folder with the files in the format of `ictx.model.hf`."""
     config: ModelConfig
-    """Sizes of the model."""
+    """Model configuration."""
 
     @property
     def registered(self) -> str:
-        """`NAME/VERSION`, or the origin where it is not registered."""
+        """`NAME/VERSION`, or the origin if it is not registered."""
         return f"{self.name}/{self.version}" if self.version else self.origin
 
     @property
     def end_of_text(self) -> str:
-        """The tokenizer's entry that ends a text; empty where its settings name none."""
+        """The tokenizer's end-of-text token; empty if its configuration has none."""
         path = self.directory / TOKENIZER_CONFIG_FILE
         return special_text(read_object(path).get("eos_token")) or "" if path.exists() else ""
 
     def check_tokenizer(self, directory: Path) -> None:
-        """Raises UserError unless the data in a folder was made with this model's tokenizer."""
+        """Raises UserError unless the data in a folder was prepared with this model's tokenizer."""
         if read_tokenizer(directory).to_str() != read_tokenizer(self.directory).to_str():
             raise UserError(
                 f"{directory} has another tokenizer than {self.init}: prepare it with data.tokenizer={self.directory}"
             )
 
     def load(self, model: Transformer) -> None:
-        """Gives a model, which may be sharded, these weights; every rank calls it, the first one reads.
+        """Loads these weights into a model, which may be sharded; every rank calls it, the first one reads the files.
 
-        Raises UserError naming the file and the tensor that is wrong.
+        Raises UserError with the file and the tensor that is invalid.
         """
         weights: dict[str, Any] = {}
         on_first(lambda: weights.update(load_pretrained(self.directory, dtype=torch.float32).state_dict()))
         options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
         keys = set_model_state_dict(model, weights, options=options)
-        # Its own are those of adapters.
+        # Only adapters' weights are missing in the files.
         assert not keys.unexpected_keys and all(".lora_" in name for name in keys.missing_keys)
 
 
 def take(init: str, run: Path, patience: float = 0.0) -> Parent:
-    """Returns the model that a run begins with, after it brought the files to the run's folder `run`.
+    """Copies or downloads a run's initial model to the run's folder `run`, verifies it, and returns it.
 
-    What `init` stands for is decided at the first start and noted: an alias that moves changes nothing for later ones,
-    which need neither the server nor the other run's folder. One process at a time may call it.
+    `init` is resolved at the first start and the result is saved, so that later starts are not affected by a changed
+    alias, and need neither the server nor the other run's folder. One process at a time may call it.
 
     Args:
-        patience: seconds for which a tracking server may be away.
+        patience: seconds to wait for a tracking server that does not respond.
 
-    Raises UserError naming what does not exist, is damaged or is not this user's, or a server that does not answer.
+    Raises UserError if the model does not exist, is damaged or another user's, or the server does not respond.
     """
     with explained():
         return _taken(init, run, patience)
@@ -106,7 +106,9 @@ def _taken(init: str, run: Path, patience: float) -> Parent:
     note, directory = run / NOTE, run / FOLDER
     found = _noted(note)
     if found and found["init"] != init:
-        raise UserError(f"init is {shown(init)}, but {run} began with {found['init']}: give that, or another run.dir")
+        raise UserError(
+            f"init is {shown(init)}, but {run} was started with {found['init']}: use that, or another run.dir"
+        )
     if not found:
         found = patiently(lambda: _resolved(init), patience)
         _write(note, found)
@@ -115,7 +117,7 @@ def _taken(init: str, run: Path, patience: float) -> Parent:
     if held_version(directory) != _key(found):
         sums = _brought(found, _draft(directory), patience)
         if found.setdefault("sha256", sums) != sums:
-            raise UserError(f"{found['origin']} has other files than when {run} began: give another run.dir")
+            raise UserError(f"{found['origin']} has changed since {run} was started: use another run.dir")
         _write(note, found)
         if directory.exists():
             shutil.rmtree(directory)
@@ -125,13 +127,13 @@ def _taken(init: str, run: Path, patience: float) -> Parent:
 
 
 def _noted(note: Path) -> dict[str, Any] | None:
-    """Returns what an earlier start noted. Raises UserError for a note that another user may have written."""
+    """Returns an earlier start's note, None without one. Raises UserError if another user may have written it."""
     if not note.exists():
         return None
     check_owner(note)
     found = read_json(note)
     if not isinstance(found, dict) or not all(isinstance(found.get(name), str) for name in NOTED):
-        raise UserError(f"{note} is not what a run notes: give another run.dir")
+        raise UserError(f"{note} is not a run's {NOTE}: use another run.dir")
     return found
 
 
@@ -145,7 +147,7 @@ def _draft(directory: Path) -> Path:
 
 
 def _key(found: Mapping[str, Any]) -> tuple[str, str]:
-    """Returns what the folder's own note has as name and version."""
+    """Returns name and version in the folder's state file."""
     return (found["name"], found["version"]) if _is_registered(found["origin"]) else (found["origin"], "")
 
 
@@ -154,7 +156,7 @@ def _is_registered(origin: str) -> bool:
 
 
 def _resolved(init: str) -> dict[str, Any]:
-    """Returns what `init` stands for now. Raises UserError."""
+    """Resolves `init`; returns the content of the note. Raises UserError."""
     kind, _, place = init.partition(":")
     values: tuple[str, ...]
     if kind == "models":
@@ -173,22 +175,22 @@ def _resolved(init: str) -> dict[str, Any]:
 
 
 def _result(run: Path) -> dict[str, Any]:
-    """Returns what result.json in a run's folder holds. Raises UserError unless it is this user's, or root's."""
+    """Returns a run's result.json. Raises UserError unless it belongs to this user or root."""
     export, path = run / EXPORT, run / "result.json"
     try:
         for each in (run, export, path):
             check_owner(each, {0})
         result = read_json(path)
     except Unusable as error:
-        raise UserError(f"init is run:{run}, which is no run of yours that has ended: {error}") from error
+        raise UserError(f"init is run:{run}, which is not a completed run of yours: {error}") from error
     return result if isinstance(result, dict) else {}
 
 
 def _brought(found: Mapping[str, Any], draft: Path, patience: float) -> dict[str, str]:
-    """Fills a folder with the model's files and returns path → SHA-256. Raises UserError."""
+    """Downloads or copies the model's files to `draft`; returns path → SHA-256. Raises UserError."""
     if _is_registered(found["origin"]):
         ref = ModelRef(found["name"], version=found["version"])
-        _say(f"fetching {ref}")
+        _say(f"downloading {ref}")
         return patiently(lambda: fetch_all(Source.find(new_client(), ref), draft, _say), patience)
     export = Path(found["origin"].partition(":")[2], EXPORT)
     _say(f"copying {export}")
@@ -205,22 +207,22 @@ def _brought(found: Mapping[str, Any], draft: Path, patience: float) -> dict[str
     for name in sums:
         (draft / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(export / name, draft / name, follow_symlinks=False)
-    # What was copied is what was meant, whatever happened to the export meanwhile.
+    # The copies are verified, because the export may have changed meanwhile.
     check_files(draft, {name: Entry(checksum) for name, checksum in sums.items()})
     write_state(draft, *_key(found), sums)
     return sums
 
 
 def _say(text: str) -> None:
-    """Prints at once: the log is read while the job runs."""
+    """Prints without buffering, because the log is read while the job runs."""
     print(f"init: {printable(text)}", flush=True)
 
 
 def inherited(parent: Parent, given: Mapping[str, Any], changeable: Collection[str] = ()) -> ModelConfig:
-    """Returns the parent's sizes with what a run's settings (`model`) change of them.
+    """Returns the parent's model configuration with the changes in a run's settings (`model`).
 
-    Settings need not repeat what the parent has. Raises UserError for one that contradicts it, unless it is one of
-    `changeable` or only matters while a model is trained. Where YaRN changes, the longest context follows.
+    Settings need not repeat the parent's. Raises UserError for one that differs, unless it is in `changeable` or
+    affects only training. If YaRN changes, max_position_embeddings is adjusted.
     """
     before = asdict(parent.config)
     whole = {
@@ -240,7 +242,7 @@ def inherited(parent: Parent, given: Mapping[str, Any], changeable: Collection[s
 
 
 def _differences(now: Mapping[str, Any], before: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Yields settings that both have, and differ, with both values; not those that only matter in training."""
+    """Yields settings that differ, with both values, except those that affect only training."""
     for name, value in now.items():
         known, path = before[name], f"{prefix}{name}"
         if is_dataclass(value) and not isinstance(value, type):

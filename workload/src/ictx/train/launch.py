@@ -1,4 +1,4 @@
-"""`python -m ictx.train.launch`: torchrun with the status of the first rank that failed, where its own is always 1."""
+"""`python -m ictx.train.launch`: torchrun, but with the exit status of the first rank that failed instead of 1."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 
 def main() -> int:
-    """Starts ranks with torchrun's arguments; returns 0, a rank's status, or 128 and the number of what killed it."""
+    """Starts ranks with torchrun's arguments; returns 0, a rank's exit status, or 128 plus the signal's number."""
     try:
         run.main()
     except ChildFailedError as error:
-        # Its report is in the log already.
+        # torchrun has already logged its report.
         status = error.get_first_failure()[1].exitcode
         return int(status if status > 0 else 128 - status)
     return 0

@@ -1,4 +1,4 @@
-"""One process, or job, at a time in a run's folder."""
+"""Lock of a run's folder: only one job at a time."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from ictx.train.ranks import on_first
 
 @contextmanager
 def locked(directory: Path, first: bool) -> Iterator[None]:
-    """Keeps a run's folder, which is made if need be, for this job; every rank calls it, the first one has the lock.
+    """Locks a run's folder, which is created if missing; every rank calls it, the first one holds the lock.
 
-    The system releases it when the process ends, however it does. Raises UserError when another job has it.
+    The system releases the lock whenever the process ends. Raises UserError if another job holds it.
     """
     descriptor = on_first(lambda: _lock(directory))
     try:
@@ -36,7 +36,7 @@ def _lock(directory: Path) -> int:
         holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
         os.close(descriptor)
         raise UserError(
-            f"run.dir {directory} is in use by {holder or 'another process'}: wait for its end, or give another run.dir"
+            f"run.dir {directory} is in use by {holder or 'another process'}: wait for its end, or use another run.dir"
         ) from error
     except OSError as error:
         print(f"{directory} cannot be locked ({error.strerror}): make sure that no other job uses it", flush=True)
@@ -44,6 +44,6 @@ def _lock(directory: Path) -> int:
     try:
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
-    except OSError:  # a full disk: the lock holds all the same
+    except OSError:  # for example a full disk: the lock is held nevertheless
         pass
     return descriptor

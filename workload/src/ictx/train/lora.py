@@ -1,4 +1,4 @@
-"""LoRA (arXiv:2106.09685): small matrices beside frozen ones learn what is added to them."""
+"""LoRA (arXiv:2106.09685): low-rank matrices are trained beside frozen weights."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from ictx.manifest import digest
 from ictx.train.config import LoopConfig, LoraConfig
 
 ADAPTER = "adapter"
-"""In a run's folder: what it learned, as PEFT reads it."""
+"""Folder of a run with its adapter in PEFT's format."""
 BASE = "base.json"
-"""In it: the checksums of the weights that it was trained with."""
+"""File in ADAPTER with the checksums of the base model's weights."""
 A, B = ".lora_A", ".lora_B"
-"""End the names of the small matrices in state dicts."""
+"""Suffixes of the low-rank matrices' names in state dicts."""
 FEED_FORWARD = {"gate_proj", "up_proj", "down_proj"}
 
 
 class LoraLinear(nn.Linear):
-    """A linear layer whose result has α/r · B·A·x added; only A, (rank, in), and B, (out, rank), are trained."""
+    """A linear layer W·x + α/r · B·A·x; only A (rank, in) and B (out, rank) are trained."""
 
     adapted = True
-    """Whoever multiplies with `weight` leaves something out."""
+    """Marks layers for which a product with `weight` alone would be wrong."""
 
     def __init__(self, linear: nn.Linear, config: LoraConfig) -> None:
         device = linear.weight.device
@@ -43,15 +43,15 @@ class LoraLinear(nn.Linear):
         self.scale, self.dropout = config.scale, config.dropout
 
     def forward(self, input: Tensor) -> Tensor:
-        """Returns the sum."""
+        """Returns W·x + α/r · B·A·x, (…, out), for input (…, in)."""
         out = F.linear(input, self.weight)
-        # A validation is in training mode too, as far as modules know.
+        # During evaluation modules stay in training mode, so that the gradient mode decides.
         kept = F.dropout(input, self.dropout, self.training and torch.is_grad_enabled())
         return out + F.linear(F.linear(kept, self.lora_A), self.lora_B) * self.scale
 
 
 def adapt(model: nn.Module, config: LoraConfig) -> None:
-    """Freezes a model, before it is sharded, and puts the small matrices in. Raises UserError for a wrong target.
+    """Freezes a model and adds adapters; call it before sharding. Raises UserError for an unknown target.
 
     Args:
         model: a `Transformer`, or transformers' `DeepseekV3ForCausalLM`, whose modules have the same names.
@@ -71,10 +71,9 @@ def adapt(model: nn.Module, config: LoraConfig) -> None:
 
 @torch.no_grad()
 def init_adapter(model: nn.Module, seed: int) -> None:
-    """Fills A uniformly in ±in^-½, as PEFT does, and B with zeros, so that nothing is added at first.
+    """Initializes A uniformly in ±in^-½, as PEFT does, and B with zeros, so that the initial output is unchanged.
 
-    A seed gives the same numbers on every device, however the matrices are sharded: drawn on the CPU, since a GPU's
-    generator has others.
+    Numbers are generated on the CPU, so that they do not depend on device or sharding.
     """
     for name, module in model.named_modules():
         if isinstance(module, LoraLinear):
@@ -90,13 +89,13 @@ def init_adapter(model: nn.Module, seed: int) -> None:
 
 
 def seed_dropout(loop: LoopConfig, step: int, rank: int) -> None:
-    """Makes a step leave out what it would have left out without the resume before it."""
+    """Seeds a step's dropout, so that a resumed run has the same masks."""
     if loop.lora and loop.lora.dropout:
         torch.manual_seed(zlib.crc32(f"{loop.seed} {step} {rank}".encode()))
 
 
 def merged(weights: Mapping[str, Tensor], config: LoraConfig) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Returns a whole state dict with what was learned added to the frozen weights, and what was learned alone."""
+    """Returns an unsharded state dict with the adapter merged into the frozen weights, and the adapter's weights."""
     learned = {name: weight for name, weight in weights.items() if name.endswith((A, B))}
     result = {name: weight for name, weight in weights.items() if name not in learned}
     for name, a in learned.items():
@@ -112,9 +111,9 @@ def merged(weights: Mapping[str, Tensor], config: LoraConfig) -> tuple[dict[str,
 def write_adapter(
     directory: Path, learned: Mapping[str, Tensor], config: LoraConfig, base: Path, origin: str, dtype: torch.dtype
 ) -> None:
-    """Writes what was learned as PEFT's `PeftModel.from_pretrained` reads it, for the model in the folder `base`.
+    """Writes an adapter for the model in folder `base` in the format of PEFT's `PeftModel.from_pretrained`.
 
-    BASE has the checksums of that model's weights, and `origin`, which names it: an adapter on other weights is noise.
+    BASE has the checksums of that model's weights and its name, `origin`, because an adapter is valid only for these.
     """
     targets = {name.split(".")[-2] for name in learned}
     settings: dict[str, Any] = {
@@ -123,9 +122,9 @@ def write_adapter(
         "base_model_name_or_path": str(base),
         "r": config.rank,
         "lora_alpha": config.alpha,
-        "lora_dropout": 0.0,  # which is for training; with target_parameters PEFT takes no other
+        "lora_dropout": 0.0,  # only for training; PEFT accepts no other with target_parameters
         "target_modules": sorted(targets - FEED_FORWARD),
-        # As modules PEFT (0.21) takes these for experts' (its `_convert_peft_config_moe`), and leaves dense layers out.
+        # In target_modules, PEFT (0.21) takes these for experts' and skips dense layers (`_convert_peft_config_moe`).
         "target_parameters": [f"{name}.weight" for name in sorted(targets & FEED_FORWARD)],
         "bias": "none",
         "inference_mode": True,

@@ -1,4 +1,4 @@
-"""The loss of a batch as its share of a step's: ranks and micro-batches with fewer tokens weigh less."""
+"""The loss of a batch as its share of a step's loss, weighted by its number of tokens."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from ictx.data.loader import Batch
 from ictx.model import Transformer
 
 Counts = dict[str, Tensor]
-"""How many of what parts of a loss are means over, by name."""
+"""Denominators of a loss's parts, by name."""
 Loss = tuple[Tensor, dict[str, Tensor]]
-"""A batch's share of a step's loss to differentiate, and of what is recorded."""
+"""A batch's share of a step's loss, with gradient, and its shares of the metrics."""
 OVER = {"mtp_loss": "further", "balance_loss": "windows"}
-"""What the parts that training adds are means over; all else is one over `tokens`."""
+"""Denominators of auxiliary losses; all others are means over `tokens`."""
 
 
 def token_counts(model: Transformer, batch: Batch) -> Counts:
-    """Returns a batch's `tokens` with a label, its `windows`, and the `further` labels of a model that predicts them.
+    """Returns a batch's numbers of `tokens` with a label, `windows`, and `further` labels of multi-token prediction.
 
-    Of ranks that share out windows each counts these: it has as large a part of their balance as the others.
+    Ranks of a context all count the windows that they share, since each contributes equally to the balance loss.
     """
     labels = batch.labels
     counts = {"tokens": (labels >= 0).sum(), "windows": torch.full((), len(labels), device=labels.device)}
@@ -31,24 +31,24 @@ def token_counts(model: Transformer, batch: Batch) -> Counts:
 
 
 def cross_entropy(model: Transformer, batch: Batch, mask_documents: bool) -> Tensor:
-    """Returns the mean cross-entropy of a batch, in nats, with the z-loss if a gradient is wanted (`Transformer`).
+    """Returns the mean cross-entropy of a batch in nats, plus the z-loss if gradients are enabled (`Transformer`).
 
     Args:
-        mask_documents: whether a token sees its own document only. If it sees the others, positions count through:
-            with those of the documents, distances between two of them would mean nothing.
+        mask_documents: restrict attention to a token's own document, with positions relative to it. Otherwise
+            positions are those in the window, since relative positions across documents would be meaningless.
     """
     documents = {"position_ids": batch.position_ids, "document_ids": batch.document_ids} if mask_documents else {}
     return cast(Tensor, model(batch.input_ids, labels=batch.labels, **documents))
 
 
 def next_token_loss(model: Transformer, batch: Batch, mask_documents: bool, totals: Counts) -> Loss:
-    """Returns a batch's share of the cross-entropy of each token's next one, and of what training adds to it.
+    """Returns a batch's share of the next-token cross-entropy plus auxiliary losses, and its shares of the metrics.
 
-    Summed over the batches that `totals` counts, `loss` is the cross-entropy alone, in nats; `mtp_loss`,
-    `balance_loss` and `z_loss` are what is added, each a mean over its own, and `auxiliary_loss` all of these.
+    Summed over the batches of `totals`, `loss` is the cross-entropy alone, in nats; `mtp_loss`, `balance_loss` and
+    `z_loss` are the auxiliary losses, and `auxiliary_loss` is their sum.
 
     Args:
-        mask_documents: as `cross_entropy` takes it.
+        mask_documents: see `cross_entropy`.
         totals: `token_counts` of all batches of the step on all ranks.
     """
     mean = cross_entropy(model, batch, mask_documents)

@@ -1,4 +1,4 @@
-"""The optimizers, and their learning rate from step to step."""
+"""Optimizers and learning rate schedules."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from ictx.train.config import OptimizerConfig
 
 
 def learning_rate(step: int, steps: int, config: OptimizerConfig) -> float:
-    """Returns the rate of step 1 … `steps`: a linear warm-up, then the schedule's way down to the final share.
+    """Returns the learning rate of a step (1 to `steps`): a linear warm-up, then a decay to the final share.
 
-    `cosine` is half a cosine; `wsd` stays, and goes down as 1 - √ (arXiv:2405.18392, section 3) in the last steps.
+    `cosine` is half a cosine; `wsd` is constant and decays as 1 - √x in the last steps (arXiv:2405.18392, section 3).
     """
     if step <= config.warmup_steps:
         return config.learning_rate * step / config.warmup_steps
@@ -29,7 +29,7 @@ def learning_rate(step: int, steps: int, config: OptimizerConfig) -> float:
 
 
 def adamw(weights: Iterable[nn.Parameter], config: OptimizerConfig, device: torch.device) -> torch.optim.Optimizer:
-    """Returns AdamW, in one kernel on GPUs; norms do not decay."""
+    """Returns AdamW, fused on GPUs, without weight decay of norms."""
     matrices: list[nn.Parameter] = []
     norms: list[nn.Parameter] = []
     for weight in weights:
@@ -40,10 +40,10 @@ def adamw(weights: Iterable[nn.Parameter], config: OptimizerConfig, device: torc
 
 
 def new_optimizers(model: Transformer, config: OptimizerConfig, device: torch.device) -> list[torch.optim.Optimizer]:
-    """Returns AdamW, or Muon (arXiv:2502.16982) for the layers' matrices and AdamW for the rest.
+    """Returns AdamW, or Muon (arXiv:2502.16982) for the layers' matrices and AdamW for all other weights.
 
-    Muon's updates are made as long as AdamW's: rate and decay are the same. Embedding, head and experts, whose weights
-    have three dimensions, are among the rest.
+    Muon's updates are scaled to AdamW's RMS, so that learning rate and weight decay are the same. AdamW trains
+    embedding, head and experts (whose weights have three dimensions).
     """
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     if config.name == "adamw":

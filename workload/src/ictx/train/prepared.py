@@ -1,4 +1,4 @@
-"""The prepared data that a run reads, checked before it does."""
+"""Verification of a run's prepared data before training."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from ictx.train.ranks import on_all, on_first
 
 
 def checked(config: DataConfig) -> list[Path]:
-    """Returns the folders with prepared data; every rank calls it and reads a part of the files.
+    """Returns the folders with prepared data; every rank calls it and verifies a part of the files.
 
-    Raises UserError unless they are of somebody who is trusted, and what was written.
+    Raises UserError unless their owner is trusted and the files match their manifests.
     """
     return [checked_folder(directory, config) for directory in config.dirs]
 
 
 def checked_folder(directory: Path, config: Trusting) -> Path:
-    """Does the same for one folder, of whatever kind of data."""
+    """Like `checked`, for one folder of any kind of data."""
     directory = directory.resolve()
 
     def files() -> dict[str, Entry]:
         try:
             return trusted_files(directory, config)
         except Unusable as error:
-            raise UserError(f"{error}; to train on data of one's own: ictx data prepare") from error
+            raise UserError(f"{error}; prepare your own data with ictx data prepare") from error
 
     found = on_first(files)
     largest_first = sorted(found, key=lambda name: (-(found[name].size or 0), name))

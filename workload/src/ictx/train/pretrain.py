@@ -20,17 +20,17 @@ from ictx.train.validation import Validation
 
 
 class OnCorpus:
-    """What stages have in common that predict the next token of a corpus."""
+    """Common part of the stages that train next-token prediction on a corpus."""
 
     config: CorpusConfig
 
     @property
     def data_dir(self) -> Path:
-        """Folder of the corpus, of the first one where there are several."""
+        """Folder of the corpus, or of the first corpus of a mix."""
         return self.config.data.dirs[0]
 
     def batches(self, ranks: Ranks) -> Batches:
-        """Returns the corpus in its order, packed. Raises UserError for one that does not fit the settings."""
+        """Returns the packed corpus in the run's order. Raises UserError if it does not match the settings."""
         loop = self.config.train
         folders, corpora = checked(self.config.data), self.config.data
         data, validation = opened(folders, corpora, "train"), opened(folders, corpora, "validation")
@@ -57,19 +57,19 @@ class OnCorpus:
         return Batches(data, loop.sequence_length, loop.batch_size, *shares, loop.seed, ranks.part)
 
     def counts(self, model: Transformer, batch: Batch) -> Counts:
-        """Returns the tokens of a batch, and what else its loss is a mean over."""
+        """Returns the denominators of a batch's losses."""
         return token_counts(model, batch)
 
     def loss(self, model: Transformer, batch: Batch, totals: Counts) -> Loss:
-        """Returns the cross-entropy of each next token."""
+        """Returns the next-token cross-entropy."""
         return next_token_loss(model, batch, self.config.train.mask_documents, totals)
 
     def examine(self, model: Transformer) -> dict[str, float]:
-        """Returns the loss on validation data, and how large activations got there."""
+        """Returns the loss on validation data, and the largest activations."""
         return self.validation.examine(model, self)
 
     def conclude(self, result: dict[str, Any]) -> tuple[dict[str, Any], str]:
-        """Returns the loss of a model of token frequencies only, and how far this one's is from it."""
+        """Returns the unigram entropy (nats), and a log line that compares the validation loss with it."""
         entropy = self.unigram_entropy
         change = result["val_loss"] / entropy - 1
         return {"unigram_entropy": entropy}, (
@@ -79,7 +79,7 @@ class OnCorpus:
 
 
 class Pretraining(OnCorpus):
-    """The stage."""
+    """The stage `pretrain`."""
 
     name, settings = "pretrain", PretrainConfig
     parent = None
@@ -89,10 +89,10 @@ class Pretraining(OnCorpus):
 
 
 def start(content: Mapping[str, Any]) -> int:
-    """Does what `main` does with settings that come as plain values."""
+    """Like `main`, with settings as plain values."""
     return main(build(PretrainConfig, content))
 
 
 def main(config: PretrainConfig) -> int:
-    """Runs or goes on with a pretraining run: see `ictx.train.run.main`."""
+    """Starts or resumes a pretraining run: see `ictx.train.run.main`."""
     return run.main(Pretraining(config), config)

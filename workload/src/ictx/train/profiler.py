@@ -1,4 +1,4 @@
-"""A trace of some steps, for chrome://tracing and Perfetto."""
+"""Traces of training steps for chrome://tracing and Perfetto."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from pathlib import Path
 from torch.profiler import profile, schedule
 
 SKIPPED, WARM_UP = 2, 1
-"""Steps before those that are traced: in the first one kernels are compiled and memory is taken."""
+"""Steps before the traced ones; in the first step kernels are compiled and memory is allocated."""
 
 
 @contextmanager
 def traced(steps: int, directory: Path, rank: int) -> Iterator[Callable[[], object]]:
-    """Yields what to call after each step; so many of them, after the first ones, go to `directory`/rank-00000.json.gz.
+    """Yields a function to call after each step; traces `steps` steps to `directory`/rank-00000.json.gz.
 
     With 0 steps nothing is traced.
     """

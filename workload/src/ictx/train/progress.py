@@ -1,4 +1,4 @@
-"""What a run has come to, besides its weights: it goes into checkpoints, and a start goes on from there."""
+"""Progress of a run besides its weights; part of checkpoints."""
 
 from __future__ import annotations
 
@@ -7,26 +7,26 @@ import statistics
 from dataclasses import asdict, dataclass, field
 
 RECENT, LEAST = 128, 32
-"""Steps that a spike is measured against, as in OLMo 2 (arXiv:2501.00656, section 3.1); as many are needed at least."""
+"""Recent steps that define a spike, and their minimum number, as in OLMo 2 (arXiv:2501.00656, section 3.1)."""
 
 
 @dataclass
 class Progress:
-    """Counts since the run's beginning."""
+    """Counts since the start of the run."""
 
     tokens: int = 0
-    """Tokens that steps were made of."""
+    """Tokens of all steps."""
     skipped_steps: int = 0
-    """Steps that changed no weights."""
+    """Steps that were skipped."""
     roll_backs: int = 0
-    """Times that the run went back to a checkpoint."""
+    """Roll-backs to a checkpoint."""
     parent_loss: float | None = None
-    """Validation loss before the first step, in nats a token, of a stage that begins with a parent."""
+    """Validation loss (nats per token) of the parent, before the first step; None without a parent."""
     recent: list[tuple[float, float]] = field(default_factory=list)
-    """Loss and gradient norm of the last steps that had finite ones, skipped ones among them."""
+    """Loss and gradient norm of the last steps with finite values, including skipped steps."""
 
     def is_spike(self, loss: float, norm: float, deviations: float) -> bool:
-        """Whether a step's loss or gradient norm is so many standard deviations above the mean of the last ones."""
+        """Whether loss or gradient norm exceeds the mean of the recent steps by `deviations` standard deviations."""
         if not deviations or len(self.recent) < LEAST:
             return False
         return any(
@@ -35,7 +35,7 @@ class Progress:
         )
 
     def note(self, loss: float, norm: float) -> None:
-        """Adds a step to the last ones."""
+        """Adds a step to `recent`."""
         self.recent = [*self.recent, (loss, norm)][-RECENT:]
 
     def dump(self) -> str:
@@ -43,7 +43,7 @@ class Progress:
         return json.dumps(asdict(self))
 
     def load(self, text: str) -> None:
-        """Takes over what an earlier start noted; what that did not know stays."""
+        """Restores values from `dump`; values that it lacks stay unchanged."""
         for name, value in json.loads(text).items():
             if hasattr(self, name):
                 setattr(self, name, value)

@@ -1,4 +1,4 @@
-"""The end of a run: the model exported, registered, and summed up in result.json."""
+"""The end of a run: exports and registers the model, and writes result.json."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ictx.train.stage import Stage
 
 
 def whole(model: nn.Module) -> dict[str, Tensor]:
-    """Returns a model's weights on the first rank, in its host's memory; every rank calls it."""
+    """Returns a model's unsharded weights in host memory on the first rank; every rank calls it."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     return cast("dict[str, Tensor]", get_model_state_dict(model, options=options))
 
@@ -33,7 +33,7 @@ def publish(
     """Exports and registers the model and writes result.json; every rank calls it, the first one writes.
 
     Args:
-        weights: by their names in a `Transformer`, each whole.
+        weights: unsharded tensors by their names in a `Transformer`.
     """
     assert config.run.dir
     for measure in ("final_loss", "val_loss"):

@@ -1,4 +1,4 @@
-"""The ranks of a job: who this is, on which device, and when to stop."""
+"""The ranks of a job: process group, device, collectives on Python objects, and SIGTERM."""
 
 from __future__ import annotations
 
@@ -25,36 +25,36 @@ from ictx.parallel.mesh import Layout
 T = TypeVar("T")
 ALL_SHARD = Layout()
 START = timedelta(minutes=30)
-"""How long ranks wait for each other until the first step: data are verified, a tracking server may be away."""
+"""Timeout of collectives before the first step, while data is verified and the tracking server may not respond."""
 
 
 @dataclass
 class Ranks:
-    """This process among its equals, as torchrun started them; a single process is its own only rank."""
+    """This process among the ranks that torchrun started; a single process without torchrun is the only rank."""
 
     rank: int
     count: int
     device: torch.device
     mesh: DeviceMesh
-    """What weights are sharded over, and replicated where that is wanted."""
+    """Device mesh for sharding, and replication with HSDP."""
     context: Context | None = None
-    """The ranks that share this one's windows."""
+    """Context parallel group: the ranks that share this rank's windows."""
     told_to_stop: bool = field(default=False)
-    """Whether this process got SIGTERM: save a checkpoint at the next step and end."""
+    """Whether this process received SIGTERM: save a checkpoint at the next step and exit."""
 
     @property
     def part(self) -> tuple[int, int]:
-        """Which part of its windows' tokens this rank has, and of how many."""
+        """Index of this rank's part of its windows' tokens, and the number of parts."""
         return (self.context.rank, self.context.count) if self.context else (0, 1)
 
     @property
     def data_rank(self) -> int:
-        """Which of `data_count` shares of the windows this rank has; ranks of one `context` have the same."""
+        """Index of this rank's share of the windows (of `data_count`); equal for the ranks of a `context`."""
         return self.rank // self.part[1]
 
     @property
     def data_count(self) -> int:
-        """Groups of ranks that have windows of their own."""
+        """Number of groups of ranks with different windows."""
         return self.count // self.part[1]
 
     @property
@@ -63,18 +63,18 @@ class Ranks:
         return self.rank == 0
 
     def limit(self, seconds: float) -> None:
-        """From here on a rank that does not take part in a collective of the training for so long ends the job."""
+        """Sets the timeout of training collectives, after which a missing rank fails the job."""
         context = [GROUPS[self.context.name]] if self.context else []
         for group in (None, *self.mesh.get_all_groups(), *context):
             _set_pg_timeout(timedelta(seconds=seconds), group)
 
     def say(self, text: str) -> None:
-        """Prints once for all ranks."""
+        """Prints on the first rank only."""
         if self.first:
             print(text, flush=True)
 
     def sums(self, counts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """Returns the sum of each count over a list and all ranks, the same everywhere, without waiting for a GPU."""
+        """Returns the sum of each count over the list and all ranks, on every rank; does not synchronize with a GPU."""
         names = list(counts[0])
         own = torch.stack([torch.stack([each[name] for name in names]) for each in counts]).sum(0)
         whole = own.to(self.device, torch.float64)
@@ -82,26 +82,26 @@ class Ranks:
         return dict(zip(names, whole.unbind(), strict=True))
 
     def total(self, *values: float) -> list[float]:
-        """Returns the sum of each value over all ranks, the same everywhere."""
+        """Returns the sum of each value over all ranks, on every rank."""
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(tensor)
         return [float(value) for value in tensor]
 
     def largest(self, *values: float) -> list[float]:
-        """Returns the largest of each value over all ranks, the same everywhere."""
+        """Returns the maximum of each value over all ranks, on every rank."""
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(tensor, dist.ReduceOp.MAX)
         return [float(value) for value in tensor]
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
-        """Remembers SIGTERM; the signal may come more than once (SLURM and torchrun both send it)."""
+        """Records SIGTERM, which may arrive more than once (SLURM and torchrun both send it)."""
         self.told_to_stop = True
 
 
 def on_all(call: Callable[[], T], group: dist.ProcessGroup | None = None) -> list[T]:
-    """Returns what each rank's call returns, on every rank; `group` is the one of all ranks, unless given another.
+    """Runs a function on every rank; returns all ranks' results on every rank. `group` defaults to all ranks.
 
-    No rank waits for one that failed: what a call raises, the lowest rank's first, every rank raises.
+    If a call raises, every rank raises the error of the lowest rank that failed, so that no rank waits for it.
     """
     outcome: tuple[T | None, Exception | None]
     try:
@@ -109,7 +109,7 @@ def on_all(call: Callable[[], T], group: dist.ProcessGroup | None = None) -> lis
     except (UserError, OSError) as error:
         outcome = None, error
     except Exception as error:
-        # Other classes need not survive the way to the other ranks.
+        # Other exception classes may not be picklable.
         outcome = None, RuntimeError(f"{type(error).__name__}: {error}")
     outcomes = [outcome] * dist.get_world_size()
     dist.all_gather_object(outcomes, outcome, group)
@@ -120,27 +120,27 @@ def on_all(call: Callable[[], T], group: dist.ProcessGroup | None = None) -> lis
 
 
 def on_first(call: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
-    """Returns what the first rank's call returns, on every rank; what it raises, every rank raises."""
+    """Runs a function on the first rank; returns its result, or raises its error, on every rank."""
     return cast("T", on_all(lambda: call() if dist.get_rank() == 0 else None, group)[0])
 
 
 ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-"""What torchrun sets, for a process that runs without it."""
+"""Defaults of torchrun's environment variables for a process without it."""
 
 
 @contextmanager
 def joined(layout: Layout = ALL_SHARD) -> Iterator[Ranks]:
-    """Joins the process group: NCCL on GPUs, Gloo without. Raises UserError for a layout of another number of ranks."""
+    """Joins the process group (NCCL on GPUs, else Gloo). Raises UserError if the layout does not match the ranks."""
     alone = {name: value for name, value in ALONE.items() if name not in os.environ}
     os.environ.update(alone)
-    # Memory that grows in place: without it a tenth of a long sequence's lies in gaps (docs/training.md).
+    # Without it, fragmentation wastes a tenth of the memory of long sequences (docs/training.md).
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
-    # The last collectives, which a rank that hangs leaves behind.
+    # Enables the flight recorder, which the watchdog dumps for a hanging rank.
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
     on_gpu = device.type == "cuda"
     try:
@@ -153,6 +153,6 @@ def joined(layout: Layout = ALL_SHARD) -> Iterator[Ranks]:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-        # Libraries that are used afterwards (accelerate) take them for a launcher's, and join a group of their own.
+        # Otherwise libraries that are used later (accelerate) would assume a launcher and join a group.
         for name in alone:
             os.environ.pop(name, None)

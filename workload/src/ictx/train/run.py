@@ -1,4 +1,4 @@
-"""The loop that all stages share: step, check, record, examine, save, stop, publish."""
+"""The training loop of all stages: step, check, log, evaluate, save, stop, publish."""
 
 from __future__ import annotations
 
@@ -37,18 +37,18 @@ from ictx.train.state import TrainingState
 from ictx.train.update import Updater
 from ictx.train.watchdog import Watchdog
 
-# sysexits.h EX_TEMPFAIL: saved, run me again.
+# EX_TEMPFAIL of sysexits.h: a checkpoint is saved, start the command again.
 STOPPED = 75
-# What a record has the seconds of: the parts that make up a step, then what comes between steps.
+# Names of laps in records: the parts of a step, then the work between steps.
 STEP_PARTS = ("data", "forward", "backward", "optimizer", "ranks")
 PAUSES = ("evaluation", "checkpoint")
 
 
 class Run:
-    """One start of a run; it takes up what an earlier start saved."""
+    """One start of a run; resumes from an earlier start's checkpoint."""
 
     def __init__(self, stage: Stage, config: StageConfig, ranks: Ranks, directory: Path) -> None:
-        """Makes the sharded model and loads the newest checkpoint. Raises UserError for data that does not fit."""
+        """Creates the sharded model and loads the newest checkpoint. Raises UserError for incompatible data."""
         self.stage, self.config, self.ranks, self.directory = stage, config, ranks, directory
         loop = config.train
         if loop.fp8 != "none":
@@ -59,7 +59,7 @@ class Run:
         self.checkpoints = Checkpoints(directory / "checkpoints", loop.keep_checkpoints)
         self.resumed_from = self.state.resume(self.checkpoints)
         self.journal = new_journal(stage, config, ranks, directory, self.resumed_from)
-        # All are here: none has a reason to be late from now on.
+        # All ranks have started: from now on the short timeout applies.
         ranks.limit(loop.timeout)
         self.stopwatch = Stopwatch(ranks.device)
         COLLECTIVES.device = ranks.device if ranks.count > 1 else None
@@ -70,12 +70,12 @@ class Run:
         self.saving: tuple[int, Future[Path]] | None = None
 
     def close(self, wait: bool) -> None:
-        """Ends threads; `wait` for a checkpoint that is being written, unless a rank is lost that has a part in it."""
+        """Stops threads; `wait` for a checkpoint that is being written. Do not wait if a rank is lost."""
         self.checkpoints.close(wait)
         self.watchdog.close()
 
     def train(self) -> dict[str, Any] | None:
-        """Trains to the last step; returns the result, or None when signalled to stop (a checkpoint is saved then)."""
+        """Trains to the last step; returns the result, or None if signalled to stop (a checkpoint is saved then)."""
         loop, began, due = self.config.train, time.monotonic(), False
         if self.stage.parent and not self.step_number:
             self.state.progress.parent_loss = self._examine(0)["validation_loss"]
@@ -94,13 +94,13 @@ class Run:
                     self._record(step, record)
                 tick()
                 self._collect(wait=False)
-                # A series of bad steps is waited for: what led to it must not take the place of better weights.
+                # Not during a series of bad steps: the weights that led to it must not replace a better checkpoint.
                 due |= step % loop.checkpoint_every == 0 or self.updater.stops > 0
                 if (due and not bad) or last:
                     self._save(step, wait=last or self.updater.stops > 0)
                     due = False
                 if self.updater.stops and not bad and not last:
-                    self.journal.say(f"stop requested: ended after step {step}")
+                    self.journal.say(f"stop requested: stopped after step {step}")
                     return None
         self.watchdog.rest()
         progress, losses = self.state.progress, self.state.losses
@@ -118,7 +118,7 @@ class Run:
         }
 
     def _step(self, step: int) -> dict[str, float]:
-        """Does a step and counts it."""
+        """Runs a step and updates the counts."""
         start = time.monotonic()
         record = self.updater.step(step)
         self.busy += time.monotonic() - start
@@ -130,14 +130,14 @@ class Run:
         self.bad_in_a_row += 1
         self.skipped += 1
         self.state.progress.skipped_steps += 1
-        self.journal.say(f"{_found(step, record)}: weights stay as they are")
+        self.journal.say(f"{_found(step, record)}: step skipped, weights unchanged")
         return record
 
     def _roll_back(self, record: dict[str, float]) -> None:
-        """Goes back to the last checkpoint, with the data that comes after the bad steps. Raises UserError."""
+        """Rolls back to the last checkpoint and continues with the data after the bad steps. Raises UserError."""
         loop, step = self.config.train, self.step_number
         self._collect(wait=True)
-        found = f"{_found(step, record)}, after {loop.bad_steps} steps like it (train.bad_steps)"
+        found = f"{_found(step, record)}, after {loop.bad_steps} skipped steps (train.bad_steps)"
         if not self.saved or self.roll_backs_in_a_row == loop.roll_backs:
             raise UserError(f"{found}; the last good checkpoint is of step {self.saved}: lower optimizer.learning_rate")
         self.roll_backs_in_a_row += 1
@@ -147,12 +147,12 @@ class Run:
         COLLECTIVES.read()
         self.journal.rewind(self.saved)
         self.journal.say(
-            f"{found}: back to the checkpoint of step {self.saved}, without the data since then "
-            f"({self.roll_backs_in_a_row} of {loop.roll_backs} times, train.roll_backs)"
+            f"{found}: rolled back to the checkpoint of step {self.saved}, skipping the data since then "
+            f"(roll-back {self.roll_backs_in_a_row} of {loop.roll_backs}, train.roll_backs)"
         )
 
     def _record(self, step: int, record: dict[str, float]) -> None:
-        """Writes a record of the steps since the last one, and examines the model where that is due."""
+        """Logs a record of the steps since the last one; evaluates the model if that is due."""
         loop, ranks, steps = self.config.train, self.ranks, step - self.recorded
         record = {"step": step} | record | {"skipped_steps": self.skipped, "roll_backs": self.state.progress.roll_backs}
         record["learning_rate"] = learning_rate(step, loop.steps, self.config.optimizer)
@@ -168,7 +168,7 @@ class Run:
             line += f", validation loss {record['validation_loss']:.3f}"
         (record["peak_memory_bytes"],) = ranks.largest(peak_memory(ranks.device))
         spent = self.stopwatch.read()
-        COLLECTIVES.read()  # those of the examination
+        COLLECTIVES.read()  # drops those of the evaluation
         record |= {f"{part}_seconds": spent.get(part, 0.0) / steps for part in STEP_PARTS + PAUSES}
         self.busy, self.skipped, self.recorded = 0.0, 0, step
         self.journal.record(record)
@@ -189,9 +189,9 @@ class Run:
         return found
 
     def _save(self, step: int, wait: bool) -> None:
-        """Saves a checkpoint, in the background unless it must be there now.
+        """Saves a checkpoint, in the background unless `wait`.
 
-        Its seconds are in the next record: a record is written before the checkpoint that has its step.
+        Its seconds are part of the next record, because a step's record is written before its checkpoint.
         """
         self.watchdog.at(step, "checkpoint")
         self.stopwatch.start()
@@ -203,14 +203,14 @@ class Run:
         self.stopwatch.lap("checkpoint")
 
     def _collect(self, wait: bool) -> None:
-        """Takes note of a checkpoint that was written in the background; one that could not be is reported."""
+        """Completes a checkpoint that was written in the background; logs the error if it failed."""
         if not self.saving or not (wait or self.saving[1].done()):
             return
         (step, written), self.saving = self.saving, None
         try:
             self._saved(step, written.result())
         except UserError as error:
-            self.journal.say(f"{error}: training goes on, the last checkpoint is of step {self.saved}")
+            self.journal.say(f"{error}: training continues, the last checkpoint is of step {self.saved}")
 
     def _saved(self, step: int, path: Path) -> None:
         self.journal.say(f"saved {path}")
@@ -219,7 +219,7 @@ class Run:
 
 
 def new_journal(stage: Stage, config: StageConfig, ranks: Ranks, directory: Path, resumed_from: int) -> Journal:
-    """Returns a run's journal; every rank calls it. Raises UserError for a tracking server that cannot be used."""
+    """Returns a run's journal; every rank calls it. Raises UserError if the tracking server is not usable."""
     run, settings, journals = config.run, asdict(config), list[Journal]()
 
     def make() -> None:
@@ -240,7 +240,7 @@ def _found(step: int, record: dict[str, float]) -> str:
 
 
 def peak_memory(device: torch.device) -> float:
-    """Returns the most bytes that were allocated since the last call: of the GPU, elsewhere of the process ever."""
+    """Returns peak bytes: allocated on the GPU since the last call, or the process's maximum RSS on other devices."""
     if device.type != "cuda":
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
     peak = torch.cuda.max_memory_allocated(device)
@@ -249,9 +249,9 @@ def peak_memory(device: torch.device) -> float:
 
 
 def main(stage: Stage, config: StageConfig) -> int:
-    """Runs or goes on with a run; returns 0, or 75 (EX_TEMPFAIL) when it was signalled to stop and has saved.
+    """Starts or resumes a run; returns 0, or 75 (EX_TEMPFAIL) if it was signalled to stop and saved a checkpoint.
 
-    Raises UserError naming a setting, a path or the step at which the loss stopped being a number.
+    Raises UserError with the setting, the path, or the step at which the loss was not finite.
     """
     with begun(config.run, config.parallel, config.track) as (ranks, directory):
         return conduct(stage, config, ranks, directory)
@@ -259,17 +259,17 @@ def main(stage: Stage, config: StageConfig) -> int:
 
 @contextmanager
 def begun(settings: RunConfig, layout: Layout, track: TrackConfig) -> Iterator[tuple[Ranks, Path]]:
-    """Joins the ranks and keeps the run's folder for them; yields both. Raises UserError."""
+    """Joins the process group and locks the run's folder; yields both. Raises UserError."""
     directory = settings.dir
     if directory is None:
-        raise UserError("run.dir is needed: --set run.dir=FOLDER")
+        raise UserError("run.dir is not set: add --set run.dir=FOLDER")
     wandb.check(track)
     with explained(directory), joined(layout) as ranks, locked(directory, ranks.first):
         yield ranks, directory
 
 
 def conduct(stage: Stage, config: StageConfig, ranks: Ranks, directory: Path) -> int:
-    """Does what `main` does, among ranks that have joined."""
+    """Like `main`, with ranks that have already joined."""
     run = Run(stage, config, ranks, directory)
     journal = run.journal
     if ranks.first:

@@ -29,21 +29,21 @@ from ictx.train.ranks import Ranks, on_first
 from ictx.train.validation import Validation
 
 ENCODED, COUNTS = "conversations", "counts.json"
-"""In a run's folder: its conversations as tokens, and what was left out of them."""
+"""Names in a run's folder: tokenized conversations, and the numbers of skipped ones."""
 TEMPLATE_FILE = "chat_template.jinja"
 
 
 @dataclass(frozen=True)
 class SftConfig(StageConfig):
-    """A run of supervised fine-tuning. `train.sequence_length` is the most tokens of a conversation: longer ones are
-    left out, and reported."""
+    """Settings of supervised fine-tuning. `train.sequence_length` is the maximum of tokens per conversation: longer
+    ones are skipped and reported."""
 
     data: ChatDataConfig = field(default_factory=lambda: ChatDataConfig("sft"))
-    """The conversations."""
+    """Conversations."""
     packing: bool = True
-    """Fill windows with several conversations that do not see each other; else each has a window for itself."""
+    """Pack several conversations into a window, without attention between them; else one conversation per window."""
     chat_template: Path | None = None
-    """File with the chat template, which the exported model keeps; the parent's unless given."""
+    """File with the chat template, also used by the exported model; default: the parent's template."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -52,7 +52,7 @@ class SftConfig(StageConfig):
 
 
 class Tuning(Child):
-    """The stage: the next token of answers alone, each conversation for itself."""
+    """The stage `sft`: next-token prediction on answers, with attention within conversations."""
 
     config: SftConfig
 
@@ -62,11 +62,11 @@ class Tuning(Child):
     def data_dir(self) -> Path:
         """Folder of the conversations."""
         if self.config.data.dir is None:
-            raise UserError("data.dir is needed: --set data.dir=FOLDER")
+            raise UserError("data.dir is not set: add --set data.dir=FOLDER, the path that `ictx data prepare` printed")
         return self.config.data.dir
 
     def batches(self, ranks: Ranks) -> ChatBatches:
-        """Returns the conversations in windows. Raises UserError for data that does not fit parent and settings."""
+        """Returns the conversations in windows. Raises UserError if they do not match parent and settings."""
         loop = self.config.train
         folder = checked_folder(self.data_dir, self.config.data)
         self.fingerprint: str = on_first(lambda: read_meta(folder, "sft"))["fingerprint"]
@@ -79,7 +79,7 @@ class Tuning(Child):
         return ChatBatches(train, loop.batch_size, ranks.data_rank, ranks.data_count, ranks.part)
 
     def counts(self, model: Transformer, batch: Batch) -> Counts:
-        """Returns the tokens of the answers, and what else the loss is a mean over."""
+        """Returns the denominators of a batch's losses; `tokens` are those of answers."""
         return token_counts(model, batch)
 
     def loss(self, model: Transformer, batch: Batch, totals: Counts) -> Loss:
@@ -87,17 +87,17 @@ class Tuning(Child):
         return next_token_loss(model, batch, True, totals)
 
     def examine(self, model: Transformer) -> dict[str, float]:
-        """Returns the loss on held-out conversations, and how large activations got there."""
+        """Returns the loss on held-out conversations, and the largest activations."""
         return self.validation.examine(model, self)
 
     def conclude(self, result: dict[str, Any]) -> tuple[dict[str, Any], str]:
-        """Returns nothing more, and the loss on held-out answers."""
-        # Runs of versions that did not measure it go on without.
+        """Returns no further fields, and a log line with the loss on held-out answers."""
+        # Runs started by earlier versions lack val_loss_before.
         before = f" ({result['val_loss_before']:.3f} before)" if "val_loss_before" in result else ""
         return {}, f"validation loss {result['val_loss']:.3f} nats per token of held-out answers{before}"
 
     def _encoded(self, folder: Path) -> tuple[Path, Path]:
-        """Returns the folder with the conversations as tokens, made unless it is there, and the vocabulary's."""
+        """Returns the folder with the tokenized conversations, created if missing, and the vocabulary's."""
         loop, own, run = self.config.train, self.config.chat_template, self.config.run.dir
         assert run
         directory = self._with_template(own, run) if own else self.vocabulary
@@ -129,9 +129,9 @@ class Tuning(Child):
 
 
 def _report(what: str, folder: Path, counts: tuple[int, int, int], length: int) -> None:
-    """Prints what was left out. Raises UserError where that is everything.
+    """Prints the number of skipped conversations. Raises UserError if all were skipped.
 
-    Args: `counts` are how many are kept and how many left out, and the tokens of the longest.
+    Args: `counts` are the numbers of kept and skipped conversations, and the tokens of the longest.
     """
     kept, dropped, longest = counts
     if not kept:

@@ -1,4 +1,4 @@
-"""The model of a run, spread over its ranks."""
+"""The sharded model of a run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ictx.train.ranks import Ranks
 
 
 def sharded_model(config: ModelConfig, loop: LoopConfig, ranks: Ranks) -> Transformer:
-    """Returns the model with the seed's weights, spread over all ranks."""
+    """Returns the model, sharded over all ranks, with weights initialized from the seed."""
     with torch.device("meta"):
         model = Transformer(config)
         if loop.lora:
@@ -38,7 +38,7 @@ def sharded_model(config: ModelConfig, loop: LoopConfig, ranks: Ranks) -> Transf
         context=ranks.context,
         offload=loop.offload,
     )
-    # Only now is memory taken, on each rank for its own shards.
+    # Memory is allocated only now, on each rank for its own shards.
     model.to_empty(device=ranks.device)
     model.init_weights(loop.seed)
     if loop.lora:
@@ -47,14 +47,14 @@ def sharded_model(config: ModelConfig, loop: LoopConfig, ranks: Ranks) -> Transf
 
 
 def automatic(model: Transformer, loop: LoopConfig, ranks: Ranks) -> Sequence[str]:
-    """Returns what each layer's backward computes again under `recompute: auto`, the same on all ranks; prints why."""
+    """Returns each layer's recomputation mode for `recompute: auto`, equal on all ranks; prints the reason."""
     if ranks.device.type != "cuda":
-        ranks.say("recompute auto: selective in all layers, without a GPU whose memory could be counted on")
+        ranks.say("recompute auto: selective in all layers (no GPU)")
         return ["selective"] * sum(isinstance(module, Layer) for module in model.modules())
     parts, size = ranks.part[1], 2 if loop.dtype == "bfloat16" else 4
     tokens, shards = loop.batch_size * loop.sequence_length // parts, ranks.mesh.size(ranks.mesh.ndim - 1)
     work = memory.Work(tokens, shards, parts, size, loop.compile, loop.accumulate > 1, loop.reduce_once)
-    # The least that any rank has: all must do the same collectives in the same order.
+    # The minimum over ranks, because all ranks must run the same collectives in the same order.
     left = -ranks.largest(-available(ranks.device))[0]
     found = memory.choose(model, work, left - memory.SPARE)
     fits = "of" if found.need <= left - memory.SPARE else "MORE THAN"
@@ -63,7 +63,7 @@ def automatic(model: Transformer, loop: LoopConfig, ranks: Ranks) -> Sequence[st
 
 
 def available(device: torch.device) -> float:
-    """Returns the bytes of a GPU that this process may still take, or has taken already without using them."""
+    """Returns the bytes of a GPU that this process can still allocate, including reserved but unused ones."""
     free, total = torch.cuda.mem_get_info(device)
     held, used = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
     allowed = total * torch.cuda.get_per_process_memory_fraction(device)

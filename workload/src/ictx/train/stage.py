@@ -1,4 +1,4 @@
-"""What a stage of training is to the loop in `ictx.train.run`: batches, a loss, an examination."""
+"""The interface of a training stage to the loop in `ictx.train.run`: batches, loss, evaluation."""
 
 from __future__ import annotations
 
@@ -16,77 +16,78 @@ from ictx.train.ranks import Ranks
 
 
 class Movable(Protocol):
-    """What a forward and backward are done with."""
+    """A batch."""
 
     def to(self, device: torch.device) -> Any:
-        """Returns it on a device."""
+        """Returns a copy on a device."""
 
 
 class Source(Protocol):
-    """This rank's batches, without an end."""
+    """This rank's infinite sequence of batches."""
 
     windows: int
-    """Windows of an epoch."""
+    """Windows per epoch."""
     rows: int
-    """Sequences of a window: two where it is a pair of answers."""
+    """Sequences per window: 2 for a pair of answers, else 1."""
 
     def next(self) -> Movable:
-        """Returns this rank's part of the next batch of all ranks."""
+        """Returns this rank's part of the next global batch."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns where the source stands: the same on every rank, and at any number of ranks."""
+        """Returns the position: equal on all ranks, and independent of their number."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on there. Raises UserError when the settings do not allow that."""
+        """Continues at a position. Raises UserError if the settings do not allow that."""
 
 
 class Stage(Protocol):
-    """A kind of training. Every rank makes one and calls its methods together with the others."""
+    """A kind of training. Every rank creates one and calls its methods together with the others."""
 
     name: str
-    """What the command line and monitoring call it."""
+    """Name in the command line and in monitoring."""
     fingerprint: str
-    """Of its data: a run goes on with the data that it began with. Known when there are batches."""
+    """Fingerprint of the data, to verify that a run resumes with the same data. Set by `batches`."""
     vocabulary: Path
     """Folder with the tokenizer that is exported with the model."""
     end_of_text: str
-    """The tokenizer's entry that ends a text."""
+    """The tokenizer's end-of-text token."""
 
     @property
     def data_dir(self) -> Path:
-        """Folder with its data, for messages."""
+        """Folder with the data, for messages."""
 
     @property
     def parent(self) -> Parent | None:
-        """Whose weights it begins with; none: random ones."""
+        """Initial model; None: random weights."""
 
     @property
     def settings(self) -> type[StageConfig]:
-        """The settings that it is made of."""
+        """Class of its settings."""
 
     def batches(self, ranks: Ranks) -> Source:
-        """Returns the training data. Raises UserError for data that does not fit the settings."""
+        """Returns the training data. Raises UserError if it does not match the settings."""
 
     def counts(self, model: Transformer, batch: Any) -> Counts:
-        """Returns how many of what the parts of a batch's loss are means over, such as `tokens`: known before it is."""
+        """Returns the denominators of a batch's losses, such as `tokens`; does not compute the loss."""
 
     def loss(self, model: Transformer, batch: Any, totals: Counts) -> Loss:
-        """Returns a batch's share of a step's loss, to differentiate, and of what is recorded, `loss` among it.
+        """Returns a batch's share of a step's loss, with gradient, and its shares of the metrics, including `loss`.
 
-        Shares add up: each is a sum over the batch, divided by its count in all batches of the step on all ranks.
+        A share is the sum over the batch divided by the denominator over all batches of the step on all ranks, so that
+        shares can be added.
 
         Args:
             totals: sums of `counts` over these batches.
         """
 
     def examine(self, model: Transformer) -> dict[str, float]:
-        """Returns measures of the model, the same on every rank and at any number of ranks: `validation_loss`, ...."""
+        """Returns validation metrics, such as `validation_loss`; equal on all ranks and independent of their number."""
 
     def conclude(self, result: dict[str, Any]) -> tuple[dict[str, Any], str]:
-        """Returns what result.json holds besides what all stages do, and a line about the result."""
+        """Returns the stage's additional fields of result.json, and a log line about the result."""
 
 
 def lineage(stage: Stage) -> Lineage:
-    """Returns where a stage's model comes from; there must be batches."""
+    """Returns a stage's lineage; call it after `batches`."""
     parent = stage.parent.registered if stage.parent else ""
     return Lineage(stage.name, parent, str(stage.data_dir.resolve()), stage.fingerprint)

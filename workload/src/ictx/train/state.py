@@ -1,4 +1,4 @@
-"""What a run consists of, as checkpoints hold it: weights, optimizer, place in the data, and how far it has come."""
+"""The state of a run in checkpoints: weights, optimizer, position in the data, and progress."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from ictx.train.stage import Stage
 
 
 class TrainingState:
-    """Made by every rank, of its shards."""
+    """A rank's part of a run's state; every rank creates one."""
 
     def __init__(self, stage: Stage, config: StageConfig, ranks: Ranks, directory: Path) -> None:
-        """Begins with the seed's weights. Raises UserError for data that does not fit the settings."""
+        """Initializes the weights from the seed. Raises UserError for data that does not match the settings."""
         self.stage, self.config, self.ranks, self.directory = stage, config, ranks, directory
         self.batches = stage.batches(ranks)
         self.model = sharded_model(config.model, config.train, ranks)
@@ -38,7 +38,7 @@ class TrainingState:
         self.progress = Progress()
 
     def snapshot(self) -> dict[str, Any]:
-        """Returns what a checkpoint holds; tensors are the ones that are trained."""
+        """Returns the content of a checkpoint; tensors are references, not copies."""
         model, optimizer = get_state_dict(self.model, self.optimizers)
         return {
             "model": model,
@@ -50,33 +50,33 @@ class TrainingState:
         }
 
     def resume(self, checkpoints: Checkpoints) -> int:
-        """Takes up the newest checkpoint, or the one to start from, and returns its step, or else 0.
+        """Loads the newest checkpoint, or run.start_from; returns its step, or 0 without one.
 
-        Without any the weights become the parent's, if the stage has one.
+        Without a checkpoint, loads the parent's weights if the stage has a parent.
 
-        Raises UserError for one of other settings.
+        Raises UserError if the checkpoint does not match the settings.
         """
         state = self.snapshot()
         step = self._load(checkpoints, state)
         if state["data"] != self.stage.fingerprint:
             raise UserError(
-                f"{self.origin} was trained on other data than {self.stage.data_dir} holds: give the data.dir "
-                "(or data.mix and data.long_documents) that it began with, or another run.dir"
+                f"{self.origin} was trained on other data than {self.stage.data_dir}: use the data.dir "
+                "(or data.mix and data.long_documents) that it was started with, or another run.dir"
             )
         if step > self.config.train.steps:
             raise UserError(
                 f"train.steps is {self.config.train.steps}, but {self.origin} has a checkpoint of step {step}: "
-                "raise train.steps or give another run.dir"
+                "raise train.steps or use another run.dir"
             )
         if step:
             on_first(self._check_model)
             self.progress.load(state["progress"])
-            # Versions that did not count had steps of one size.
+            # Earlier versions did not count tokens; their steps had a constant size.
             self.progress.tokens = self.progress.tokens or step * self.tokens_per_step
             self.batches.load_state_dict(state["batches"])
             self._take(state)
         else:
-            # Looking at its state made it, as if a step had been done: corrections of biases would be of the second.
+            # snapshot() created the optimizer's state as if one step was done, which would shift the bias correction.
             for optimizer in self.optimizers:
                 optimizer.state.clear()
             if self.stage.parent:
@@ -84,7 +84,7 @@ class TrainingState:
         return step
 
     def roll_back(self, checkpoints: Checkpoints) -> int:
-        """Takes up the newest checkpoint again, but for the place in the data, and returns its step."""
+        """Loads the newest checkpoint, except the position in the data; returns its step."""
         state, now = self.snapshot(), self.progress
         step = self._load(checkpoints, state)
         self.progress = Progress()
@@ -102,7 +102,7 @@ class TrainingState:
 
     def _take(self, state: dict[str, Any]) -> None:
         self.losses = state["losses"]
-        # Weight decay and the like are those of this start's settings.
+        # Keep this start's hyperparameters, such as weight decay.
         groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
         settings = [{**group} for group in groups]
         set_state_dict(
@@ -113,7 +113,7 @@ class TrainingState:
             group |= {name: value for name, value in kept.items() if name != "params"}
 
     def _check_model(self) -> None:
-        """Raises UserError when the checkpoint's weights would be another function than they were."""
+        """Raises UserError if model settings differ from the checkpoint's, except those that affect only training."""
         path = self.origin / MODEL_FILE
         if not path.exists():
             return
@@ -121,6 +121,6 @@ class TrainingState:
         for name in sorted({*before, *now} - TRAINING_ONLY):
             if before.get(name) != now.get(name):
                 raise UserError(
-                    f"model.{name} is {now.get(name)}, but {self.origin} began with {before.get(name)}: go on with "
-                    f"--set model.{name}={before.get(name)}, or give another run.dir"
+                    f"model.{name} is {now.get(name)}, but {self.origin} was started with {before.get(name)}: "
+                    f"use --set model.{name}={before.get(name)}, or another run.dir"
                 )

@@ -1,7 +1,7 @@
-"""PyTorch's checkpoint files: hashed while they are written, and read without running anything that is in them.
+"""PyTorch's checkpoint files: hashed while they are written, and read without executing code in them.
 
-Distributed checkpoints keep their index (`.metadata`) and what is not a tensor as pickles. A manifest (`ictx.manifest`)
-and the files' owner decide whether they are read at all; here they are limited to plain data all the same.
+Distributed checkpoints store their index (`.metadata`) and non-tensor values as pickles. Manifest (`ictx.manifest`) and
+owner are verified before they are read; in addition, unpickling is restricted to plain data here.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from ictx.manifest import BLOCK, MANIFEST_FILE, Entry, Unusable, open_regular
 
 INDEX_FILE = ".metadata"
-"""PyTorch's: written last, it lists which tensor lies where."""
+"""PyTorch's index of tensors and their places; written last."""
 HAS_MANIFEST = "manifest"
-"""Is in the state of checkpoints with a manifest: one that has lost it is not taken for an earlier version's."""
-# What an index is made of, besides dtypes.
+"""Key in the state of checkpoints with a manifest, to detect that the manifest was removed."""
+# Classes in an index, besides dtypes.
 INDEX_CLASSES = {
     "torch.distributed.checkpoint.metadata": {
         "BytesStorageMetadata",
@@ -64,7 +64,7 @@ class _HashedFile(io.BufferedWriter):
         self.hasher, self.sha256, self.size = hasher, hashlib.sha256(), 0
 
     def write(self, content: Any) -> int:
-        # Both release the interpreter's lock: what is large is hashed while it goes to the storage.
+        # Both release the GIL: large blocks are hashed while they are written.
         hashed = self.hasher.submit(self.sha256.update, content) if len(content) >= BLOCK else None
         if not hashed:
             self.sha256.update(content)
@@ -78,7 +78,7 @@ class _HashedFile(io.BufferedWriter):
 
 
 class _HashingFiles(FileSystem):
-    """Files on disk; what was written is in `entries`."""
+    """File system that records the written files in `entries`."""
 
     def __init__(self) -> None:
         self.entries: dict[str, Entry] = {}
@@ -97,7 +97,7 @@ class _HashingFiles(FileSystem):
 
 
 class HashingWriter(FileSystemWriter):
-    """Writes a rank's files."""
+    """Writes a rank's files, with checksums in `entries`."""
 
     def __init__(self, directory: Path) -> None:
         super().__init__(directory)
@@ -105,12 +105,12 @@ class HashingWriter(FileSystemWriter):
 
     @property
     def entries(self) -> dict[str, Entry]:
-        """What this rank wrote."""
+        """Entries of the files that this rank wrote."""
         return self.files.entries
 
 
 def _member(kind: type[Enum], name: str) -> Enum:
-    """Returns a member of an enumeration: Python 3.11.0 to 3.11.3 (Debian 12) pickles it as `getattr(kind, name)`."""
+    """Returns an enum member: Python 3.11.0 to 3.11.3 (Debian 12) pickles it as `getattr(kind, name)`."""
     if not (isinstance(kind, type) and issubclass(kind, Enum)):
         raise pickle.UnpicklingError("it refers to builtins.getattr")
     return kind[name]
@@ -128,15 +128,15 @@ class _IndexUnpickler(pickle.Unpickler):
 
 
 class SafeReader(FileSystemReader):
-    """Reads a rank's files; `open` comes first."""
+    """Reads a rank's files; call `open` first."""
 
     def __init__(self, directory: Path, names: Collection[str], verified: bool) -> None:
-        """Args: `names` are the files that may be read; `verified` is whether there was a manifest."""
+        """Args: `names` are the files that may be read; `verified` is whether the checkpoint has a manifest."""
         super().__init__(directory)
         self.directory, self.names, self.verified = directory, names, verified
 
     def open(self) -> None:
-        """Reads the index. Raises Unusable; DCP would log what is wrong with it as two tracebacks."""
+        """Reads the index. Raises Unusable (DCP would log an invalid index as two tracebacks)."""
         path = self.directory / INDEX_FILE
         try:
             with open_regular(path) as file:
@@ -145,7 +145,7 @@ class SafeReader(FileSystemReader):
             others = {info.relative_path for info in places.values()} - set(self.names)
         except Unusable:
             raise
-        except Exception as error:  # a pickle of anything fails in any way
+        except Exception as error:  # unpickling arbitrary data can raise anything
             raise Unusable(f"{path}: is not the index of a checkpoint ({str(error)[:100]!r})") from error
         if others:
             raise Unusable(f"{path}: refers to {str(min(others, key=str))[:100]!r}, which is not in the manifest")
@@ -158,12 +158,12 @@ class SafeReader(FileSystemReader):
 
 
 class SafePlanner(DefaultLoadPlanner):
-    """Fills a state."""
+    """Plans loading into a state."""
 
     def create_local_plan(self) -> LoadPlan:
-        """Returns what to read. Raises Misfit.
+        """Returns the load plan. Raises Misfit.
 
-        A value that is no tensor, and that an earlier version did not write, stays as it is.
+        Non-tensor values that are missing in the checkpoint (of an earlier version) stay unchanged.
         """
         known = self.metadata.state_dict_metadata if self.metadata else {}
         wanted = self.state_dict.items()
@@ -174,6 +174,6 @@ class SafePlanner(DefaultLoadPlanner):
             raise Misfit(str(error)) from error
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        """Takes over what is not a tensor."""
+        """Loads a non-tensor value."""
         place = self.mappings[read_item.dest_index.fqn]
         set_element(self.original_state_dict, place, torch.load(value, weights_only=True))

@@ -1,4 +1,4 @@
-"""One optimizer step: gradients of all ranks, divided by the tokens of all of them, checked, applied."""
+"""An optimizer step: gradients normalized over all ranks' tokens, checked, and applied."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from ictx.train.watchdog import Watchdog
 
 
 class Updater:
-    """Does the optimizer steps of a run."""
+    """Runs the optimizer steps of a run."""
 
     def __init__(self, state: TrainingState, stopwatch: Stopwatch, watchdog: Watchdog) -> None:
         self.state, self.stopwatch, self.watchdog = state, stopwatch, watchdog
         self.model, self.optimizers, self.ranks = state.model, state.optimizers, state.ranks
         self.config, self.loop = state.config, state.config.train
         self.stops = 0.0
-        """How many ranks were signalled to stop, as of the last step."""
+        """Number of ranks that had been signalled to stop at the last step."""
 
     def step(self, number: int) -> dict[str, float]:
-        """Does one step, unless its loss or gradient is not finite or a spike: then no weight changes.
+        """Runs one step; skips the update if loss or gradient is not finite or a spike.
 
-        Returns the `loss` of all ranks, the whole gradient's norm, how experts are used, and whether the step was
-        `skipped`.
+        Returns the `loss` over all ranks, `gradient_norm` before clipping, metrics of the experts' load, and `skipped`
+        (0 or 1).
         """
         rate = learning_rate(number, self.loop.steps, self.config.optimizer)
         for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
@@ -40,13 +40,13 @@ class Updater:
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimizer.clip_norm)
         assert isinstance(norm, DTensor)
         record = means | {"gradient_norm": float(norm.full_tensor())}
-        # The same numbers on every rank: all of them update their weights, or none does.
+        # The numbers are equal on all ranks, so that either all or none update their weights.
         good = self._good(record["loss"], record["gradient_norm"])
         for optimizer in self.optimizers:
             if good:
                 optimizer.step()
             optimizer.zero_grad()
-        # With an adapter all else stays as it is, the routers' biases too.
+        # With an adapter, all other parameters are frozen, including the routers' biases.
         violation = self.model.after_step(good and not self.loop.lora)
         self.stopwatch.lap("optimizer")
         if violation is not None:
@@ -54,7 +54,7 @@ class Updater:
         return record | {"skipped": float(not good)}
 
     def _good(self, loss: float, norm: float) -> bool:
-        """Whether a step is to be done."""
+        """Whether to apply a step; updates the recent steps."""
         if not (math.isfinite(loss) and math.isfinite(norm)):
             return False
         spike = self.state.progress.is_spike(loss, norm, self.loop.skip_spikes)
@@ -62,11 +62,11 @@ class Updater:
         return not spike
 
     def _gradients(self, number: int) -> dict[str, float]:
-        """Leaves the gradient of the mean loss over all tokens of all ranks, and returns means over them."""
+        """Accumulates the gradient of the mean loss over all ranks' tokens; returns the means of the metrics."""
         seed_dropout(self.loop, number, self.ranks.rank)
         self.watchdog.at(number, "data")
         self.stopwatch.start()
-        # All batches at once: what their losses are divided by is known before the first backward.
+        # Reads all batches first, because the denominators of their losses are needed before the first backward.
         batches = [self.state.batches.next().to(self.ranks.device) for _ in range(self.loop.accumulate)]
         self.stopwatch.lap("data")
         self.watchdog.at(number, "ranks")
@@ -85,13 +85,13 @@ class Updater:
         return dict(zip(means, found, strict=True))
 
     def _backward(self, number: int, batch: Any, totals: Counts) -> dict[str, Tensor]:
-        """Adds a batch's gradient to what is there, and returns its shares of what is recorded."""
+        """Accumulates a batch's gradient; returns its shares of the metrics."""
         self.watchdog.at(number, "forward")
         loss, metrics = self.state.stage.loss(self.model, batch, totals)
         self.stopwatch.lap("forward")
         self.watchdog.at(number, "backward")
-        # Sharding divides the sum over ranks by their number.
+        # FSDP averages gradients over ranks: undo its division.
         (loss * self.ranks.count).backward()  # type: ignore[no-untyped-call]
         self.stopwatch.lap("backward")
-        # Nothing here waits for a GPU: the next part is prepared meanwhile.
+        # Must not synchronize with the GPU, so that the CPU can prepare the next batch meanwhile.
         return metrics

@@ -1,4 +1,4 @@
-"""What a model is examined with between steps: its loss on validation data, and how large activations get there."""
+"""Evaluation between steps: the loss on validation data, and the largest activations of each layer."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from ictx.train.ranks import Ranks
 
 
 class Scored(Protocol):
-    """What a stage defines for windows of tokens; see `ictx.train.stage`."""
+    """The loss of a stage with windows of tokens; see `ictx.train.stage`."""
 
     def counts(self, model: Transformer, batch: Batch) -> Counts:
-        """Returns the `tokens` that a loss is a mean over."""
+        """Returns `tokens`, the denominator of the loss."""
 
     def loss(self, model: Transformer, batch: Batch, totals: Counts) -> Loss:
-        """Returns shares of all that `totals` counts."""
+        """Returns the batch's share of the loss, with `totals` as the denominators."""
 
 
 class Validation:
-    """Windows spread evenly over the validation data: the same ones each time, and at any number of ranks."""
+    """Windows spread evenly over the validation data; always the same, independent of the number of ranks."""
 
     def __init__(self, windows: int, read: Callable[[Sequence[int]], Batch], loop: LoopConfig, ranks: Ranks) -> None:
-        """Args: `read` returns those of `windows` windows that have these numbers."""
+        """Args: `read` returns the windows with the given indices, of `windows` in total."""
         self.windows, self.read, self.loop, self.ranks = windows, read, loop, ranks
 
     def examine(self, model: Transformer, stage: Scored) -> dict[str, float]:
-        """Returns `validation_loss`, the mean over all tokens, and `activation_amax/LAYER`."""
-        # Compiled code has no hooks: what watches magnitudes needs the modules.
+        """Returns `validation_loss` (mean over all tokens, in nats) and `activation_amax/LAYER`."""
+        # tracked_amax uses module hooks, which compiled code does not call.
         with tracked_amax(model) as amax, torch.compiler.set_stance("force_eager"), torch.no_grad():
             mean = self._mean(model, stage)
         layers = by_layer(amax)
@@ -53,8 +53,8 @@ class Validation:
             numbers = [place * ranks.data_count + ranks.data_rank for place in places]
             starts = [number % count * (self.windows // count) for number in numbers]
             batch = self.read(starts)
-            # Every rank does the same number of batches: a sharded forward needs all of them. What is left over is done
-            # again, and does not count.
+            # A sharded forward needs all ranks, so every rank computes the same number of batches; surplus windows are
+            # repeated and masked.
             batch.labels[torch.tensor(numbers) >= count] = -1
             batch = batch.part(*ranks.part).to(ranks.device)
             counts = stage.counts(model, batch)

@@ -1,4 +1,4 @@
-"""Which rank hangs: each reports what it does to the job's store, and one that waits for long looks who is behind."""
+"""Detects hanging ranks: each rank reports its activity to the job's store; one that waits too long compares them."""
 
 from __future__ import annotations
 
@@ -17,39 +17,39 @@ from torch.distributed.distributed_c10d import _get_default_store
 from ictx.train.ranks import Ranks
 
 REPORTS = 20
-"""Reports of a rank in the time after which it counts as hanging."""
+"""Reports per timeout."""
 LAST = 2 / REPORTS
-"""Share of the time that is kept for looking at the others: the process group ends the job at the end of it."""
+"""Share of the timeout reserved for the comparison, before the process group's own timeout ends the job."""
 
 
 class Watchdog:
-    """A thread beside the training loop, which reports each of its moves with `at`."""
+    """A thread beside the training loop; the loop reports each change of activity with `at`."""
 
     def __init__(self, ranks: Ranks, seconds: float, directory: Path) -> None:
-        """Args: `seconds` without a move are a hang; traces go to `directory`."""
+        """Args: `seconds` without a report of the loop are a hang; traces are written to `directory`."""
         self.ranks, self.seconds, self.directory = ranks, seconds, directory
         self.verdict = ""
-        """Who hangs, once that is known."""
+        """Description of the hang; empty if there is none."""
         self._moves, self._step, self._doing, self._since = 0, 0, "start", float("inf")
         self._reports = 0
         self._over = threading.Event()
-        # The loop's own connection waits where a collective makes its own group.
+        # A separate connection: the loop's blocks while a collective creates its group.
         self._store = _get_default_store().clone()  # type: ignore[attr-defined]
         self._store.set_timeout(timedelta(seconds=seconds / REPORTS))
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
 
     def at(self, step: int, doing: str) -> None:
-        """Notes that the loop begins a part of a step; all ranks make the same moves."""
+        """Records that the loop starts a part of a step; all ranks call it in the same order."""
         self._step, self._doing, self._since = step, doing, time.monotonic()
         self._moves += 1
 
     def rest(self) -> None:
-        """Notes that no move is to be expected."""
+        """Suspends the timeout."""
         self._since = float("inf")
 
     def close(self) -> None:
-        """Ends the thread."""
+        """Stops the thread."""
         self._over.set()
         self._thread.join()
 
@@ -59,10 +59,10 @@ class Watchdog:
                 self._report()
                 if self._overdue:
                     self._look()
-            except RuntimeError:  # the store's errors: its process has ended, or hangs
+            except RuntimeError:  # errors of the store: its process has exited or hangs
                 if self._overdue:
                     self._conclude(
-                        f"the job's store, on the first rank or its torchrun, does not answer: {self._here()}"
+                        f"the job's store, on the first rank or its torchrun, does not respond: {self._here()}"
                     )
 
     @property
@@ -84,7 +84,7 @@ class Watchdog:
         ]
 
     def _look(self) -> None:
-        """Compares all ranks' reports with what they are a little later."""
+        """Compares all ranks' reports with those a little later."""
         moves, before = self._moves, self._reported()
         if self._over.wait(self.seconds * LAST):
             return
@@ -99,14 +99,12 @@ class Watchdog:
             self._conclude(f"all ranks wait in {self._doing} of step {self._step}")
             return
         places = [f"rank {rank} on {after[rank][0]} ({after[rank][2]} of step {after[rank][1]})" for rank in behind]
-        verb = "does not answer" if silent else "is behind"
+        verb = "does not respond" if silent else "is behind"
         self._conclude(f"{', '.join(places)} {verb}, and the others wait in {self._doing} of step {self._step}")
 
     def _conclude(self, who: str) -> None:
-        """Prints who hangs, and leaves this rank's stacks and flight recorder."""
-        self.verdict = (
-            f"no step has ended for {self.seconds * (1 - LAST):.0f} s: {who} (train.timeout; {self.directory})"
-        )
+        """Prints which rank hangs, and writes this rank's stacks and flight recorder."""
+        self.verdict = f"no progress for {self.seconds * (1 - LAST):.0f} s: {who} (train.timeout; {self.directory})"
         print(self.verdict, flush=True)
         name = f"rank-{self.ranks.rank:05}"
         try:
@@ -119,7 +117,7 @@ class Watchdog:
 
 
 def flight_record(device: torch.device) -> bytes:
-    """Returns the last collectives as PyTorch's flight recorder pickles them (`torchfrtrace` reads that)."""
+    """Returns the last collectives in the pickle format of PyTorch's flight recorder, which `torchfrtrace` reads."""
     bindings: Any = torch._C._distributed_c10d
     dump = bindings._dump_nccl_trace if device.type == "cuda" else bindings._dump_fr_trace
     return bytes(dump())

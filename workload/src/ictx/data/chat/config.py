@@ -13,26 +13,26 @@ Kind = Literal["sft", "dpo"]
 
 @dataclass(frozen=True)
 class ChatDataConfig:
-    """How rows of conversations (`sft`) or of preferences (`dpo`) are prepared and read."""
+    """Preparation and reading of conversations (`sft`) or preferences (`dpo`)."""
 
     kind: Kind
     """`sft`: conversations; `dpo`: prompts with a chosen and a rejected answer."""
     validation_share: float = 0.05
-    """Share of the prompts that are kept for validation; the text of a prompt decides, whatever its answers are."""
+    """Share of prompts held out for validation; selected by a hash of the prompt."""
     seed: int = 0
-    """Chooses the prompts for validation."""
+    """Random seed of the selection for validation."""
     bad_rows: Literal["refuse", "drop"] = "refuse"
-    """A row without a usable conversation ends the command, or is counted, reported and left out."""
+    """Handling of a row without a usable conversation: `refuse`: an error; `drop`: count, report and skip it."""
     longest_row: int = 4 << 20
-    """Characters; a longer row is counted, reported and left out. Training drops what is longer than its sequences."""
+    """Maximum characters; longer rows are counted, reported and skipped. Training skips rows longer than a window."""
     streaming: bool = True
-    """Read data sets of the Hub over the network, instead of downloading them first."""
+    """Stream data sets of the Hub over the network, instead of downloading them first."""
     dir: Path | None = None
     """Prepared data (training only)."""
     trusted_owners: tuple[int, ...] = ()
-    """Numbers of users whose prepared data is used, besides one's own and root's."""
+    """User ids whose prepared data is trusted, besides one's own and root's."""
     trusted_dirs: tuple[Path, ...] = field(default_factory=trusted_by_environment)
-    """Folders of prepared data that are used whoever owns them; in containers owners cannot be distinguished."""
+    """Folders of prepared data that are trusted regardless of owner, because containers cannot distinguish owners."""
 
     def __post_init__(self) -> None:
         if not 0 < self.validation_share < 1:
@@ -43,5 +43,5 @@ class ChatDataConfig:
             raise ValueError(f"longest_row is {self.longest_row}: expected 1 or more")
 
     def identity(self) -> dict[str, Any]:
-        """Returns the settings that the prepared rows depend on, once the rows are known."""
+        """Returns the settings that the prepared rows depend on, besides the source rows."""
         return {name: getattr(self, name) for name in ("kind", "validation_share", "seed")}
