@@ -1,4 +1,4 @@
-"""What a folder of prepared data holds, whatever it was prepared for."""
+"""Content of a folder of prepared data, for any kind of training."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ictx.manifest import Entry, Unusable, check_files, read_json
 
 
 def read_meta(directory: Path) -> tuple[dict[str, Any], dict[str, Entry]]:
-    """Returns the content of meta.json and the files that it lists. Raises Unusable where we cannot read it."""
+    """Returns the content of meta.json and the files that it lists. Raises Unusable if it is not readable."""
     try:
         meta: Any = read_json(directory / shards.META_FILE)
     except Unusable as error:
@@ -25,7 +25,7 @@ def read_meta(directory: Path) -> tuple[dict[str, Any], dict[str, Entry]]:
 
 
 def verify(directory: Path) -> dict[str, Any]:
-    """Reads every byte and returns meta.json. Raises Unusable naming the first file that is not what was written."""
+    """Verifies the checksums of all files; returns meta.json. Raises Unusable with the first file that differs."""
     meta, files = read_meta(directory)
     total = sum((directory / name).stat().st_size for name in files if (directory / name).exists())
     with Progress(f"verifying {directory}", total) as progress:

@@ -1,4 +1,4 @@
-"""A corpus: the distinct documents of some sources, in an order that does not depend on the machine."""
+"""A corpus: the distinct documents of its sources, in an order that is independent of the machine."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ictx.data.skipped import Skipped
 from ictx.data.sources import source
 from ictx.errors import UserError
 
-# Of the hash by which documents are compared: two among 10¹² share it with a chance of 10⁻¹⁵.
+# Bytes of the hash that identifies documents: among 10¹² documents, the probability of a collision is 10⁻¹⁵.
 HASH_BYTES = 16
 CACHE_KIB = 64 << 10
 
@@ -38,13 +38,13 @@ class Document:
         return cls(text, hashlib.sha256(content).digest(), len(content))
 
     def share(self, salt: str) -> float:
-        """Returns a number in [0, 1) that depends on the text and the salt alone."""
+        """Returns a number in [0, 1) that depends only on text and salt."""
         digest = hashlib.sha256(salt.encode() + self.digest).digest()
         return int.from_bytes(digest[:6], "big") / (1 << 48)
 
 
 class Seen:
-    """Hashes that were met, however many: SQLite's B-tree, 64 MiB of it in memory and the rest in a temporary file."""
+    """A set of hashes of any size: an SQLite B-tree with a 64 MiB cache, in a temporary file."""
 
     def __init__(self) -> None:
         """Starts empty; the file is the system's, nameless, and gone with this object."""
@@ -56,7 +56,7 @@ class Seen:
         self._database.execute("BEGIN")
 
     def add(self, digest: bytes) -> bool:
-        """Returns whether the digest is new. Raises UserError when the temporary file cannot grow."""
+        """Adds a digest; returns whether it is new. Raises UserError if the temporary file cannot grow."""
         try:
             return self._database.execute("INSERT OR IGNORE INTO seen VALUES (?)", (digest[:HASH_BYTES],)).rowcount == 1
         except sqlite3.Error as error:
@@ -65,24 +65,24 @@ class Seen:
 
 @dataclass(frozen=True)
 class Summary:
-    """What one pass over a corpus found."""
+    """Statistics of a pass over a corpus."""
 
     documents: int
     repeated: int
-    """Documents that are there already, under another name."""
+    """Number of duplicate documents."""
     bytes: int
     """UTF-8 bytes of all distinct documents."""
     fingerprint: str
-    """SHA-256 over the documents: the same text has the same fingerprint wherever it lies."""
+    """SHA-256 over the documents; independent of their paths."""
     skipped: tuple[str, ...] = ()
-    """What was not read, and why: a line for each reason."""
+    """Skipped files and rows: one line per reason."""
 
 
 class Corpus:
-    """The distinct documents of the sources. Text is read again at each pass, so memory stays flat."""
+    """The distinct documents of the sources. Text is read again in each pass, so that memory use is constant."""
 
     def __init__(self, names: Sequence[str], config: DataConfig) -> None:
-        """Raises UserError naming a path that does not exist."""
+        """Raises UserError for a path that does not exist."""
         self.sources = [source(name) for name in sorted(names)]
         self.config = config
 
@@ -92,7 +92,7 @@ class Corpus:
         yield from (document for document, new in self._all(seen, Skipped()) if new)
 
     def scan(self) -> Summary:
-        """Reads everything once. Raises UserError naming a source that is empty, or a corpus that is too small."""
+        """Reads all documents once. Raises UserError for an empty source, or a corpus that is too small."""
         documents = repeated = size = 0
         fingerprint, skipped = hashlib.sha256(), Skipped()
         with Progress("reading the corpus") as progress:
@@ -112,7 +112,7 @@ class Corpus:
         return Summary(documents, repeated, size, fingerprint.hexdigest(), tuple(skipped.lines()))
 
     def _all(self, seen: Seen, skipped: Skipped) -> Iterator[tuple[Document, bool]]:
-        """Yields every document, and whether it is new; counts what is skipped."""
+        """Yields every document, and whether it is new; counts skipped files and rows."""
         for each in self.sources:
             empty = True
             for text in each.texts(self.config, skipped):

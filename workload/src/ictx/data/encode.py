@@ -1,4 +1,4 @@
-"""Documents become tokens: on all cores, in the order in which they came, in memory that does not grow."""
+"""Tokenization of documents: parallel, in order, and in constant memory."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from ictx.data.corpus import Document
 from ictx.data.tokenizer import added_around
 
-# Characters that one core encodes at a time.
+# Characters per piece, which one core encodes at a time.
 PIECE = 1 << 14
 # Characters that all cores encode at a time: four pieces each. Three such batches are on their way, so that reading and
 # writing go on meanwhile. Until a batch is done, the library takes some 200 bytes a token: that is where memory goes.
@@ -28,7 +28,7 @@ Tokens = npt.NDArray[Any]
 def encoded(
     tokenizer: Tokenizer, documents: Iterable[Document], dtype: np.dtype[Any]
 ) -> Iterator[tuple[Document, Tokens]]:
-    """Yields each document with its tokens, an array of shape (tokens,); token 0 is their last.
+    """Yields each document with its tokens, an array of shape (tokens,) that ends with token 0.
 
     What looks like a special token in a text is text. What the tokenizer puts around a text, such as a token for its
     beginning, is around the document, as transformers has it, and not around each piece.
@@ -70,7 +70,7 @@ def _ends_a_word(character: str) -> bool:
 
 
 def _pieces(documents: Iterable[Document]) -> Iterator[tuple[str, Document | None]]:
-    """Yields pieces; the last one of a document comes with it."""
+    """Yields pieces; a document's last piece is yielded with the document."""
     for document in documents:
         *first, last = cut(document.text)
         yield from ((piece, None) for piece in first)
@@ -78,7 +78,7 @@ def _pieces(documents: Iterable[Document]) -> Iterator[tuple[str, Document | Non
 
 
 def _batches(pieces: Iterable[tuple[str, Document | None]]) -> Iterator[list[tuple[str, Document | None]]]:
-    """Yields lists of pieces, together some `BATCH` characters long."""
+    """Yields lists of pieces with about `BATCH` characters in total."""
     batch, size = [], 0
     for piece in pieces:
         batch.append(piece)
@@ -93,7 +93,7 @@ def _batches(pieces: Iterable[tuple[str, Document | None]]) -> Iterator[list[tup
 def _tokens(
     tokenizer: Tokenizer, pieces: Iterable[tuple[str, Document | None]], dtype: np.dtype[Any]
 ) -> Iterator[tuple[Tokens, Document | None]]:
-    """Yields the tokens of each piece. The library's own threads do the work; ours wait for them."""
+    """Yields the tokens of each piece, encoded by the library's threads."""
 
     def encode(texts: list[str]) -> list[Tokens]:
         return [

@@ -1,4 +1,4 @@
-"""Documents packed to sequences, shuffled and shared out among ranks; where it stands is one number."""
+"""Training batches: documents packed into sequences, shuffled and divided among ranks; the position is one number."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from ictx.errors import UserError
 
 @dataclass(frozen=True)
 class Batch:
-    """Packed sequences of one rank, all int64 of shape (batch, sequence)."""
+    """Packed sequences of one rank; all tensors are int64 (batch, sequence)."""
 
     input_ids: Tensor
     labels: Tensor
-    """Each input's next token; after a document's end that is the first of the next document."""
+    """Each input's next token; after the end of a document, the first token of the next one."""
     position_ids: Tensor
-    """Place in the document, or in the part of it that is in the sequence."""
+    """Position in the document, or in the part of it that is in the sequence."""
     document_ids: Tensor
-    """0, 1, … along a sequence: attention that stays within documents compares them."""
+    """Index of the document in the sequence (0, 1, …), for attention within documents."""
 
     @classmethod
     def of(cls, windows: Sequence[tuple[Integers, Integers]]) -> Batch:
-        """Returns windows as sequences: of each its tokens, and how many of them are of each document."""
+        """Returns a batch of windows, each given as its tokens and the lengths of its documents' parts."""
         rows = []
         for tokens, lengths in windows:
             numbers = np.repeat(np.arange(len(lengths)), lengths)[:-1]
@@ -42,7 +42,7 @@ class Batch:
         return self._each(lambda x_bs: x_bs.to(device))
 
     def part(self, place: int, parts: int) -> Batch:
-        """Returns one of equal parts of each sequence's tokens; positions and documents stay those of the whole."""
+        """Returns one of `parts` equal parts of each sequence; positions and documents are those of the whole."""
         return self._each(lambda x_bs: x_bs.view(len(x_bs), parts, -1)[:, place])
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
@@ -58,7 +58,7 @@ class Batches:
     """
 
     rows = 1
-    """Sequences of a window."""
+    """Sequences per window."""
 
     def __init__(
         self,
@@ -70,7 +70,7 @@ class Batches:
         seed: int,
         part: tuple[int, int] = (0, 1),
     ) -> None:
-        """Raises UserError when the data has too few windows for one global batch.
+        """Raises UserError if the data has too few windows for one global batch.
 
         Args:
             batch: windows of a rank.
@@ -95,11 +95,11 @@ class Batches:
         return Batch.of([self.stream.window(first + number) for number in range(self.batch)]).part(*self.part)
 
     def state_dict(self) -> dict[str, int]:
-        """Returns where the stream stands, and what its order depends on."""
+        """Returns the position in the stream, and the settings that determine its order."""
         return {"taken": self.taken, "length": self.stream.length, "seed": self.stream.seed}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Goes on where the stream stood. Raises UserError when its order was another one."""
+        """Continues at a position. Raises UserError if the order differs."""
         for name, setting in {"length": "train.sequence_length", "seed": "train.seed"}.items():
             value = getattr(self.stream, name)
             if state[name] != value:

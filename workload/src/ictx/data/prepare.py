@@ -1,4 +1,4 @@
-"""A corpus becomes a folder: a tokenizer, and shards of tokens for training and for validation."""
+"""Preparation of a corpus: a folder with a tokenizer, and shards of tokens for training and validation."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from ictx.manifest import digest
 
 
 def prepare(sources: Sequence[str | Path], out: Path, config: DataConfig) -> Path:
-    """Returns the folder below `out` that holds the corpus prepared by `config`; makes it unless it is there.
+    """Returns the folder below `out` with the corpus prepared by `config`; creates it if it is missing.
 
     Args:
         sources: files, folders and data sets, as `ictx.data.sources.source` reads them.
@@ -79,13 +79,13 @@ def prepare(sources: Sequence[str | Path], out: Path, config: DataConfig) -> Pat
 
 
 def described(tokenizer: Tokenizer) -> str:
-    """Returns what identifies a tokenizer; one that puts tokens around texts once put them around pieces."""
+    """Returns the identity of a tokenizer; earlier versions put its surrounding tokens around pieces of texts."""
     around = added_around(tokenizer)
     return str(tokenizer.to_str()) + (repr(around) if any(around) else "")
 
 
 def _trained(corpus: Corpus, found: Summary, config: DataConfig) -> Tokenizer:
-    """Returns a tokenizer of the corpus, or of a sample of it that is as large as `tokenizer_bytes`."""
+    """Trains a tokenizer on the corpus, or on a sample of `tokenizer_bytes` of it."""
     share = config.tokenizer_bytes / max(found.bytes, 1)
     salt = f"tokenizer {config.seed}:"
     with Progress("training the tokenizer", min(found.bytes, config.tokenizer_bytes)) as progress:
@@ -102,7 +102,7 @@ def _trained(corpus: Corpus, found: Summary, config: DataConfig) -> Tokenizer:
 def write_tokens(
     corpus: Corpus, found: Summary, tokenizer: Tokenizer, directory: Path, config: DataConfig
 ) -> dict[str, Any]:
-    """Writes the shards of both splits and returns what is to be known of them. Raises UserError."""
+    """Writes the shards of both splits; returns their metadata. Raises UserError."""
     dtype = np.dtype("<u2" if config.vocab_size <= 1 << 16 else "<u4")
     counts = {split: np.zeros(config.vocab_size, np.int64) for split in SPLITS}
     shares = {"train": 1 - config.validation_share, "validation": config.validation_share}
@@ -140,9 +140,9 @@ def write_tokens(
 
 
 def unigram_entropy(train: npt.NDArray[np.int64], validation: npt.NDArray[np.int64]) -> float:
-    """Returns the loss, in nats per token, of predicting validation tokens by their frequency in training.
+    """Returns the unigram entropy: the loss, in nats per token, of predicting tokens by their training frequency.
 
-    Frequencies have one added (Laplace), so that a token which training lacks costs much, but not infinitely much.
+    Counts are smoothed by adding one (Laplace), so that tokens missing in training have a finite loss.
     """
     probability = (train + 1) / (train.sum() + len(train))
     return float(-(validation * np.log(probability)).sum() / validation.sum())

@@ -1,4 +1,4 @@
-"""How far a long piece of work has got: a bar on a terminal, a line now and then elsewhere."""
+"""Progress of long operations: a bar on a terminal, else a line at intervals."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from types import TracebackType
 
 from tqdm import tqdm
 
-# Seconds between two lines in a job's log.
+# Seconds between lines in a job's log.
 PAUSE = 10.0
 
 
 class Progress:
-    """Counts bytes, or what `unit` names. Without a total, share and remaining time are left out."""
+    """Counts bytes, or another `unit`. Without a total, share and remaining time are not shown."""
 
     def __init__(self, what: str, total: int | None = None, unit: str = "B") -> None:
         """Starts at nothing."""

@@ -1,4 +1,4 @@
-"""Prepared data gets its folder: complete or not at all, once, and only from a trusted owner."""
+"""Publication of prepared data: creates its folder atomically, once, and reuses it only from a trusted owner."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from ictx.errors import UserError
 from ictx.folder import sync
 from ictx.manifest import Unusable
 
-# Folders that nothing was added to for so long are not being written any more.
+# Unchanged folders of this age are considered abandoned.
 STALE_SECONDS = 24 * 3600
 
 
 def held(out: Path, name: str, fingerprint: str, config: Trusting) -> Path | None:
-    """Returns a folder that holds the data already, and reports it: see `_held`."""
+    """Returns an existing folder with the data, and reports it; None without one: see `_held`."""
     _remove_stale(out)
     found = _held(out, name, fingerprint, config)
     if found:
@@ -31,11 +31,11 @@ def held(out: Path, name: str, fingerprint: str, config: Trusting) -> Path | Non
 
 @contextmanager
 def draft_in(out: Path) -> Iterator[Path]:
-    """Yields a new folder below `out` for `publish`; what is not published goes.
+    """Yields a new folder below `out` for `publish`; it is removed if it is not published.
 
-    Raises UserError naming what cannot be written.
+    Raises UserError if it cannot be written.
     """
-    # No process number: in containers of every node and of every job it is the same.
+    # Not named by process id, which may be equal in containers of different nodes and jobs.
     draft = out / f".{uuid.uuid4().hex}.part"
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -48,8 +48,8 @@ def draft_in(out: Path) -> Iterator[Path]:
 
 
 def publish(draft: Path, name: str, fingerprint: str, config: Trusting) -> Path:
-    """Puts a draft on the disk and gives it its name; returns the folder to use."""
-    # Whatever the umask is: everybody may read what is prepared, and its owner alone may change it.
+    """Syncs a draft to disk and renames it to its final name; returns the folder to use."""
+    # Independent of the umask: prepared data is readable by everyone, and writable only by its owner.
     for path in [*draft.iterdir(), draft]:
         path.chmod(0o755 if path == draft else 0o644)
         sync(path)
@@ -59,7 +59,7 @@ def publish(draft: Path, name: str, fingerprint: str, config: Trusting) -> Path:
 
 
 def _held(out: Path, name: str, fingerprint: str, config: Trusting) -> Path | None:
-    """Returns a folder that holds the corpus: of a trusted owner, every file of it what was written.
+    """Returns an existing folder with the corpus whose owner is trusted and whose files match the manifest.
 
     Where others can write too, anybody may have taken the name: then this user's folder has a longer one.
     """
@@ -83,18 +83,18 @@ def _held(out: Path, name: str, fingerprint: str, config: Trusting) -> Path | No
 
 
 def _named(draft: Path, name: str, fingerprint: str, config: Trusting) -> Path:
-    """Gives a draft its name, or an unguessable one where that is taken; returns the folder to use."""
+    """Renames a draft to its name, or to an unguessable one if that exists; returns the folder to use."""
     try:
         return draft.rename(draft.parent / name)
     except OSError:
-        # Another job was quicker with the same text, or another user blocks the name.
+        # Another job published the same corpus first, or another user occupies the name.
         if found := _held(draft.parent, name, fingerprint, config):
             return found
         return draft.rename(draft.parent / f"{name}-{uuid.uuid4().hex[:12]}")
 
 
 def _remove_stale(out: Path) -> None:
-    """Removes what killed runs of this user left: they cannot tidy up themselves."""
+    """Removes remains of this user's killed runs."""
     for left in out.glob(".*.part"):
         with suppress(OSError):
             if left.lstat().st_uid != os.geteuid():

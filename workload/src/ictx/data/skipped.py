@@ -1,4 +1,4 @@
-"""What of a corpus is not read, and why: counted and named, so that nothing is left out in silence."""
+"""Counts the skipped files and rows of a corpus by reason, for the report."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from pathlib import Path
 
 from ictx.errors import printable
 
-# Names that a line gives; of the others it gives the number.
+# Maximum names per line; further ones are only counted.
 NAMED = 5
 
 
 class Unreadable(Exception):
-    """A file that holds no text that can be read; the message is the reason."""
+    """A file without readable text; the message is the reason."""
 
 
 class Skipped:
-    """Counts what is left out, in memory that does not grow."""
+    """Counts skipped items in constant memory."""
 
     def __init__(self) -> None:
         self.counts = Counter[tuple[str, str]]()
@@ -36,7 +36,7 @@ class Skipped:
             self._others[key] += 1
 
     def lines(self) -> Iterator[str]:
-        """Yields a line for each reason."""
+        """Yields one line per reason."""
         for key, count in self.counts.items():
             (unit, why), others = key, f" and {self._others[key]:,} more" if self._others[key] else ""
             yield f"skipped {count:,} {unit}{'s'[: count > 1]} ({why}): {', '.join(self._names[key])}{others}"

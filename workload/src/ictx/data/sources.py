@@ -1,4 +1,4 @@
-"""Where documents come from: files, folders, pipes, data sets of the Hugging Face Hub.
+"""Sources of documents: files, folders, pipes, data sets of the Hugging Face Hub.
 
 Everything is read piece by piece: what is in memory at a time does not grow with the corpus.
 """
@@ -27,7 +27,7 @@ HUB = "hf="
 
 
 def source(name: str) -> Files | Pipe | Hub:
-    """Returns the source that a name means: `hf=NAME[,CONFIG[,SPLIT]]`, or else a path. Raises UserError."""
+    """Returns the source of a name: `hf=NAME[,CONFIG[,SPLIT]]`, else a path. Raises UserError."""
     if not name.startswith(HUB):
         path = Path(name)
         try:
@@ -65,7 +65,7 @@ class Files:
             try:
                 yield from read(file, config, skipped, named=False)
             except Unreadable as error:
-                # A folder holds all sorts of things.
+                # Not an error: a folder may contain other files.
                 skipped.add(file, "file", str(error))
 
     def records(self, config: ChatDataConfig, skipped: Skipped) -> Iterator[Record]:
@@ -84,7 +84,7 @@ class Pipe:
     """What a pipe gives, such as that of `<(zcat …)`: kept in a temporary file, as a corpus is read several times."""
 
     def __init__(self, path: Path) -> None:
-        """Reads the pipe to its end. Raises UserError when the temporary file cannot grow."""
+        """Reads the pipe to its end. Raises UserError if the temporary file cannot grow."""
         self.path = path
         # Nameless: it is gone with this object, however the process ends.
         self._file: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
@@ -113,7 +113,7 @@ class Pipe:
 
 
 def _named(each: Files | Pipe, file: Path, config: DataConfig, skipped: Skipped) -> Iterator[str]:
-    """Yields the documents of a file that was named: it is meant, whatever is in it."""
+    """Yields the documents of an explicitly named file. Raises UserError if it is not readable."""
     try:
         yield from read(file, config, skipped, named=True)
     except Unreadable as error:

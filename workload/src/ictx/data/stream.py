@@ -1,4 +1,4 @@
-"""The documents of a corpus in an order that is drawn anew for each epoch, cut to windows."""
+"""The documents of a corpus, shuffled in each epoch and cut into windows."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ KEPT = 10
 
 
 def shuffled(count: int, *seeds: int) -> Integers:
-    """Returns a permutation of range(count) that the seeds fix, on every machine and for every version of NumPy.
+    """Returns a permutation of range(count) that depends only on the seeds, not on machine or NumPy version.
 
     It sorts by SplitMix64 (Steele et al., 2014, figure 15) of the numbers; equal keys stay in order.
     """
@@ -35,7 +35,7 @@ def shuffled(count: int, *seeds: int) -> Integers:
 
 
 class Stream:
-    """The tokens of all documents, epoch after epoch without an end, cut to windows in an order of their own.
+    """The tokens of all documents in an infinite sequence of epochs, cut into shuffled windows.
 
     An epoch holds every document once: shards in an order that seed and epoch fix, and in each shard all its documents
     in such an order. The windows that begin in a shard are shuffled too, so that a long document does not fill batch
@@ -43,7 +43,7 @@ class Stream:
     """
 
     def __init__(self, data: TokenArray, length: int, seed: int) -> None:
-        """Args: `length` is a window's. `windows` is how many an epoch has."""
+        """Args: `length`: tokens per window; `windows`: windows per epoch."""
         self.data, self.length, self.seed = data, length, seed
         self.tokens, self.windows = len(data), data.windows(length)
         self._kept: dict[tuple[str, int, int], tuple[Integers, Integers]] = {}

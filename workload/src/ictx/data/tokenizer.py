@@ -14,9 +14,9 @@ from ictx.settings import shown
 
 END_OF_TEXT, PAD = "<|endoftext|>", "<|pad|>"
 TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
-# The last four have no meaning yet: what a later stage needs gets a token without a new vocabulary.
+# The last four are reserved, so that a later stage can use a new token without changing the vocabulary.
 SPECIAL_TOKENS = (END_OF_TEXT, PAD, TURN_START, TURN_END, *(f"<|reserved_{number}|>" for number in range(4)))
-"""Their numbers are their places in this list: `<|endoftext|>` is 0."""
+"""Token ids are the positions in this list: `<|endoftext|>` is 0."""
 SMALLEST_VOCABULARY = 256 + len(SPECIAL_TOKENS)
 
 TOKENIZER_FILE, TOKENIZER_CONFIG_FILE = "tokenizer.json", "tokenizer_config.json"
@@ -83,7 +83,7 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def read_tokenizer(directory: Path) -> Tokenizer:
-    """Returns the tokenizer that lies in a folder, whoever made it. Raises UserError.
+    """Returns the tokenizer in a folder, of any origin. Raises UserError.
 
     Truncation and padding that a file has are what somebody's last call set, and not the tokenizer's.
     """
@@ -100,20 +100,20 @@ def read_tokenizer(directory: Path) -> Tokenizer:
 
 
 def require_fit(tokenizer: Tokenizer, vocab_size: int, name: object) -> None:
-    """Raises UserError where a tokenizer has numbers that a model of that vocabulary has no embedding for."""
+    """Raises UserError if a tokenizer has token ids without an embedding in a model of that vocabulary size."""
     largest = max(tokenizer.get_vocab().values(), default=0)
     if largest >= vocab_size:
         raise UserError(f"{name} has tokens up to number {largest}, but the model's vocab_size is {vocab_size}")
 
 
 def special_text(token: Any) -> str | None:
-    """Returns the text of a special token in tokenizer_config.json: it stands there bare or with its properties."""
+    """Returns the text of a special token in tokenizer_config.json, which is a string or has properties."""
     text = token.get("content") if isinstance(token, dict) else token
     return text if isinstance(text, str) else None
 
 
 def added_around(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-    """Returns the tokens that a tokenizer puts before and behind every text, such as one for its beginning."""
+    """Returns the tokens that a tokenizer adds before and after every text, such as a begin-of-text token."""
     encoding = tokenizer.encode("a")
     added = encoding.special_tokens_mask
     first = next((place for place, special in enumerate(added) if not special), len(added))
@@ -122,7 +122,7 @@ def added_around(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
 
 
 def load_tokenizer(directory: Path, vocab_size: int) -> Tokenizer:
-    """Returns one of ours that lies in a folder. Raises UserError naming what it lacks."""
+    """Returns a tokenizer that ictx trained, from a folder. Raises UserError if it is not one."""
     path, tokenizer = directory / TOKENIZER_FILE, read_tokenizer(directory)
     if tokenizer.get_vocab_size() != vocab_size:
         raise UserError(f"vocab_size is {vocab_size}, but {path} has {tokenizer.get_vocab_size()} entries")

@@ -1,4 +1,4 @@
-"""Whose prepared data a job trains on.
+"""Checks of the ownership of prepared data.
 
 Checksums beside the data show damage. They prove nothing against who owns the folder and can write both, so that is
 looked at first: data of the job's own user, of root, and of whom the settings name.
@@ -16,19 +16,19 @@ from ictx.manifest import Entry, Unusable, check_owner
 
 
 class Trusting(Protocol):
-    """Settings that name whose data is used."""
+    """Settings of trusted owners."""
 
     @property
     def trusted_owners(self) -> tuple[int, ...]:
-        """Numbers of users, besides one's own and root's."""
+        """User ids, besides one's own and root's."""
 
     @property
     def trusted_dirs(self) -> tuple[Path, ...]:
-        """Folders that are used whoever owns them."""
+        """Folders that are trusted regardless of their owner."""
 
 
 def trusted_files(directory: Path, config: Trusting) -> dict[str, Entry]:
-    """Returns the files of a folder of prepared data, which are not read yet.
+    """Returns the files of a folder of prepared data, without reading them.
 
     Raises Unusable unless all belongs to somebody who is trusted, and only its owner can write to it. In a container
     root's files appear as nobody's, like those of every other user: there only `data.trusted_dirs` distinguishes them.

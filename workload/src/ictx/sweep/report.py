@@ -1,4 +1,4 @@
-"""What a sweep comes to: its MLflow run, the parent of its trials' runs, the best settings, a table and a plot."""
+"""Results of a sweep: its MLflow run (the parent of its trials' runs), the best settings, a table and a plot."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Parent:
     """The MLflow run of a sweep."""
 
     def __init__(self, sweep: Sweep) -> None:
-        """Goes on with it or begins it; the sweep must be this worker's alone meanwhile."""
+        """Continues or creates it; the caller must hold the sweep's lock."""
         self.sweep = sweep
         with explained():
             self.tracker = Tracker(
@@ -41,11 +41,11 @@ class Parent:
 
     @property
     def run_id(self) -> str:
-        """Of the MLflow run."""
+        """Id of the MLflow run."""
         return self.tracker.run_id
 
     def conclude(self) -> None:
-        """Writes what the sweep has come to, into its folder and MLflow, once. Raises UserError for no success."""
+        """Writes the results to the sweep's folder and MLflow, once. Raises UserError if no trial succeeded."""
         sweep, best, result = self.sweep, self.sweep.best(), self.sweep.folder / "result.json"
         if result.exists() and json.loads(result.read_text())["trials"] == len(sweep.trials()):
             return
@@ -73,7 +73,7 @@ class Parent:
 
 
 def summary(sweep: Sweep, best: FrozenTrial) -> str:
-    """Returns the best trial, in a line."""
+    """Returns one line about the best trial."""
     chosen = " ".join(f"{name}={value}" for name, value in best.params.items())
     return (
         f"best of {len(sweep.trials())} trials: {best.number}, {sweep.config.metric} {best.value:.6g} with {chosen}; "
@@ -82,7 +82,7 @@ def summary(sweep: Sweep, best: FrozenTrial) -> str:
 
 
 def write_best(sweep: Sweep, best: FrozenTrial) -> None:
-    """Writes best.yaml, which `ictx train` reads: the sweep's configuration with the settings of the best trial."""
+    """Writes best.yaml for `ictx train`: the sweep's configuration with the settings of the best trial."""
     content = load_yaml(config_path(sweep.config.config))
     chosen = [f"{name}={yaml.safe_dump(value).splitlines()[0]}" for name, value in best.params.items()]
     content = override(content, [*sweep.config.settings, *chosen])
@@ -91,7 +91,7 @@ def write_best(sweep: Sweep, best: FrozenTrial) -> None:
 
 
 def table(sweep: Sweep) -> str:
-    """Returns the trials: number, state, last value, last step, starts after a crash, settings."""
+    """Returns a table of the trials: number, state, last value, last step, restarts, settings."""
     rows = [("trial", "state", sweep.config.metric, "step", "crashes", "settings")]
     for trial in sweep.trials():
         value = "" if trial.value is None else f"{trial.value:.6g}"
@@ -107,7 +107,7 @@ def table(sweep: Sweep) -> str:
 
 
 def plot(sweep: Sweep, path: Path) -> None:
-    """Draws each trial's course, and its last value against each setting."""
+    """Plots each trial's metric over steps, and its last value against each setting."""
     names, metric = list(sweep.config.space), sweep.config.metric
     figure = Figure(figsize=(5 * (len(names) + 1), 4), layout="constrained")
     course, *others = figure.subplots(1, len(names) + 1, squeeze=False)[0]

@@ -1,4 +1,4 @@
-"""The trials of a sweep, which its workers share: Optuna's journal on their common storage, and who works on what.
+"""The trials of a sweep, shared by its workers: Optuna's journal on shared storage, and locks of trials.
 
 A worker keeps a lock on its trial's folder, and so does the training that it starts. The system releases it when both
 have ended, however they did, also with their node: a running trial whose folder is free has lost its worker. The next
@@ -28,24 +28,24 @@ from ictx.folder import write_whole
 from ictx.sweep.config import Range, SweepConfig
 
 STOPPED_FILE = "stopped"
-"""In a trial's folder: its worker was signalled to stop, and nothing is wrong with the trial."""
+"""File in a trial's folder: its worker was signalled to stop, so that this does not count as a failure."""
 CRASHES = "crashes"
-"""Attribute of a trial: how often it ended without a result."""
+"""Attribute of a trial: number of failed starts."""
 DEFINITION = ("stage", "config", "settings", "space", "metric", "direction")
-"""What makes results comparable: another start of the sweep must not change it."""
+"""Settings that must not change when a sweep is started again, because results would not be comparable."""
 
 
 @dataclass
 class Claim:
-    """A trial that this worker alone works on."""
+    """A trial that this worker has locked."""
 
     trial: Trial
     folder: Path
     lock: int
-    """Descriptor of the locked file, for the processes that do the work."""
+    """Descriptor of the locked file, inherited by the training processes."""
 
     def release(self) -> None:
-        """Lets another worker have it, if it is not finished."""
+        """Releases the trial for other workers."""
         os.close(self.lock)
 
 
@@ -53,7 +53,7 @@ class Sweep:
     """A sweep's folder."""
 
     def __init__(self, config: SweepConfig, reading: bool = False) -> None:
-        """Opens it, or makes it. Raises UserError when it holds another sweep, unless nothing is to be started."""
+        """Opens or creates it. Raises UserError if it belongs to another sweep, unless `reading`."""
         assert config.dir
         self.config, self.folder = config, config.dir.resolve()
         self.folder.mkdir(mode=0o755, parents=True, exist_ok=True)
@@ -61,7 +61,7 @@ class Sweep:
             if not reading:
                 self._check_definition()
             optuna.logging.set_verbosity(optuna.logging.WARNING)
-            # SQLite's locks do not hold on NFS; this one is a link, which is made or not.
+            # SQLite's locks are not reliable on NFS; creating a link is atomic.
             storage = JournalStorage(JournalFileBackend(str(self.folder / "journal")))
             self.study = optuna.create_study(
                 study_name=config.name,
@@ -73,7 +73,7 @@ class Sweep:
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
-        """Keeps the other workers out."""
+        """Holds the sweep's lock."""
         with (self.folder / "lock").open("a") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
@@ -92,7 +92,7 @@ class Sweep:
                 )
 
     def trials(self) -> list[FrozenTrial]:
-        """Returns all trials as they stand."""
+        """Returns all trials in their current state."""
         return self.study.get_trials(deepcopy=False)
 
     def folder_of(self, number: int) -> Path:
@@ -100,12 +100,12 @@ class Sweep:
         return self.folder / f"trial-{number:04}"
 
     def finished(self) -> bool:
-        """Returns whether all trials have ended."""
+        """Returns whether all trials are finished."""
         trials = self.trials()
         return len(trials) >= self.config.trials and all(trial.state.is_finished() for trial in trials)
 
     def claim(self) -> Claim | None:
-        """Returns a trial to work on: one that lost its worker, else a new one; None when all are done or in work."""
+        """Returns a trial that lost its worker, else a new one; None if all are finished or locked."""
         with self.exclusive():
             for frozen in self.trials():
                 if frozen.state == TrialState.RUNNING and (found := self._take_over(frozen)):
@@ -113,7 +113,7 @@ class Sweep:
             count = len(self.trials())
             if count >= self.config.trials:
                 return None
-            # A seed of its own for each: workers that choose at the same time must not choose the same.
+            # A different seed per trial: workers that choose at the same time must not choose the same values.
             self.study.sampler = _sampler(self.config.seed + count)
             trial = self.study.ask(distributions(self.config.space))
             lock = self._lock(trial.number)
@@ -135,7 +135,7 @@ class Sweep:
         return claim
 
     def crashed(self, trial: Trial) -> bool:
-        """Notes that a trial ended without a result; returns whether it is to be started again, else it has failed."""
+        """Records a failed start of a trial; returns whether to start it again; otherwise the trial has failed."""
         crashes = trial.user_attrs.get(CRASHES, 0) + 1
         trial.set_user_attr(CRASHES, crashes)
         if crashes <= self.config.retries:
@@ -145,7 +145,7 @@ class Sweep:
         return False
 
     def _lock(self, number: int) -> int | None:
-        """Returns a descriptor that holds the trial's lock; None when another worker, or its training, has it."""
+        """Returns a descriptor with the trial's lock; None if another worker or its training holds it."""
         folder = self.folder_of(number)
         folder.mkdir(mode=0o755, exist_ok=True)
         lock = os.open(folder / "worker", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
@@ -157,14 +157,14 @@ class Sweep:
         return lock
 
     def best(self) -> FrozenTrial | None:
-        """Returns the best of the trials that went to their end; None when there is none."""
+        """Returns the best completed trial; None without one."""
         ended = [trial for trial in self.trials() if trial.state == TrialState.COMPLETE]
         sign = 1 if self.config.direction == "minimize" else -1
         return min(ended, key=lambda trial: sign * (trial.value or 0.0), default=None)
 
 
 def distributions(space: Any) -> dict[str, BaseDistribution]:
-    """Returns the ranges of a space as Optuna's."""
+    """Converts the ranges of a space to Optuna's distributions."""
     return {name: _distribution(each) for name, each in space.items()}
 
 
@@ -180,7 +180,7 @@ def _distribution(each: Range) -> BaseDistribution:
 def _sampler(seed: int) -> optuna.samplers.BaseSampler:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        # Trials that run now count as bad ones: others look elsewhere.
+        # Running trials count as bad ones, so that other workers explore other values.
         return optuna.samplers.TPESampler(seed=seed, constant_liar=True)
 
 
@@ -191,7 +191,7 @@ def _pruner(config: SweepConfig) -> optuna.pruners.BasePruner:
 
 
 def _plain(value: Any) -> Any:
-    """Returns a value as YAML has it."""
+    """Converts a value to a YAML type."""
     if isinstance(value, dict):
         return {name: _plain(each) for name, each in value.items()}
     return [_plain(each) for each in value] if isinstance(value, list | tuple) else value

@@ -1,4 +1,4 @@
-"""A worker: takes trials, trains each in a process of its own, reports how it goes, and stops those that lag behind."""
+"""A worker: trains trials, each in a separate process, reports their metrics, and prunes bad ones."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from ictx.track.records import read_records
 
 POLL_SECONDS = 0.2
 IDLE_SECONDS = 120.0
-"""A training whose worker is lost saves a checkpoint first: longer than that takes."""
+"""Seconds to wait for a training whose worker was lost; longer than it needs to save a checkpoint."""
 BAD_INPUT, STOPPED = 2, 75
-"""Statuses of `ictx train`: settings or data are wrong; a checkpoint is saved, run me again."""
+"""Exit statuses of `ictx train`: invalid settings or data; interrupted after saving a checkpoint."""
 PR_SET_PDEATHSIG = 1
 """linux/prctl.h"""
 
 
 def training(config: SweepConfig, folder: Path, values: Mapping[str, Any], parent: str) -> list[str]:
-    """Returns the command that trains with these values in a folder, as a part of the sweep's MLflow run."""
+    """Returns the command that trains with these values in a folder, with the sweep's MLflow run as the parent."""
     ours = {
         "run.dir": str(folder),
         "run.experiment": config.experiment,
@@ -55,7 +55,7 @@ def _yaml(value: Any) -> str:
 
 
 class Worker:
-    """Works on a sweep until nothing is left to start."""
+    """Runs trials of a sweep until none is left to start."""
 
     def __init__(self, sweep: Sweep) -> None:
         self.sweep, self.config = sweep, sweep.config
@@ -82,7 +82,7 @@ class Worker:
         return STOPPED if self.told_to_stop else 0
 
     def _next(self) -> Claim | None:
-        """Returns the next trial. Before it leaves, a worker waits for trials whose workers may just have been lost."""
+        """Returns the next trial; at the end, waits for trials whose workers may just have been lost."""
         end = time.monotonic() + IDLE_SECONDS
         while not (self.told_to_stop or (found := self.sweep.claim())):
             if self.sweep.finished() or time.monotonic() > end:
@@ -96,7 +96,7 @@ class Worker:
             self.process.send_signal(signal.SIGTERM)
 
     def _train(self, claim: Claim) -> None:
-        """Trains until the trial has ended, or the worker was signalled to stop."""
+        """Trains until the trial is finished, or the worker is signalled to stop."""
         trial, say = claim.trial, f"trial {claim.trial.number}:"
         command = training(self.config, claim.folder, trial.params, self.parent.run_id)
         print(say, ", ".join(f"{name}={value}" for name, value in trial.params.items()), flush=True)
@@ -124,7 +124,7 @@ class Worker:
             return
 
     def _run(self, claim: Claim, command: list[str]) -> tuple[int, bool]:
-        """Trains once; returns the status, and whether the trial was stopped because it lags behind."""
+        """Trains once; returns the exit status, and whether the trial was pruned."""
         pruned = False
         with (claim.folder / "log").open("ab") as log:
             self.process = subprocess.Popen(
@@ -141,7 +141,7 @@ class Worker:
                     pruned = True
                     self.process.send_signal(signal.SIGTERM)
                 if self.told_to_stop:
-                    # It may have come before there was a process.
+                    # The signal may have arrived before the process was started.
                     with suppress(ProcessLookupError):
                         self.process.send_signal(signal.SIGTERM)
                     self.process.wait()
@@ -151,7 +151,7 @@ class Worker:
         return status, pruned
 
     def _report(self, claim: Claim) -> bool:
-        """Reports what has been measured since the last time; returns whether the trial lags behind."""
+        """Reports new metrics to Optuna; returns whether to prune the trial."""
         trial: Trial = claim.trial
         known = max(self.sweep.trials()[trial.number].intermediate_values, default=-1)
         behind = False
@@ -163,17 +163,17 @@ class Worker:
 
 
 def _end_with_parent() -> None:
-    """Has the kernel send this process SIGTERM when the worker ends."""
+    """Makes the kernel send this process SIGTERM when the worker exits (PR_SET_PDEATHSIG)."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _last(folder: Path, metric: str) -> float | None:
-    """Returns the last value of a measure of a run."""
+    """Returns the last value of a run's metric."""
     return next((each[metric] for each in reversed(read_records(folder / "metrics.jsonl")) if metric in each), None)
 
 
 def _last_line(log: Path) -> str:
-    """Returns the last line that a run printed."""
+    """Returns the last line of a run's output."""
     with log.open("rb") as file:
         file.seek(max(0, os.fstat(file.fileno()).st_size - 4096))
         lines = file.read().decode(errors="replace").strip().splitlines() or ["it printed nothing"]

@@ -1,4 +1,4 @@
-"""What a run reports: lines on the console, records in its folder, and from there to tracking servers."""
+"""Logging of a run: lines on the console, records in its folder, and from there to tracking servers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ictx.track.wandb import Description, WandbSink, mode
 
 
 class Journal:
-    """The first rank's voice; on other ranks every method does nothing."""
+    """Logs on the first rank; on other ranks all methods do nothing."""
 
     def __init__(
         self,
@@ -31,7 +31,7 @@ class Journal:
         lineage: Lineage = UNKNOWN,
         track: TrackConfig = DEFAULTS,
     ) -> None:
-        """Begins, or after a restart goes on with, the records in `directory`."""
+        """Starts, or after a restart continues, the records in `directory`."""
         self.tracker = Tracker(directory, experiment, settings, patience, lineage, track) if first else None
         self.metrics = MetricsFile(directory / "metrics.jsonl", resumed_from) if first else None
         self.directory = directory
@@ -55,7 +55,7 @@ class Journal:
             print(text, flush=True)
 
     def record(self, record: Mapping[str, float]) -> None:
-        """Writes a record with its `step`; it reaches tracking servers at the next `flush`."""
+        """Writes a record with its `step`; it is sent to tracking servers at the next `flush`."""
         if self.metrics:
             timed = finite({**record, "time": round(time.time(), 3)})
             self.metrics.append(timed)
@@ -63,14 +63,14 @@ class Journal:
                 outbox.waiting.append(timed)
 
     def rewind(self, step: int) -> None:
-        """Forgets the records of later steps: they are going to be computed again."""
+        """Removes the records of later steps, which will be computed again."""
         if self.metrics:
             self.metrics.rewind(step)
             for outbox in self.outboxes:
                 outbox.rewind(step)
 
     def flush(self, step: int) -> None:
-        """Sends what waits up to the step of a checkpoint, so that a restart from there repeats no step."""
+        """Sends pending records up to a checkpoint's step, so that a restart from there repeats no step."""
         for outbox in self.outboxes:
             outbox.try_to_send(step)
         self._link()
@@ -84,7 +84,7 @@ class Journal:
             self._report(self.tracker)
 
     def _report(self, tracker: Tracker) -> None:
-        """Draws the run's report and logs it; a run is no failure for want of a plot."""
+        """Draws and logs the run's report; a failure does not fail the run."""
         try:
             for path in write_report(self.directory):
                 tracker.client.log_artifact(tracker.run_id, str(path), "report")
@@ -92,7 +92,7 @@ class Journal:
             print(f"no report of the run in MLflow: {tracker.reason(error)}", flush=True)
 
     def _link(self) -> None:
-        """Writes into the MLflow run where the W&B run is; a server that is away gets it the next time."""
+        """Adds the W&B run's URL to the MLflow run; retried at the next start if the server does not respond."""
         if not (self.tracker and self.wandb) or self._linked == (found := self.wandb.url or self.wandb.path):
             return
         with suppress(self.tracker.failure):

@@ -1,4 +1,4 @@
-"""Where a run's model comes from: tags of the run and of the version that it registers, and the run's data set."""
+"""Lineage of a run's model: tags of the run and of its registered version, and the run's data set."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from mlflow.entities import Dataset, DatasetInput, InputTag
 from ictx.registry import DATA_TAG, IMAGE_REF_TAG, PARENT_TAG, STAGE_TAG
 
 CONTEXT_TAG = "mlflow.data.context"
-"""MLflow's: what a data set is for."""
+"""MLflow's tag for the purpose of a data set."""
 LONGEST_DIGEST = 36
-"""Characters of a data set's digest that MLflow keeps."""
+"""Maximum characters of a data set's digest in MLflow."""
 
 
 @dataclass(frozen=True)
 class Lineage:
-    """What a model is made of."""
+    """Origin of a model: stage, parent and data."""
 
     stage: str = ""
-    """Kind of training, such as `extend`."""
+    """Training stage, such as `extend`."""
     parent: str = ""
-    """Model that it began with: `NAME/VERSION`, or `run:/FOLDER` where that was not registered; empty: none."""
+    """Initial model: `NAME/VERSION`, or `run:/FOLDER` if it is not registered; empty: none."""
     data: str = ""
-    """Folder of its data."""
+    """Folder of the data."""
     fingerprint: str = ""
-    """Fingerprint of its data."""
+    """Fingerprint of the data."""
 
     @property
     def tags(self) -> dict[str, str]:
-        """Those that are known."""
+        """Tags of the known values."""
         reference, digest = (os.environ.get(name, "") for name in ("ICTX_IMAGE_REF", "ICTX_IMAGE_DIGEST"))
         image = f"{reference}@{digest}" if reference and digest else digest
         found = {STAGE_TAG: self.stage, PARENT_TAG: self.parent, DATA_TAG: self.fingerprint, IMAGE_REF_TAG: image}
@@ -40,7 +40,7 @@ class Lineage:
 
     @property
     def inputs(self) -> list[DatasetInput]:
-        """The data as MLflow shows it."""
+        """The data as MLflow's data set inputs."""
         if not self.fingerprint:
             return []
         name = Path(self.data).name or self.data

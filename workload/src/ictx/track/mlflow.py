@@ -1,4 +1,4 @@
-"""The MLflow side of a run: one run per job however often it restarts, and one registered version per run."""
+"""Tracking of a run in MLflow: one MLflow run per job, also after restarts, and one registered version per run."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from ictx.track.lineage import UNKNOWN, Lineage
 
 T = TypeVar("T")
 
-# What a run is labelled with, where the environment sets it.
+# Tags of a run from environment variables.
 TAGS = {
     IMAGE_TAG: "ICTX_IMAGE_DIGEST",
     "ictx.image_ref": "ICTX_IMAGE_REF",
@@ -36,18 +36,18 @@ TAGS = {
 }
 
 
-# Errors that a retry may resolve: a server that is down, restarts or is busy. Others (a wrong password) stay.
+# Errors that a retry may resolve: the server is down, restarting or busy. Others (a wrong password) are permanent.
 PASSING = {"INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED", "DEADLINE_EXCEEDED"}
 SECONDS_BETWEEN_TRIES = 5.0
 
 
 def passing(error: MlflowException) -> bool:
-    """Returns whether the same request may succeed later."""
+    """Returns whether a retry may succeed."""
     return error.error_code in PASSING
 
 
 def patiently(call: Callable[[], T], seconds: float) -> T:
-    """Returns the call's result; one that fails for a passing reason is tried again for that long."""
+    """Returns the call's result; retries transient errors for `seconds`."""
     end, reported = time.monotonic() + seconds, False
     while True:
         try:
@@ -62,16 +62,16 @@ def patiently(call: Callable[[], T], seconds: float) -> T:
 
 
 def names_to_try(name: str) -> Iterator[str]:
-    """Yields a name and what to call it where another user has it: where users have accounts, the first one owns it."""
+    """Yields a name, then alternatives in case another user owns it (with user accounts, the creator is the owner)."""
     yield name
     if user := os.environ.get("MLFLOW_TRACKING_USERNAME"):
         yield f"{name}-{user}"
-        # Somebody else took that one too.
+        # Another user may own that name too.
         yield f"{name}-{user}-{secrets.token_hex(4)}"
 
 
 def own(name: str, call: Callable[[str], T]) -> tuple[str, T]:
-    """Returns the first of the names to try that this user may write to, and what the call returned for it."""
+    """Returns the first of the names that this user may write to, and the call's result for it."""
     *others, last = names_to_try(name)
     for each in others:
         try:
@@ -85,7 +85,7 @@ def own(name: str, call: Callable[[str], T]) -> tuple[str, T]:
 
 @contextmanager
 def _request_timeout(seconds: int) -> Iterator[None]:
-    """Lets the server take longer to answer: it stores a whole file before it does."""
+    """Raises the request timeout, because the server stores a whole file before it responds."""
     before = os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"]
     os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = str(max(seconds, int(before)))
     try:
@@ -95,7 +95,7 @@ def _request_timeout(seconds: int) -> Iterator[None]:
 
 
 def _run_id(note: Path) -> str:
-    """Returns the id in a note; an empty text when there is none, or what a full disk left of it."""
+    """Returns the id in a note; empty if it is missing or invalid (full disk)."""
     try:
         found = note.read_text().strip()
     except (FileNotFoundError, UnicodeDecodeError):
@@ -104,7 +104,7 @@ def _run_id(note: Path) -> str:
 
 
 def new_client() -> MlflowClient:
-    """Returns a client whose requests fail at once: all ranks wait for one that makes them. Trying again is ours."""
+    """Returns a client without retries, because all ranks wait for its requests; see `patiently` for retries."""
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
@@ -112,7 +112,7 @@ def new_client() -> MlflowClient:
 
 
 class Tracker:
-    """Logs to the server or store that MLFLOW_TRACKING_URI names: the sink of an outbox, and the model registry."""
+    """Logs to the server or store in MLFLOW_TRACKING_URI: the sink of an outbox, and the model registry."""
 
     name, failure = "MLflow", MlflowException
 
@@ -144,21 +144,21 @@ class Tracker:
             patiently(self._announce, patience)
 
     def patiently(self, call: Callable[[], T]) -> T:
-        """Returns the call's result; one that fails for a passing reason is tried again for `patience` seconds."""
+        """Returns the call's result; retries transient errors for `patience` seconds."""
         return patiently(call, self.patience)
 
     def reason(self, error: Exception) -> str:
-        """Returns what went wrong, in one line."""
+        """Returns an error's cause in one line."""
         return reason(error)
 
     @property
     def tags(self) -> dict[str, str]:
-        """What this start of the run is labelled with."""
+        """Tags of this start of the run."""
         return {tag: os.environ[name] for tag, name in TAGS.items() if os.environ.get(name)} | self.lineage.tags
 
     @property
     def url(self) -> str:
-        """The run's page, where MLflow is a server."""
+        """URL of the run's page; empty without a server."""
         found = re.fullmatch(r"(https?://)(?:[^/]*@)?(.*[^/])/*", os.environ.get("MLFLOW_TRACKING_URI", ""))
         return f"{found[1]}{found[2]}/#/runs/{self.run_id}" if found else ""
 
@@ -177,7 +177,7 @@ class Tracker:
         return run_id
 
     def _experiment_id(self, name: str) -> str:
-        """Returns the experiment's id; creates the experiment when there is none."""
+        """Returns the experiment's id; creates the experiment if it is missing."""
         found = self.client.get_experiment_by_name(name)
         if not found:
             self._create_experiment(name)
@@ -193,12 +193,12 @@ class Tracker:
         try:
             self.client.create_experiment(name, artifact_location=artifacts)
         except MlflowException as error:
-            # Another job created it in the meantime.
+            # Another job created it meanwhile.
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
 
     def _announce(self) -> None:
-        """Logs that the run continues, and where; once per start."""
+        """Logs once per start that the run continues, with its URL."""
         if not self._announced:
             self.client.update_run(self.run_id, status="RUNNING")
             self.tag(self.tags)
@@ -211,7 +211,7 @@ class Tracker:
         self.client.log_batch(self.run_id, tags=[RunTag(name, text) for name, text in tags.items()])
 
     def log(self, records: list[Mapping[str, float]]) -> None:
-        """Logs records, each with its `step` and `time` (seconds since 1970); one that is logged twice counts once."""
+        """Logs records, each with `step` and `time` (Unix seconds); repeated records are ignored."""
         self._announce()
         metrics = [
             Metric(name, value, int(record["time"] * 1000), int(record["step"]))
@@ -243,7 +243,7 @@ class Tracker:
                 raise
         source = f"{self.client.get_run(self.run_id).info.artifact_uri}/model"
         versions = self.client.search_model_versions(f"name = '{name}' and run_id = '{self.run_id}'")
-        # Another user may name this run as the origin of a version, but not its files.
+        # Another user can set this run as a version's run_id, but not its files as the source.
         version = next((str(each.version) for each in versions if each.source == source), "")
         if not version:
             if not self._uploaded:

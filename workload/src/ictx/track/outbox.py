@@ -1,4 +1,4 @@
-"""What tracking servers have not got yet: a server that is away loses nothing, also over restarts of the job."""
+"""Queue of records for a tracking server: nothing is lost while the server is down, also across restarts of the job."""
 
 from __future__ import annotations
 
@@ -11,44 +11,44 @@ from ictx.track.records import MetricsFile
 
 
 class Sink(Protocol):
-    """A tracking server's side of a run."""
+    """Interface of a tracking server."""
 
     name: str
-    """Of the server, for messages."""
+    """Name of the server, for messages."""
 
     @property
     def failure(self) -> type[Exception]:
-        """What its methods raise when the server does not answer."""
+        """Exception that its methods raise if the server does not respond."""
 
     def log(self, records: list[Mapping[str, float]]) -> None:
-        """Sends records, each with its `step` and `time` (seconds since 1970)."""
+        """Sends records, each with `step` and `time` (Unix seconds)."""
 
     def finish(self, status: str) -> None:
         """Ends the run as FINISHED, FAILED or KILLED."""
 
     def patiently(self, call: Callable[[], Any]) -> Any:
-        """Returns the call's result; it is repeated for some time while the server is away."""
+        """Returns the call's result; retries for some time while the server does not respond."""
 
     def reason(self, error: Exception) -> str:
-        """Returns what went wrong, in one line."""
+        """Returns an error's cause in one line."""
 
 
 class Outbox:
-    """The records of metrics.jsonl behind the step in `note`, on their way to a sink; without a note, all of them."""
+    """Sends the records of metrics.jsonl after the step in `note` to a sink; without a note, all of them."""
 
     def __init__(self, sink: Sink, metrics: MetricsFile, note: Path | None, resumed_from: int) -> None:
-        """Takes up what an earlier start of the run could not send."""
+        """Includes records that an earlier start of the run could not send."""
         self.sink, self.note = sink, note
         self.sent = min(_step(note), resumed_from) if note else 0
         self.waiting: list[Mapping[str, float]] = [*metrics.after(self.sent)]
         self._away = False
 
     def rewind(self, step: int) -> None:
-        """Forgets the records of later steps."""
+        """Drops the records of later steps."""
         self.waiting = [record for record in self.waiting if record["step"] <= step]
 
     def send(self, until: float = float("inf")) -> None:
-        """Sends what waits of the steps up to `until`. Raises the sink's `failure`; nothing is lost then."""
+        """Sends pending records of steps up to `until`. If it raises the sink's `failure`, records stay pending."""
         due = [record for record in self.waiting if record["step"] <= until]
         if not due:
             return
@@ -59,14 +59,14 @@ class Outbox:
             if self.note:
                 write_whole(self.note, f"{self.sent}\n")
         except OSError as error:
-            # The next start sends them again, which changes nothing.
+            # The next start sends them again, which has no effect.
             print(f"cannot write {self.note}: {error.strerror}", flush=True)
         if self._away:
             print(f"{self.sink.name} answers again: {len(due)} records sent", flush=True)
         self._away = False
 
     def try_to_send(self, until: float = float("inf")) -> None:
-        """Sends what waits, or prints why it goes on waiting."""
+        """Sends pending records, or prints why it failed."""
         try:
             self.send(until)
         except self.sink.failure as error:
@@ -92,7 +92,7 @@ class Outbox:
 
 
 def _step(note: Path) -> int:
-    """Returns the step in a note; 0, from which everything is sent again, when there is none that can be read."""
+    """Returns the step in a note; 0 if it is missing or invalid, so that everything is sent again."""
     try:
         return max(int(note.read_text()), 0)
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""metrics.jsonl: the records of a run, one a line."""
+"""metrics.jsonl: the records of a run, one per line."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ictx.manifest import open_regular
 
 
 def read_records(path: Path) -> list[dict[str, float]]:
-    """Returns the records of a run so far; a crash, or a full disk, may have left lines that are none."""
+    """Returns the records of a run; skips lines that were truncated by a crash or a full disk."""
     if not os.path.lexists(path):
         return []
     with open_regular(path) as file:
@@ -22,10 +22,10 @@ def read_records(path: Path) -> list[dict[str, float]]:
 
 
 class MetricsFile:
-    """metrics.jsonl: one record a line, each step once however often the run restarts."""
+    """metrics.jsonl: one record per line, each step once, also after restarts."""
 
     def __init__(self, path: Path, resumed_from: int) -> None:
-        """Keeps the records up to step `resumed_from`: what lies behind it is going to be computed again."""
+        """Removes the records after step `resumed_from`, which will be computed again."""
         self.path = path
         self._late: list[Mapping[str, float]] = []
         self.rewind(resumed_from)
@@ -36,7 +36,7 @@ class MetricsFile:
         write_whole(self.path, "".join(_line(record) for record in read_records(self.path) if record["step"] <= step))
 
     def append(self, record: Mapping[str, float]) -> None:
-        """Adds a record of finite numbers. On a full disk it waits for the next one: training goes on."""
+        """Appends a record's finite numbers. On a full disk it is kept for the next call, and training continues."""
         waited = bool(self._late)
         self._late.append(record)
         try:
@@ -53,7 +53,7 @@ class MetricsFile:
 
 
 def _append(path: Path, content: bytes) -> None:
-    """Adds all of the content to a file, or nothing. Raises OSError."""
+    """Appends all of the content to a file, or nothing. Raises OSError."""
     with path.open("ab", buffering=0) as file:
         end = file.seek(0, os.SEEK_END)
         try:
@@ -85,5 +85,5 @@ def _record(line: bytes) -> dict[str, float] | None:
 
 
 def finite(record: Mapping[str, float]) -> dict[str, float]:
-    """Returns a record without the numbers that are not finite: JSON has none."""
+    """Returns a record without non-finite numbers, which JSON does not support."""
     return {name: value for name, value in record.items() if abs(value) <= sys.float_info.max}

@@ -8,11 +8,11 @@ from ictx.track.records import read_records
 
 
 def write_report(directory: Path) -> list[Path]:
-    """Writes report/loss.png of the run in `directory`, and returns what it wrote: nothing for a run without a loss.
+    """Writes report/loss.png of the run in `directory`; returns the written files, none for a run without a loss.
 
     Losses of training and validation and the learning rate, over steps.
     """
-    # It takes a second to import, on one rank, at the end.
+    # Imported here because it takes a second, and only one rank needs it at the end.
     from matplotlib.figure import Figure
 
     records = read_records(directory / "metrics.jsonl")

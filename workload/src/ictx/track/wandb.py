@@ -1,4 +1,4 @@
-"""The Weights & Biases side of a run: one W&B run however often the job restarts. Training never waits for it."""
+"""Tracking of a run in Weights & Biases: one W&B run per job, also after restarts. Never blocks training."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ from ictx.track.config import MODES, TrackConfig
 
 T = TypeVar("T")
 INIT_SECONDS = 30.0
-"""After so long without an answer to the start of an online run, it becomes an offline one."""
+"""Timeout of the start of an online run, after which the run is tracked offline."""
 STOP_SECONDS = 10.0
-"""So long a run that was stopped, or failed, waits for the upload's end: a job's grace period is short."""
+"""Maximum time that a stopped or failed run waits for the upload, because a job's grace period is short."""
 EXIT_CODES = {"FINISHED": 0, "FAILED": 1, "KILLED": 75}
 
 
 def check(track: TrackConfig) -> None:
     """Raises UserError for `online` without an API key, and for a mode without the package.
 
-    To be called before a run takes anything.
+    Call it before a run acquires resources.
     """
     if _wanted(track) != "auto":
         mode(track)
 
 
 def mode(track: TrackConfig) -> str:
-    """Returns `online`, `offline` or `disabled`, which `auto` is where the package is missing. Raises as `check`."""
+    """Returns `online`, `offline` or `disabled` (also for `auto` without the package). Raises like `check`."""
     wanted = _wanted(track)
     if wanted != "disabled" and importlib.util.find_spec("wandb") is None:
         if wanted == "auto":
@@ -63,19 +63,19 @@ def _wanted(track: TrackConfig) -> str:
 
 
 def _has_key() -> bool:
-    """Returns whether `wandb` finds a key, or token, for its server; never prompts for one."""
+    """Returns whether `wandb` finds an API key or token for its server; never prompts."""
     wandb = _library()
     from wandb.sdk.lib import wbauth
 
     try:
         return bool(wbauth.authenticate_session(host=wandb.setup().settings.base_url, source="ictx", prompt=False))
     except Exception as error:
-        # The message describes the key's form, without the key.
+        # The message describes the key's format, without the key itself.
         raise UserError(f"W&B: {str(error).splitlines()[0]}") from error
 
 
 def _library() -> Any:
-    """Imports `wandb`, which takes a second: only runs that are tracked there wait for it."""
+    """Imports `wandb` only when it is used, because that takes a second."""
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     os.environ.setdefault("WANDB_SILENT", "true")
     import wandb
@@ -84,15 +84,15 @@ def _library() -> Any:
 
 
 def _end_client() -> None:
-    """Ends W&B's process, which would go on trying: it has the run's output open, and a job waits for that."""
+    """Kills W&B's process, which would retry forever and keep the job's output open."""
     from wandb.sdk import wandb_setup
 
-    with contextlib.suppress(AttributeError):  # there is no public way that does not wait for the upload
+    with contextlib.suppress(AttributeError):  # no public API does this without waiting for the upload
         wandb_setup._singleton._connection._proc._process.kill()  # type: ignore[union-attr]
 
 
 def _run_id(note: Path) -> str:
-    """Returns the W&B run that a folder belongs to; a W&B agent chooses it for new ones."""
+    """Returns the id of a folder's W&B run; for a new run, a W&B agent may set it."""
     with contextlib.suppress(OSError, UnicodeDecodeError):
         if re.fullmatch("[0-9A-Za-z_-]{1,64}", found := note.read_text().strip()):
             return found
@@ -103,14 +103,14 @@ def _run_id(note: Path) -> str:
 
 @dataclass
 class Description:
-    """What W&B shows of a run besides its metrics."""
+    """Description of a run in W&B: settings, links and tags."""
 
     name: str
     experiment: str
     settings: Mapping[str, Any]
-    """Of the run, nested."""
+    """Settings of the run, nested."""
     links: Mapping[str, str] = field(default_factory=dict)
-    """To the same run elsewhere."""
+    """Links to the run in other trackers."""
     tags: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -132,7 +132,7 @@ class WandbSink:
         self.directory, self.track, self.about, self.patience = directory, track, about, patience
         self.run_id = _run_id(directory / "wandb_run_id")
         self.url = ""
-        """Of the run's page, once that is known."""
+        """URL of the run's page, once known."""
         self.folder = directory / "wandb"
         self._run: Any = None
         self._next_step, self._left = 0, False
@@ -143,12 +143,12 @@ class WandbSink:
 
     @property
     def path(self) -> str:
-        """What W&B calls the run: ENTITY/PROJECT/ID, without an entity where that is the key's default."""
+        """W&B's path of the run: ENTITY/PROJECT/ID, without ENTITY if it is the key's default."""
         return "/".join(filter(None, (self._entity, self._project, self.run_id)))
 
     @property
     def tags(self) -> dict[str, str]:
-        """What other trackers note about the run here."""
+        """Tags for other trackers that link to this run."""
         return {"wandb.run_id": self.run_id, "wandb.path": self.path} | ({"wandb.url": self.url} if self.url else {})
 
     @property
@@ -160,11 +160,11 @@ class WandbSink:
         return self.track.entity or os.environ.get("WANDB_ENTITY")
 
     def log(self, records: list[Mapping[str, float]]) -> None:
-        """Hands records over, each with its `step` and `time` (seconds since 1970)."""
+        """Queues records, each with `step` and `time` (Unix seconds)."""
         self._calls.put(lambda: self._log(records))
 
     def finish(self, status: str) -> None:
-        """Ends the run as FINISHED, FAILED or KILLED, and prints where it is."""
+        """Ends the run as FINISHED, FAILED or KILLED, and prints its URL or folder."""
         self._calls.put(lambda: self._run.finish(exit_code=EXIT_CODES[status]))
         self._calls.put(None)
         self._thread.join(self.patience if status == "FINISHED" else STOP_SECONDS)
@@ -178,15 +178,15 @@ class WandbSink:
             print(f"W&B: an offline run; upload it with: wandb sync {self.folder}", flush=True)
 
     def patiently(self, call: Callable[[], T]) -> T:
-        """Returns the call's result: no call here fails because the server is away."""
+        """Returns the call's result; calls never fail because of the server."""
         return call()
 
     def reason(self, error: Exception) -> str:
-        """Returns what went wrong, in one line."""
+        """Returns an error's cause in one line."""
         return str(error).partition("\n")[0] or type(error).__name__
 
     def _work(self) -> None:
-        """Does one call after the other; after one that fails, none: the next start sends what is missing."""
+        """Runs the queued calls in order; stops after a failure, and the next start sends what is missing."""
         while call := self._calls.get():
             try:
                 call()
@@ -205,7 +205,7 @@ class WandbSink:
                 raise
             print(f"W&B does not answer ({self.reason(error)}): the run is tracked offline", flush=True)
             self.mode = "offline"
-            # The client still holds the run for the server.
+            # The client still has the online run open.
             _end_client()
             with contextlib.suppress(Exception, SystemExit):  # it exits with the status of the process
                 _library().teardown(1)
@@ -214,7 +214,7 @@ class WandbSink:
         self.url = self._run.url or ""
 
     def _init(self) -> Any:
-        # Its client keeps logs: here rather than in the home directory, which a container may lack.
+        # The client writes logs: to this folder instead of the home directory, which may be missing in a container.
         os.environ.setdefault("WANDB_CACHE_DIR", str(self.folder / "client"))
         wandb = _library()
         online = self.mode == "online"
@@ -236,7 +236,7 @@ class WandbSink:
             reinit="create_new",
             init_timeout=INIT_SECONDS,
             finish_timeout=self.patience or STOP_SECONDS,
-            # Metrics and settings, and nothing of the machine, its console, its code and its packages.
+            # Send only metrics and settings, no data about the machine, console, code or packages.
             host="",
             console="off",
             silent=True,
@@ -264,7 +264,7 @@ class WandbSink:
 
 
 def _plain(value: Any) -> Any:
-    """Returns settings as JSON has them."""
+    """Returns settings as JSON types."""
     if isinstance(value, Mapping):
         return {str(name): _plain(each) for name, each in value.items()}
     if isinstance(value, list | tuple):
