@@ -251,6 +251,7 @@ def test_the_lab_serves_on_the_cpu() -> None:
     assert "--max-model-len" not in vllm["args"]
     assert "--gpu-memory-utilization" not in vllm["args"]
     assert "--enforce-eager" in vllm["args"]
+    assert environment(vllm)["TORCH_COMPILE_DISABLE"] == "1"
     assert json.loads(option(vllm, "--compilation-config")) == {"custom_ops": ["none"]}
     assert list(vllm["resources"]["limits"]) == ["memory"]
     assert environment(vllm)["VLLM_CPU_KVCACHE_SPACE"] == "1"
@@ -260,6 +261,7 @@ def test_the_lab_serves_on_the_cpu() -> None:
 
 def test_our_attention_is_switched_on_by_one_value() -> None:
     assert environment(server("serving", "gpu-small").container("vllm"))["ICTX_VLLM_ATTENTION"] == "vllm"
+    assert "TORCH_COMPILE_DISABLE" not in environment(server("serving", "gpu-small").container("vllm"))
     vllm = server("serving", "gpu-small", vllm__attention="ictx").container("vllm")
     assert environment(vllm)["ICTX_VLLM_ATTENTION"] == "ictx"
 

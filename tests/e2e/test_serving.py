@@ -134,6 +134,14 @@ def test_completions_stream() -> None:
     assert len(events) > 4
 
 
+def test_log_probabilities_are_returned() -> None:
+    """vLLM compiles a function for them at their first request, and the image has no compiler."""
+    status, text = complete(key(), logprobs=1)
+    assert status == 200, text
+    (choice,) = json.loads(text)["choices"]
+    assert len(choice["logprobs"]["token_logprobs"]) == 8
+
+
 @pytest.mark.parametrize("release", ["ictx", "ictx-mlflow"])
 def test_the_charts_test_themselves(release: str) -> None:
     assert "Phase:          Succeeded" in helm("test", release, "--timeout", "10m")

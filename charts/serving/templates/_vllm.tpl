@@ -95,6 +95,11 @@ env:
     value: "1"
   - name: VLLM_NO_USAGE_STATS
     value: "1"
+  {{- if .Values.vllm.enforceEager }}
+  # --enforce-eager leaves out the model only: the first request for log probabilities compiles, which ends the engine without a compiler.
+  - name: TORCH_COMPILE_DISABLE
+    value: "1"
+  {{- end }}
   # The root file system is read-only: compiled kernels and caches go to one volume.
   - name: XDG_CACHE_HOME
     value: /cache
