@@ -116,7 +116,7 @@ for capability, settings in json.load(sys.stdin):
         except ImportError:
             prefill = "not in this build"
     vllm.platforms._current_platform = cpu
-    results.append([chosen.__name__, prefill])
+    results.append([chosen.__name__, prefill, chosen.get_preferred_block_size(16)])
 json.dump(results, open("chosen.json", "w"))
 """
 MOE = MoeConfig(
@@ -249,9 +249,10 @@ def test_vllm_chooses_ours_on_gpus_or_says_why_not(exports: Exports) -> None:
     given = json.dumps([[capability, settings] for capability, settings, *_ in cases])
     log = exports.run(CHOICE, attention="ictx", given=given)
     chosen = json.loads((exports.folder / "chosen.json").read_text())
-    assert [name for name, _ in chosen] == [expected for _, _, expected, _ in cases], log
+    assert [name for name, *_ in chosen] == [expected for _, _, expected, _ in cases], log
     # FlashAttention begins with Ampere.
-    assert [prefill == "Prefill" for _, prefill in chosen] == [capability < 80 for capability, *_ in cases]
+    assert [prefill == "Prefill" for _, prefill, _ in chosen] == [capability < 80 for capability, *_ in cases]
+    assert {size for name, _, size in chosen if name == "CudaBackend"} == {64}
     for *_, reason in cases:
         assert reason is None or log.count(own + reason) == 1, log
 

@@ -147,7 +147,7 @@ def test_a_file_that_is_not_the_locks_is_refused_and_nothing_is_installed() -> N
     done = provision("-e", f"k3s_version={TAMPERED}")
     assert done.returncode != 0
     output = done.stdout + done.stderr
-    assert f"K3s {TAMPERED} could not be fetched" in output
+    assert f"K3s {TAMPERED} could not be downloaded" in output
     assert "nothing was installed" in output
     assert "checksum" in output
     for name in NODES:
