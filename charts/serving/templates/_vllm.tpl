@@ -96,7 +96,8 @@ env:
   - name: VLLM_NO_USAGE_STATS
     value: "1"
   {{- if .Values.vllm.enforceEager }}
-  # --enforce-eager leaves out the model only: the first request for log probabilities compiles, which ends the engine without a compiler.
+  # --enforce-eager covers the model only. vLLM also compiles functions at their first use, such as for log probabilities:
+  # in an image without a compiler, such a request would end the engine.
   - name: TORCH_COMPILE_DISABLE
     value: "1"
   {{- end }}
