@@ -17,7 +17,6 @@ from typing import Any
 import pytest
 from lab import ROOT, SHARED, Lab, wait_for
 from recovery import Drill
-from test_drills_restore import command
 from test_lifecycle import PREFIX, states
 
 pytestmark = pytest.mark.lab
@@ -269,6 +268,11 @@ def test_a_chain_survives_a_fault_in_each_stage(
     check_the_chain_ends_well(chain, fault, drill=drill)
 
 
+def power(node: str, *words: str) -> None:
+    """Cuts or restores the power of a node."""
+    subprocess.run(["podman", *words, f"{PREFIX}-{node}"], check=True, capture_output=True)
+
+
 @pytest.mark.full
 @pytest.mark.drill(
     "a node drawn at random loses its power every three minutes while a pipeline runs",
@@ -286,10 +290,10 @@ def test_a_chain_ends_though_nodes_die_again_and_again(lab: Lab, whole: str, pre
         time.sleep(180)
         node = draw.choice(COMPUTE)
         with drill.recovery():
-            command("podman", "kill", "--signal=KILL", f"{PREFIX}-{node}")
+            power(node, "kill", "--signal=KILL")
             # A container has its host's boot time, by which slurmctld detects reboots: stay off until it is missed.
             wait_for(f"{node} down", lambda node=node: states(lab)[node].startswith("down"), 120)
-            command("podman", "start", f"{PREFIX}-{node}")
+            power(node, "start")
             wait_for(f"{node} in service", lambda node=node: states(lab)[node] in ("idle", "mixed", "allocated"), 300)
         deaths += 1
     assert deaths

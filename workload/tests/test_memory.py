@@ -120,7 +120,7 @@ def test_without_a_gpu_it_is_selective(capsys: pytest.CaptureFixture[str]) -> No
     ranks = Ranks(0, 1, torch.device("cpu"), None)  # type: ignore[arg-type]
     model = on_meta(ModelConfig(**SMALL, num_nextn_predict_layers=1))
     assert sharded.automatic(model, LoopConfig(1, 64, 1, recompute="auto"), ranks) == ["selective"] * 4
-    assert "without a GPU" in capsys.readouterr().out
+    assert "(no GPU)" in capsys.readouterr().out
 
 
 def test_preference_optimization_which_is_not_counted_refuses_it() -> None:
