@@ -37,7 +37,7 @@ def test_what_passes_is_tried_again(status: int) -> None:
         endpoint = client(server.url)
         assert endpoint.chat("hello") == "yes" and endpoint.retried == 2
         server.failures = [(status, {}, b"later")] * 9
-        with pytest.raises(UserError, match=rf"answers HTTP {status} \(later\), 3 times: the same command goes on"):
+        with pytest.raises(UserError, match=rf"returned HTTP {status} \(later\), 3 times: run the same command again"):
             endpoint.chat("hello")
         assert len(server.asked) == 6
 
@@ -45,7 +45,7 @@ def test_what_passes_is_tried_again(status: int) -> None:
 def test_a_slow_answer_is_tried_again_and_then_ends_it() -> None:
     with (
         serving(Server(slow=0.5)) as server,
-        pytest.raises(UserError, match=r"gives no answer within 0\.05 s, 3 times"),
+        pytest.raises(UserError, match=r"does not respond within 0\.05 s, 3 times"),
     ):
         client(server.url, timeout=0.05).chat("hello")
 
@@ -53,7 +53,7 @@ def test_a_slow_answer_is_tried_again_and_then_ends_it() -> None:
 @pytest.mark.parametrize("key", ["", "wrong"])
 def test_a_wrong_key_is_one_line_and_no_second_try(key: str) -> None:
     with serving(Server(key="right")) as server:
-        reason = "refuses the key: HTTP 401" if key else r"requires a key \(--key-env, --key-file\): HTTP 401"
+        reason = "rejects the key: HTTP 401" if key else r"requires a key \(--key-env, --key-file\): HTTP 401"
         for call in (Endpoint.check, lambda endpoint: endpoint.chat("hello")):
             with pytest.raises(UserError, match=reason) as error:
                 call(client(server.url, key=key))
@@ -72,13 +72,13 @@ def test_nobody_listens() -> None:
 @pytest.mark.parametrize(
     ("answer", "reason"),
     [
-        ((200, {}, b"<html>"), "is no OpenAI-compatible endpoint: it answers <html>"),
-        ((200, {}, b"[]"), "is no OpenAI-compatible endpoint: its answer has no list 'choices'"),
-        ((200, {}, b'{"choices": [{"message": {"content": null}}]}'), "answers without text"),
-        ((200, {}, b'{"choices": []}'), "answers without text"),
+        ((200, {}, b"<html>"), "is not an OpenAI-compatible endpoint: it returned <html>"),
+        ((200, {}, b"[]"), "is not an OpenAI-compatible endpoint: its response has no list 'choices'"),
+        ((200, {}, b'{"choices": [{"message": {"content": null}}]}'), "returned no text"),
+        ((200, {}, b'{"choices": []}'), "returned no text"),
         ((400, {}, b"too long\n\x1b[1m"), r"rejects the request: HTTP 400 \(.*too long"),
-        ((404, {}, b"no"), r"answers HTTP 404 \(no\): expected an OpenAI-compatible endpoint"),
-        ((302, {"Location": "http://127.0.0.1:1/"}, b"elsewhere"), "answers HTTP 302"),
+        ((404, {}, b"no"), r"returned HTTP 404 \(no\): expected an OpenAI-compatible endpoint"),
+        ((302, {"Location": "http://127.0.0.1:1/"}, b"elsewhere"), "returned HTTP 302"),
     ],
 )
 def test_nonsense_is_one_line(answer: tuple[int, dict[str, str], bytes], reason: str) -> None:
@@ -90,7 +90,7 @@ def test_nonsense_is_one_line(answer: tuple[int, dict[str, str], bytes], reason:
 
 @pytest.mark.parametrize("url", ["", "ftp://x/v1", "http://", "http://me:pass@x/v1", "x:8000", "http://x/v1?key=1"])
 def test_an_address_that_is_none_is_refused(url: str) -> None:
-    with pytest.raises(UserError, match="is no endpoint: expected http"):
+    with pytest.raises(UserError, match="is not an endpoint: expected http"):
         Endpoint(url)
 
 
@@ -99,7 +99,7 @@ def test_the_model_is_the_only_one_that_is_served() -> None:
         endpoint = Endpoint(server.url)
         endpoint.check()
         assert endpoint.model == "judge"
-        with pytest.raises(UserError, match="does not serve other: it has judge"):
+        with pytest.raises(UserError, match=r"does not serve other \(available: judge\)"):
             Endpoint(server.url, "other").check()
-    with pytest.raises(UserError, match="key has characters that no key has"):
+    with pytest.raises(UserError, match="key is not one line of printable ASCII"):
         Endpoint(server.url, key="a\nb")

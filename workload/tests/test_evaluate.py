@@ -103,7 +103,7 @@ def test_the_command_measures_files_and_goes_on_where_it_was(
     assert second["metrics"] == pytest.approx(first["metrics"], rel=1e-5)
     assert second["measured"] == first["measured"]
     assert ictx(monkeypatch, *command[:-3], 5, *command[-2:]) == 2
-    assert "holds samples of other settings (samples was 6, is 5): give another --out" in capsys.readouterr().err
+    assert "has samples of other settings (samples was 6, is 5): set another --out" in capsys.readouterr().err
 
 
 def test_prepared_data_is_measured_as_the_files_it_was_made_of(
@@ -143,7 +143,7 @@ def test_prepared_data_is_measured_as_the_files_it_was_made_of(
         (["needle", "--lengths", "90"], "length is 90: the needle and its question take"),
         (["needle", "--depths", "1.5"], "depth is 1.5: expected 0 (the beginning) to 1 (the end)"),
         (["needle", "--device", "tpu"], "--device is tpu: expected cpu, cuda or cuda:NUMBER"),
-        (["needle", "--model", "/nowhere"], "/nowhere is no model's folder (no config.json)"),
+        (["needle", "--model", "/nowhere"], "/nowhere is not a model (no config.json)"),
         (["needle", "--model", "models:/x"], "'models:/x' is not a model: expected models:/<name>@<alias>"),
     ],
 )
@@ -224,7 +224,7 @@ def test_a_sample_that_fails_loses_none_before_it(tmp_path: Path) -> None:
         finish("test", planned, samples, work)
     assert list(Samples(tmp_path / "samples.jsonl").done) == ["0", "1", "2"]
     (tmp_path / "samples.jsonl").write_text('{"key": "0"}\n[]\n')
-    with pytest.raises(UserError, match=r"samples.jsonl line 2 is no finished sample"):
+    with pytest.raises(UserError, match=r"samples.jsonl line 2 is not a finished sample"):
         Samples(tmp_path / "samples.jsonl")
 
 

@@ -63,4 +63,4 @@ def test_nothing_measured_is_one_line(
     assert "no results of `ictx eval` below" in capsys.readouterr().err
     (tmp_path / "result.json").write_text('{"kind": "perplexity"}')
     assert ictx(monkeypatch, "eval", "report", tmp_path, "--out", tmp_path / "report") == 2
-    assert "result.json is no result of `ictx eval`" in capsys.readouterr().err
+    assert "result.json is not a result of `ictx eval`" in capsys.readouterr().err

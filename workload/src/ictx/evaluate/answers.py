@@ -1,4 +1,4 @@
-"""Who answers a prompt: a model on this machine, or one behind an endpoint."""
+"""Completion of prompts by a model on this machine, or by one behind an endpoint."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from ictx.model import Transformer
 
 
 class Answers(Protocol):
-    """Goes on with prompts."""
+    """Completes prompts."""
 
     def __call__(self, prompts: Sequence[list[int]], new_tokens: int) -> list[str]:
-        """Returns the text that follows each prompt's tokens, of at most so many tokens."""
+        """Returns the completion of each prompt (token ids) as text of at most `new_tokens` tokens."""
 
 
 @dataclass(frozen=True)
 class Local:
-    """A model on this machine, one prompt after the other."""
+    """A model on this machine; computes one prompt at a time."""
 
     model: Transformer
     vocabulary: Vocabulary
@@ -32,7 +32,7 @@ class Local:
     sampling: Sampling = GREEDY
 
     def __call__(self, prompts: Sequence[list[int]], new_tokens: int) -> list[str]:
-        """See `Answers`. Raises UserError where a prompt is longer than the model's context."""
+        """See `Answers`. Raises UserError if a prompt is longer than the model's context."""
         return [self._one(prompt, new_tokens) for prompt in prompts]
 
     def _one(self, prompt: list[int], new_tokens: int) -> str:
@@ -50,11 +50,11 @@ class Local:
 
 @dataclass(frozen=True)
 class Remote:
-    """A model behind an endpoint, all prompts at once."""
+    """A model behind an endpoint; sends all prompts at once."""
 
     endpoint: Endpoint
 
     def __call__(self, prompts: Sequence[list[int]], new_tokens: int) -> list[str]:
-        """See `Answers`. Raises UserError where the endpoint does not answer."""
+        """See `Answers`. Raises UserError if the endpoint does not respond."""
         with ThreadPoolExecutor(len(prompts)) as pool:
             return list(pool.map(lambda prompt: self.endpoint.complete(prompt, max_tokens=new_tokens), prompts))

@@ -1,4 +1,4 @@
-"""A client of OpenAI-compatible endpoints: vLLM, another server like it, or a provider."""
+"""Client of OpenAI-compatible endpoints: vLLM, another server, or a provider."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from ictx.errors import UserError, printable
 from ictx.settings import shown
 
 PASSING = (408, 425, 429, 500, 502, 503, 504, 529)
-"""Statuses after which the same request may succeed."""
+"""HTTP statuses after which a retry may succeed."""
 LONGEST_PAUSE = 60.0
 LARGEST_ANSWER = 16 << 20
 
 
 class Rejected(UserError):
-    """The endpoint rejects the request (a prompt that is too long, for example): the same would fail again."""
+    """The endpoint rejects the request (for example, the prompt is too long): a retry would fail too."""
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """Follows no redirect: the key is for the endpoint alone."""
+    """Rejects redirects, so that the key is sent only to the endpoint."""
 
     def redirect_request(
         self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: Message, newurl: str
@@ -38,50 +38,48 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 
 @dataclass
 class Endpoint:
-    """An endpoint and the model that it serves. Several threads may use it."""
+    """An endpoint and the model that it serves. Thread-safe."""
 
     url: str
-    """Up to and with `/v1`."""
+    """Base URL, including `/v1`."""
     model: str = ""
-    """As the endpoint names it; the only one that it serves unless given."""
+    """Name of the model at the endpoint; default: the only one that it serves."""
     key: str = field(default="", repr=False)
-    """Sent as a bearer token; none unless given."""
+    """Bearer token; empty: none."""
     timeout: float = 600.0
-    """Seconds for an answer."""
+    """Timeout of a request in seconds."""
     tries: int = 6
-    """How often a request is made that fails for a passing reason."""
+    """Maximum attempts of a request that fails with a transient error."""
     pause: float = 1.0
-    """Seconds before the second try; each later one waits twice as long, within 50 %."""
+    """Seconds before the second attempt, ± 50 %; doubled before each later one."""
     retried: int = 0
-    """Requests that were made again."""
+    """Number of retries so far."""
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def __post_init__(self) -> None:
         parts = urlsplit(self.url)
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query:
-            raise UserError(
-                f"{shown(self.url)} is no endpoint: expected http://HOST:PORT/v1 or https://HOST/v1, without a name"
-            )
+            raise UserError(f"{shown(self.url)} is not an endpoint: expected http://HOST:PORT/v1 or https://HOST/v1")
         self.url = self.url.rstrip("/")
         if any(not char.isprintable() or char.isspace() or not char.isascii() for char in self.key):
-            raise UserError("the endpoint's key has characters that no key has: expected one line")
+            raise UserError("the endpoint's key is not one line of printable ASCII without spaces: check it")
         self._opener = urllib.request.build_opener(_NoRedirect)
 
     def check(self) -> None:
-        """Finds out that the endpoint answers, takes the key and serves the model; sets `model`. Raises UserError."""
+        """Verifies that the endpoint accepts the key and serves the model; sets `model`. Raises UserError."""
         served = [str(each.get("id")) for each in self._field(self._once("/models", None), "data")]
         if not self.model and len(served) == 1:
             self.model = served[0]
         if self.model not in served:
             which = f"does not serve {shown(self.model)}" if self.model else "serves several models: name one"
-            raise UserError(f"{self.url} {which}: it has {shown(', '.join(served))}")
+            raise UserError(f"{self.url} {which} (available: {shown(', '.join(served))})")
 
     def chat(self, text: str, **sampling: Any) -> str:
-        """Returns the answer to a user's turn; `sampling` is sent as it is. Raises UserError, of which Rejected."""
+        """Returns the answer to a user message; `sampling` is sent unchanged. Raises UserError, Rejected."""
         return self._text({"messages": [{"role": "user", "content": text}], **sampling}, "/chat/completions")
 
     def complete(self, prompt: Sequence[int] | str, **sampling: Any) -> str:
-        """Returns what follows a prompt, the likeliest unless `sampling` has a temperature. See `chat`."""
+        """Returns the completion of a prompt, greedy unless `sampling` has a temperature. See `chat`."""
         return self._text({"prompt": prompt, "temperature": 0, **sampling}, "/completions")
 
     def _text(self, body: Mapping[str, Any], path: str) -> str:
@@ -89,25 +87,23 @@ class Endpoint:
         choice, *_ = self._field(answer, "choices") or [{}]
         text = choice.get("text", (choice.get("message") or {}).get("content"))
         if not isinstance(text, str):
-            raise Rejected(f"{self.url}{path} answers without text: {shown(json.dumps(choice))}")
+            raise Rejected(f"{self.url}{path} returned no text: {shown(json.dumps(choice))}")
         return text
 
     def _field(self, answer: Any, name: str) -> list[dict[str, Any]]:
         found = answer.get(name) if isinstance(answer, dict) else None
         if not isinstance(found, list) or not all(isinstance(each, dict) for each in found):
-            raise UserError(f"{self.url} is no OpenAI-compatible endpoint: its answer has no list {name!r}")
+            raise UserError(f"{self.url} is not an OpenAI-compatible endpoint: its response has no list {name!r}")
         return found
 
     def _retrying(self, path: str, body: Mapping[str, Any]) -> Any:
-        """Returns the answer; a request that fails for a passing reason is made again."""
+        """Returns the response; retries transient errors. Raises UserError."""
         for number in range(1, self.tries + 1):
             try:
                 return self._once(path, body)
             except _Passing as error:
                 if number == self.tries:
-                    raise UserError(
-                        f"{error}, {number} times: the same command goes on when it answers again"
-                    ) from error
+                    raise UserError(f"{error}, {number} times: run the same command again to continue") from error
                 pause = min(self.pause * 2 ** (number - 1) * random.uniform(0.5, 1.5), LONGEST_PAUSE)
                 time.sleep(max(pause, error.seconds))
             with self._lock:
@@ -115,7 +111,7 @@ class Endpoint:
         raise AssertionError("unreachable")
 
     def _once(self, path: str, body: Mapping[str, Any] | None) -> Any:
-        """Returns the answer to one request. Raises UserError, of which _Passing and Rejected."""
+        """Returns the response to one request. Raises UserError, _Passing, Rejected."""
         content = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.url + path, content, {"Content-Type": "application/json"})
         if self.key:
@@ -128,33 +124,34 @@ class Endpoint:
         except (OSError, urllib.error.URLError) as error:
             cause = getattr(error, "reason", error)
             slow = isinstance(cause, TimeoutError) or "timed out" in str(cause)
-            what = f"gives no answer within {self.timeout:g} s" if slow else f"cannot be reached ({cause})"
+            what = f"does not respond within {self.timeout:g} s" if slow else f"cannot be reached ({cause})"
             raise _Passing(f"{self.url} {printable(what)}") from None
         try:
             return json.loads(text)
         except ValueError:
             raise UserError(
-                f"{self.url} is no OpenAI-compatible endpoint: it answers {shown(text[:80].decode(errors='replace'))}"
+                f"{self.url} is not an OpenAI-compatible endpoint: it returned "
+                f"{shown(text[:80].decode(errors='replace'))}"
             ) from None
 
     def _refused(self, error: urllib.error.HTTPError) -> UserError:
         said = shown(" ".join(error.read(4096).decode(errors="replace").split())[:160])
         if error.code in (401, 403):
-            key = "refuses the key" if self.key else "requires a key (--key-env, --key-file)"
+            key = "rejects the key" if self.key else "requires a key (--key-env, --key-file)"
             return UserError(f"{self.url} {key}: HTTP {error.code}")
         if error.code in PASSING:
             after = error.headers.get("Retry-After", "")
             seconds = min(float(after), LONGEST_PAUSE) if after.isdecimal() else 0.0
-            return _Passing(f"{self.url} answers HTTP {error.code} ({said})", seconds)
+            return _Passing(f"{self.url} returned HTTP {error.code} ({said})", seconds)
         if error.code in (400, 413, 422):
             return Rejected(f"{self.url} rejects the request: HTTP {error.code} ({said})")
-        return UserError(f"{self.url} answers HTTP {error.code} ({said}): expected an OpenAI-compatible endpoint")
+        return UserError(f"{self.url} returned HTTP {error.code} ({said}): expected an OpenAI-compatible endpoint")
 
 
 class _Passing(UserError):
-    """May succeed later."""
+    """A transient error: a retry may succeed."""
 
     def __init__(self, text: str, seconds: float = 0.0) -> None:
         super().__init__(text)
         self.seconds = seconds
-        """To wait, as the endpoint requests."""
+        """Minimum seconds before a retry (the endpoint's Retry-After)."""

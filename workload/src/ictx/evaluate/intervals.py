@@ -1,4 +1,4 @@
-"""How sure a mean of samples is."""
+"""Confidence intervals of means and shares."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ DRAWS = 10_000
 
 
 class Interval(NamedTuple):
-    """A mean, and between which values it lies in 95 of 100 repetitions."""
+    """A mean and the bounds of its 95 % confidence interval."""
 
     mean: float
     low: float
@@ -20,14 +20,14 @@ class Interval(NamedTuple):
 
 
 def bootstrap(values: Sequence[float], weights: Sequence[float] | None = None, seed: int = 0) -> Interval:
-    """Returns the weighted mean and its 95 % percentile interval (Efron 1979: the samples drawn with replacement)."""
+    """Returns the weighted mean and its 95 % percentile bootstrap interval (Efron 1979). Raises ValueError if empty."""
     x = np.asarray(values, dtype=np.float64)
     if not len(x):
         raise ValueError("no values: expected one or more")
     w = np.ones_like(x) if weights is None else np.asarray(weights, dtype=np.float64)
     generator = np.random.default_rng(seed)
     means = []
-    # So many numbers at a time that memory stays small, however many samples there are.
+    # Draws in chunks of about 4 million numbers, to bound memory use.
     for count in np.diff([*range(0, DRAWS, max((1 << 22) // len(x), 1)), DRAWS]):
         drawn = generator.integers(len(x), size=(count, len(x)))
         means.append((x[drawn] * w[drawn]).sum(1) / w[drawn].sum(1))
@@ -36,7 +36,7 @@ def bootstrap(values: Sequence[float], weights: Sequence[float] | None = None, s
 
 
 def wilson(share: float, count: int) -> Interval:
-    """Returns a share of `count` and its 95 % score interval (Wilson 1927): right for few, and for all or none."""
+    """Returns a share of `count` and its 95 % score interval (Wilson 1927), valid also for few samples and 0 or 1."""
     z = 1.96
     middle = (share + z * z / (2 * count)) / (1 + z * z / count)
     half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))

@@ -1,4 +1,4 @@
-"""Grades of a judge model, absolute and relative, and how reliable they are: what failed is counted, never dropped."""
+"""Grades of a judge model, absolute and relative, and their reliability; failures are counted, never dropped."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ictx.folder import read_text
 from ictx.settings import shown
 
 CHECKED = "check"
-"""Begins the keys of samples that check the judge: two references, of which one answers another instruction."""
+"""Key prefix of samples that check the judge with two references, one of which answers another instruction."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Question:
-    """What the judge is requested to do: to grade an answer, or to choose between two, of which `first` comes first."""
+    """A request to the judge: grade an answer, or choose the better of two, which are presented in this order."""
 
     item: Item
     first: str
@@ -41,7 +41,7 @@ class Question:
 
 
 def read_items(file: Path, count: int, seed: int) -> list[Item]:
-    """Returns up to `count` instructions of a file of JSON lines, chosen by the seed. Raises UserError."""
+    """Returns up to `count` instructions of a JSON lines file, sampled with the seed. Raises UserError."""
     require_samples(count)
     lines = [(number, line) for number, line in enumerate(read_text(file).splitlines(), 1) if line.strip()]
     if not lines:
@@ -52,7 +52,7 @@ def read_items(file: Path, count: int, seed: int) -> list[Item]:
 
 
 def plan(items: Sequence[Item], answers: Sequence[str], others: Sequence[str] | None) -> list[Planned[Question]]:
-    """Returns the requests: a grade for each answer, or for two models' answers the better one, in both orders."""
+    """Returns the requests: to grade each answer, or to compare the answers of two models in both orders."""
     questions = []
     for place, (item, answer) in enumerate(zip(items, answers, strict=True)):
         if others is None:
@@ -64,14 +64,14 @@ def plan(items: Sequence[Item], answers: Sequence[str], others: Sequence[str] | 
 
 
 def plan_check(items: Sequence[Item], count: int) -> list[Planned[Question]]:
-    """Returns questions whose right answer is known: an item's reference beside that of another, in both orders."""
+    """Returns requests with a known result: an item's reference against another item's, in both orders."""
     with_reference = [item for item in items if item.reference]
     planned = []
     for place, item in enumerate(with_reference[:count]):
         wrong = with_reference[(place + 1) % len(with_reference)].reference
         if wrong == item.reference:
             continue
-        # Without the reference, which would be the answer.
+        # Without the reference, which would reveal the result.
         asked = Item(item.number, item.instruction, None)
         for order, pair in (("first", (item.reference, wrong)), ("second", (wrong, item.reference))):
             question = Question(asked, str(pair[0]), pair[1])
@@ -80,7 +80,7 @@ def plan_check(items: Sequence[Item], count: int) -> list[Planned[Question]]:
 
 
 def _size(question: Question) -> int:
-    """Returns about how many tokens a question has: four characters each, and the instructions."""
+    """Returns the approximate tokens of a request: one per four characters, and 400 for the judge's instructions."""
     texts = (question.item.instruction, question.first, question.second or "", question.item.reference or "")
     return 400 + sum(map(len, texts)) // 4
 
@@ -92,16 +92,16 @@ class Judge:
     endpoint: Endpoint
     rubrics: Mapping[Mode, str]
     sampling: Mapping[str, Any]
-    """Sent with each request: temperature, top_p, max_tokens, …"""
+    """Parameters of each request: temperature, top_p, max_tokens, …"""
     attempts: int
-    """Requests to a judge whose text cannot be parsed, each time with another seed."""
+    """Maximum attempts per request until the text can be parsed, each with another seed."""
     constrain: int = 0
-    """Characters of feedback where the server holds the judge to the format, 0 where it does not."""
+    """Maximum characters of feedback in the format that the server enforces; 0: the format is not enforced."""
 
     def ask(self, questions: Sequence[Question]) -> list[dict[str, Any]]:
-        """Returns for each question the verdict (None where none could be parsed), the text, and the attempts.
+        """Returns for each request the verdict (None if it could not be parsed), the text, and the attempts.
 
-        Raises UserError where the endpoint does not answer.
+        Raises UserError if the endpoint does not respond.
         """
         with ThreadPoolExecutor(len(questions)) as pool:
             return list(pool.map(self._one, questions))
@@ -124,7 +124,7 @@ class Judge:
             try:
                 text = self.endpoint.chat(prompt, **self.sampling, **extra, seed=attempt)
             except Rejected as error:
-                # A prompt that the judge cannot take (too long, for example): no other attempt will do.
+                # For example, the prompt is too long: other attempts would fail too.
                 return {"verdict": None, "error": str(error), "attempts": attempt}
             found = prometheus.verdict(text, mode)
             if found is not None:
@@ -133,7 +133,7 @@ class Judge:
 
 
 def sum_up_absolute(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Returns the mean grade with its interval, how often each was given, and what could not be parsed."""
+    """Returns the mean grade with its interval, the count of each grade, and the counts of failures."""
     grades = [record["verdict"] for record in records if record["verdict"] is not None]
     found: dict[str, Any] = {"answers": len(records), "unparsed": len(records) - len(grades)}
     found["rejected"] = sum("error" in record for record in records)
@@ -145,10 +145,11 @@ def sum_up_absolute(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def sum_up_relative(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Returns the share of pairs that the first model wins; `records` come in pairs, its answer first and second.
+    """Returns the win rate of the first model; `records` are pairs, its answer presented first, then second.
 
-    A pair counts where both orders were parsed: 1 where both name the model, 0 where both name the other, ½ where they
-    disagree. `agreement` is the share of pairs where they agree, `first_place` that of verdicts for what came first.
+    A pair counts only if both verdicts were parsed: 1 if both are for the model, 0 if both are for the other, ½ if they
+    differ. `agreement` is the share of pairs with equal verdicts, `first_place` the share of verdicts for the answer
+    that was presented first.
     """
     pairs = [(a["verdict"], b["verdict"]) for a, b in zip(records[::2], records[1::2], strict=True)]
     whole = [pair for pair in pairs if None not in pair]
@@ -173,15 +174,15 @@ def sum_up_relative(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def assess(records: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], str]:
-    """Returns how often the judge prefers the right answer to a wrong one, and in words what its grades are worth."""
+    """Returns how often the judge prefers the right answer to a wrong one, and a sentence about its reliability."""
     found = sum_up_relative(records)
     if "judge_win_rate" not in found:
         return (
             found,
-            f"none of the judge's {len(records)} verdicts about itself could be parsed: its grades mean nothing",
+            f"none of the judge's {len(records)} verdicts in its check could be parsed: its grades are meaningless",
         )
     pairs = found["pairs"] - found["unparsed_pairs"]
-    # Of few pairs, which may all be right, the bootstrap would be too sure.
+    # With few pairs, all of which may be right, a bootstrap interval would be too narrow.
     rate, low, high = wilson(found["judge_win_rate"], pairs)
     numbers = f"{rate:.0%} of {pairs} (95 %: {low:.0%} to {high:.0%})"
     numbers += f", both orders agree in {found['agreement']:.0%}"
@@ -191,9 +192,9 @@ def assess(records: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], str]:
 
 
 def require_parsed(found: Mapping[str, Any], metric: str, samples: Path) -> None:
-    """Raises UserError where nothing that the judge answered could be parsed."""
+    """Raises UserError if none of the judge's answers could be parsed."""
     if metric not in found:
         raise UserError(
             f"none of the judge's answers could be parsed ({found['unparsed']} tried, {found['rejected']} rejected): "
-            f"see {shown(str(samples))}; --constrain holds a judge that vLLM serves to the format"
+            f"see {shown(str(samples))}; --constrain makes vLLM enforce the format"
         )

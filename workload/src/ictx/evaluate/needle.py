@@ -1,8 +1,8 @@
-"""A needle in a haystack: a sentence at some depth of a long text, and whether the model finds it again.
+"""Needle in a haystack: whether a model retrieves a sentence from some depth of a long text.
 
-After github.com/gkamradt/LLMTest_NeedleInAHaystack. The model goes on with a sentence that requests the number, so that
-base models are measured like those that follow instructions. It is found where greedy decoding gives all of its tokens;
-−ln p of them shows how near a model is that does not find it.
+After github.com/gkamradt/LLMTest_NeedleInAHaystack. The prompt ends with a sentence that the number completes, so that
+base models and instruction models are measured alike. A needle is found if greedy decoding yields all tokens of the
+number; their −ln p shows how close a model is that does not find it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ QUESTION = "\n\nThe text above names a magic number. The magic number of {city} 
 
 @dataclass(frozen=True)
 class Needle:
-    """A sample: how long the whole text is, where in it the needle is, and which of several it is."""
+    """A sample: tokens of the whole text, depth of the needle (0 to 1), and number of the sample at this place."""
 
     length: int
     depth: float
@@ -38,15 +38,15 @@ class Needle:
 
 @dataclass(frozen=True)
 class Haystack:
-    """Text without a needle, repeated as often as its length requires."""
+    """Text without a needle, repeated to the required length."""
 
     tokens: list[int]
     ends: frozenset[int]
-    """Tokens behind which a sentence has ended: a needle goes there."""
+    """Token ids that end a sentence: a needle is inserted after one."""
 
     @classmethod
     def of(cls, text: str, vocabulary: Vocabulary) -> Haystack:
-        """Returns a text's tokens. Raises UserError where there are none."""
+        """Returns a text's tokens. Raises UserError if there are none."""
         tokens = vocabulary.tokenizer.encode(text.strip() + "\n", add_special_tokens=False).ids
         if not tokens:
             raise UserError("the haystack is empty: expected text")
@@ -55,14 +55,14 @@ class Haystack:
         return cls(tokens, frozenset(ends))
 
     def part(self, first: int, count: int) -> list[int]:
-        """Returns `count` tokens from place `first` on."""
+        """Returns `count` tokens from position `first`, continued from the beginning after the last."""
         size = len(self.tokens)
         repeats = (first % size + count) // size + 1
         return (self.tokens * repeats)[first % size : first % size + count]
 
 
 def haystack_text(file: Path | None) -> str:
-    """Returns a file's text, or Python's own help, which is the same on all machines with the same Python."""
+    """Returns a file's text; default: the help topics of Python, which depend only on its version."""
     if file:
         return read_text(file)
     from pydoc_data import topics
@@ -71,12 +71,12 @@ def haystack_text(file: Path | None) -> str:
 
 
 def fingerprint(text: str) -> str:
-    """Names a text, so that needles in the same one can be compared."""
+    """Returns 16 hexadecimal digits of a text's SHA-256; results with equal fingerprints are comparable."""
     return hashlib.sha256(text.encode(errors="replace")).hexdigest()[:16]
 
 
 def plan(lengths: Sequence[int], depths: Sequence[float], samples: int) -> list[Planned[Needle]]:
-    """Returns the grid's samples, the shortest first. Raises UserError for one that cannot be."""
+    """Returns the grid's samples, shortest first. Raises UserError for an invalid depth or number of samples."""
     require_samples(samples)
     for depth in depths:
         if not 0 <= depth <= 1:
@@ -90,7 +90,7 @@ def plan(lengths: Sequence[int], depths: Sequence[float], samples: int) -> list[
 
 
 def build(needle: Needle, haystack: Haystack, vocabulary: Vocabulary, seed: int) -> tuple[list[int], list[int]]:
-    """Returns the tokens of prompt and answer, `length` together. Raises UserError where they have no room."""
+    """Returns the tokens of prompt and answer, `length` in total. Raises UserError if `length` is too small."""
     draw = random.Random(f"{seed} {needle.length} {needle.depth:g} {needle.number}")
     city, number = draw.choice(CITIES), str(draw.randrange(1_000_000, 10_000_000))
 
@@ -105,7 +105,7 @@ def build(needle: Needle, haystack: Haystack, vocabulary: Vocabulary, seed: int)
         raise UserError(f"length is {needle.length}: the needle and its question take {needle.length - room} tokens")
     text = haystack.part(draw.randrange(len(haystack.tokens)), room)
     place = round(needle.depth * room)
-    # Back to where a sentence ends, unless the text has none.
+    # Move back to the end of a sentence, if one is near.
     before = next((place - back for back in range(place) if text[place - back - 1] in haystack.ends), None)
     place = place if before is None or place - before > room // 10 else before
     return begin + text[:place] + sentence + text[place:] + question, answer
@@ -114,7 +114,7 @@ def build(needle: Needle, haystack: Haystack, vocabulary: Vocabulary, seed: int)
 def measure(
     model: Transformer, vocabulary: Vocabulary, haystack: Haystack, needle: Needle, prefill: Prefill, seed: int = 0
 ) -> dict[str, Any]:
-    """Returns whether the needle is found, and the loss in nats of each token of the answer."""
+    """Returns a record: whether the needle is found, and the mean loss of the answer's tokens in nats."""
     prompt, answer = build(needle, haystack, vocabulary, seed)
     losses, found = continuation(model, prompt, answer, prefill)
     return {
@@ -127,7 +127,7 @@ def measure(
 
 
 def sum_up(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Returns the share of needles found with its interval, over all, by length, and by length and depth."""
+    """Returns the share of needles found: overall with its interval, by length, and by length and depth."""
     lengths = sorted({record["length"] for record in records})
     depths = sorted({record["depth"] for record in records})
 

@@ -1,4 +1,4 @@
-"""How well a model predicts text: perplexity and bits per byte, also by how much of the text it has read."""
+"""Perplexity and bits per byte of a text, overall and by position."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ from ictx.infer.vocabulary import Vocabulary
 from ictx.model import Transformer
 
 FIRST_BUCKET = 256
-"""Positions of the first bucket; each later one ends at twice the position."""
+"""End of the first bucket of positions; each later one ends at twice the position."""
 Tokens = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class Text:
-    """Windows of text, each of one token more than the model reads."""
+    """Windows of text, each one token longer than the model's input."""
 
     windows: Sequence[Tokens]
     origin: Mapping[str, Any]
-    """What it is, so that two measurements can be compared."""
+    """Identity of the text and its windows: equal if two measurements are comparable."""
 
     def plan(self) -> list[Planned[Tokens]]:
         """Returns the windows as samples."""
@@ -49,13 +49,13 @@ class Text:
 def prepared(
     directory: Path, vocabulary: Vocabulary, length: int, count: int, split: SplitName, whole_documents: bool
 ) -> Text:
-    """Returns windows spread evenly over prepared data, of `length` inputs each.
+    """Returns windows of `length` inputs, spread evenly over prepared data.
 
     Args:
-        whole_documents: whether each window is the beginning of a document that is long enough; else documents follow
-            one another in it.
+        whole_documents: whether each window is the beginning of a document that is long enough; otherwise, a window may
+            span several documents.
 
-    Raises UserError when the data was made with another tokenizer, or is too short.
+    Raises UserError if the data was prepared with another tokenizer or is too short.
     """
     require_samples(count)
     data = TokenArray.open(directory, split)
@@ -81,13 +81,13 @@ def prepared(
 
 
 def _measured(vocabulary: Vocabulary, length: int, count: int) -> dict[str, Any]:
-    """Returns what perplexity depends on besides text and model: of another tokenizer's tokens it is another number."""
+    """Returns the settings that perplexity depends on besides text and model; it is per token of this tokenizer."""
     tokenizer = hashlib.sha256(json.dumps(vocabulary.tokenizer.get_vocab(), sort_keys=True).encode()).hexdigest()[:16]
     return {"tokenizer": tokenizer, "length": length, "samples": count}
 
 
 def files(names: Sequence[str], vocabulary: Vocabulary, length: int, count: int, field: str = "text") -> Text:
-    """Returns windows of the documents in files or folders, each behind the other; see `prepared`."""
+    """Returns windows of the concatenated documents in files or folders; see `prepared`. Raises UserError."""
     require_samples(count)
     end = sorted(vocabulary.stop)[:1]
     tokens: list[int] = []
@@ -99,7 +99,7 @@ def files(names: Sequence[str], vocabulary: Vocabulary, length: int, count: int,
             tokens += vocabulary.tokenizer.encode(text, add_special_tokens=False).ids + end
     for line in skipped.lines():
         print(line)
-    # What is shorter than a window is one.
+    # A text shorter than a window is one window.
     length = min(length, len(tokens) - 1)
     if length < 1:
         raise UserError(f"{', '.join(names)}: no text to read")
@@ -110,16 +110,16 @@ def files(names: Sequence[str], vocabulary: Vocabulary, length: int, count: int,
 
 
 def _spread(available: int, count: int) -> list[int]:
-    """Returns up to `count` numbers below `available`, evenly apart."""
+    """Returns up to `count` evenly spaced numbers below `available`."""
     count = min(count, available)
     return [number * available // count for number in range(count)]
 
 
 def bytes_of_tokens(tokenizer: Tokenizer) -> npt.NDArray[np.int64]:
-    """Returns how many bytes of text each token stands for, shape (vocabulary,); special tokens stand for none."""
+    """Returns the bytes of text of each token, int64 (vocabulary,); 0 for special tokens."""
     vocabulary = tokenizer.get_vocab()
     special = {number for number, token in tokenizer.get_added_tokens_decoder().items() if token.special}
-    # Byte-level tokens are written with a letter for each byte (GPT-2), those of SentencePiece with ▁ for a space.
+    # Byte-level vocabularies (GPT-2) have one letter per byte, those of SentencePiece have ▁ instead of a space.
     by_letter = "ByteLevel" in json.dumps(json.loads(tokenizer.to_str())["decoder"])
     sizes = np.zeros(max(vocabulary.values(), default=-1) + 1, dtype=np.int64)
     for text, number in vocabulary.items():
@@ -134,7 +134,7 @@ def bytes_of_tokens(tokenizer: Tokenizer) -> npt.NDArray[np.int64]:
 
 
 def edges(length: int) -> list[int]:
-    """Returns where buckets of positions begin, and the end of the last."""
+    """Returns the beginnings of the buckets of positions, and the end of the last one."""
     found = [0]
     step = FIRST_BUCKET
     while step < length:
@@ -146,12 +146,12 @@ def edges(length: int) -> list[int]:
 def measure(
     model: Transformer, windows: Sequence[Tokens], sizes: npt.NDArray[np.int64], prefill: Prefill
 ) -> Iterator[dict[str, Any]]:
-    """Yields for each window the loss in nats, the tokens and the bytes of text in each bucket of positions."""
+    """Yields for each window the total loss in nats, the tokens and the bytes of text per bucket of positions."""
     tokens_bs = torch.from_numpy(np.stack(windows))
     losses_bs = token_losses(model, tokens_bs, prefill).double().numpy()
     for window, losses in zip(windows, losses_bs, strict=True):
         parts = list(pairwise(edges(len(window) - 1)))
-        # A tokenizer may have fewer entries than the model: what it does not know stands for no text.
+        # A tokenizer may have fewer entries than the model: the others have no text.
         texts = np.append(sizes, 0)[np.minimum(window[1:], len(sizes))]
         yield {
             "nats": [float(losses[first:last].sum()) for first, last in parts],
@@ -161,7 +161,7 @@ def measure(
 
 
 def sum_up(records: Sequence[Mapping[str, Any]], length: int) -> dict[str, Any]:
-    """Returns perplexity e^(nats / token) and bits per byte, over all and by bucket, from the records of `measure`."""
+    """Returns perplexity e^(nats / token) and bits per byte, overall and by bucket, from the records of `measure`."""
     totals = {
         name: np.array([record[name] for record in records], dtype=np.float64) for name in ("nats", "tokens", "bytes")
     }
@@ -184,11 +184,11 @@ def sum_up(records: Sequence[Mapping[str, Any]], length: int) -> dict[str, Any]:
 
 
 def _rates(nats: float, tokens: float, size: float) -> dict[str, float]:
-    """Returns the loss a token, the perplexity, and the bits a byte of text; nan where there is no text."""
+    """Returns the loss per token in nats, the perplexity, and the bits per byte of text (nan without text)."""
     bits = nats / math.log(2) / size if size else math.nan
     return {"nats_per_token": nats / tokens, "perplexity": _exp(nats / tokens), "bits_per_byte": bits, "tokens": tokens}
 
 
 def _exp(nats: float) -> float:
-    """Returns e^nats, infinite where it is too large for a number."""
+    """Returns e^nats; infinity on overflow."""
     return math.exp(nats) if nats < 709 else math.inf

@@ -1,4 +1,4 @@
-"""Pictures of results."""
+"""Plots of results."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
-# No display is needed; figures are made without pyplot, which keeps them all.
+# Needs no display. Figures are created without pyplot, which would keep all of them in memory.
 matplotlib.use("Agg")
 
 
@@ -21,7 +21,7 @@ def _axes(title: str, across: str, up: str) -> tuple[Figure, Any]:
 
 
 def curve(file: Path, title: str, across: str, up: str, lines: Mapping[str, Sequence[tuple[float, float]]]) -> None:
-    """Writes lines over a logarithmic axis of lengths or positions."""
+    """Writes a line plot with a logarithmic axis of lengths or positions."""
     figure, axes = _axes(title, across, up)
     for name, points in lines.items():
         axes.plot(*zip(*points, strict=True), marker="o", label=name)
@@ -33,7 +33,7 @@ def curve(file: Path, title: str, across: str, up: str, lines: Mapping[str, Sequ
 
 
 def heat_map(file: Path, title: str, grid: Sequence[Mapping[str, float]], value: str) -> None:
-    """Writes the grid of needles: lengths across, depths down, from red (0) to green (1)."""
+    """Writes a heat map of needles: length on the x axis, depth on the y axis, from red (0) to green (1)."""
     lengths = sorted({cell["length"] for cell in grid})
     depths = sorted({cell["depth"] for cell in grid})
     figure, axes = _axes(title, "tokens", "depth of the needle")
@@ -49,7 +49,7 @@ def heat_map(file: Path, title: str, grid: Sequence[Mapping[str, float]], value:
 
 
 def bars(file: Path, title: str, up: str, values: Mapping[str, float]) -> None:
-    """Writes a bar for each name."""
+    """Writes a bar chart with one bar per name."""
     figure, axes = _axes(title, "", up)
     axes.bar(list(values), list(values.values()))
     axes.tick_params(axis="x", rotation=60)

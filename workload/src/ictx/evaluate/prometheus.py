@@ -1,7 +1,7 @@
-"""Prometheus-Eval's prompts, rubrics and parser (arXiv:2405.01535), of its package as they are.
+"""Prompts, rubrics and parser of the package Prometheus-Eval (arXiv:2405.01535), unchanged.
 
-The package itself cannot be imported: it requires a `fastchat` that is another package than the well-known one, for a
-client that we replace. Its modules of prompts and of the parser need nothing.
+The package itself cannot be imported: its client, which is not used here, requires a `fastchat` that is not the
+well-known package of that name. Its modules of prompts and of the parser have no dependencies.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Mode = Literal["absolute", "relative"]
 
 @cache
 def _module(name: str) -> ModuleType:
-    """Returns a module of the package without running the package. Raises UserError where it is not installed."""
+    """Returns a module of the package without running the package. Raises UserError if it is not installed."""
     package = importlib.util.find_spec("prometheus_eval")
     if package is None or not package.submodule_search_locations:
         raise UserError(f"prometheus-eval is not installed: pip install --no-deps prometheus-eval=={VERSION}")
@@ -35,7 +35,7 @@ def _module(name: str) -> ModuleType:
 
 
 def rubric(name: str, mode: Mode) -> str:
-    """Returns a rubric: one of the package's by its name, or that of a JSON file in its format.
+    """Returns a rubric of the package by name, or that of a JSON file in its format.
 
     The file has `criteria` and `score1_description` to `score5_description`. Raises UserError.
     """
@@ -57,9 +57,9 @@ def rubric(name: str, mode: Mode) -> str:
 
 
 def absolute_prompt(instruction: str, answer: str, reference: str | None, rubric: str) -> str:
-    """Returns the turn that requests a grade of 1 to 5.
+    """Returns the user message that requests a grade of 1 to 5.
 
-    What the package sends as the system's turn begins the user's: templates of Mistral's family refuse a system's.
+    It begins with the package's system prompt, because chat templates of the Mistral family reject system messages.
     """
     prompts = _module("prompts")
     template = str(prompts.get_prompt_template("absolute", reference is not None))
@@ -68,7 +68,7 @@ def absolute_prompt(instruction: str, answer: str, reference: str | None, rubric
 
 
 def relative_prompt(instruction: str, a: str, b: str, reference: str | None, rubric: str) -> str:
-    """Returns the turn that requests the better of two answers, A or B; see `absolute_prompt`."""
+    """Returns the user message that requests the better of two answers, A or B; see `absolute_prompt`."""
     prompts = _module("prompts")
     template = str(prompts.get_prompt_template("relative", reference is not None))
     filled = template.format(
@@ -78,16 +78,16 @@ def relative_prompt(instruction: str, a: str, b: str, reference: str | None, rub
 
 
 def verdict(text: str, mode: Mode) -> int | str | None:
-    """Returns the grade (1 to 5) or the better answer (A, B) at the end of a judge's text; None where there is none."""
+    """Returns the grade (1 to 5) or the better answer (A, B) at the end of a judge's text; None if there is none."""
     _, found = _module("parser").parse_output(text, mode)
     return None if found is None else int(found) if mode == "absolute" else str(found)
 
 
 def grammar(mode: Mode, feedback: int) -> str:
-    """Returns a regular expression of the format that the prompts require, with so many characters of feedback at most.
+    """Returns a regular expression of the format that the prompts require, with at most `feedback` characters of it.
 
-    A judge that is too small to keep to the format can be held to it by servers that take one (vLLM's
-    `structured_outputs`): it makes texts that can be parsed, and no better grades.
+    A server that supports it (vLLM's `structured_outputs`) can enforce the format for judges that are too small to
+    follow it. This makes their texts parseable, but does not improve the grades.
     """
     return rf"[A-Za-z ,.']{{10,{feedback}}} \[RESULT\] {'[1-5]' if mode == 'absolute' else '[AB]'}"
 

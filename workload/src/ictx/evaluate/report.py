@@ -1,4 +1,4 @@
-"""A report of everything that was measured: Markdown, HTML, and the pictures beside them."""
+"""Report of all results of evaluations: Markdown, HTML, and plots beside them."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ Table = list[list[str]]
 
 @dataclass(frozen=True)
 class Section:
-    """What was measured of a model in one evaluation."""
+    """Results of one evaluation of a model."""
 
     title: str
     about: str
@@ -97,7 +97,7 @@ def write(folders: Sequence[Path], out: Path) -> Path:
 
 
 def _is_result(file: Path) -> bool:
-    """Whether a result is one of an evaluation: a stage's is called alike."""
+    """Returns whether a file is the result of an evaluation: the results of training stages have the same name."""
     return '"kind":' in file.read_text(errors="replace")
 
 

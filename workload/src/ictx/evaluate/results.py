@@ -1,4 +1,4 @@
-"""What an evaluation found: a file in its folder, and tags, metrics and artifacts where the model is registered."""
+"""Results of evaluations: a file in the folder; for registered models also tags, metrics and artifacts in MLflow."""
 
 from __future__ import annotations
 
@@ -22,29 +22,29 @@ EXPERIMENT = "ictx-evals"
 STAGE_TAG = "ictx.stage"
 ARTIFACTS = (".json", ".jsonl", ".png", ".md", ".html")
 PATIENCE = 60.0
-"""Seconds for which the tracking server may be away."""
+"""Seconds for which requests are retried while the tracking server does not respond."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """An evaluation's outcome."""
+    """Result of an evaluation."""
 
     kind: str
-    """perplexity, needle, …"""
+    """Kind of evaluation: `perplexity`, `needle`, …"""
     model: str
-    """What was evaluated: `models:/NAME/VERSION`, a folder or an endpoint."""
+    """Evaluated model: `models:/NAME/VERSION`, a folder or an endpoint."""
     measured: Mapping[str, Any]
-    """What the numbers depend on besides the model: two results with the same can be compared."""
+    """Settings that the metrics depend on besides the model: results with equal ones are comparable."""
     metrics: Mapping[str, float]
-    """The numbers; NAME_low and NAME_high are the ends of NAME's 95 % interval."""
+    """Metrics; NAME_low and NAME_high are the bounds of NAME's 95 % interval."""
     details: Mapping[str, Any]
-    """Tables behind the numbers."""
+    """Tables of detailed results."""
     created: float = field(default_factory=lambda: round(time.time(), 3))
-    """Seconds since 1970."""
+    """Unix time in seconds."""
 
     @property
     def fingerprint(self) -> str:
-        """Names `measured`: equal where numbers can be compared."""
+        """Hash of `measured`: equal if metrics are comparable."""
         return hashlib.sha256(json.dumps(self.measured, sort_keys=True).encode()).hexdigest()[:16]
 
     def write(self, folder: Path) -> None:
@@ -53,15 +53,15 @@ class Result:
 
     @classmethod
     def read(cls, file: Path) -> Result:
-        """Returns what `write` wrote. Raises UserError where the file is something else."""
+        """Returns the result in a file of `write`. Raises UserError if the file is invalid."""
         try:
             return cls(**json.loads(file.read_text()))
         except (ValueError, TypeError) as error:
-            raise UserError(f"{file} is no result of `ictx eval`: {error}") from error
+            raise UserError(f"{file} is not a result of `ictx eval`: {error}") from error
 
 
 def _finite(value: Any) -> Any:
-    """Returns the value with None for numbers that JSON cannot hold."""
+    """Returns the value with None for non-finite numbers, which JSON does not support."""
     if isinstance(value, Mapping):
         return {key: _finite(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
@@ -70,14 +70,14 @@ def _finite(value: Any) -> Any:
 
 
 def log(subject: Subject, result: Result, folder: Path) -> str:
-    """Logs a result on the registered version and returns the MLflow run that keeps its tables and pictures.
+    """Logs a result on the registered version; returns the id of the MLflow run with its tables and plots.
 
-    The version's tags are `ictx.eval.METRIC` for each number, and `ictx.eval.KIND.measured` and `.run_id`: the gate of
-    `ictx promote` compares those of one fingerprint. Raises UserError.
+    The version's tags are `ictx.eval.METRIC` for each metric, `ictx.eval.KIND.measured` and `ictx.eval.KIND.run_id`.
+    The gate of `ictx promote` compares metrics of equal fingerprints. Raises UserError.
     """
     assert subject.ref
     with explained():
-        # It goes on with the run whose id the folder keeps, as a restarted job does.
+        # Continues the run whose id is in the folder, as a restarted job does.
         tracker = Tracker(folder, EXPERIMENT, result.measured, patience=PATIENCE)
         finite = {name: value for name, value in result.metrics.items() if math.isfinite(value)}
         tracker.log([{**finite, "step": 0, "time": result.created}])
@@ -93,7 +93,7 @@ def log(subject: Subject, result: Result, folder: Path) -> str:
 
 
 def _tags(result: Result, run_id: str) -> dict[str, str]:
-    """Returns the version's tags of the evaluation, behind EVAL_TAG."""
+    """Returns the version's tags of the evaluation, without the prefix EVAL_TAG."""
     kind, against = result.kind, result.measured.get("against")
     numbers = {name: f"{value:.6g}" for name, value in result.metrics.items() if math.isfinite(value)}
     about = {f"{kind}.measured": result.fingerprint, f"{kind}.run_id": run_id}

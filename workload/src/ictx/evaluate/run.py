@@ -21,7 +21,7 @@ from ictx.infer.vocabulary import Vocabulary
 
 
 def perplexity(arguments: argparse.Namespace) -> int:
-    """Measures perplexity and bits per byte, also by position."""
+    """Measures perplexity and bits per byte, overall and by position."""
     require_samples(arguments.samples)
     prefill, subject = common.prefill(arguments), common.subject(arguments)
     most = common.context(subject)
@@ -61,7 +61,7 @@ def needle(arguments: argparse.Namespace) -> int:
     model, vocabulary = common.loaded(arguments, subject)
     text = needles.haystack_text(arguments.haystack)
     haystack = needles.Haystack.of(text, vocabulary)
-    # One that cannot be built is reported before anything is computed: the shortest comes first.
+    # Fail before the first computation if a needle does not fit: the shortest is first.
     needles.build(planned[0].content, haystack, vocabulary, arguments.seed)
     measured = {
         "lengths": chosen,
@@ -88,10 +88,10 @@ def needle(arguments: argparse.Namespace) -> int:
 
 
 def ruler(arguments: argparse.Namespace) -> int:
-    """Measures RULER's tasks, with the model here or behind an endpoint."""
+    """Measures RULER's tasks with a model on this machine or behind an endpoint."""
     require_samples(arguments.samples)
     if arguments.endpoint is None and arguments.batch_size != 1:
-        raise UserError("batch-size is for --endpoint: a model that computes here takes one prompt after the other")
+        raise UserError("batch-size requires --endpoint: a model on this machine computes one prompt at a time")
     prefill, subject = common.prefill(arguments), common.subject(arguments)
     chosen, names = common.lengths(arguments, subject), pick(arguments.tasks, NAMES)
     if arguments.questions:
@@ -118,7 +118,7 @@ def ruler(arguments: argparse.Namespace) -> int:
     def work(batch: Sequence[tuple[str, int, int]]) -> list[dict[str, Any]]:
         made = [prompts.fitting(name, length, number, sizes[name, length]) for name, length, number in batch]
         written = [""] * len(batch)
-        # A batch may go over from one task to the next, which has room for another number of tokens.
+        # A batch may contain several tasks, whose answers have different maximum lengths.
         for most in {prompts.tasks[name].new_tokens for name, _, _ in batch}:
             places = [place for place, (name, _, _) in enumerate(batch) if prompts.tasks[name].new_tokens == most]
             for place, text in zip(places, answers([made[place][0] for place in places], most), strict=True):

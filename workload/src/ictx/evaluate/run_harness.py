@@ -72,9 +72,9 @@ def harness(arguments: argparse.Namespace) -> int:
 
 
 def _known(arguments: argparse.Namespace, tasks: Sequence[str]) -> Any:
-    """Returns the harness's registry of tasks. Raises UserError for one that it does not have."""
+    """Returns the harness's registry of tasks. Raises UserError for an unknown task."""
     if arguments.tasks_dir:
-        # A custom task needs no other data; without this each queries the Hub first.
+        # Custom tasks have their own data, but would query the Hub first.
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
     from lm_eval.tasks import TaskManager
 
@@ -88,11 +88,11 @@ def _known(arguments: argparse.Namespace, tasks: Sequence[str]) -> Any:
 def _evaluate(
     arguments: argparse.Namespace, manager: Any, task: str, tokenizer: str, endpoint: Endpoint
 ) -> dict[str, Any]:
-    """Returns the harness's results of a task. Raises UserError where its data cannot be fetched."""
+    """Returns the harness's results of a task. Raises UserError if it fails."""
     from lm_eval import simple_evaluate
 
     if endpoint.key:
-        # The only place where the harness looks for it.
+        # The harness reads the key only from here.
         os.environ["OPENAI_API_KEY"] = endpoint.key
     settings = {
         "model": endpoint.model,
@@ -115,19 +115,19 @@ def _evaluate(
             random_seed=arguments.seed,
             log_samples=False,
         )
-    except Exception as error:  # of the harness, of data sets, of HTTP: whatever they are built on
+    except Exception as error:  # of the harness, of data sets, of HTTP clients: no common base class
         raise UserError(_reason(error)) from error
     return dict(found)
 
 
 def _reason(error: Exception) -> str:
-    """Returns what went wrong, in one line."""
+    """Returns an error's cause in one line."""
     text = " ".join(str(error).split())[:300]
     if re.search(
         r"offline|[Cc]onnection|Couldn.t reach|Couldn.t find|resolve|Max retries|Network is unreachable", text
     ):
         return (
-            f"a task's data cannot be downloaded, or the endpoint went away ({type(error).__name__}: {text}): "
+            f"a task's data cannot be downloaded, or the endpoint does not respond ({type(error).__name__}: {text}): "
             "tasks of a local folder (--tasks-dir) with local data need no network"
         )
     return f"lm-eval: {type(error).__name__}: {text}"

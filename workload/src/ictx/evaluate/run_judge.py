@@ -65,7 +65,7 @@ def judge(arguments: argparse.Namespace) -> int:
             f"{found['unparsed']} of {len(records)} verdicts could not be parsed, {found['rejected']} of them rejected"
         )
     if endpoint.retried:
-        print(f"{endpoint.retried} requests to the judge were made again")
+        print(f"{endpoint.retried} requests to the judge were retried")
     bars = found.get("grades") or {name: found[name] for name in ("judge_win_rate", "agreement", "first_place")}
     plots.bars(arguments.out / "judge.png", f"{subject}: {endpoint.model}", "answers" if not other else "share", bars)
     metrics = {name: float(found[name]) for name in (metric, f"{metric}_low", f"{metric}_high")}
@@ -77,7 +77,7 @@ def judge(arguments: argparse.Namespace) -> int:
 
 
 def _sampling(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Returns what is sent to the judge with each question. Raises UserError."""
+    """Returns the sampling parameters of the requests to the judge. Raises UserError."""
     for name in ("attempts", "max_tokens", "new_tokens", "batch_size"):
         if getattr(arguments, name) < 1:
             raise UserError(f"{name.replace('_', '-')} is {getattr(arguments, name)}: expected 1 or more")
@@ -94,7 +94,7 @@ def _sampling(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _answers(arguments: argparse.Namespace, subject: Subject, items: Sequence[Item], file: Path) -> list[str]:
-    """Returns a model's answers, those of an earlier start among them."""
+    """Returns a model's answers, including those of an earlier start."""
     samples = Samples(file)
     missing = any(str(item.number) not in samples.done for item in items)
     if not missing:
@@ -107,8 +107,8 @@ def _answers(arguments: argparse.Namespace, subject: Subject, items: Sequence[It
         prompt = vocabulary.encode(item.instruction, chat)
         if len(prompt) + arguments.new_tokens > model.config.max_position_embeddings:
             raise UserError(
-                f"{arguments.prompts} line {item.number} and {arguments.new_tokens} new tokens are {len(prompt)} more: "
-                f"the model's max_position_embeddings is {model.config.max_position_embeddings}"
+                f"{arguments.prompts} line {item.number}: {len(prompt)} tokens and {arguments.new_tokens} new ones "
+                f"are too many: the model's max_position_embeddings is {model.config.max_position_embeddings}"
             )
         planned.append(Planned(str(item.number), len(prompt) + arguments.new_tokens, prompt))
 

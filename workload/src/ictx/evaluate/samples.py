@@ -1,4 +1,4 @@
-"""The samples of an evaluation: planned and priced before it starts, kept as they finish, never made twice."""
+"""Samples of an evaluation: planned before it starts, saved as they finish, never computed twice."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Planned(Generic[T]):
-    """A sample before it is made."""
+    """A sample to be computed."""
 
     key: str
-    """Names it in SAMPLES_FILE."""
+    """Key in SAMPLES_FILE."""
     tokens: int
-    """That a model reads and writes for it."""
+    """Tokens that a model reads and writes for it."""
     content: T
-    """What it is made of."""
+    """Input of the computation."""
 
 
 class Samples:
-    """Finished samples in a folder, a JSON line each behind a `key`."""
+    """Finished samples in a file, one JSON line with a `key` each."""
 
     def __init__(self, file: Path) -> None:
-        """Reads what an earlier start finished; half a line, which a killed process left, goes."""
+        """Reads the samples of an earlier start; removes an incomplete last line, left by a killed process."""
         self.file = file
         self.done: dict[str, dict[str, Any]] = {}
         if not file.exists():
@@ -50,10 +50,10 @@ class Samples:
                 record = json.loads(line)
                 self.done[record.pop("key")] = record
             except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise UserError(f"{file} line {number} is no finished sample: remove the file to begin anew") from error
+                raise UserError(f"{file} line {number} is not a finished sample: remove the file") from error
 
     def add(self, key: str, record: Mapping[str, Any]) -> None:
-        """Keeps a finished sample."""
+        """Saves a finished sample."""
         with self.file.open("a") as file:
             file.write(json.dumps({"key": key, **record}) + "\n")
         self.done[key] = dict(record)
@@ -61,9 +61,9 @@ class Samples:
 
 @contextmanager
 def open_samples(folder: Path, settings: Mapping[str, Any]) -> Iterator[Samples]:
-    """Yields the samples of an evaluation with these settings; no other process writes there meanwhile.
+    """Yields the samples of an evaluation with these settings; the folder is locked meanwhile.
 
-    Raises UserError where the folder holds samples of other settings, or another process is at work in it.
+    Raises UserError if the folder has samples of other settings, or is locked by another process.
     """
     folder.mkdir(parents=True, exist_ok=True)
     note = folder / SETTINGS_FILE
@@ -71,8 +71,8 @@ def open_samples(folder: Path, settings: Mapping[str, Any]) -> Iterator[Samples]
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"another evaluation writes to {folder}: wait for it, or give another --out") from None
-        # As it is read back: tuples are lists there.
+            raise UserError(f"another evaluation writes to {folder}: wait for it, or set another --out") from None
+        # As it is read back: JSON has lists instead of tuples.
         wanted = json.loads(json.dumps(settings))
         if note.exists():
             try:
@@ -81,7 +81,7 @@ def open_samples(folder: Path, settings: Mapping[str, Any]) -> Iterator[Samples]
                 found = None
             if found != wanted:
                 raise UserError(
-                    f"{folder} holds samples of other settings{_difference(found, wanted)}: give another --out"
+                    f"{folder} has samples of other settings{_difference(found, wanted)}: set another --out"
                 )
         else:
             write_whole(note, json.dumps(wanted, indent=1) + "\n")
@@ -89,7 +89,7 @@ def open_samples(folder: Path, settings: Mapping[str, Any]) -> Iterator[Samples]
 
 
 def _difference(found: Any, wanted: Mapping[str, Any]) -> str:
-    """Returns the first setting that differs, in words."""
+    """Returns the first setting that differs, for a message."""
     if not isinstance(found, dict):
         return ""
     name = next((key for key in sorted({*found, *wanted}) if found.get(key) != wanted.get(key)), "")
@@ -104,9 +104,9 @@ def finish(
     batch_size: int = 1,
     say: Callable[[str], None] = print,
 ) -> list[dict[str, Any]]:
-    """Makes the samples that are not there yet and returns all, in the order of `planned`.
+    """Computes the missing samples; returns all, in the order of `planned`.
 
-    What is to do is printed before; after the first batch also what the rest takes at its speed.
+    Prints the amount of work first, and after the first batch the estimated time for the rest. Raises UserError.
 
     Args:
         work: returns a record for each sample of a batch.
@@ -135,6 +135,6 @@ def finish(
 
 
 def require_samples(count: int) -> None:
-    """Raises UserError unless there is something to measure."""
+    """Raises UserError unless `count` is 1 or more."""
     if count < 1:
         raise UserError(f"samples is {count}: expected 1 or more")

@@ -1,4 +1,4 @@
-"""Evaluations as a stage of a chain: several of one model, with options from a configuration, and a result of all."""
+"""Evaluations as a stage of a chain: several of one model, set by a configuration, with a common result."""
 
 from __future__ import annotations
 
@@ -16,32 +16,32 @@ from ictx.registry import ModelRef, explained, new_client
 from ictx.settings import build, config_path, load_yaml, override, shown
 
 ON_DATA = {"perplexity": ("data", "files", ""), "judge": ("prompts", "prompts", "validation.jsonl")}
-"""Evaluations that read the prepared data of the stage: the option for it, that for another text, and the file."""
+"""Evaluations that read the stage's prepared data: the option for it, the option that replaces it, and the file."""
 
 
 @dataclass(frozen=True)
 class FolderConfig:
-    """Where results go."""
+    """Folder of the results."""
 
     dir: Path
-    """A folder for each evaluation, `evals/NAME`, and result.json with the numbers of all."""
+    """Contains a folder per evaluation, `evals/NAME`, and result.json with the metrics of all."""
 
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """What is evaluated, and how."""
+    """Settings of a stage of evaluations."""
 
     init: str
     """The model: models:/NAME/VERSION, models:/NAME@ALIAS or run:/FOLDER."""
     run: FolderConfig
-    """The results."""
+    """Folder of the results."""
     evaluations: dict[str, dict[str, Any]]
-    """Options of the commands `ictx eval NAME`, without dashes, with variables of the environment; {} for none.
-    `against: "@ALIAS"` is that version of the same model, and left out where there is none, or it is the one itself."""
+    """Options of the commands `ictx eval NAME`, without dashes; environment variables are expanded; {} for none.
+    `against: "@ALIAS"` is that version of the same model; it is omitted if there is none, or if it is this version."""
     also: tuple[str, ...] = ()
-    """Aliases whose versions are evaluated alike, such as the champion that the model is compared with later."""
+    """Aliases whose versions are evaluated too, such as the champion, with which the model is compared later."""
     data: dict[str, Any] = field(default_factory=dict)
-    """How the text is prepared (`ictx data prepare`), and `dir`, where it is."""
+    """Settings of the text's preparation (`ictx data prepare`), and `dir`, its folder."""
 
     def __post_init__(self) -> None:
         if not self.evaluations:
@@ -50,7 +50,7 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class Command:
-    """One of the commands."""
+    """A command `ictx eval`."""
 
     name: str
     model: str
@@ -58,7 +58,7 @@ class Command:
     options: Mapping[str, Any]
 
     def words(self) -> list[str]:
-        """Returns the command line behind `ictx eval`."""
+        """Returns the arguments of `ictx eval`."""
         return [self.name, "--model", self.model, "--out", str(self.out), *_words(self.options)]
 
 
@@ -72,7 +72,7 @@ def _words(options: Mapping[str, Any]) -> Iterator[str]:
 
 
 def planned(config: EvaluationConfig) -> tuple[ModelRef | None, list[Command]]:
-    """Returns the version, if the model is one, and the commands: the model's first. Raises UserError."""
+    """Returns the model's version (None if not registered) and the commands, the model's first. Raises UserError."""
     with explained():
         ref, model = _found(config.init)
         behind = _behind(ref, config.run.dir / "aliases.json") if ref else {}
@@ -90,7 +90,7 @@ def planned(config: EvaluationConfig) -> tuple[ModelRef | None, list[Command]]:
 
 
 def _behind(ref: ModelRef, note: Path) -> dict[str, str]:
-    """Returns the model's other versions that have an alias, as they were at the first start: an alias moves."""
+    """Returns the model's other versions by alias, as at the first start, because an alias can move."""
     if not note.exists():
         aliases = new_client().get_registered_model(ref.name).aliases
         note.parent.mkdir(parents=True, exist_ok=True)
@@ -105,7 +105,7 @@ def _on_data(name: str, given: Mapping[str, Any], directory: str | None) -> dict
 
 
 def _found(init: str) -> tuple[ModelRef | None, str]:
-    """Returns a version and its name, or a folder."""
+    """Returns a version and its URI, or None and a folder."""
     kind, _, place = init.partition(":")
     if kind == "run" and place:
         return None, str(Path(place, "export"))
@@ -117,10 +117,10 @@ def _found(init: str) -> tuple[ModelRef | None, str]:
 
 
 def main(name: str, assignments: list[str], run: Callable[[list[list[str]]], int]) -> int:
-    """Evaluates a model as a configuration sets it and writes result.json; returns the exit status.
+    """Evaluates a model as configured and writes result.json; returns the exit status. Raises UserError.
 
     Args:
-        run: runs the words of several commands of `ictx eval`, after it looked at all of them.
+        run: runs several commands of `ictx eval`, given their arguments; validates all of them first.
     """
     config = build(EvaluationConfig, override(load_yaml(config_path(name)), assignments))
     ref, commands = planned(config)

@@ -1,4 +1,4 @@
-"""The model that is evaluated: a folder, or a registered version whose files are fetched and verified."""
+"""The evaluated model: a folder, or a registered version whose files are downloaded and verified."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from ictx.model.hf_config import CONFIG_FILE
 from ictx.registry import ModelRef, explained, new_client
 
 NOTE = "models.json"
-"""In an evaluation's folder: the version that each alias stood for when it began."""
+"""File in an evaluation's folder: the version of each alias at the start."""
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A model's folder, and which registered version it is."""
+    """A model's folder and its registered version."""
 
     folder: Path
     ref: ModelRef | None = None
-    """Name and number; None for a model that is in no registry."""
+    """Name and version; None for a model that is not registered."""
 
     def __str__(self) -> str:
         return str(self.ref or self.folder)
@@ -40,17 +40,17 @@ class Subject:
 
 
 def find(name: str, out: Path, cache: Path) -> Subject:
-    """Returns the model that `models:/NAME/VERSION`, `models:/NAME@ALIAS` or a folder names.
+    """Returns the model `models:/NAME/VERSION` or `models:/NAME@ALIAS`, or that in a folder.
 
-    An alias is resolved once and noted in `out`: what is evaluated, also after a restart, is the version that it stood
-    for. Its files come into `cache`, verified. Raises UserError where there is no such version or folder.
+    An alias is resolved once and recorded in `out`, so that a restart evaluates the same version. Files are downloaded
+    to `cache` and verified. Raises UserError if there is no such version or folder.
     """
     if name.startswith("models:"):
         return _registered(ModelRef.parse(name), out, cache)
     folder = Path(name)
     if not (folder / CONFIG_FILE).is_file():
         raise UserError(
-            f"{name} is no model's folder (no {CONFIG_FILE}): expected one, models:/NAME/VERSION or models:/NAME@ALIAS"
+            f"{name} is not a model (no {CONFIG_FILE}): expected a folder, models:/NAME/VERSION or models:/NAME@ALIAS"
         )
     return Subject(folder.resolve())
 
@@ -71,7 +71,7 @@ def _registered(ref: ModelRef, out: Path, cache: Path) -> Subject:
 
 
 def _version(ref: ModelRef, out: Path) -> str:
-    """Returns the version, which an earlier start may have noted: an alias moves."""
+    """Returns the version; that of an alias as recorded by an earlier start, because an alias can move."""
     note = out / NOTE
     if ref.alias and note.exists():
         noted: dict[str, str] = read_json(note)

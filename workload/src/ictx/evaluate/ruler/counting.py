@@ -1,4 +1,4 @@
-"""Following variables, and counting words (section 3, Multi-hop Tracing and Aggregation)."""
+"""Variable tracking and word counting (section 3, Multi-hop Tracing and Aggregation)."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ COMMON_PREFIX = " Answer: The top 10 words that appear most often in the list ar
 CODED = 6
 """Letters of a coded word."""
 ALPHA = 2.0
-"""Of the Zeta distribution: word k of the vocabulary comes ζ(α)⁻¹ k^-α of the time; the first is dots."""
+"""Exponent of the Zeta distribution: word k of the vocabulary has the frequency k^-α / ζ(α); the first is dots."""
 CODED_PROMPT = (
     "Read the following coded text and track the frequency of each coded word. Find the three most frequently "
     "appeared coded words. {text}\nQuestion: Do not provide any explanation. Please ignore the dots '....'. What "
@@ -50,7 +50,7 @@ def _chain(draw: Random, size: int, hops: int, letters: int, value: str) -> tupl
     steps = [f"VAR {names[0]} = {value}"]
     steps += [f"VAR {new} = VAR {old}" for old, new in pairwise(names)]
     sentences = [NOISE] * size
-    # Later ones first, so that each stays at its place; the chain's order is that of the text.
+    # Inserts from the end, so that earlier places stay valid; the chain is in the order of the text.
     for place, step in zip(sorted((draw.randint(0, size) for _ in steps), reverse=True), reversed(steps), strict=True):
         sentences.insert(place, step)
     prompt = TRACK.format(text="\n".join(sentences), value=value)
@@ -58,7 +58,7 @@ def _chain(draw: Random, size: int, hops: int, letters: int, value: str) -> tupl
 
 
 def common_words(draw: Random, _: Material, size: int) -> Question:
-    """Common words: ten of `size` words are in the list 30 times each, the others three times; after an example."""
+    """Common words: ten of `size` words are listed 30 times each, the others three times; after an example."""
     example = _list(draw, 40, often=10, seldom=3)
     numbered = " ".join(f"{place}. {word}" for place, word in enumerate(example.answers, 1))
     question = _list(draw, size, OFTEN, SELDOM)
@@ -76,7 +76,7 @@ def _list(draw: Random, size: int, often: int, seldom: int) -> Question:
 
 
 def coded_words(draw: Random, _: Material, size: int) -> Question:
-    """Frequent words: about `size` random strings, distributed after Zipf; which are the three most frequent."""
+    """Frequent words: the three most frequent of about `size` random strings with a Zipf distribution."""
     vocabulary = words.distinct(draw, lambda random: words.letters(random, CODED), max(size // 20, 40))
     items: list[str] = []
     for rank, word in enumerate(["...", *vocabulary], 1):

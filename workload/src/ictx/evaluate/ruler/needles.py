@@ -27,12 +27,12 @@ class Needles:
     """A variant of the task."""
 
     haystack: Literal["noise", "essay", "needle"]
-    """What surrounds the needles: a sentence again and again, any text, or more sentences like them."""
+    """Text around the needles: one repeated sentence, any text, or similar sentences."""
     keys: int = 1
     values: int = 1
-    """Of each key."""
+    """Values per key."""
     queries: int = 1
-    """Keys that are queried."""
+    """Number of queried keys."""
     key: Kind = "words"
     value: Kind = "numbers"
 

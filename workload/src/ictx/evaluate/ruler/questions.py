@@ -1,8 +1,8 @@
-"""Questions about documents (section 3, Question Answering), those of this machine unless a file has others.
+"""Questions about documents (section 3, Question Answering), generated locally or read from a file.
 
-SQuAD and HotpotQA cannot be had without a network. Python's own modules can: a function's docstring is a document. In
-one step the question quotes it and requests the function's name; in two it requests another document's description
-of the module that this function is in. A file of JSON lines `{"question", "answers", "context"}` replaces both.
+SQuAD and HotpotQA require a network. Instead, the docstrings of Python's own modules are documents. A question of one
+step quotes a function's docstring and requests its name; a question of two steps requests the summary of the function's
+module, which is in another document. A file of JSON lines `{"question", "answers", "context"}` replaces both.
 """
 
 from __future__ import annotations
@@ -36,22 +36,22 @@ class Asked(NamedTuple):
     query: str
     answers: list[str]
     documents: list[str]
-    """That hold the answer."""
+    """Documents with the answer."""
 
 
 @dataclass(frozen=True)
 class Documents:
-    """Questions and the documents among which the answers are."""
+    """Questions and the pool of their documents."""
 
     asked: Sequence[Asked]
 
     @cached_property
     def all(self) -> list[str]:
-        """Every document once."""
+        """All distinct documents."""
         return list(dict.fromkeys(document for each in self.asked for document in each.documents))
 
     def __call__(self, draw: Random, _: Material, size: int) -> Question:
-        """Returns a question with `size` documents, the right ones among them."""
+        """Returns a question with `size` documents, including those with the answer."""
         asked = draw.choice(self.asked)
         own = set(asked.documents)
         start = draw.randrange(len(self.all))
@@ -63,7 +63,7 @@ class Documents:
 
 
 def read(file: Path) -> Documents:
-    """Returns the questions in a file of JSON lines. Raises UserError naming the line that is wrong."""
+    """Returns the questions in a JSON lines file. Raises UserError with the number of an invalid line."""
     asked = []
     for number, line in enumerate(read_text(file).splitlines(), 1):
         try:
@@ -80,7 +80,7 @@ def read(file: Path) -> Documents:
 
 
 def local(folder: Path | None = None) -> tuple[Documents, Documents]:
-    """Returns questions of one step and of two about modules in a folder, Python's own unless given."""
+    """Returns questions of one step and of two steps about modules in a folder; default: Python's own modules."""
     one, two = [], []
     folder = folder or Path(sysconfig.get_path("stdlib"))
     for file in sorted(folder.glob("*.py")):
@@ -105,13 +105,13 @@ def local(folder: Path | None = None) -> tuple[Documents, Documents]:
 
 
 def _first_paragraph(node: ast.Module | ast.FunctionDef) -> str:
-    """Returns the first paragraph of a docstring in one line, empty where there is none or a long one."""
+    """Returns the first paragraph of a docstring in one line; empty unless it has 15 to 400 characters."""
     text = " ".join((ast.get_docstring(node) or "").partition("\n\n")[0].split())
     return text if 15 <= len(text) <= 400 else ""
 
 
 def _enough(asked: list[Asked], origin: str) -> Documents:
-    """Returns the questions. Raises UserError where a question has all documents: there is nothing to look through."""
+    """Returns the questions. Raises UserError if one of them has all documents: none would be left as a distractor."""
     found = Documents(asked)
     if len(found.all) <= max((len(each.documents) for each in asked), default=0):
         raise UserError(

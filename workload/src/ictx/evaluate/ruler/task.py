@@ -1,4 +1,4 @@
-"""What a task of RULER is, and how large its text must be for a length in tokens."""
+"""Interface of RULER's tasks, and the size of their text for a length in tokens."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ictx.settings import shown
 
 
 class Question(NamedTuple):
-    """A prompt, with which words the answer to it begins, and what it must contain."""
+    """A prompt, the beginning of the answer, and the strings that the answer must contain."""
 
     prompt: str
     prefix: str
@@ -20,49 +20,49 @@ class Question(NamedTuple):
 
 
 class Material(Protocol):
-    """Text that tasks are made of."""
+    """Text from which tasks are built."""
 
     @property
     def sentences(self) -> Sequence[str]:
-        """Of an essay, in order."""
+        """Sentences of an essay, in order."""
 
 
 Build = Callable[[Random, Material, int], Question]
-"""Makes a question around `size` pieces of text; the same draws and size make the same."""
+"""Builds a question with `size` pieces of text; deterministic for equal draws and size."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """A task."""
+    """A task of RULER."""
 
     build: Build
     new_tokens: int
-    """That the model writes."""
+    """Maximum tokens of the answer."""
     smallest: int
-    """Pieces of text that the question needs."""
+    """Minimum pieces of text."""
     any_answer: bool = False
-    """Whether one of the answers is enough (questions); else each that is found counts."""
+    """Whether one of the answers is enough (questions); otherwise, the score is the share of answers found."""
 
     def score(self, text: str, answers: Sequence[str]) -> float:
-        """Returns the share of answers in a text, or whether there is any: `string_match_all` and `_part` of RULER."""
+        """Returns the share of answers in a text, or 1 if it has any: RULER's `string_match_all` and `_part`."""
         found = [answer.lower() in text.lower() for answer in answers]
         return float(any(found)) if self.any_answer else sum(found) / len(found)
 
 
 def largest(count_tokens: Callable[[int], int], room: int, smallest: int, name: str) -> int:
-    """Returns how many pieces of text fill `room` tokens: to 98 %, or as many as fit.
+    """Returns the number of pieces of text that fill at least 98 % of `room` tokens, or the largest that fits.
 
     Args:
-        count_tokens: of the whole prompt with so many pieces; grows with them.
+        count_tokens: returns the tokens of the whole prompt for a number of pieces; must be increasing.
 
-    Raises UserError where not even the smallest number fits.
+    Raises UserError if the smallest number does not fit.
     """
     low, tokens = smallest, count_tokens(smallest)
     if tokens > room:
-        raise UserError(f"{name} takes {tokens:,} tokens and its answer: lengthen it")
+        raise UserError(f"{name} takes {tokens:,} tokens without its answer: increase the length")
     high, slope = 0, max(tokens / smallest, 1e-3)
     while tokens < 0.98 * room and (not high or high - low > 1):
-        # Tokens grow nearly in proportion: where the last step leads, but not too far.
+        # Tokens grow almost linearly: extrapolate the last step, but not too far.
         guess = low + min(max(int((room - tokens) / slope), 1), 4 * low)
         if high and guess >= high:
             guess = (low + high) // 2
@@ -76,8 +76,8 @@ def largest(count_tokens: Callable[[int], int], room: int, smallest: int, name: 
 
 
 def pick(names: Sequence[str], known: Sequence[str]) -> list[str]:
-    """Returns the tasks of these names, in RULER's order; `all` means all. Raises UserError."""
+    """Returns the names of the selected tasks, in RULER's order; `all` selects all. Raises UserError."""
     for name in names:
         if name not in (*known, "all"):
-            raise UserError(f"task {shown(name)} is none of RULER's: expected all, or of {', '.join(known)}")
+            raise UserError(f"task {shown(name)} is not one of RULER's: expected all, or some of {', '.join(known)}")
     return [name for name in known if "all" in names or name in names]

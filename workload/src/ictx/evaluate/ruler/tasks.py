@@ -1,4 +1,4 @@
-"""The thirteen tasks, with the sizes of scripts/synthetic.yaml."""
+"""The thirteen tasks, with the sizes in RULER's scripts/synthetic.yaml."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Essay:
 
     @cached_property
     def sentences(self) -> list[str]:
-        """Its sentences, white space made one."""
+        """Its sentences, with white space collapsed."""
         return re.split(r"(?<=[.!?]) ", " ".join(self.text.split()))
 
 
@@ -44,12 +44,12 @@ def tasks(one: Documents, two: Documents) -> dict[str, Task]:
 
     Args:
         one: questions whose answer is in one document.
-        two: questions whose answer takes two documents.
+        two: questions whose answer requires two documents.
     """
     found = {name: Task(needles, 128, 1) for name, needles in NEEDLES.items()}
     found["vt"] = Task(variables, 30, 1)
     found["cwe"] = Task(common_words, 120, COMMON + 1)
-    # With fewer, words of neighbouring ranks come equally often.
+    # With fewer, words of neighbouring ranks have equal frequencies.
     found["fwe"] = Task(coded_words, 50, 100)
     found["qa_1"] = Task(one, 32, 2, any_answer=True)
     found["qa_2"] = Task(two, 32, 3, any_answer=True)
@@ -58,17 +58,17 @@ def tasks(one: Documents, two: Documents) -> dict[str, Task]:
 
 @dataclass(frozen=True)
 class Prompts:
-    """Makes prompts of a length, as a tokenizer counts it."""
+    """Builds prompts of a given length in tokens."""
 
     tasks: Mapping[str, Task]
     essay: Essay
     vocabulary: Vocabulary
     chat: bool
-    """Whether the question is a user's turn, and the answer begins the model's."""
+    """Whether the question is a user message, and its prefix begins the model's answer."""
     seed: int
 
     def size(self, name: str, length: int) -> int:
-        """Returns how much text fills the length. Raises UserError where the task does not fit."""
+        """Returns the pieces of text that fill the length. Raises UserError if the task does not fit."""
         task = self.tasks[name]
 
         def count(size: int) -> int:
@@ -77,18 +77,18 @@ class Prompts:
         return largest(count, length - task.new_tokens, task.smallest, f"{name} at length {length:,}")
 
     def question(self, name: str, length: int, number: int, size: int) -> Question:
-        """Returns question `number` of a task with so much text."""
+        """Returns question `number` of a task with `size` pieces of text."""
         return self.tasks[name].build(Random(f"{self.seed} {name} {length} {number}"), self.essay, size)
 
     def tokens(self, question: Question) -> list[int]:
-        """Returns a prompt's tokens, what the answer begins with included."""
+        """Returns a prompt's tokens, including the beginning of the answer."""
         if not self.chat:
             return self.vocabulary.encode(question.prompt + question.prefix, chat=False)
         prefix = self.vocabulary.tokenizer.encode(question.prefix.lstrip(), add_special_tokens=False).ids
         return self.vocabulary.encode(question.prompt, chat=True) + list(prefix)
 
     def fitting(self, name: str, length: int, number: int, size: int) -> tuple[list[int], Question]:
-        """Returns a prompt that fits: another draw may be longer than the one that was measured."""
+        """Returns a prompt that fits, and its question; with less text if this draw is longer than the measured one."""
         task = self.tasks[name]
         while True:
             question = self.question(name, length, number, size)

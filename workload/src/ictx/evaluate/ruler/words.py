@@ -1,4 +1,4 @@
-"""Words that stand for nothing: keys, values, names and coded words, as many as a text needs."""
+"""Random words: keys, values, names and coded words."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ NOUNS = _listed("""
 
 
 def number(draw: Random) -> str:
-    """Returns one of seven digits."""
+    """Returns a random number of seven digits."""
     return str(draw.randint(10**6, 10**7 - 1))
 
 
@@ -48,7 +48,7 @@ def identifier(draw: Random) -> str:
 
 
 def pair(draw: Random) -> str:
-    """Returns an adjective and a noun; of one in eight, with a second adjective, there are millions."""
+    """Returns an adjective and a noun; one in eight has a second adjective, which allows millions of combinations."""
     longer = [draw.choice(ADJECTIVES)] * (draw.random() < 0.125)
     return "-".join([*longer, draw.choice(ADJECTIVES), draw.choice(NOUNS)])
 
@@ -59,7 +59,7 @@ def letters(draw: Random, count: int, alphabet: str = string.ascii_lowercase) ->
 
 
 def distinct(draw: Random, make: Callable[[Random], str], count: int) -> list[str]:
-    """Returns so many different words."""
+    """Returns `count` different words."""
     found: dict[str, None] = {}
     while len(found) < count:
         found[make(draw)] = None
