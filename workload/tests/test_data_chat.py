@@ -103,18 +103,26 @@ BAD = [
     (
         SFT,
         b'{"messages": [{"role": "robot", "content": "x"}]}',
-        r"unknown role: messages\[0\] is of robot, expected system",
+        r"unknown role: messages\[0\] has the role robot, expected system",
     ),
-    (SFT, b'{"messages": [{"content": "x"}]}', r"unknown role: messages\[0\] is of None"),
+    (SFT, b'{"messages": [{"content": "x"}]}', r"unknown role: messages\[0\] has the role None"),
     (SFT, b'{"messages": [3]}', r"no messages: messages\[0\] is 3"),
     (SFT, b'{"messages": [{"role": "user", "content": 3}]}', r"no text: messages\[0\]\.content is 3"),
     (SFT, b'{"instruction": "a", "output": " \\n"}', "empty answer: message 2 has no content"),
     (SFT, b'{"instruction": "", "output": "b"}', "empty question"),
     (SFT, b'{"prompt": " ", "completion": "b"}', "empty question: message 1"),
-    (SFT, json.dumps({"messages": [ASK, ASK, ANSWER]}).encode(), "wrong order of roles: message 2 is of user"),
-    (SFT, json.dumps({"messages": [ANSWER]}).encode(), "message 1 is of assistant, expected system or user first"),
-    (SFT, json.dumps({"messages": [ASK, SYSTEM]}).encode(), "message 2 is of system, expected assistant after user"),
-    (SFT, json.dumps({"messages": [ASK]}).encode(), "the last message is of user, expected assistant"),
+    (SFT, json.dumps({"messages": [ASK, ASK, ANSWER]}).encode(), "wrong order of roles: message 2 has the role user"),
+    (
+        SFT,
+        json.dumps({"messages": [ANSWER]}).encode(),
+        "message 1 has the role assistant, expected system or user first",
+    ),
+    (
+        SFT,
+        json.dumps({"messages": [ASK, SYSTEM]}).encode(),
+        "message 2 has the role system, expected assistant after user",
+    ),
+    (SFT, json.dumps({"messages": [ASK]}).encode(), "the last message has the role user, expected assistant"),
     (SFT, json.dumps({"messages": [ASK, ANSWER | {"tool_calls": [1]}]}).encode(), "tool calls"),
     (SFT, b'{"prompt": "\xff", "completion": "b"}', "not UTF-8"),
     (SFT, b'{"prompt": "\\ud800", "completion": "b"}', "not UTF-8: prompt holds half of a surrogate pair"),
@@ -124,7 +132,7 @@ BAD = [
     (DPO, b'{"prompt": "a", "chosen": "b", "rejected": "b"}', "chosen and rejected are the same"),
     (DPO, b'{"chosen": "b", "rejected": "c"}', "no prompt: expected"),
     (DPO, b'{"prompt": "a", "chosen": "b", "rejected": ""}', "empty answer: rejected: message 2 has no content"),
-    (DPO, json.dumps({"chosen": [ASK, ANSWER], "rejected": [ASK]}).encode(), "empty answer: rejected ends where"),
+    (DPO, json.dumps({"chosen": [ASK, ANSWER], "rejected": [ASK]}).encode(), "empty answer: rejected has no message"),
     (
         DPO,
         json.dumps({"prompt": [ASK, ANSWER], "chosen": "b", "rejected": "c"}).encode(),
@@ -199,7 +207,7 @@ def test_a_row_of_a_table_that_is_not_utf_8_does_not_cost_the_others(tmp_path: P
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("rows.json", b"[1, ", "is no JSON list"),
+        ("rows.json", b"[1, ", "is not a JSON list"),
         ("rows.json", b'["\xff"]', "is not UTF-8, from byte 2 on"),
         ("rows.jsonl", b"", "is empty: it holds no rows"),
         ("rows.jsonl.gz", gzip.compress(b"{}" * 99)[:-12], "is damaged"),
@@ -233,7 +241,7 @@ def test_a_prompt_stays_in_its_split_whatever_its_answers_are(tmp_path: Path) ->
 def test_the_same_rows_are_prepared_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = write_lines(tmp_path / "rows.jsonl", [chat(number) for number in range(30)] * 2)
     directory = prepare([file], tmp_path / "out", SFT)
-    assert "(30 were there twice)" in capsys.readouterr().out
+    assert "(30 duplicates)" in capsys.readouterr().out
     assert prepare([file], tmp_path / "out", SFT) == directory
     assert "holds this corpus already" in capsys.readouterr().out
     assert prepare([file], tmp_path / "out", dataclasses.replace(SFT, seed=1)) != directory
@@ -272,8 +280,8 @@ def meta(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
         (lambda d: (d / "meta.json").unlink(), "holds no prepared data"),
         (meta(lambda m: m.update(kind="poems")), "holds poems data, not sft"),
         (meta(lambda m: m.update(format=9)), "has format 9"),
-        (meta(lambda m: m["splits"].pop("train")), "lacks what FORMAT=1 has"),
-        (meta(lambda m: m["splits"]["train"].update(rows=-1)), "lacks what FORMAT=1 has"),
+        (meta(lambda m: m["splits"].pop("train")), "is invalid for FORMAT=1"),
+        (meta(lambda m: m["splits"]["train"].update(rows=-1)), "is invalid for FORMAT=1"),
     ],
 )
 def test_a_folder_of_something_else_is_refused(tmp_path: Path, damage: Callable[[Path], Any], message: str) -> None:

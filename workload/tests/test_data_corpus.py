@@ -92,7 +92,7 @@ def test_what_is_skipped_is_counted_and_named(mixed: Path) -> None:
         f"skipped 1 file (cannot be opened: No such file or directory): {mixed}/zz",
         f"skipped 1 file (damaged: Unknown compression method): {mixed}/broken.gz",
         f"skipped 1 file (no column 'text' of text (data.text_field)): {mixed}/numbers.parquet",
-        f"skipped 1 folder (of a program's own): {mixed}/below/__pycache__",
+        f"skipped 1 folder (not documents): {mixed}/below/__pycache__",
         f"skipped 3 rows (without text): {mixed}/more.parquet, {mixed}/rows.parquet",
         f"skipped 8 files (not UTF-8): {mixed}/image.png, "
         + ", ".join(f"{mixed}/y{number}" for number in range(4))
@@ -189,7 +189,7 @@ def test_files_that_were_asked_for_are_refused_by_name(tmp_path: Path) -> None:
     image = tmp_path / "image.png"
     image.write_bytes(b"\x89PNG\xff\xfe")
     for path, message in {
-        lines: "line 2 is no JSON object with text in 'text'",
+        lines: "line 2 is not a JSON object with text in 'text'",
         table: "cannot be read as text: no column 'text' of text",
         broken: "is damaged: ",
         cut: "is damaged: ",

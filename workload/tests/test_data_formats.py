@@ -88,7 +88,7 @@ def test_a_line_without_text_is_named_also_below_a_folder(tmp_path: Path, name: 
         with pytest.raises(UserError) as error:
             texts(source)
         assert str(error.value) == (
-            f"{tmp_path / name} line {number} is no JSON object with text in 'text' (data.text_field)"
+            f"{tmp_path / name} line {number} is not a JSON object with text in 'text' (data.text_field)"
         )
 
 
@@ -154,7 +154,7 @@ def test_a_pipe_is_read_as_often_as_it_takes(commands: Commands, corpus: Path, t
     )
     assert done.returncode == 2
     assert done.stderr.startswith("ictx: corpus pipe /dev/fd/")
-    assert "line 1 is no JSON object with text in 'body'" in done.stderr
+    assert "line 1 is not a JSON object with text in 'body'" in done.stderr
 
 
 def test_names_that_are_not_utf_8_are_read_and_printed(commands: Commands, corpus: Path, tmp_path: Path) -> None:
@@ -172,7 +172,7 @@ def test_names_that_are_not_utf_8_are_read_and_printed(commands: Commands, corpu
 
 @pytest.mark.parametrize("name", ["/dev/null", "a\0b", "a" * 5000])
 def test_what_is_no_source_is_refused_in_one_line(name: str) -> None:
-    with pytest.raises(UserError, match=r"corpus path .* (is no file, folder or pipe|cannot be read: )"):
+    with pytest.raises(UserError, match=r"corpus path .* (is not a file, folder or pipe|cannot be read: )"):
         texts(name)
 
 

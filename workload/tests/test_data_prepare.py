@@ -183,7 +183,7 @@ def test_windows_run_across_shards(tmp_path: Path, corpus: Path) -> None:
         ("small", ["data.minbytes=5"], "unknown setting data.minbytes: did you mean data.min_bytes?"),
         ("small", ["data.vocab_size=[1"], "--set data.vocab_size=[1"),
         ("small", ["data.tokenizer=/nowhere"], "/nowhere/tokenizer.json: No such file or directory"),
-        ("lines.jsonl", [], "{} line 1 is no JSON object with text in 'text' (data.text_field)"),
+        ("lines.jsonl", [], "{} line 1 is not a JSON object with text in 'text' (data.text_field)"),
     ],
 )
 def test_bad_input_is_one_line_that_names_it(

@@ -170,7 +170,7 @@ def test_a_tokenizer_that_does_not_fit_is_refused(prepared: Path, tmp_path: Path
     with pytest.raises(UserError, match=r"tokenizer\.json: No such file"):
         load_tokenizer(tmp_path, 512)
     (tmp_path / "tokenizer.json").write_text("{")
-    with pytest.raises(UserError, match=r"tokenizer\.json is no tokenizer: "):
+    with pytest.raises(UserError, match=r"tokenizer\.json is not a tokenizer: "):
         load_tokenizer(tmp_path, 512)
     content = json.loads((prepared / "tokenizer.json").read_text())
     for entry in content["added_tokens"]:

@@ -92,7 +92,7 @@ def test_data_of_another_user_is_neither_used_nor_in_the_way(
     assert own not in (his, more)
     out = capsys.readouterr().out
     assert f"not used: {his}: belongs to user id {MALLORY}, not to 0 (data.trusted_owners, data.trusted_dirs)" in out
-    assert "not used for such reasons: 1 more folders with this name" in out
+    assert "not used for similar reasons: 1 more folders with this name" in out
     assert prepare([corpus], tmp_path, config) == own
     assert (own / "train-00000.bin").read_bytes() != (his / "train-00000.bin").read_bytes()
     monkeypatch.setenv("ICTX_TRUSTED_DATA", f"/nowhere:{his}")

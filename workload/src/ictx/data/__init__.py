@@ -1,1 +1,1 @@
-"""From text files to token arrays, and from those to batches."""
+"""Training data: text files to token arrays, and token arrays to batches."""

@@ -57,7 +57,7 @@ def register(areas: Any) -> None:
         "data set of the Hugging Face Hub, or a folder for `datasets`; for conversations also `stdlib`",
     )
     prepare.add_argument("--out", type=Path, required=True, help="parent folder of the prepared corpus")
-    prepare.add_argument("--link", type=Path, help="symbolic link to create or update to the prepared corpus")
+    prepare.add_argument("--link", type=Path, help="create or update this symbolic link to the prepared corpus")
     prepare.set_defaults(run=run_prepare)
     verify = data.add_parser(
         "verify",

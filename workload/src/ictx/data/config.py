@@ -13,7 +13,7 @@ from ictx.errors import UserError
 
 
 def trusted_by_environment() -> tuple[Path, ...]:
-    """Returns the folders that the container's launcher, which sees their owners, verified to be root's."""
+    """Returns the folders that the container's launcher, which sees real owners, verified to be owned by root."""
     return tuple(map(Path, filter(None, os.environ.get("ICTX_TRUSTED_DATA", "").split(":"))))
 
 

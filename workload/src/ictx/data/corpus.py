@@ -47,8 +47,8 @@ class Seen:
     """A set of hashes of any size: an SQLite B-tree with a 64 MiB cache, in a temporary file."""
 
     def __init__(self) -> None:
-        """Starts empty; the file is the system's, nameless, and gone with this object."""
-        # A tokenizer that is trained takes documents in a thread of its own; no two threads do at once.
+        """Creates an empty set; its unnamed temporary file is deleted with this object."""
+        # Training of a tokenizer reads documents in a separate thread, but never in two threads at once.
         self._database = sqlite3.connect("", isolation_level=None, check_same_thread=False)
         for pragma in (f"cache_size = -{CACHE_KIB}", "journal_mode = OFF", "synchronous = OFF"):
             self._database.execute(f"PRAGMA {pragma}")

@@ -17,8 +17,8 @@ from ictx.data.tokenizer import added_around
 
 # Characters per piece, which one core encodes at a time.
 PIECE = 1 << 14
-# Characters that all cores encode at a time: four pieces each. Three such batches are on their way, so that reading and
-# writing go on meanwhile. Until a batch is done, the library takes some 200 bytes a token: that is where memory goes.
+# Characters that all cores encode at a time: four pieces each. Three batches are in flight, so that reading and writing
+# continue meanwhile. The library takes about 200 bytes per token until a batch is done: this dominates memory use.
 BATCH = 4 * PIECE * len(os.sched_getaffinity(0))
 AHEAD = 3
 
@@ -30,8 +30,8 @@ def encoded(
 ) -> Iterator[tuple[Document, Tokens]]:
     """Yields each document with its tokens, an array of shape (tokens,) that ends with token 0.
 
-    What looks like a special token in a text is text. What the tokenizer puts around a text, such as a token for its
-    beginning, is around the document, as transformers has it, and not around each piece.
+    Special tokens in a text are encoded as plain text. Tokens that the tokenizer adds around a text, such as a
+    begin-of-text token, are added around the document, as in transformers, not around each piece.
     """
     before, behind = added_around(tokenizer)
     if behind[-1:] == [0]:
@@ -49,8 +49,8 @@ def encoded(
 def cut(text: str) -> list[str]:
     """Returns the text in pieces of at most `PIECE` characters that have the same tokens as the whole.
 
-    A piece ends before a space that follows a letter, a digit or an ASCII sign, where no merge crosses. Text that has
-    none for so long (base64, Chinese, …) is cut anywhere; it is the same text all the same.
+    A piece ends before a space that follows a letter, a digit or an ASCII sign, where no merge crosses. A text without
+    such a space (base64, Chinese, …) is cut anywhere: its tokens may differ there, but still decode to the same text.
     """
     pieces, start = [], 0
     while len(text) - start > PIECE:
@@ -65,7 +65,7 @@ def cut(text: str) -> list[str]:
 
 
 def _ends_a_word(character: str) -> bool:
-    """Returns whether a character is no white space for sure: libraries differ about some of the others."""
+    """Returns whether a character is certainly not white space; libraries differ on some of the others."""
     return character.isalnum() or "!" <= character <= "~"
 
 

@@ -1,7 +1,7 @@
 """Documents in a file: plain text, JSON lines, Parquet; text may be compressed.
 
-The beginning of a file shows how it is compressed, its name what is in it. A name without a suffix (a pipe, a blob in
-the Hugging Face cache) shows nothing: there the beginning decides as well.
+The compression is detected from a file's first bytes, the format from its name. If the name has no suffix (a pipe, a
+blob in the Hugging Face cache), the format is detected from the first bytes too.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from ictx.errors import UserError
 JSON_LINES = (".jsonl", ".ndjson")
 PARQUET, PARQUET_BEGINS = ".parquet", b"PAR1"
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
-# Characters of a first line that may be a record.
+# Maximum characters of a first line that is parsed to detect records.
 LONGEST_GUESS = 1 << 24
 
 
 def _zstd(file: IO[bytes]) -> Any:
-    # Takes a while to import; few corpora need it.
+    # Slow to import, and few corpora need it.
     import pyarrow as arrow
 
     return arrow.CompressedInputStream(file, "zstd")
@@ -47,9 +47,9 @@ def read(file: Path, config: DataConfig, skipped: Skipped, named: bool) -> Itera
     """Yields the documents of a file.
 
     Args:
-        named: whether the file was given by its name, and not found below a folder.
+        named: whether the file was named explicitly, not found below a folder.
 
-    Raises Unreadable where it holds no text, and UserError where it holds text that is damaged, or records without any.
+    Raises Unreadable if it contains no text, and UserError for damaged text or records without text.
     """
     try:
         kind = _kind(file, config.text_field, named)
@@ -81,20 +81,20 @@ def _kind(file: Path, field: str, named: bool) -> str:
             record = _record(next(_lines(stream), ""))
     except (Unreadable, UnicodeDecodeError):
         return "plain"
-    # What was given by name is meant: a wrong field is an error then, and no reason to read it as something else.
+    # In an explicitly named file, a missing field is an error, not a reason to read it as plain text.
     return "lines" if isinstance(record, dict) and (named or isinstance(record.get(field), str)) else "plain"
 
 
 @contextmanager
 def _opened(file: Path) -> Iterator[TextIO]:
-    """Opens a text, compressed or not; ends of lines stay as they are. What is damaged raises Unreadable."""
+    """Opens a text, compressed or not; line ends are unchanged. Raises Unreadable if it is damaged."""
     with decompressed(file) as content:
         yield io.TextIOWrapper(content, encoding="utf-8-sig", newline="")
 
 
 @contextmanager
 def decompressed(file: Path) -> Iterator[IO[bytes]]:
-    """Opens a file, compressed or not. What is damaged raises Unreadable."""
+    """Opens a file, compressed or not. Raises Unreadable if it is damaged."""
     with file.open("rb") as raw:
         begins = raw.peek(8)
         opener = next((opener for magic, opener in DECOMPRESS.items() if begins.startswith(magic)), None)
@@ -104,7 +104,7 @@ def decompressed(file: Path) -> Iterator[IO[bytes]]:
         except (EOFError, zlib.error, lzma.LZMAError) as error:
             raise Unreadable(f"damaged: {error}") from error
         except OSError as error:
-            # Of a disk it has a number, of a decompressor none.
+            # Errors of a file system have a number, those of a decompressor have none.
             if error.errno is not None:
                 raise
             raise Unreadable(f"damaged: {error}") from error
@@ -126,14 +126,14 @@ def _plain(file: Path, longest: int) -> Iterator[str]:
 
 
 def _lines(stream: TextIO) -> Iterator[str]:
-    """Yields the first lines that are not blank, without the marks that files which were put together keep."""
+    """Yields the lines that are not blank, without the byte order marks that concatenated files contain."""
     while line := stream.readline(LONGEST_GUESS):
         if line := line.strip("\ufeff \t\r\n"):
             yield line
 
 
 def _record(line: str) -> Any:
-    """Returns what a line of JSON holds, or None."""
+    """Returns the value of a line of JSON, or None if it is invalid."""
     try:
         return json.loads(line)
     except (ValueError, RecursionError):
@@ -150,14 +150,16 @@ def _json_lines(file: Path, field: str) -> Iterator[str]:
                 record = _record(line)
                 text = record.get(field) if isinstance(record, dict) else None
                 if not isinstance(text, str):
-                    raise UserError(f"{file} line {number} is no JSON object with text in {field!r} (data.text_field)")
+                    raise UserError(
+                        f"{file} line {number} is not a JSON object with text in {field!r} (data.text_field)"
+                    )
                 yield text
     except (Unreadable, UnicodeDecodeError) as error:
         raise UserError(f"{file} is damaged: after line {number}: {error}") from error
 
 
 def _parquet(file: Path, field: str, skipped: Skipped) -> Iterator[str]:
-    # Takes a while to import; few corpora need it.
+    # Slow to import, and few corpora need it.
     import pyarrow as arrow
     import pyarrow.parquet as parquet
 
@@ -170,7 +172,7 @@ def _parquet(file: Path, field: str, skipped: Skipped) -> Iterator[str]:
             if kind not in (arrow.string(), arrow.large_string(), arrow.string_view()):
                 raise Unreadable(f"no column {field!r} of text (data.text_field)")
             for rows in table.iter_batches(batch_size=64, columns=[field]):
-                # As bytes: one string that is not UTF-8 must not cost the others.
+                # As bytes: one string that is not UTF-8 must not invalidate the others.
                 for content in rows.column(0).cast(arrow.large_binary()).to_pylist():
                     if not content:
                         empty += 1

@@ -50,11 +50,11 @@ class Batch:
 
 
 class Batches:
-    """Endless training batches: every token is an input once an epoch of its corpus.
+    """Endless training batches: every token is an input once per epoch of its corpus.
 
-    A step takes the next windows of the stream whatever the number of ranks: each rank a part of its own. So training
-    goes on after a resume on more or fewer nodes or with another batch size, and nothing is lost or repeated. How many
-    windows were taken is all that a checkpoint needs.
+    A step takes the next windows of the stream and divides them among the ranks. Training can therefore resume on more
+    or fewer nodes, or with another batch size, without losing or repeating data. A checkpoint needs only the number of
+    windows taken.
     """
 
     rows = 1
@@ -73,9 +73,9 @@ class Batches:
         """Raises UserError if the data has too few windows for one global batch.
 
         Args:
-            batch: windows of a rank.
-            part: which part of its windows' tokens a rank gets, and of how many: ranks that share out windows are one
-                rank here, with several parts.
+            batch: windows per rank.
+            part: index and number of parts of a window's tokens: ranks that divide windows (context parallelism) are
+                one rank here, with several parts.
         """
         self.batch, self.rank, self.ranks, self.part = batch, rank, ranks, part
         self.stream: Stream | MixedStream

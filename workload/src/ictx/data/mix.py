@@ -1,7 +1,7 @@
-"""Several corpora as one stream, each with its share of what is trained on; long documents can have a larger one.
+"""Several corpora as one stream, each with a share of the training tokens; long documents can have a larger share.
 
-Windows are drawn without replacement: one corpus' windows come in its own order (`ictx.data.stream`), and none comes
-again before all of its epoch have come, whatever the shares of the others are.
+Windows are drawn without replacement: those of a corpus are in its own order (`ictx.data.stream`), and none is repeated
+before its epoch is complete, regardless of the shares of other corpora.
 """
 
 from __future__ import annotations
@@ -28,20 +28,22 @@ ORDER = 0x6D6978
 
 
 class Schedule:
-    """Which source each window is of.
+    """Maps windows to sources.
 
-    In every block of windows each source has as many as its share of all windows so far requires, to within one, in an
-    order that seed and block fix. So any window's place is known from its number alone.
+    In every block of windows, each source has as many as its share of all windows so far requires, to within one, in an
+    order that depends on seed and block. The source of a window follows from its number alone.
     """
 
     def __init__(self, weights: Sequence[float], seed: int) -> None:
-        """Raises UserError where a weight is too small for a block."""
+        """Raises UserError if a weight is too small for a block."""
         total, self.seed = math.fsum(weights), seed
         self._edges = [math.fsum(weights[: number + 1]) / total for number in range(len(weights))]
-        # So large that rounding takes no source below nothing.
+        # Large enough that no source's count is negative after rounding.
         self.block = max(LEAST_BLOCK, math.ceil(2 * total / min(weights)))
         if self.block > MOST_BLOCK:
-            raise UserError(f"a corpus has {min(weights) / total:.1e} of all weights: expected {2 / MOST_BLOCK:.1e}")
+            raise UserError(
+                f"a corpus has {min(weights) / total:.1e} of all weights: expected at least {2 / MOST_BLOCK:.1e}"
+            )
         self._made = lru_cache(maxsize=2)(self._make)
 
     def __call__(self, number: int) -> tuple[int, int]:
@@ -51,7 +53,7 @@ class Schedule:
         return int(sources[place]), int(own[place])
 
     def counts(self, windows: int) -> Integers:
-        """Returns how many of the first windows, a multiple of `block`, are of each source: shape (sources,)."""
+        """Returns each source's share of the first `windows` windows (a multiple of `block`), int64 (sources,)."""
         return np.diff([math.floor(edge * windows + 0.5) for edge in self._edges], prepend=0)
 
     def _make(self, block: int) -> tuple[Integers, Integers]:
@@ -69,32 +71,32 @@ class MixedStream:
     """The windows of several streams, each with its share."""
 
     def __init__(self, streams: Sequence[Stream], weights: Sequence[float]) -> None:
-        """Raises UserError where a weight is too small."""
+        """Raises UserError if a weight is too small."""
         self.streams, self.length, self.seed = streams, streams[0].length, streams[0].seed
         self.schedule = Schedule(weights, self.seed)
         self.windows = sum(stream.windows for stream in streams)
 
     def window(self, number: int) -> tuple[Integers, Integers]:
-        """Returns what window `number` has: see `Stream.window`."""
+        """Returns window `number`; see `Stream.window`."""
         source, own = self.schedule(number)
         return self.streams[source].window(own)
 
 
 @dataclasses.dataclass(frozen=True)
 class Mix:
-    """A split of several corpora, as `TokenArray` is one of one."""
+    """A split of several corpora; `TokenArray` is that of one."""
 
     arrays: Sequence[TokenArray]
     weights: Sequence[float]
-    """Shares of all tokens, together 1."""
+    """Shares of all tokens; their sum is 1."""
     meta: dict[str, Any]
 
     def windows(self, length: int) -> int:
-        """Returns how many windows there are until the first corpus has no more."""
+        """Returns the number of windows until the first corpus is exhausted."""
         return min(math.floor(array.windows(length) / weight) for array, weight in self._each())
 
     def window(self, index: int, length: int) -> tuple[Integers, Integers]:
-        """Returns window `index`, those of one corpus after those of another: see `TokenArray.window`."""
+        """Returns window `index` of the concatenated corpora; see `TokenArray.window`."""
         total, last = self.windows(length), 0.0
         for array, weight in self._each():
             first, last = last, last + weight * total
@@ -114,7 +116,7 @@ class Mix:
 
 
 def opened(directories: Sequence[Path], config: DataConfig, split: SplitName) -> TokenArray | Mix:
-    """Returns a split of the corpora that `config` names, which lie in `directories`.
+    """Returns a split of the corpora in `directories`, mixed as `config` sets.
 
     Raises UserError naming a corpus that cannot be mixed with the others.
     """
@@ -130,7 +132,7 @@ def opened(directories: Sequence[Path], config: DataConfig, split: SplitName) ->
     described = json.dumps([plan, long and dataclasses.asdict(long)], sort_keys=True)
     meta |= {
         "fingerprint": hashlib.sha256(described.encode()).hexdigest(),
-        # At most that of the mix: each corpus is predicted by frequencies of its own.
+        # A lower bound of the mix's entropy: each corpus is predicted by its own frequencies.
         "unigram_entropy": math.fsum(weight * value for weight, value in zip(weights, entropies, strict=True)),
     }
     parts = [part for array, weight in zip(arrays, weights, strict=True) for part in _by_length(array, weight, long)]
@@ -138,7 +140,7 @@ def opened(directories: Sequence[Path], config: DataConfig, split: SplitName) ->
 
 
 def _common(arrays: Sequence[TokenArray]) -> dict[str, Any]:
-    """Returns what all corpora have in common. Raises UserError where that is too little, or the same one is twice."""
+    """Returns the metadata of the first corpus. Raises UserError for different tokenizers, or a repeated corpus."""
     first, seen = arrays[0], dict[str, TokenArray]()
     for array in arrays:
         if array.meta["sha256"] != first.meta["sha256"]:
@@ -146,13 +148,13 @@ def _common(arrays: Sequence[TokenArray]) -> dict[str, Any]:
                 f"{array} has another tokenizer than {first}: prepare it with data.tokenizer={first.directory}"
             )
         if other := seen.get(array.meta["fingerprint"]):
-            raise UserError(f"{array} is the same corpus as {other}: give it once, with a larger weight")
+            raise UserError(f"{array} is the same corpus as {other}: list it once, with a larger weight")
         seen[array.meta["fingerprint"]] = array
     return dict(first.meta)
 
 
 def _by_length(array: TokenArray, weight: float, long: LongDocuments | None) -> list[tuple[TokenArray, float]]:
-    """Returns a corpus' short and long documents, with their parts of its weight."""
+    """Returns a corpus's short and long documents with their parts of its weight."""
     if long is None:
         return [(array, weight)]
     short, rest = array.only(range(long.tokens)), array.only(range(long.tokens, 1 << 62))

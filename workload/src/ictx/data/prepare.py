@@ -39,8 +39,8 @@ def prepare(sources: Sequence[str | Path], out: Path, config: DataConfig) -> Pat
     Args:
         sources: files, folders and data sets, as `ictx.data.sources.source` reads them.
 
-    The folder's name follows the text and the settings, so the same corpus is prepared once. It appears complete or
-    not at all. Raises UserError naming a path, or the folder when its disk is full.
+    The folder's name is a hash of text and settings, so that the same corpus is prepared only once. The folder is
+    created atomically. Raises UserError naming a path, or the folder if its disk is full.
     """
     start = time.monotonic()
     given = load_tokenizer(config.tokenizer, config.vocab_size) if config.tokenizer else None
@@ -54,7 +54,7 @@ def prepare(sources: Sequence[str | Path], out: Path, config: DataConfig) -> Pat
     name = fingerprint[:16]
     print(
         f"corpus: {found.documents:,} distinct documents, {found.bytes / 1e6:.1f} MB of text "
-        f"({found.repeated:,} were there twice)",
+        f"({found.repeated:,} duplicates)",
         flush=True,
     )
     for line in found.skipped:
@@ -79,7 +79,7 @@ def prepare(sources: Sequence[str | Path], out: Path, config: DataConfig) -> Pat
 
 
 def described(tokenizer: Tokenizer) -> str:
-    """Returns the identity of a tokenizer; earlier versions put its surrounding tokens around pieces of texts."""
+    """Returns the identity of a tokenizer; earlier versions added its surrounding tokens to pieces of texts."""
     around = added_around(tokenizer)
     return str(tokenizer.to_str()) + (repr(around) if any(around) else "")
 

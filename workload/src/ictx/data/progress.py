@@ -16,14 +16,14 @@ class Progress:
     """Counts bytes, or another `unit`. Without a total, share and remaining time are not shown."""
 
     def __init__(self, what: str, total: int | None = None, unit: str = "B") -> None:
-        """Starts at nothing."""
+        """Starts at 0."""
         self.what, self.total, self.unit, self.done = what, total, unit, 0
         self.began = self.printed = time.monotonic()
         terminal = sys.stderr.isatty()
         self.bar = tqdm(desc=what, total=total, unit=unit, unit_scale=True, file=sys.stderr) if terminal else None
 
     def add(self, count: int) -> None:
-        """Counts `count` more bytes."""
+        """Counts `count` more units."""
         self.done += count
         if self.bar is not None:
             self.bar.update(count)

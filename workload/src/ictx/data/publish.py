@@ -61,7 +61,7 @@ def publish(draft: Path, name: str, fingerprint: str, config: Trusting) -> Path:
 def _held(out: Path, name: str, fingerprint: str, config: Trusting) -> Path | None:
     """Returns an existing folder with the corpus whose owner is trusted and whose files match the manifest.
 
-    Where others can write too, anybody may have taken the name: then this user's folder has a longer one.
+    If others can write to `out`, one of them may occupy the name; this user's folder then has a longer name.
     """
     not_trusted = 0
     for path in sorted(out.glob(f"{name}*")):
@@ -78,7 +78,7 @@ def _held(out: Path, name: str, fingerprint: str, config: Trusting) -> Path | No
         except (Unusable, OSError) as error:
             print(f"not used: {error}", flush=True)
     if not_trusted > 1:
-        print(f"not used for such reasons: {not_trusted - 1} more folders with this name", flush=True)
+        print(f"not used for similar reasons: {not_trusted - 1} more folders with this name", flush=True)
     return None
 
 
@@ -99,7 +99,7 @@ def _remove_stale(out: Path) -> None:
         with suppress(OSError):
             if left.lstat().st_uid != os.geteuid():
                 continue
-            # The folder of a run that takes days is as old, but what it writes to is not.
+            # The folder of a run that takes days is old too, but the files that it writes are not.
             newest = max(path.lstat().st_mtime for path in [left, *left.glob("*")])
             if time.time() - newest > STALE_SECONDS:
                 shutil.rmtree(left, ignore_errors=True)

@@ -1,8 +1,8 @@
-"""Prepared data on disk: shards of tokens, an index of documents beside each, and what is known of them in meta.json.
+"""Prepared data on disk: shards of tokens, an index of documents for each, and metadata in meta.json.
 
-`train-00000.bin` holds the tokens of whole documents, one after the other, little-endian; `train-00000.idx` holds the
-places where they end, as little-endian 64-bit integers. A document's hash chooses its shard: every shard is a sample of
-the whole corpus.
+`train-00000.bin` contains the tokens of whole documents, concatenated, little-endian; `train-00000.idx` contains the
+documents' end positions (in tokens) as little-endian 64-bit integers. The shard of a document is selected by its hash,
+so that every shard is a sample of the whole corpus.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SplitName = Literal["train", "validation"]
 SPLITS: tuple[SplitName, ...] = ("train", "validation")
 INDEX_TYPE = np.dtype("<i8")
 TOKEN_TYPES = ("<u2", "<u4")
-# Each needs two open files while the corpus is written, and systems allow 1,024.
+# Each needs two open files while the corpus is written; the usual limit is 1,024.
 MOST_SHARDS = 400
 
 
@@ -38,7 +38,7 @@ class ShardWriter:
     """Writes a shard's two files."""
 
     def __init__(self, directory: Path, name: str) -> None:
-        """Creates them empty."""
+        """Creates the files, empty."""
         self.name, self.tokens, self.documents = name, 0, 0
         self._paths = [directory / f"{name}.bin", directory / f"{name}.idx"]
         self._files = [path.open("wb") for path in self._paths]
@@ -53,7 +53,7 @@ class ShardWriter:
             sha256.update(content)
 
     def close(self) -> dict[str, Any] | None:
-        """Puts the files on the disk and returns their entry in meta.json; an empty shard is removed instead."""
+        """Syncs the files to disk and returns their entry in meta.json; removes an empty shard and returns None."""
         for file in self._files:
             file.flush()
             os.fsync(file.fileno())
@@ -74,11 +74,11 @@ class SplitWriter:
         self.shards = [ShardWriter(directory, f"{split}-{number:05}") for number in range(min(shards, MOST_SHARDS))]
 
     def add(self, tokens: npt.NDArray[Any], digest: bytes) -> None:
-        """Appends a document to the shard that its hash chooses."""
+        """Appends a document to the shard that its hash selects."""
         self.shards[int.from_bytes(digest[-8:], "big") % len(self.shards)].add(tokens)
 
     def close(self) -> list[dict[str, Any]]:
-        """Returns the entries of all shards that hold something."""
+        """Closes the shards; returns the entries of those that are not empty."""
         return [entry for shard in self.shards if (entry := shard.close())]
 
 
@@ -89,13 +89,13 @@ class Shard:
     tokens: npt.NDArray[Any]
     """All tokens, shape (tokens,)."""
     ends: npt.NDArray[np.int64]
-    """Where each document ends, shape (documents,)."""
+    """End position of each document, shape (documents,)."""
     lengths: range | None = None
-    """Tokens of the documents that are read; all are unless given."""
+    """Lengths (in tokens) of the documents that are read; None: all."""
 
     @cached_property
     def size(self) -> int:
-        """Tokens of the documents that are read."""
+        """Total tokens of the documents that are read."""
         return len(self.tokens) if self.lengths is None else int(self.documents()[1].sum())
 
     def documents(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
@@ -115,11 +115,11 @@ class TokenArray:
     shards: Sequence[Shard]
     meta: dict[str, Any]
     directory: Path = Path()
-    """Where it lies."""
+    """Its folder."""
 
     @classmethod
     def open(cls, directory: Path, split: SplitName) -> TokenArray:
-        """Maps a split. Raises UserError when there is none, or a file has not the length that it should have."""
+        """Maps a split. Raises UserError if it is missing, or if a file's length differs from meta.json."""
         meta = read_meta(directory)
         dtype = np.dtype(meta["dtype"])
         shards = []
@@ -137,17 +137,17 @@ class TokenArray:
         return f"{self.directory}{f' (documents of {lengths} tokens)' if lengths else ''}"
 
     def only(self, lengths: range) -> TokenArray:
-        """Returns the documents of so many tokens, for streams; windows on the disk are of all documents."""
+        """Returns the documents with these lengths, for streams; `window` still reads all documents."""
         return replace(self, shards=[replace(shard, lengths=lengths) for shard in self.shards])
 
     def windows(self, length: int) -> int:
-        """Returns how many windows of `length` inputs and their next tokens there are."""
+        """Returns the number of windows of `length` inputs and their targets."""
         return (len(self) - 1) // length
 
     def window(self, index: int, length: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Returns window `index` in the order of the disk, and how many of its tokens are of each document.
+        """Returns window `index` in the order on disk, int64 (length + 1,), and the tokens of each document in it.
 
-        It has `length` tokens, and one more for the targets.
+        The last token is only a target. Raises UserError for a token outside the vocabulary.
         """
         start, missing = index * length, length + 1
         parts: list[npt.NDArray[Any]] = []
@@ -165,7 +165,7 @@ class TokenArray:
         return tokens, np.concatenate(lengths)
 
     def require_known(self, tokens: npt.NDArray[np.int64]) -> None:
-        """Raises UserError where a token is none of the vocabulary; no checksum shows what was written like that."""
+        """Raises UserError for a token outside the vocabulary, which checksums do not detect if it was written so."""
         size = self.meta.get("vocab_size")
         if size is not None and tokens.max() >= size:
             raise UserError(
@@ -174,15 +174,15 @@ class TokenArray:
 
 
 def read_meta(directory: Path) -> dict[str, Any]:
-    """Returns the content of meta.json. Raises UserError when the folder has none that we can read."""
+    """Returns the content of meta.json. Raises Unusable if it is missing or invalid."""
     try:
         meta: Any = read_json(directory / META_FILE)
     except Unusable as error:
         raise Unusable(f"{directory} holds no prepared data ({error}): run `ictx data prepare`") from error
     if isinstance(meta, dict) and "kind" in meta:
         raise Unusable(
-            f"{directory} holds {shown(meta['kind'])} data, not tokens of a corpus: prepare one with a configuration "
-            "of pretraining"
+            f"{directory} holds {shown(meta['kind'])} data, not tokens of a corpus: prepare a corpus with a "
+            "configuration of pretraining"
         )
     number = meta.get("format", 1) if isinstance(meta, dict) else meta
     if number != FORMAT:
@@ -190,12 +190,12 @@ def read_meta(directory: Path) -> dict[str, Any]:
             f"{directory} has format {shown(number)}, but this version reads {FORMAT}: run `ictx data prepare`"
         )
     if not _whole(meta):
-        raise Unusable(f"{directory / META_FILE} lacks what {FORMAT=} has: run `ictx data prepare`")
+        raise Unusable(f"{directory / META_FILE} is invalid for {FORMAT=}: run `ictx data prepare`")
     return dict(meta)
 
 
 def _whole(meta: dict[str, Any]) -> bool:
-    """Whether meta.json has all that is read of it, in the right types."""
+    """Returns whether meta.json has all required entries, with valid types."""
 
     def count(value: object) -> bool:
         return type(value) is int and 0 <= value < 1 << 63
@@ -240,7 +240,7 @@ def files_of(meta: dict[str, Any]) -> dict[str, Entry]:
 
 
 def _mapped(path: Path, dtype: np.dtype[Any], count: int, what: str) -> npt.NDArray[Any]:
-    """Returns a file as an array. Raises UserError when it is missing or has another length than in meta.json."""
+    """Returns a file as an array. Raises UserError if it is missing or its length differs from meta.json."""
     try:
         size = path.stat().st_size
         if size == count * dtype.itemsize:

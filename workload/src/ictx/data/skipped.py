@@ -25,7 +25,7 @@ class Skipped:
         self._others = Counter[tuple[str, str]]()
 
     def add(self, name: str | Path, unit: str, why: str, count: int = 1) -> None:
-        """Counts `count` of a unit (`file`, `row`), found under a name, that are left out for a reason."""
+        """Counts `count` units (`file`, `row`) of a file or folder, skipped for the reason `why`."""
         if not count:
             return
         key = unit, why

@@ -1,6 +1,6 @@
 """Sources of documents: files, folders, pipes, data sets of the Hugging Face Hub.
 
-Everything is read piece by piece: what is in memory at a time does not grow with the corpus.
+Everything is streamed: memory use does not grow with the corpus.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ictx.data.skipped import Skipped, Unreadable
 from ictx.errors import UserError
 
 SKIPPED_FOLDERS = {"__pycache__", ".git"}
-# No colon: lists of paths are separated by them.
+# No colon, because it separates the paths in a list.
 HUB = "hf="
 
 
@@ -38,7 +38,7 @@ def source(name: str) -> Files | Pipe | Hub:
         if stat.S_ISFIFO(kind):
             return Pipe(path)
         if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):
-            raise UserError(f"corpus path {path} is no file, folder or pipe")
+            raise UserError(f"corpus path {path} is not a file, folder or pipe")
         return Files(path)
     parts = name[len(HUB) :].split(",")
     if not parts[0] or len(parts) > 3:
@@ -69,7 +69,7 @@ class Files:
                 skipped.add(file, "file", str(error))
 
     def records(self, config: ChatDataConfig, skipped: Skipped) -> Iterator[Record]:
-        """Yields the records with their places. Raises UserError naming a file that is damaged."""
+        """Yields the records with their locations. Raises UserError naming a file that is damaged."""
         if self.path.is_file():
             yield from records(self.path)
             return
@@ -77,33 +77,33 @@ class Files:
             if holds_records(file):
                 yield from records(file)
             else:
-                skipped.add(file, "file", "of other names than .jsonl, .json, .parquet")
+                skipped.add(file, "file", "suffix is not .jsonl, .json or .parquet")
 
 
 class Pipe:
-    """What a pipe gives, such as that of `<(zcat …)`: kept in a temporary file, as a corpus is read several times."""
+    """Content of a pipe, such as `<(zcat …)`, in a temporary file, because a corpus is read several times."""
 
     def __init__(self, path: Path) -> None:
         """Reads the pipe to its end. Raises UserError if the temporary file cannot grow."""
         self.path = path
-        # Nameless: it is gone with this object, however the process ends.
+        # Unnamed: deleted with this object, however the process ends.
         self._file: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
         try:
             with path.open("rb") as content:
                 shutil.copyfileobj(content, self._file)
             self._file.flush()
         except OSError as error:
-            raise UserError(f"cannot keep {self} in a temporary file (TMPDIR): {error.strerror}") from error
+            raise UserError(f"cannot copy {self} to a temporary file (TMPDIR): {error.strerror}") from error
 
     def __str__(self) -> str:
         return f"corpus pipe {self.path}"
 
     def texts(self, config: DataConfig, skipped: Skipped) -> Iterator[str]:
-        """Yields the documents. Raises UserError where they are damaged."""
+        """Yields the documents. Raises UserError if they are damaged."""
         yield from _named(self, Path(f"/dev/fd/{self._file.fileno()}"), config, skipped)
 
     def records(self, config: ChatDataConfig, skipped: Skipped) -> Iterator[Record]:
-        """Yields the records with their places. Raises UserError where they are damaged."""
+        """Yields the records with their locations. Raises UserError if they are damaged."""
         kept = f"/dev/fd/{self._file.fileno()}"
         try:
             for where, record in records(Path(kept)):
@@ -119,15 +119,15 @@ def _named(each: Files | Pipe, file: Path, config: DataConfig, skipped: Skipped)
     except Unreadable as error:
         raise UserError(f"{each} cannot be read as text: {error}") from error
     except UserError as error:
-        # It names the file; that of a pipe is temporary.
+        # The message has the file's path, which is a temporary one for a pipe.
         raise UserError(f"{each}: {error}" if isinstance(each, Pipe) else str(error)) from error
 
 
 def _below(folder: Path, skipped: Skipped, seen: set[tuple[int, int]]) -> Iterator[Path]:
-    """Yields regular files depth first: memory holds one folder's names at a time, and the numbers of all folders.
+    """Yields regular files depth first; keeps only the entries of open folders and the ids of all folders in memory.
 
     Args:
-        seen: folders that were read already, by their device and number: links may lead in circles.
+        seen: folders already read, by device and inode, because symbolic links may form cycles.
     """
     try:
         about = folder.stat()
@@ -147,13 +147,13 @@ def _below(folder: Path, skipped: Skipped, seen: set[tuple[int, int]]) -> Iterat
             skipped.add(path, "file", f"cannot be opened: {error.strerror}")
             continue
         if stat.S_ISDIR(kind) and entry.name in SKIPPED_FOLDERS:
-            skipped.add(path, "folder", "of a program's own")
+            skipped.add(path, "folder", "not documents")
         elif stat.S_ISDIR(kind):
             yield from _below(path, skipped, seen)
         elif stat.S_ISREG(kind):
             yield path
         else:
-            skipped.add(path, "file", "no regular file")
+            skipped.add(path, "file", "not a regular file")
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,7 @@ class Hub:
         return f"data set {self.name}"
 
     def texts(self, config: DataConfig, skipped: Skipped) -> Iterator[str]:
-        """Yields the documents. Raises UserError naming the data set that cannot be had."""
+        """Yields the documents. Raises UserError if the data set cannot be read."""
         for _, row in self._rows(config.streaming):
             text = row.get(config.text_field)
             if text is None and config.text_field in row:
@@ -181,19 +181,19 @@ class Hub:
             yield text
 
     def records(self, config: ChatDataConfig, skipped: Skipped) -> Iterator[Record]:
-        """Yields the records with their places. Raises UserError naming the data set that cannot be had."""
+        """Yields the records with their locations. Raises UserError if the data set cannot be read."""
         for number, row in self._rows(config.streaming):
             yield f"{self} row {number}", {name: value for name, value in row.items() if value is not None}
 
     def _rows(self, streaming: bool) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Yields numbers, from 1 on, and rows."""
-        # Takes seconds to import; few corpora need it.
+        """Yields row numbers, from 1, and rows."""
+        # Takes seconds to import, and few corpora need it.
         import datasets
 
         try:
             found = datasets.load_dataset(self.name, self.config, split=self.split, streaming=streaming)
             yield from enumerate(found, 1)
-        except Exception as error:  # of the library, of HTTP, of a file system, of a format: whatever it is built on
+        except Exception as error:  # of the library, of HTTP, of a file system, of a format: no common base class
             raise UserError(
                 f"{self} cannot be read: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
             ) from error

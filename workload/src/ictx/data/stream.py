@@ -10,7 +10,7 @@ import numpy.typing as npt
 from ictx.data.shards import TokenArray
 
 Integers = npt.NDArray[np.int64]
-# Orders in memory: those of the shard that is read and of the next one, into which its last windows reach, with room
+# Orders in memory: those of the current shard and of the next one, into which its last windows extend, and spare ones
 # for a batch on the border of two shards and of two epochs.
 KEPT = 10
 
@@ -18,7 +18,7 @@ KEPT = 10
 def shuffled(count: int, *seeds: int) -> Integers:
     """Returns a permutation of range(count) that depends only on the seeds, not on machine or NumPy version.
 
-    It sorts by SplitMix64 (Steele et al., 2014, figure 15) of the numbers; equal keys stay in order.
+    Sorts the numbers by their SplitMix64 hash (Steele et al., 2014, figure 15); equal keys stay in order.
     """
 
     def mixed(z: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
@@ -37,20 +37,20 @@ def shuffled(count: int, *seeds: int) -> Integers:
 class Stream:
     """The tokens of all documents in an infinite sequence of epochs, cut into shuffled windows.
 
-    An epoch holds every document once: shards in an order that seed and epoch fix, and in each shard all its documents
-    in such an order. The windows that begin in a shard are shuffled too, so that a long document does not fill batch
-    after batch. A shard is a sample of the corpus: what is in memory is the index of the shards that are being read.
+    An epoch contains every document once: shards in an order that depends on seed and epoch, and the documents of each
+    shard in such an order. The windows that begin in a shard are shuffled too, so that a long document does not fill
+    consecutive batches. Every shard is a sample of the corpus, so only the indexes of shards being read are in memory.
     """
 
     def __init__(self, data: TokenArray, length: int, seed: int) -> None:
-        """Args: `length`: tokens per window; `windows`: windows per epoch."""
+        """Args: `length`: tokens per window. Sets `windows`: windows per epoch."""
         self.data, self.length, self.seed = data, length, seed
         self.tokens, self.windows = len(data), data.windows(length)
         self._kept: dict[tuple[str, int, int], tuple[Integers, Integers]] = {}
 
     def window(self, number: int) -> tuple[Integers, Integers]:
-        """Returns what window `number` has: see `read`; `length` tokens, and one more for the targets."""
-        # Shuffling stays within the windows that begin in a shard, so that of this number is one of them.
+        """Returns window `number` of `length` + 1 tokens (inputs and targets); see `read`."""
+        # Shuffled only among the windows that begin in the same shard.
         epoch, place = divmod(number * self.length, self.tokens)
         shards, ends = self._shards(epoch)
         at = int(np.searchsorted(ends, place, "right"))
@@ -60,7 +60,7 @@ class Stream:
         return self.read((first + int(order[number - first])) * self.length, self.length + 1)
 
     def read(self, position: int, count: int) -> tuple[Integers, Integers]:
-        """Returns tokens [position, position + count), and how many of them are of each document they are from."""
+        """Returns tokens [position, position + count), int64 (count,), and how many of them are of each document."""
         tokens, lengths = np.empty(count, np.int64), []
         filled = 0
         while filled < count:
@@ -84,12 +84,12 @@ class Stream:
         return tokens, np.array(lengths, np.int64)
 
     def _shards(self, epoch: int) -> tuple[Integers, Integers]:
-        """Returns the shards in the order of an epoch, and where each ends in it."""
+        """Returns the shards in the order of an epoch, and their end positions in it."""
         sizes = np.array([shard.size for shard in self.data.shards], np.int64)
         return self._keep(("shards", epoch, 0), lambda: _in_order(shuffled(len(sizes), self.seed, epoch), sizes))
 
     def _documents(self, epoch: int, shard: int) -> tuple[Integers, Integers]:
-        """Returns the documents of a shard in the order of an epoch, and where each ends in it."""
+        """Returns the documents of a shard in the order of an epoch, and their end positions in it."""
 
         def order() -> tuple[Integers, Integers]:
             numbers, sizes = self.data.shards[shard].documents()
@@ -99,14 +99,14 @@ class Stream:
         return self._keep(("documents", epoch, shard), order)
 
     def _windows(self, epoch: int, shard: int, count: int) -> tuple[Integers, Integers]:
-        """Returns the windows that begin in a shard in the order of an epoch, and nothing."""
+        """Returns the windows that begin in a shard in the order of an epoch, and an empty array."""
         key = ("windows", epoch, shard)
         return self._keep(key, lambda: (shuffled(count, self.seed, epoch, shard, 1), np.empty(0, np.int64)))
 
     def _keep(
         self, key: tuple[str, int, int], make: Callable[[], tuple[Integers, Integers]]
     ) -> tuple[Integers, Integers]:
-        """Returns what is kept under a key, or makes it; only the last ones that were used are kept."""
+        """Returns the cached value of a key, or computes it; evicts the least recently used one."""
         self._kept[key] = self._kept.pop(key) if key in self._kept else make()
         if len(self._kept) > KEPT:
             del self._kept[next(iter(self._kept))]
@@ -114,5 +114,5 @@ class Stream:
 
 
 def _in_order(order: Integers, sizes: Integers) -> tuple[Integers, Integers]:
-    """Returns an order, and where each thing ends in it."""
+    """Returns an order, and the end position of each element in it."""
     return order, np.cumsum(sizes[order])

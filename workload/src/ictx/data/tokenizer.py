@@ -22,8 +22,8 @@ SMALLEST_VOCABULARY = 256 + len(SPECIAL_TOKENS)
 TOKENIZER_FILE, TOKENIZER_CONFIG_FILE = "tokenizer.json", "tokenizer_config.json"
 TOKENIZER_FILES = (TOKENIZER_FILE, TOKENIZER_CONFIG_FILE)
 
-# What merges never cross: words with at most one sign before them, one to three digits, runs of signs, of ends of lines
-# and of spaces. A space belongs to the word that follows it.
+# Merges stay within: words with at most one preceding sign, one to three digits, runs of signs, of line ends or of
+# spaces. A space belongs to the word after it.
 WORDS = "|".join(
     [
         r"[^\r\n\p{L}\p{M}\p{N}]?[\p{L}\p{M}]+",
@@ -35,8 +35,8 @@ WORDS = "|".join(
     ]
 )
 
-# ChatML. What people write cannot end their turn: a control token in a message gets a space and is text again. The
-# `generation` block marks what the model writes, for losses on answers alone.
+# ChatML. A message cannot end its turn: a space is inserted into control tokens in it, which makes them plain text. The
+# `generation` block marks the model's answers, for a loss on answers only.
 _TEXT = "message['content']" + "".join(
     f" | replace('{token}', '{token[:-2]} |>')" for token in (TURN_START, TURN_END, END_OF_TEXT)
 )
@@ -85,15 +85,15 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
 def read_tokenizer(directory: Path) -> Tokenizer:
     """Returns the tokenizer in a folder, of any origin. Raises UserError.
 
-    Truncation and padding that a file has are what somebody's last call set, and not the tokenizer's.
+    Resets truncation and padding, which a file keeps from the last calls before it was saved.
     """
     path = directory / TOKENIZER_FILE
     try:
         tokenizer = Tokenizer.from_str(path.read_text())
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from error
-    except Exception as error:  # the library raises nothing more exact
-        raise UserError(f"{path} is no tokenizer: {shown(str(error))}") from error
+    except Exception as error:  # the library raises nothing more specific
+        raise UserError(f"{path} is not a tokenizer: {shown(str(error))}") from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
@@ -107,7 +107,7 @@ def require_fit(tokenizer: Tokenizer, vocab_size: int, name: object) -> None:
 
 
 def special_text(token: Any) -> str | None:
-    """Returns the text of a special token in tokenizer_config.json, which is a string or has properties."""
+    """Returns the text of a special token in tokenizer_config.json (a string or an object); None if it has none."""
     text = token.get("content") if isinstance(token, dict) else token
     return text if isinstance(text, str) else None
 
@@ -134,9 +134,9 @@ def load_tokenizer(directory: Path, vocab_size: int) -> Tokenizer:
 
 
 def save_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
-    """Writes the two files (`TOKENIZER_FILES`) that transformers and vLLM read, the chat template among them.
+    """Writes the two files (`TOKENIZER_FILES`) that transformers and vLLM read, including the chat template.
 
-    The longest context is the model's: who exports a model adds `model_max_length`.
+    The export of a model adds `model_max_length`, which depends on the model.
     """
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",

@@ -1,7 +1,7 @@
 """Checks of the ownership of prepared data.
 
-Checksums beside the data show damage. They prove nothing against who owns the folder and can write both, so that is
-looked at first: data of the job's own user, of root, and of whom the settings name.
+Checksums beside the data detect damage, but the owner of the folder can replace both. Ownership is therefore checked
+first: data must belong to the job's user, to root, or to an owner that the settings trust.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class Trusting(Protocol):
 def trusted_files(directory: Path, config: Trusting) -> dict[str, Entry]:
     """Returns the files of a folder of prepared data, without reading them.
 
-    Raises Unusable unless all belongs to somebody who is trusted, and only its owner can write to it. In a container
-    root's files appear as nobody's, like those of every other user: there only `data.trusted_dirs` distinguishes them.
+    Raises Unusable unless all files belong to a trusted owner and only their owner can write to them. In a container,
+    files of root and of all other users appear as nobody's: only `data.trusted_dirs` distinguishes them.
     """
     allowed = {0, *config.trusted_owners}
     if directory.exists() and directory.resolve() in [trusted.resolve() for trusted in config.trusted_dirs]:
@@ -43,7 +43,7 @@ def trusted_files(directory: Path, config: Trusting) -> dict[str, Entry]:
         except Unusable as error:
             raise Unusable(f"{error} (data.trusted_owners, data.trusted_dirs)") from error
 
-    # Before anything in it is read: the folders of others may be many, and large.
+    # Before anything in it is read: there may be many large folders of others.
     if os.path.lexists(directory):
         check(directory)
     _, files = read_meta(directory)

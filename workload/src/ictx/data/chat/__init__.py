@@ -1,1 +1,1 @@
-"""Conversations and preferences: read in the usual formats, kept in one."""
+"""Conversations and preferences: read in the usual formats, stored in one."""

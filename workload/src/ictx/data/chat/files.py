@@ -1,10 +1,10 @@
 """Prepared conversations and preferences on disk: one file of JSON lines for each split, and meta.json.
 
-A reader gets the rows of `train.jsonl` and `validation.jsonl`: UTF-8, one JSON object a line, all of one kind (`kind`
-in meta.json). Of `sft`: `{"messages": [{"role": …, "content": …}, …]}`, ending with an answer. Of `dpo`:
-`{"prompt": [MESSAGE, …], "chosen": [MESSAGE, …], "rejected": [MESSAGE, …]}`, TRL's conversational form. Roles are
-system, user, assistant and tool, in an order that templates take; contents are text. No tokens: what a row is in tokens
-is a matter of the model that is trained on it.
+`train.jsonl` and `validation.jsonl` are UTF-8 with one JSON object per line, all of one kind (`kind` in meta.json).
+`sft`: `{"messages": [{"role": …, "content": …}, …]}`, ending with an answer. `dpo`:
+`{"prompt": [MESSAGE, …], "chosen": [MESSAGE, …], "rejected": [MESSAGE, …]}`, TRL's conversational format. Roles are
+system, user, assistant and tool, in an order that templates accept; contents are text. Rows are not tokenized, because
+tokens depend on the model that is trained.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ class RowWriter:
 
 
 def encoded(row: Row) -> bytes:
-    """Returns a row's line: the same row has the same bytes everywhere."""
+    """Returns a row's line; equal rows have equal bytes on all machines."""
     return (json.dumps(row, ensure_ascii=False, separators=(",", ":")) + "\n").encode()
 
 
 def read_meta(directory: Path, kind: Kind | None = None) -> dict[str, Any]:
-    """Returns the content of meta.json. Raises Unusable where the folder has none for that kind of data."""
+    """Returns the content of meta.json. Raises Unusable if it is missing, invalid, or of another kind."""
     try:
         meta: Any = read_json(directory / META_FILE)
     except Unusable as error:
@@ -63,7 +63,7 @@ def read_meta(directory: Path, kind: Kind | None = None) -> dict[str, Any]:
     splits = meta.get("splits")
     whole = isinstance(meta.get("fingerprint"), str) and isinstance(splits, dict) and set(splits) == set(SPLITS)
     if not whole or not all(map(_is_entry, splits.values())):
-        raise Unusable(f"{directory / META_FILE} lacks what {FORMAT=} has: run `ictx data prepare`")
+        raise Unusable(f"{directory / META_FILE} is invalid for {FORMAT=}: run `ictx data prepare`")
     return cast("dict[str, Any]", meta)
 
 
@@ -81,7 +81,7 @@ def files_of(meta: dict[str, Any]) -> dict[str, Entry]:
 
 
 def read_rows(directory: Path, split: SplitName) -> Iterator[Row]:
-    """Yields the rows of a split in their order; `ictx.train.prepared.checked` has compared them with checksums."""
+    """Yields the rows of a split in order; checksums are verified before, by `ictx.train.prepared.checked`."""
     with (directory / f"{split}.jsonl").open("rb") as file:
         for line in file:
             yield json.loads(line)

@@ -1,8 +1,8 @@
-"""The forms in which conversations and preferences are written, and the one that they are kept in.
+"""Input formats of conversations and preferences, and the format in which they are stored.
 
 A conversation is a list of messages `{"role": ROLE, "content": TEXT}`. A row for SFT is `{"messages": CONVERSATION}`
-that ends with an answer; a row for DPO is `{"prompt": MESSAGES, "chosen": [ANSWER], "rejected": [ANSWER]}`, where both
-answers may be of several messages.
+that ends with an answer; a row for DPO is `{"prompt": MESSAGES, "chosen": [ANSWER], "rejected": [ANSWER]}`, where an
+answer may have several messages.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ FOLLOWS = {
     "assistant": ("user", "tool"),
     "tool": ("tool", "assistant"),
 }
-"""Which roles may follow one; the first message follows nothing."""
+"""Roles that may follow a role; those of the first message are under the empty string."""
 
 
 class BadRow(Exception):
     """A row without a usable conversation."""
 
     def __init__(self, why: str, detail: str = "") -> None:
-        """Args: `why` is one of few reasons, by which rows that are left out are counted; `detail` is of this row."""
+        """Args: `why`: one of few reasons, by which skipped rows are counted; `detail`: specific to this row."""
         super().__init__(f"{why}: {detail}" if detail else why)
         self.why, self.detail = why, detail
 
@@ -47,8 +47,8 @@ class BadRow(Exception):
 def sft_row(record: Any) -> Row:
     """Returns a row for SFT.
 
-    Recognised are `messages`; ShareGPT's `conversations` with `from` and `value`, the system's text also beside them as
-    `system`; Alpaca's `instruction`, `input` and `output` (the first two become one turn, a line apart); and TRL's
+    Accepts `messages`; ShareGPT's `conversations` with `from` and `value`, and optionally a separate `system` text;
+    Alpaca's `instruction`, `input` and `output` (the first two become one turn, joined by a line break); and TRL's
     `prompt` with `completion`, each a text or messages. Raises BadRow.
     """
     record = _object(record)
@@ -77,8 +77,8 @@ def sft_row(record: Any) -> Row:
 def dpo_row(record: Any) -> Row:
     """Returns a row for DPO.
 
-    Recognised are TRL's forms: `prompt`, `chosen` and `rejected`, each a text or messages; `prompt` may be missing, or
-    be repeated in both answers, where these are conversations: then it is what they begin with alike. Raises BadRow.
+    Accepts TRL's formats: `prompt`, `chosen` and `rejected`, each a text or messages. If both answers are conversations
+    that begin with the prompt, `prompt` may be missing. Raises BadRow.
     """
     record = _object(record)
     if "chosen" not in record or "rejected" not in record:
@@ -93,10 +93,10 @@ def dpo_row(record: Any) -> Row:
     chosen, rejected = chosen[len(alike) :], rejected[len(alike) :]
     prompt = _with_system(record, prompt + alike)
     if not prompt:
-        raise BadRow("no prompt", "expected prompt, or conversations that begin alike as chosen and rejected")
+        raise BadRow("no prompt", "expected prompt, or chosen and rejected conversations with a common beginning")
     for name, answer in (("chosen", chosen), ("rejected", rejected)):
         if not answer:
-            raise BadRow("empty answer", f"{name} ends where the other one goes on")
+            raise BadRow("empty answer", f"{name} has no message after the common beginning")
         try:
             _check_order(prompt + answer)
         except BadRow as error:
@@ -109,7 +109,7 @@ READ: dict[str, Callable[[Any], Row]] = {"sft": sft_row, "dpo": dpo_row}
 
 
 def prompt_of(row: Row) -> list[Message]:
-    """Returns what comes before the first answer: rows with the same belong to the same split."""
+    """Returns the messages before the first answer; rows with equal ones belong to the same split."""
     messages = row.get("prompt") or row["messages"]
     return list(takewhile(lambda message: message["role"] != "assistant", messages))
 
@@ -121,19 +121,19 @@ def _object(record: Any) -> dict[str, Any]:
 
 
 def _turns(record: dict[str, Any], name: str, role: str) -> list[Message]:
-    """Returns what is messages, or the text of one message."""
+    """Returns a list of messages as it is, or a text as one message."""
     value = record[name]
     return _messages(value, name) if isinstance(value, list) else [{"role": role, "content": _text(value, name)}]
 
 
 def _with_system(record: dict[str, Any], messages: list[Message]) -> list[Message]:
-    """Returns messages with the system's text that stands beside them, if any."""
+    """Returns messages, preceded by the separate system text, if any."""
     text = record.get("system") or record.get("system_prompt")
     return [{"role": "system", "content": _text(text, "system")}, *messages] if text else messages
 
 
 def _messages(value: Any, name: str) -> list[Message]:
-    """Returns messages with their roles as we name them."""
+    """Returns messages with normalised roles."""
     if not isinstance(value, list) or not value:
         raise BadRow("no messages", f"{name} is {shown(value)}, expected a list of them")
     return [_message(message, f"{name}[{number}]") for number, message in enumerate(value)]
@@ -145,7 +145,7 @@ def _message(message: Any, name: str) -> Message:
     role = message.get("role", message.get("from"))
     role = SHAREGPT_ROLES.get(role, role) if isinstance(role, str) else role
     if role not in ROLES:
-        raise BadRow("unknown role", f"{name} is of {shown(role)}, expected {', '.join(ROLES)}")
+        raise BadRow("unknown role", f"{name} has the role {shown(role)}, expected {', '.join(ROLES)}")
     if message.get("tool_calls"):
         raise BadRow("tool calls", f"{name} has tool_calls, expected content alone")
     return {"role": role, "content": _text(message.get("content", message.get("value")), f"{name}.content")}
@@ -167,16 +167,16 @@ def _text(value: Any, name: str) -> str:
 
 
 def _check_order(messages: list[Message]) -> None:
-    """Raises BadRow unless roles follow each other as in a conversation, the last one answers, no answer is empty."""
+    """Raises BadRow unless roles are in a valid order, the last is assistant, and no question or answer is empty."""
     before = ""
     for number, message in enumerate(messages, 1):
         role = message["role"]
         if role not in FOLLOWS[before]:
             after = f"after {before}" if before else "first"
             wanted = " or ".join(FOLLOWS[before])
-            raise BadRow("wrong order of roles", f"message {number} is of {role}, expected {wanted} {after}")
+            raise BadRow("wrong order of roles", f"message {number} has the role {role}, expected {wanted} {after}")
         if not message["content"].strip() and role in ("assistant", "user"):
             raise BadRow(f"empty {'answer' if role == 'assistant' else 'question'}", f"message {number} has no content")
         before = role
     if before != "assistant":
-        raise BadRow("wrong order of roles", f"the last message is of {before}, expected assistant")
+        raise BadRow("wrong order of roles", f"the last message has the role {before}, expected assistant")

@@ -1,4 +1,4 @@
-"""Whole conversations packed to windows, shuffled and shared out among ranks; where it stands is one number."""
+"""Whole conversations packed into windows, shuffled and divided among ranks; the position is one number."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from ictx.data.stream import Integers, shuffled
 from ictx.errors import UserError
 
 ALIGNED = 64
-"""Windows that are not packed are as long as the longest conversation of a batch, rounded up to a multiple."""
+"""Windows that are not packed are as long as the longest conversation of a batch, rounded up to a multiple of this."""
 # Separates the order of windows from that of conversations under the same seed.
 WINDOWS = 0x736674
 
 
 def best_fit(sizes: Iterable[int], capacity: int) -> list[int]:
-    """Returns the bin of each size, from 0 on: the fullest that it fits into (best fit; of falling sizes the loss is
-    at most 11/9 of the best packing, Johnson et al., 1974).
+    """Returns the bin of each size, counted from 0: the fullest one that it fits into (best fit).
 
-    Sizes are at most `capacity`.
+    For decreasing sizes, it needs about 11/9 of the minimum number of bins at most (Johnson et al., 1974).
+    Sizes must be at most `capacity`.
     """
     bins: list[int] = []
     with_room: dict[int, list[int]] = defaultdict(list)
-    # Bit `r` is set where a bin has room for `r`; that of `capacity` always, which stands for a new bin.
+    # Bit `r` is set if a bin has exactly `r` free; bit `capacity` is always set, for a new bin.
     rooms, count = 1 << capacity, 0
     for size in sizes:
         fitting = rooms >> size
@@ -49,15 +49,15 @@ def best_fit(sizes: Iterable[int], capacity: int) -> list[int]:
 
 
 class Windows:
-    """Conversations as windows of one length; which ones share a window differs from epoch to epoch."""
+    """Conversations as windows of one length; the conversations that share a window change with each epoch."""
 
     def __init__(self, data: Conversations, length: int, seed: int, packed: bool = True) -> None:
-        """Args: `packed` is whether a window may hold several conversations; no conversation is cut."""
+        """Args: `packed`: whether a window may contain several conversations; conversations are never cut."""
         self.data, self.length, self.seed, self.packed = data, length, seed, packed
         falling = np.sort(data.sizes)[::-1]
         bins = np.array(best_fit(falling.tolist(), length) if packed else np.arange(len(falling)), np.int64)
-        # Places in the falling order, window by window. Those of equal sizes are interchangeable: each epoch puts other
-        # conversations there, so that the number of windows is always the same.
+        # Indices in the order of decreasing size, window by window. Conversations of equal size are interchangeable:
+        # each epoch exchanges them, so that the number of windows is constant.
         self._places = np.argsort(bins, kind="stable")
         self._ends = np.cumsum(np.bincount(bins))
         self._order = lru_cache(maxsize=2)(self._new_order)
@@ -66,7 +66,7 @@ class Windows:
         return len(self._ends)
 
     def conversations(self, number: int) -> list[npt.NDArray[Any]]:
-        """Returns those of a window; after the last window of an epoch comes the first of the next one."""
+        """Returns the conversations of a window; the last window of an epoch is followed by the first of the next."""
         epoch, place = divmod(number, len(self))
         order, windows = self._order(epoch)
         window = int(windows[place])
@@ -74,7 +74,7 @@ class Windows:
         return [self.data[int(order[each])] for each in self._places[first : self._ends[window]]]
 
     def batch(self, windows: Sequence[int]) -> Batch:
-        """Returns windows as sequences: behind the last conversation comes padding, a document of its own."""
+        """Returns windows as sequences; the padding after the last conversation is a separate document."""
         found = [self.conversations(number) for number in windows]
         length = self.length
         if not self.packed:
@@ -83,7 +83,7 @@ class Windows:
         return _batch(found, length)
 
     def _new_order(self, epoch: int) -> tuple[Integers, Integers]:
-        """Returns the conversations by falling size, and the windows, in the order of an epoch."""
+        """Returns the conversations by decreasing size, and the windows, in the order of an epoch."""
         order = shuffled(len(self.data), self.seed, epoch)
         falling = order[np.argsort(-self.data.sizes[order], kind="stable")]
         return falling, shuffled(len(self), self.seed, epoch, WINDOWS)
@@ -99,7 +99,7 @@ def _batch(windows: Sequence[Sequence[npt.NDArray[Any]]], length: int) -> Batch:
             here = slice(place, place + len(tokens))
             ids[row, here], positions[row, here] = numbers(tokens), np.arange(len(tokens))
             documents[row, here] = number
-            # What is no answer is below 0: it does not count.
+            # Labels outside of answers are negative, which the loss ignores.
             labels[row, place : here.stop - 1] = tokens[1:]
             place = here.stop
         positions[row, place:], documents[row, place:] = np.arange(length - place), len(window)
@@ -107,13 +107,13 @@ def _batch(windows: Sequence[Sequence[npt.NDArray[Any]]], length: int) -> Batch:
 
 
 class ChatBatches:
-    """Endless training batches of windows, each window once an epoch, as `ictx.data.loader.Batches` of a corpus."""
+    """Endless training batches, each window once per epoch; the counterpart of `ictx.data.loader.Batches`."""
 
     rows = 1
-    """Sequences of a window."""
+    """Sequences per window."""
 
     def __init__(self, stream: Windows, batch: int, rank: int, ranks: int, part: tuple[int, int] = (0, 1)) -> None:
-        """Raises UserError when there are too few windows for one global batch; arguments as those of `Batches`."""
+        """Raises UserError if there are too few windows for one global batch; for the arguments, see `Batches`."""
         self.stream, self.batch, self.rank, self.ranks, self.part = stream, batch, rank, ranks, part
         self.taken, self.windows = 0, len(stream)
         if self.windows < batch * ranks:
@@ -129,12 +129,12 @@ class ChatBatches:
         return self.stream.batch(range(first, first + self.batch)).part(*self.part)
 
     def state_dict(self) -> dict[str, int]:
-        """Returns where the stream stands, and what its order depends on."""
+        """Returns the position in the stream, and the settings that determine its order."""
         stream = self.stream
         return {"taken": self.taken, "length": stream.length, "seed": stream.seed, "packed": int(stream.packed)}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Goes on where the stream stood. Raises UserError when its order was another one."""
+        """Continues at a position. Raises UserError if the order differs."""
         settings = {"length": "train.sequence_length", "seed": "train.seed", "packed": "packing"}
         for name, setting in settings.items():
             value = int(getattr(self.stream, name))

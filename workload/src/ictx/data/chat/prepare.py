@@ -1,4 +1,4 @@
-"""Conversations or preferences of some sources become a folder: distinct rows, for training and for validation."""
+"""Preparation of conversations or preferences: a folder of distinct rows for training and validation."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from ictx.errors import UserError, printable
 
 
 def prepare(sources: Sequence[str | Path], out: Path, config: ChatDataConfig) -> Path:
-    """Returns the folder below `out` that holds the rows prepared by `config`; makes it unless it is there.
+    """Returns the folder below `out` with the rows prepared by `config`; creates it if it is missing.
 
     Args:
         sources: `stdlib`, and files, folders, pipes and data sets, as `ictx.data.sources.source` reads them.
 
-    The folder's name follows the rows and the settings, so the same rows are prepared once. It appears complete or not
-    at all. Raises UserError naming a source, or the place of a bad row.
+    The folder's name is a hash of rows and settings, so that the same rows are stored only once. The folder is created
+    atomically. Raises UserError naming a source, or the location of a bad row.
     """
     start = time.monotonic()
     names = sorted(map(str, sources))
@@ -64,7 +64,7 @@ def prepare(sources: Sequence[str | Path], out: Path, config: ChatDataConfig) ->
         directory = held(out, key[:16], key, config) or publish(draft, key[:16], key, config)
     train, validation = (splits[split]["rows"] for split in SPLITS)
     print(
-        f"{directory}: {train:,} rows for training and {validation:,} for validation ({repeated:,} were there twice), "
+        f"{directory}: {train:,} rows for training and {validation:,} for validation ({repeated:,} duplicates), "
         f"{time.monotonic() - start:.0f} s",
         flush=True,
     )
@@ -83,7 +83,7 @@ def _rows(names: Sequence[str], config: ChatDataConfig, skipped: Skipped) -> Ite
                 row = READ[config.kind](record)
             except BadRow as error:
                 if config.bad_rows == "refuse":
-                    raise UserError(f"{where}: {error} (data.bad_rows=drop leaves such rows out)") from error
+                    raise UserError(f"{where}: {error} (data.bad_rows=drop skips such rows)") from error
                 skipped.add(where, "row", error.why)
                 continue
             line = encoded(row)

@@ -1,4 +1,4 @@
-"""Records of files: JSON lines, a JSON list, Parquet, compressed or not; each with the place where it stands."""
+"""Records of files (JSON lines, a JSON list, Parquet; compressed or not), each with its location."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from ictx.errors import UserError
 
 SUFFIXES = (*JSON_LINES, ".json", PARQUET)
 Record = tuple[str, Any]
-"""A place such as `FILE line 3`, and what stands there, or the BadRow that keeps it from being read."""
+"""A location such as `FILE line 3`, and the record there, or a BadRow if it cannot be read."""
 
 
 def holds_records(file: Path) -> bool:
-    """Whether a file that was found below a folder is one of records, by its name."""
+    """Returns whether a file found below a folder contains records, according to its name."""
     name = file.name.lower()
     for suffix in COMPRESSED:
         name = name.removesuffix(suffix)
@@ -26,7 +26,7 @@ def holds_records(file: Path) -> bool:
 
 
 def records(file: Path) -> Iterator[Record]:
-    """Yields the records of a file; how it begins decides what it is. Raises UserError for one that is damaged."""
+    """Yields the records of a file; detects the format from its first bytes. Raises UserError if it is damaged."""
     try:
         with file.open("rb") as raw:
             parquet = raw.read(len(PARQUET_BEGINS)) == PARQUET_BEGINS
@@ -58,7 +58,7 @@ def _list(file: Path, content: bytes) -> Iterator[Record]:
     except UnicodeDecodeError as error:
         raise UserError(f"{file} is not UTF-8, from byte {error.start:,} on") from error
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{file} is no JSON list: {str(error)[:100]}") from error
+        raise UserError(f"{file} is not a JSON list: {str(error)[:100]}") from error
     for number, record in enumerate(found, 1):
         yield f"{file} element {number}", record
 
@@ -73,7 +73,7 @@ def _parsed(line: bytes) -> Any:
 
 
 def _parquet(file: Path) -> Iterator[Record]:
-    # Takes a while to import; few need it.
+    # Slow to import, and rarely needed.
     import pyarrow as arrow
     import pyarrow.parquet as parquet
 
@@ -81,14 +81,14 @@ def _parquet(file: Path) -> Iterator[Record]:
     try:
         with parquet.ParquetFile(file, pre_buffer=False) as table:
             for batch in table.iter_batches(batch_size=64):
-                # One row at a time: one that is not UTF-8 must not cost the others.
+                # One row at a time: one that is not UTF-8 must not invalidate the others.
                 for place in range(len(batch)):
                     number += 1
                     try:
                         (found,) = batch.slice(place, 1).to_pylist()
                     except UnicodeDecodeError:
                         found = BadRow("not UTF-8")
-                    # Rows of a table have every column; what is empty was not given.
+                    # Rows of a table have every column; null means that a field is missing.
                     given = found if isinstance(found, BadRow) else _given(found)
                     yield f"{file} row {number}", given
     except (arrow.ArrowException, OSError) as error:

@@ -1,4 +1,4 @@
-"""Instruction pairs that every machine has: the functions of Python's standard library, and what documents them."""
+"""Instruction pairs that need no download: the functions of Python's standard library and their docstrings."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ INSTRUCTION = "Document this function:\n\n```python\n{}\n```"
 def records(kind: Kind) -> Iterator[Record]:
     """Yields a record of each documented function: `messages`, or `prompt`, `chosen` and `rejected`.
 
-    The instruction is to document the function, whose source comes without its docstring; the answer is the docstring.
-    What is rejected is the docstring cut to its first half, or that of another function; the function's hash chooses.
+    The instruction is to document the function, given its source without docstring; the answer is the docstring. The
+    rejected answer is the first half of the docstring, or another function's docstring, selected by a hash.
     """
     found = list(documented())
     for number, (where, source, docstring) in enumerate(found):
@@ -41,13 +41,13 @@ def records(kind: Kind) -> Iterator[Record]:
 
 
 def _cut(docstring: str) -> str:
-    """Returns the first half of a text's words; nothing where it has one word."""
+    """Returns the first half of a text's words; empty if it has only one."""
     words = docstring.split()
     return docstring[: docstring.index(words[len(words) // 2], len(words[0]))].rstrip() if len(words) > 1 else ""
 
 
 def documented(folder: Path | None = None) -> Iterator[tuple[str, str, str]]:
-    """Yields place, source without docstring, and docstring of each function that has one; the standard library's."""
+    """Yields location, source without docstring, and docstring of each documented function (default: Python's)."""
     folder = folder or Path(sysconfig.get_path("stdlib"))
     for file in sorted(folder.rglob("*.py")):
         if LEFT_OUT & set(file.relative_to(folder).parts):
@@ -58,7 +58,7 @@ def documented(folder: Path | None = None) -> Iterator[tuple[str, str, str]]:
                 warnings.simplefilter("ignore")
                 tree = ast.parse(text)
         except (SyntaxError, ValueError, OSError):
-            continue  # templates and files of other encodings are part of the library too
+            continue  # the library contains templates and files of other encodings
         lines = text.splitlines()
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
@@ -68,7 +68,7 @@ def documented(folder: Path | None = None) -> Iterator[tuple[str, str, str]]:
 
 
 def _without_docstring(node: Any, lines: list[str]) -> str:
-    """Returns a function's source; nothing where other code shares the docstring's lines."""
+    """Returns a function's source; empty if other code shares the docstring's lines."""
     first, docstring, rest = node.lineno - 1, node.body[0], node.body[1]
     if docstring.lineno == node.lineno or rest.lineno == docstring.end_lineno:
         return ""

@@ -1,4 +1,4 @@
-"""A chat template's text, as transformers renders it, and which parts of it the model writes."""
+"""Rendering of chat templates as in transformers, with the spans of the model's answers."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from ictx.errors import UserError
 from ictx.settings import shown
 
 Span = tuple[int, int]
-"""Characters from one to before another."""
+"""First character and end (exclusive)."""
 
 
 class Answers(Extension):
-    """The block `generation`, which marks what a model writes."""
+    """The block `generation`, which marks the model's answers."""
 
     tags = {"generation"}  # noqa: RUF012
 
     def __init__(self, environment: Environment) -> None:
         super().__init__(environment)
         self.written: list[str] = []
-        """What was rendered before a block."""
+        """Text rendered so far."""
         self.spans: list[Span] = []
 
     def parse(self, parser: Parser) -> Node:
-        """Returns a call with what is in the block."""
+        """Returns a call of `_block` with the block's content."""
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         return CallBlock(self.call_method("_block"), [], [], body).set_lineno(line)
@@ -47,14 +47,14 @@ class Answers(Extension):
 
 
 class Template:
-    """A chat template, compiled."""
+    """A compiled chat template."""
 
     def __init__(self, source: Any, special: Mapping[str, str]) -> None:
-        """Raises UserError for what is no template.
+        """Compiles a template. Raises UserError if it is invalid.
 
         Args:
-            source: Jinja, or a list of such by name as `{"name": …, "template": …}`, of which `default` is taken.
-            special: what a template may name, such as `bos_token`.
+            source: Jinja source, or a list of `{"name": …, "template": …}`, of which `default` is used.
+            special: variables for the template, such as `bos_token`.
         """
         if isinstance(source, list):
             source = _default(source)
@@ -74,12 +74,12 @@ class Template:
             raise _failed(error) from error
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> tuple[str, list[Span]]:
-        """Returns a conversation's text, and where in it the template marks what the model writes.
+        """Returns a conversation's text, and the spans in it that the template marks as the model's answers.
 
         Args:
-            add_generation_prompt: whether the text ends where an answer begins.
+            add_generation_prompt: whether to add the beginning of an answer.
 
-        Raises UserError where the template fails.
+        Raises UserError if the template fails.
         """
         written, spans = self._answers.written, self._answers.spans
         written.clear()
@@ -88,7 +88,7 @@ class Template:
         try:
             for part in self._template.generate(self.special, **given, add_generation_prompt=add_generation_prompt):
                 written.append(part)
-        except Exception as error:  # a template can raise all that its expressions can
+        except Exception as error:  # expressions of a template can raise any exception
             raise _failed(error) from error
         return "".join(written), list(spans)
 
@@ -98,18 +98,18 @@ def _failed(error: Exception) -> UserError:
 
 
 def _default(templates: list[Any]) -> Any:
-    """Returns the template of that name."""
+    """Returns the template named `default`. Raises UserError if there is none."""
     named = {each.get("name"): each.get("template") for each in templates if isinstance(each, dict)}
     if "default" not in named:
-        raise UserError(f"of the chat templates, {shown(list(named))}, none is named default")
+        raise UserError(f"none of the chat templates {shown(list(named))} is named default")
     return named["default"]
 
 
 def _to_json(value: Any, indent: int | None = None, **options: Any) -> str:
-    """Returns JSON with its characters as they are: Jinja's own filter is for HTML."""
+    """Returns JSON without escapes for HTML, unlike Jinja's own filter."""
     return json.dumps(value, ensure_ascii=False, indent=indent, **options)
 
 
 def _refuse(message: str) -> NoReturn:
-    """What a template calls to refuse a chat."""
+    """Called by a template to reject a conversation."""
     raise TemplateError(message)

@@ -1,4 +1,4 @@
-"""Conversations as tokens: what the model reads, and which tokens are answers, which the loss covers."""
+"""Conversations as tokens, with a mark on the tokens of answers, which the loss covers."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from ictx.data.chat.template import Span, Template
 from ictx.errors import UserError
 
 Tokens = npt.NDArray[np.int32]
-"""A conversation, shape (tokens,): an answer's token as its number, any other token `t` as `-1 - t`."""
+"""A conversation, shape (tokens,): an answer's token as its id, any other token `t` as `-1 - t`."""
 BATCH = 512
 """Conversations that the library encodes at a time, on all cores."""
 TYPE = np.dtype("<i4")
 
 
 def numbers(tokens: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
-    """Returns the tokens' numbers, int64, whichever are answers."""
+    """Returns the token ids, int64, without the mark of answers."""
     wide = tokens.astype(np.int64)
     return np.where(wide < 0, -1 - wide, wide)
 
 
 def encoded(rows: Iterable[Row], tokenizer: Tokenizer, template: Template) -> Iterator[Tokens]:
-    """Yields each conversation's tokens, as transformers' `apply_chat_template` gives them and the answers' mask.
+    """Yields each conversation's tokens, equal to those of transformers' `apply_chat_template` with its answer mask.
 
-    Raises UserError where the template fails, or does not mark which parts the model writes.
+    Raises UserError if the template fails or does not mark the answers.
     """
     rest = iter(rows)
     while batch := list(islice(rest, BATCH)):
@@ -41,7 +41,7 @@ def encoded(rows: Iterable[Row], tokenizer: Tokenizer, template: Template) -> It
             if not spans:
                 raise UserError(
                     "the chat template does not mark the answers: put {% generation %} and {% endgeneration %} around "
-                    "what the model writes, and give the file as chat_template"
+                    "what the model writes, and set the file as chat_template"
                 )
             yield _tokens(encoding, spans)
 
@@ -58,13 +58,13 @@ class Conversations:
     """Encoded conversations in a file, memory-mapped."""
 
     def __init__(self, tokens: npt.NDArray[Any], ends: npt.NDArray[np.int64]) -> None:
-        """Args: `tokens` of all, one after the other; `ends` holds where each ends."""
+        """Args: `tokens`: those of all conversations, concatenated; `ends`: end position of each conversation."""
         self.tokens, self.ends = tokens, ends
         self.sizes = np.diff(ends, prepend=0)
 
     @classmethod
     def open(cls, file: Path) -> Conversations:
-        """Maps what `write` wrote."""
+        """Maps a file of `write`."""
         return cls(np.memmap(file, TYPE, "r"), np.load(file.with_suffix(".ends.npy")))
 
     def __len__(self) -> int:
@@ -76,8 +76,8 @@ class Conversations:
 
 
 def write(file: Path, conversations: Iterable[Tokens], longest: int) -> tuple[int, int, int]:
-    """Writes those of at most `longest` tokens; returns how many these and the others are, and the longest one's
-    tokens."""
+    """Writes the conversations of at most `longest` tokens; returns the counts of written and dropped ones, and the
+    tokens of the longest one."""
     ends, total, dropped, most = [], 0, 0, 0
     with file.open("wb") as out:
         for tokens in conversations:
