@@ -1,6 +1,6 @@
-"""What checksums cost a checkpoint: written with and without them, verified, and loaded.
+"""Cost of a checkpoint's checksums: writing with and without them, verifying, and loading.
 
-python benchmarks/checkpoint.py FOLDER [GIGABYTES]: seconds of wall clock and of the processor, the best of three each.
+python benchmarks/checkpoint.py FOLDER [GIGABYTES]: prints seconds of wall clock and of CPU, the best of three each.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def timed(what: str, call: Callable[[], object], draft: Path) -> None:
         call()
         best.append((time.monotonic() - wall, time.process_time() - processor))
     wall, processor = map(min, zip(*best, strict=True))
-    print(f"{what:<40} {wall:6.2f} s, processor {processor:6.2f} s", flush=True)
+    print(f"{what:<40} {wall:6.2f} s, CPU {processor:6.2f} s", flush=True)
 
 
 def main() -> None:
@@ -46,7 +46,7 @@ def main() -> None:
     try:
         timed("write", lambda: save(state, storage_writer=FileSystemWriter(draft)), draft)
         timed("write and hash", lambda: save(state, storage_writer=HashingWriter(draft)), draft)
-        timed("look for numbers that are not finite", lambda: finite(state), draft)
+        timed("check for non-finite numbers", lambda: finite(state), draft)
         path = checkpoints.save(1, state)
         timed("verify", lambda: check_files(path, read(path)), draft)
         timed("verify and load", lambda: checkpoints.load_newest(state), draft)

@@ -1,11 +1,11 @@
-"""Tokenising against the tokenizers library alone, and the loader, on text that every machine has.
+"""Speed of tokenization, compared with the tokenizers library alone, and of the loader, on local text.
 
     python workload/benchmarks/data.py [--corpus PATH …] [--megabytes 20] [--rounds 3]
 
-Ours is the whole last pass of `ictx data prepare`: reading, finding repeated documents, encoding, counting, checksums,
-writing. The library alone reads the same files and encodes them, in batches of 1,000 documents or all at once, and
-keeps nothing. Each runs in a process of its own, in turns; the best round of each counts. Ends with status 1 when ours
-is slower than 0.9 × the faster of the library's two.
+Ours is the whole last pass of `ictx data prepare`: reading, deduplication, encoding, counting, checksums, writing. The
+library alone reads the same files and encodes them, in batches of 1,000 documents or all at once, without writing. Each
+runs in a separate process, alternating; the best round of each counts. Exits with status 1 if ours is slower than 0.9 ×
+the faster of the library's two.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ OURS = "ictx data prepare"
 
 
 def library(files: list[Path], tokenizer: Tokenizer, batch: int) -> int:
-    """Returns how many tokens the files have."""
+    """Returns the number of tokens in the files."""
     tokens = 0
     for start in range(0, len(files), batch):
         texts = [file.read_bytes().decode() for file in files[start : start + batch]]
@@ -47,7 +47,7 @@ def library(files: list[Path], tokenizer: Tokenizer, batch: int) -> int:
 
 
 def ours(folder: Path, tokenizer: Tokenizer) -> int:
-    """Returns how many tokens the files have, the ends of documents not counted."""
+    """Returns the number of tokens in the files, without the ends of documents."""
     found = Summary(**json.loads((folder / "found.json").read_text()))
     with tempfile.TemporaryDirectory() as out:
         meta = write_tokens(Corpus([str(folder / "corpus")], CONFIG), found, tokenizer, Path(out), CONFIG)
@@ -68,7 +68,7 @@ def measure(way: str, folder: Path) -> dict[str, float]:
 
 
 def measured_apart(way: str, folder: Path) -> dict[str, float]:
-    """Returns what `measure` does in a process of its own."""
+    """Returns the result of `measure` in a separate process."""
     command = [sys.executable, __file__, "--measure", way, str(folder)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
@@ -76,7 +76,7 @@ def measured_apart(way: str, folder: Path) -> dict[str, float]:
 
 
 def collect(corpus: list[str], most: int, folder: Path) -> Summary:
-    """Copies distinct documents, together `most` bytes, to files in `folder`/corpus, and trains the tokenizer."""
+    """Copies distinct documents of `most` bytes in total to files in `folder`/corpus, and trains the tokenizer."""
     (folder / "corpus").mkdir()
     size = 0
     for number, document in enumerate(Corpus(corpus, CONFIG).documents()):
@@ -92,7 +92,7 @@ def collect(corpus: list[str], most: int, folder: Path) -> Summary:
 
 
 def tokenising(arguments: argparse.Namespace) -> float:
-    """Prints how fast each way is; returns ours in relation to the library alone."""
+    """Prints the speed of each way; returns our speed relative to the library alone."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         found = collect(arguments.corpus, arguments.megabytes * 1_000_000, folder)
@@ -107,14 +107,14 @@ def tokenising(arguments: argparse.Namespace) -> float:
 
 
 def loading() -> None:
-    """Prints how many tokens a second the loader packs, for short and for long sequences."""
-    # Imports torch: tokenising goes without, and its memory is measured.
+    """Prints the tokens per second of the loader, for short and long sequences."""
+    # Imports torch, which must not count in the memory measured for tokenization.
     from ictx.data.loader import Batches
 
     random = np.random.default_rng(0)
     shards = []
     for _ in range(4):
-        # Lengths of documents as they are: many short ones, few long ones.
+        # Realistic lengths of documents: many short ones, few long ones.
         ends = np.cumsum(random.lognormal(6, 1.5, 8000).astype(np.int64) + 1)
         shards.append(Shard(random.integers(0, 65536, ends[-1], dtype=np.uint16), ends))
     data: Any = TokenArray(shards, {})

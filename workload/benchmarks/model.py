@@ -1,9 +1,9 @@
-"""Forward and decode step of the tiny model against transformers': same weights, threads, run.
+"""Speed of the tiny model's forward pass and decode step, compared with transformers: same weights, threads, run.
 
     python benchmarks/model.py [--threads N]
 
-Rounds alternate between the two, so that a busy machine slows both; the fastest round of each counts. Ends with
-status 1 when ours is the slower one anywhere.
+Rounds alternate between the two, so that a busy machine slows both; the fastest round of each counts. Exits with
+status 1 if ours is slower in any case.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ CONFIG = Path(__file__).parents[1] / "configs" / "model" / "tiny.yaml"
 
 
 def fastest(ours: Callable[[], object], theirs: Callable[[], object], times: int) -> tuple[float, float]:
-    """Returns the seconds of one call of each, in the fastest of alternating rounds of so many calls."""
+    """Returns the seconds per call of each, in the fastest of alternating rounds of `times` calls."""
     best = [float("inf"), float("inf")]
     for _ in range(ROUNDS):
         for number, call in enumerate((ours, theirs)):
@@ -40,7 +40,7 @@ def fastest(ours: Callable[[], object], theirs: Callable[[], object], times: int
 
 
 def report(name: str, ours: float, theirs: float) -> float:
-    """Prints a line; returns how many times as fast ours is."""
+    """Prints a line; returns our speed relative to theirs."""
     relation = theirs / ours
     print(f"{name:<38} ours {ours * 1e3:8.2f} ms, transformers {theirs * 1e3:8.2f} ms: {relation:.2f}×", flush=True)
     return relation
@@ -48,9 +48,9 @@ def report(name: str, ours: float, theirs: float) -> float:
 
 @torch.inference_mode()
 def main() -> int:
-    """Prints the comparisons; returns 1 when ours is the slower one anywhere."""
+    """Prints the comparisons; returns 1 if ours is slower in any case."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=2, help="threads of both (2)")
+    parser.add_argument("--threads", type=int, default=2, help="threads of both (default: 2)")
     torch.set_num_threads(parser.parse_args().threads)
     config = ModelConfig.from_yaml(CONFIG)
     model = Transformer(config)

@@ -45,4 +45,4 @@ def test_ranks_of_three_nodes_measure_their_links(commands: Commands, tmp_path: 
 @pytest.mark.full
 def test_one_rank_is_refused(commands: Commands) -> None:
     ended = commands.run("bench", "links")
-    assert ended.status == 2 and "there is one rank" in ended.err and "Traceback" not in ended.err
+    assert ended.status == 2 and "there is only one rank" in ended.err and "Traceback" not in ended.err

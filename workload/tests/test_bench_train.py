@@ -144,7 +144,7 @@ def test_the_table() -> None:
     text = "\n".join(
         lines([ROW, Row("transformers", "full", None, False, 32768, 1, 2, "some GPU", "2.13", note="OOM")])
     )
-    assert "2 × some GPU, torch 2.13, 1 × 32,768 tokens a rank and step" in text
+    assert "2 × some GPU, torch 2.13, 1 × 32,768 tokens per rank and step" in text
     named = next(line for line in text.splitlines() if line.startswith("ictx, cudnn, recompute selective of 8 layers"))
     assert " ".join(named.split()).endswith("1.000 65,536 44.0 % 60.0 % 99 % 17.0 GB –")
     assert "transformers, recompute, eager" in text and "not measured: OOM" in text

@@ -1,8 +1,8 @@
-"""`ictx bench align`: steps of DPO and SFT on random tokens with random weights, ours beside TRL's own.
+"""`ictx bench align`: steps of DPO and SFT on random tokens with random weights, compared with TRL.
 
-Nothing here needs MLflow. TRL's rows run its trainers on transformers' model under FSDP2, as `ictx train dpo` does:
-`trl` with transformers' SDPA and every layer computed again, which are TRL's defaults, `trl+ictx` with our attention,
-whose result is kept unless `recompute` is full. `ictx` is our loop's model, loss and optimizer.
+Does not need MLflow. TRL's rows run its trainers on transformers' model under FSDP2, as `ictx train dpo` does: `trl`
+with transformers' SDPA and recompute of every layer, which are TRL's defaults; `trl+ictx` with our attention, whose
+result is kept unless `recompute` is full. `ictx` is our loop's model, loss and optimizer.
 """
 
 from __future__ import annotations
@@ -39,31 +39,31 @@ IMPLEMENTATIONS = ("trl", "trl+ictx", "ictx")
 
 @dataclass(frozen=True)
 class AlignCase:
-    """What is measured."""
+    """A case to measure."""
 
     task: str
     """`dpo` or `sft`."""
     implementation: str
     config: ModelConfig
     sequence: int
-    """Tokens of a row; DPO has two rows a pair."""
+    """Tokens per row; DPO has two rows per pair."""
     batch: int = 1
-    """Rows, or pairs, of a step."""
+    """Rows (SFT) or pairs (DPO) per step."""
     steps: int = 5
     warm_up: int = 2
     compile: bool = False
     """Compile the layers of `ictx`."""
     recompute: str = ""
-    """`none`, `selective` or `full`; unless given full of `trl`, selective of the others."""
+    """`none`, `selective` or `full`; default: `full` for `trl`, `selective` for the others."""
 
     @property
     def mode(self) -> str:
-        """What backward computes again in this case."""
+        """Effective recompute mode of this case."""
         return self.recompute or ("full" if self.implementation == "trl" else "selective")
 
     @property
     def tokens(self) -> int:
-        """Of a step."""
+        """Tokens per step."""
         return self.sequence * self.batch * (2 if self.task == "dpo" else 1)
 
     def loop(self) -> LoopConfig:
@@ -77,7 +77,7 @@ class AlignCase:
 
 @dataclass
 class AlignRow:
-    """What was measured."""
+    """Result of a case."""
 
     task: str
     implementation: str
@@ -86,12 +86,12 @@ class AlignRow:
     batch: int
     recompute: str
     step: float = 0.0
-    """Median seconds."""
+    """Median seconds per step."""
     tokens_per_second: float = 0.0
     peak_memory_bytes: int = 0
     loss: float = 0.0
     note: str = ""
-    """Why nothing was measured."""
+    """Reason if nothing was measured."""
 
     def line(self) -> str:
         """Returns the row as text; GB are 10^9 bytes."""
@@ -103,13 +103,13 @@ class AlignRow:
 
 
 class Clock:
-    """Seconds between steps, the device's work included, and the peak of its memory behind the warm-up."""
+    """Measures the seconds between steps, including the device's work, and its peak memory after the warm-up."""
 
     def __init__(self, case: AlignCase, device: torch.device) -> None:
         self.device, self.warm_up, self.marks = device, case.warm_up, list[float]()
 
     def tick(self) -> None:
-        """Marks the beginning of a step, or the end of the last."""
+        """Marks the beginning of a step, or the end of the last one."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
             if len(self.marks) == self.warm_up:
@@ -117,7 +117,7 @@ class Clock:
         self.marks.append(time.perf_counter())
 
     def row(self, case: AlignCase, loss: float) -> AlignRow:
-        """Returns what was measured."""
+        """Returns the result."""
         on_gpu = self.device.type == "cuda"
         name = torch.cuda.get_device_name() if on_gpu else "cpu"
         timed = self.marks[self.warm_up :]
@@ -130,7 +130,7 @@ class Clock:
 
 
 def loss_of(case: AlignCase, model: Transformer, batch: Batch) -> Callable[[], Loss]:
-    """Returns what computes the loss of random tokens; of a pair the first half is the prompt."""
+    """Returns a function that computes the loss of random tokens; the first half of a pair's rows is the prompt."""
     if case.task == "sft":
         counts = token_counts(model, batch)
         return lambda: next_token_loss(model, batch, False, counts)
@@ -229,7 +229,7 @@ def trl(case: AlignCase, ranks: Ranks) -> AlignRow:
 
 
 def measure(case: AlignCase) -> AlignRow:
-    """Runs a case on this process's device; what does not fit the memory, or is not installed, is a note."""
+    """Runs a case on this process's device; insufficient memory or a missing package becomes the note of the row."""
     try:
         with joined() as ranks:
             return (ours if case.implementation == "ictx" else trl)(case, ranks)
@@ -239,6 +239,6 @@ def measure(case: AlignCase) -> AlignRow:
 
 
 def run(case: AlignCase) -> AlignRow:
-    """Runs a case in a process of its own: libraries keep state, and allocators memory."""
+    """Runs a case in a separate process, because libraries keep state and allocators keep memory."""
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
         return pool.submit(measure, case).result()

@@ -1,8 +1,8 @@
-"""`ictx bench decode`: a whole model prefills a context and decodes, and the time of a token is set beside its floor.
+"""`ictx bench decode`: prefill and decoding of a whole model; compares the time per token with its lower bound (floor).
 
-Weights are random, the prompt too. A decoded token is one replay of a CUDA graph; its time is the median over the
-tokens. The floor's bandwidth, a copy's, is measured in the same run. Memory is capped as on a smaller card: PyTorch's
-allocator gets what the cap leaves beside what the process takes outside of it (CUDA's context).
+Weights and prompt are random. A decoded token is one replay of a CUDA graph; its time is the median over the tokens.
+The floor's bandwidth is that of a copy, measured in the same run. A memory cap emulates a smaller card: PyTorch's
+allocator gets the cap minus the memory that the process uses outside of it (CUDA's context).
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ BLOCK = 64
 PROFILED = 4
 """Replays under the profiler."""
 LATER = 256e6
-"""Bytes of a cap that tensors do not get: what CUDA takes for kernels and graphs after the cap is set."""
+"""Bytes of a cap reserved for kernels and graphs, which CUDA allocates after the cap is set."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """What is measured."""
+    """A case to measure."""
 
     config: ModelConfig
     context: int
     """Cached tokens at the end."""
     new_tokens: int
-    """Tokens of these that are decoded and timed."""
+    """Number of these that are decoded and timed."""
     stored: str | None
-    """What latents are quantised to, or none for 16-bit ones."""
+    """Format to which latents are quantised; None: 16 bits."""
     memory: float | None
-    """Most bytes of the GPU's memory, or none for no cap."""
+    """Cap of the GPU's memory in bytes; None: no cap."""
     chunk: int
-    """Tokens of a prefill step."""
+    """Tokens per prefill step."""
     prefill: bool
     """Whether the context is prefilled; otherwise the cache is filled with random rows."""
     dtype: torch.dtype = torch.bfloat16
@@ -73,13 +73,13 @@ class Case:
 
     @property
     def floor(self) -> Floor:
-        """The floor of the token in the middle of those that are timed."""
+        """Floor of the token in the middle of the timed ones."""
         return floor_of(self.config, self.prompt + self.new_tokens // 2, self.dtype, self.stored)
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What was measured; times in seconds, memory in bytes."""
+    """Results; times in seconds, memory in bytes."""
 
     bandwidth: float
     """Bytes per second that a copy reads and writes."""
@@ -88,29 +88,29 @@ class Measured:
     step: float
     """Median time of a graph's replay between two events on the GPU."""
     wall: float
-    """Time of a token on the host's clock, which reads each token while the next is decoded: the mean over all."""
+    """Mean time per token on the host's clock; the host reads each token while the next one is decoded."""
     trace: Trace | None
     allocated: int
-    """Most that PyTorch's tensors took at once."""
+    """Peak memory of PyTorch's tensors."""
     taken: int
-    """Most that the process took: the allocator's memory and what lies outside of it."""
+    """Peak memory of the process: the allocator's, and memory outside of it."""
 
     @property
     def overhead(self) -> float | None:
-        """Share of a token's wall time in which no kernel is at work: gaps between launches, and the host."""
+        """Share of a token's wall time in which no kernel runs: gaps between launches, and host time."""
         return None if self.trace is None else 1 - self.trace.busy / self.wall
 
 
 def outside() -> int:
-    """Returns bytes that this GPU's processes take outside of PyTorch's allocator."""
+    """Returns the bytes that this GPU's processes use outside of PyTorch's allocator."""
     free, total = torch.cuda.mem_get_info()
     return total - free - torch.cuda.memory_reserved()
 
 
 def cap(memory: float | None) -> None:
-    """Limits the allocator to what `memory` bytes leave, or not at all (None).
+    """Limits the allocator so that the process uses at most `memory` bytes; None removes the limit.
 
-    Raises UserError where that is nothing, or more than there is.
+    Raises UserError if nothing remains for tensors, or if the GPU has less memory.
     """
     if memory is None:
         torch.cuda.set_per_process_memory_fraction(1.0)
@@ -125,7 +125,7 @@ def cap(memory: float | None) -> None:
 
 
 def random_model(config: ModelConfig, dtype: torch.dtype, device: str = "cuda") -> Transformer:
-    """Returns a model with random weights, without what only trains."""
+    """Returns a model with random weights, without modules that only training uses."""
     with torch.device("meta"):
         model = Transformer(dataclasses.replace(config, num_nextn_predict_layers=0)).to(dtype)
     model.to_empty(device=device)
@@ -134,7 +134,7 @@ def random_model(config: ModelConfig, dtype: torch.dtype, device: str = "cuda") 
 
 
 def fill(cache: LatentCache, tokens: int) -> None:
-    """Counts so many tokens in every sequence, of random rows."""
+    """Fills a cache with random rows and adds `tokens` tokens to every sequence."""
     for layer in cache.layers:
         for blocks in torch.split(layer, 1024):
             if cache.stored:
@@ -146,7 +146,7 @@ def fill(cache: LatentCache, tokens: int) -> None:
 
 
 def measure(case: Case) -> Measured:
-    """Runs a case on the GPU, under its cap."""
+    """Runs a case on the GPU, under its cap. Raises UserError without a GPU."""
     if not torch.cuda.is_available():
         raise UserError("no NVIDIA GPU: nothing can be measured here")
     bandwidth = copy_bandwidth()
@@ -171,7 +171,7 @@ def _measure(case: Case, bandwidth: float) -> Measured:
     tokens = torch.randint(case.config.vocab_size, (1, case.prompt), device="cuda", generator=generator)
     newest = tokens[:, -1]
     if case.prefill:
-        # The first chunk compiles kernels: on a cache of its own, so that it is not in the time.
+        # The first chunk compiles kernels: run it before on a separate cache, to exclude it from the time.
         warm = LatentCache(
             case.config, 1, case.chunk, block_size=BLOCK, dtype=case.dtype, stored=case.stored, device="cuda"
         )

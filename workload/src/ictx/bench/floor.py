@@ -1,4 +1,4 @@
-"""What a decoded token must read at least, and how long that takes at a bandwidth."""
+"""Lower bound (floor) of the memory traffic of a decoded token, and of its time at a bandwidth."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from ictx.model.describe import active_parameters
 
 @dataclass(frozen=True)
 class Floor:
-    """Bytes that one token of one sequence moves."""
+    """Bytes that one token of one sequence moves at least."""
 
     weights: int
-    """Weights that the token is multiplied with, the head's too, and its own row of the embedding."""
+    """Bytes of the weights that the token is multiplied with, including the head's, and of its row of the embedding."""
     cache: int
-    """Cached rows that it attends to, and the one that it adds."""
+    """Bytes of the cached rows that it attends to, and of the one that it adds."""
 
     @property
     def bytes(self) -> int:
-        """All of them."""
+        """Total bytes."""
         return self.weights + self.cache
 
     def seconds(self, bandwidth: float) -> float:
-        """Returns how long that takes at so many bytes per second."""
+        """Returns the seconds at `bandwidth` bytes per second."""
         return self.bytes / bandwidth
 
 
 def floor_of(config: ModelConfig, context: int, dtype: torch.dtype, stored: str | None) -> Floor:
     """Returns the floor of a token that attends to `context` cached tokens, itself included.
 
-    The embedding is a table: one row of it is read. Activations are not counted; they stay in the L2 cache.
+    Only one row of the embedding is read. Activations are not counted, because they stay in the L2 cache.
     """
     weights = (active_parameters(config) + config.hidden_size) * dtype.itemsize
     return Floor(weights, (context + 1) * bytes_per_token(config, dtype, stored))

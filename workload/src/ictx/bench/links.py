@@ -1,4 +1,4 @@
-"""What the links between ranks carry: bus bandwidth of collectives, as NVIDIA's nccl-tests define it."""
+"""Bus bandwidth of collectives between ranks, as NVIDIA's nccl-tests define it."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import torch.distributed as dist
 from ictx.train.ranks import Ranks
 
 SIZE, TIMES = 1 << 30, 5
-"""Bytes of a collective's larger side on each rank, and how often it is timed after a first time."""
+"""Bytes of a collective's larger buffer on each rank, and the number of timed calls after a warm-up."""
 
 
 def bandwidths(ranks: Ranks) -> dict[str, float]:
-    """Returns bytes a second of each collective over all ranks (doc/PERFORMANCE.md of nccl-tests); for GPUs."""
+    """Returns bytes/s of each collective over all ranks (doc/PERFORMANCE.md of nccl-tests); for GPUs."""
     count = ranks.count
     whole = torch.zeros(SIZE // 2, dtype=torch.bfloat16, device=ranks.device)
     part, other = whole.new_empty(len(whole) // count), torch.empty_like(whole)
@@ -29,7 +29,7 @@ def bandwidths(ranks: Ranks) -> dict[str, float]:
 
 
 def seconds(run: Callable[[], object], device: torch.device, times: int) -> float:
-    """Returns how long one call takes, the mean of so many after a first one."""
+    """Returns the mean seconds per call over `times` calls after a warm-up."""
     run()
     if device.type != "cuda":
         begun = time.perf_counter()

@@ -1,4 +1,4 @@
-"""`ictx bench links`: what nodes exchange in pairs and together, whether sums are right, how their clocks differ."""
+"""`ictx bench links`: bandwidth between pairs of nodes and of all nodes, correctness of sums, and clock offsets."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ from ictx.errors import UserError
 from ictx.train.ranks import Ranks
 
 EXCHANGES = 20
-"""How often two clocks are compared; the comparison with the shortest way is the one that counts."""
+"""Comparisons of two clocks; the one with the shortest round trip is used."""
 
 
 @dataclass
 class Links:
-    """What `ictx bench links` saves; bandwidths are bus bandwidths of an all-reduce, in bytes a second."""
+    """Result of `ictx bench links`; bandwidths are bus bandwidths of an all-reduce in bytes/s."""
 
     backend: str
     ranks: int
     size_bytes: int
     nodes: list[str]
     together: float
-    """Of all ranks of all nodes."""
+    """Bandwidth of all ranks of all nodes."""
     inside: dict[str, float]
-    """Of the ranks of one node, by its name; nodes of one rank have none."""
+    """Bandwidth of the ranks of one node, by its name; nodes with one rank are omitted."""
     pairs: list[tuple[str, str, float]]
-    """Of all ranks of two nodes."""
+    """Bandwidth of all ranks of two nodes, with their names."""
     clocks: dict[str, tuple[float, float]]
-    """How far a node's clock is ahead of the first one's, and how far that can be wrong, in seconds."""
+    """Offset of a node's clock from the first node's, and the error bound, in seconds."""
 
 
 def rounds(count: int) -> Iterator[list[tuple[int, int]]]:
-    """Yields rounds in which each of `count` has one partner at most, until every two have met (the circle method)."""
+    """Yields rounds of disjoint pairs of `count` nodes that together contain all pairs (the circle method)."""
     ring = list(range(count + count % 2))
     for _ in range(len(ring) - 1):
         met = [(min(pair), max(pair)) for pair in zip(ring[: len(ring) // 2], reversed(ring), strict=False)]
@@ -47,12 +47,12 @@ def rounds(count: int) -> Iterator[list[tuple[int, int]]]:
 
 
 def measure(ranks: Ranks, size: int, times: int) -> Links:
-    """Returns what an all-reduce of `size` bytes carries; the pairs of a round exchange at the same time.
+    """Measures an all-reduce of `size` bytes; the pairs of a round run concurrently.
 
-    Raises UserError, on all ranks, for a single rank, and where a sum is wrong, with the nodes that computed it.
+    Raises UserError on all ranks for a single rank, and for a wrong sum, naming the nodes that computed it.
     """
     if ranks.count == 1:
-        raise UserError("there is one rank: start `ictx bench links` on several, as torchrun starts them")
+        raise UserError("there is only one rank: start `ictx bench links` with torchrun on several")
     names: list[str] = [""] * ranks.count
     dist.all_gather_object(names, os.environ.get("SLURMD_NODENAME") or socket.gethostname())
     nodes = list(dict.fromkeys(names))
@@ -75,7 +75,7 @@ def measure(ranks: Ranks, size: int, times: int) -> Links:
 def _measured(
     data: torch.Tensor, groups: list[tuple[str, ...]], members: dict[str, list[int]], times: int
 ) -> dict[tuple[str, ...], float]:
-    """Returns the bus bandwidth of each group of nodes, which exchange at the same time, on every rank."""
+    """Returns the bus bandwidth of each group of nodes, on every rank; the groups run concurrently."""
     if not groups:
         return {}
     rank = dist.get_rank()
@@ -132,7 +132,7 @@ def _clocks(ranks: Ranks, first: dict[str, int]) -> dict[str, tuple[float, float
 
 
 def lines(links: Links) -> Iterator[str]:
-    """Yields what `ictx bench links` prints; GB are 10^9 bytes."""
+    """Yields the output of `ictx bench links`; GB are 10^9 bytes."""
     yield f"{links.ranks} ranks on {len(links.nodes)} nodes, {links.backend}, all-reduce of {links.size_bytes:,} bytes"
     yield f"all      {links.together * 1e-9:10.3f} GB/s"
     yield from (f"inside   {found * 1e-9:10.3f} GB/s  {node}" for node, found in links.inside.items())

@@ -1,4 +1,4 @@
-"""What `ictx bench decode` prints and saves."""
+"""Output of `ictx bench decode`."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from ictx.bench.decode import Case, Measured
 
 PROJECTED = "RTX 2070 Super"
 PROJECTED_BANDWIDTH = 448e9
-"""Bytes per second (256 bits at 14 Gbit/s): a data sheet's number; no copy reaches it."""
+"""Bytes per second according to the data sheet (256 bits at 14 Gbit/s); a copy is slower."""
 PROJECTED_PRODUCTS = 320 * 32 * 1.77e9
-"""Products of float16 summed in float32, per second: tensor cores × 32 a clock (half of Quadro's) × clock."""
+"""Products of float16 summed in float32, per second: tensor cores × 32 per clock (half of Quadro's) × clock."""
 MOST_RATIO, MOST_OVERHEAD = 1.35, 0.05
-"""What the whole model must reach (docs/benchmarks.md)."""
+"""Targets of the whole model (docs/benchmarks.md)."""
 
 
 def values(name: str, case: Case, found: Measured) -> dict[str, Any]:
-    """Returns one row of results; milliseconds, GB of 10^9 bytes."""
+    """Returns one row of results; names end with the unit; GB are 10^9 bytes."""
     floor = case.floor.seconds(found.bandwidth)
     ratio = found.step / floor
     return {
@@ -54,7 +54,7 @@ def values(name: str, case: Case, found: Measured) -> dict[str, Any]:
 
 
 def projected_least(case: Case) -> float:
-    """Returns the seconds that the projected GPU needs at least: its tensor cores may be slower than its memory."""
+    """Returns the minimum seconds per token on the projected GPU, whose tensor cores may be slower than its memory."""
     config = case.config
     row = 2 * config.kv_lora_rank + config.qk_rope_head_dim
     products = config.num_hidden_layers * config.num_attention_heads * (case.context + 1) * row
@@ -63,7 +63,7 @@ def projected_least(case: Case) -> float:
 
 
 def lines(row: dict[str, Any], found: Measured) -> Iterator[str]:
-    """Yields what is printed."""
+    """Yields the lines to print."""
     yield f"{row['gpu']}, torch {row['torch']}, copy {row['copy_tb_s']:.3f} TB/s"
     yield f"{row['config']}, {row['cache']} cache, {row['new_tokens']} tokens decoded up to {row['context']:,}"
     if row["prefill_s"] is None:
@@ -78,10 +78,10 @@ def lines(row: dict[str, Any], found: Measured) -> Iterator[str]:
     yield f"ratio          {row['ratio']:.3f} (must be at most {MOST_RATIO})"
     yield f"wall           {row['wall_ms_per_token']:.3f} ms/token on the host's clock, each token read"
     if row["overhead"] is None:
-        yield "overhead       not measured: the profiler saw no kernels"
+        yield "overhead       not measured: the profiler recorded no kernels"
     else:
         yield (
-            f"overhead       {100 * row['overhead']:.1f} % of the wall time without a kernel at work "
+            f"overhead       {100 * row['overhead']:.1f} % of the wall time without a running kernel "
             f"({row['kernels_ms']:.3f} ms with; must be under {100 * MOST_OVERHEAD:.0f} %)"
         )
     memory_cap, peak = row["memory_cap_gb"], row["peak_gb"]
@@ -101,7 +101,7 @@ def lines(row: dict[str, Any], found: Measured) -> Iterator[str]:
 
 
 def save(row: dict[str, Any], out: Path) -> None:
-    """Writes the row as JSON, or adds it to a CSV file: by the name's suffix."""
+    """Writes the row as JSON, or appends it to a CSV file if the suffix is .csv."""
     out.parent.mkdir(parents=True, exist_ok=True)
     if out.suffix == ".csv":
         new = not out.exists()

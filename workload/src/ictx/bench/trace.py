@@ -1,4 +1,4 @@
-"""How long a GPU is at work while something runs, from the profiler's record of its kernels."""
+"""Busy time of a GPU during a call, from the profiler's record of its kernels."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ class Trace:
     """Kernels of several runs."""
 
     busy: float
-    """Seconds of a run in which at least one kernel was at work."""
+    """Seconds per run in which at least one kernel ran."""
     kernels: list[tuple[str, int, float]]
-    """Name, launches and seconds of a run for each kernel, the longest first; these overlap where launches do."""
+    """Name, launches and seconds of each kernel per run, longest first; concurrent kernels count fully."""
     spans: list[tuple[str, float, float]] = field(default_factory=list)
     """Name, begin and end of each kernel of all runs, in seconds."""
 
     def covered(self, part: str) -> tuple[float, float]:
-        """Returns the seconds of all runs in which kernels with this in their name ran, and in which no others did."""
+        """Returns the seconds of all runs in which kernels named with `part` ran, and in which only those ran."""
         named = [(begin, end) for name, begin, end in self.spans if part in name]
         others = [(begin, end) for name, begin, end in self.spans if part not in name]
         return union(named), union(named + others) - union(others)
 
 
 def trace(run: Callable[[], object], times: int) -> Trace | None:
-    """Runs something so many times under the profiler; None where it sees no kernels (no permission, no CUPTI)."""
+    """Runs a call `times` times under the profiler; None if it records no kernels (no permission, no CUPTI)."""
     torch.cuda.synchronize()
-    # There is one cycle; without `acc_events` a warning reports that events of earlier ones are gone.
+    # There is only one cycle; without `acc_events`, PyTorch warns about lost events of earlier ones.
     with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as record:
         for _ in range(times):
             run()

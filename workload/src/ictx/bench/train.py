@@ -1,7 +1,8 @@
-"""`ictx bench train`: steps of the trainer's own model, optimizer and loss on random tokens, on each of several ranks.
+"""`ictx bench train`: steps of the trainer's own model, optimizer and loss on random tokens, on several ranks.
 
-A step's time is the median over the timed ones, between events on the GPU (the clock's without one); ranks wait for
-each other in every step, so that the first one's stands for all. Memory and utilisation are the first rank's.
+A step's time is the median over the timed ones, between events on the GPU (without a GPU: on the host's clock). Ranks
+wait for each other in every step, so the first rank's time is representative. Memory and utilisation are the first
+rank's.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ PARTS = ("forward", "backward", "optimizer")
 
 @contextmanager
 def utilisation(device: torch.device) -> Iterator[Callable[[], float | None]]:
-    """Samples NVML's utilisation in the background; the yielded function returns the mean so far, 0 to 1."""
+    """Samples NVML's utilisation in the background; the yielded function returns the mean so far, 0 to 1, or None."""
     samples: list[int] = []
     over = threading.Event()
 
@@ -50,7 +51,7 @@ def utilisation(device: torch.device) -> Iterator[Callable[[], float | None]]:
         handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
         thread = threading.Thread(target=sample, args=(handle, pynvml.nvmlDeviceGetUtilizationRates), daemon=True)
         thread.start()
-    except Exception:  # no NVML, no permission: measured is then nothing
+    except Exception:  # no NVML, or no permission: nothing is measured
         thread = None
     try:
         yield lambda: statistics.mean(samples) / 100 if samples else None
@@ -61,7 +62,7 @@ def utilisation(device: torch.device) -> Iterator[Callable[[], float | None]]:
 
 
 def prepare(case: Case, ranks: Ranks) -> tuple[nn.Module, Callable[[Batch], Tensor]]:
-    """Returns the model, and its loss of a batch."""
+    """Returns the model, and a function that computes its loss of a batch."""
     if case.implementation == "transformers":
         model = peer(case.config, ranks.mesh, ranks.device, compiled=case.compile)
         return model, lambda batch: model(input_ids=batch.input_ids, labels=batch.input_ids, use_cache=False).loss
@@ -77,7 +78,7 @@ def prepare(case: Case, ranks: Ranks) -> tuple[nn.Module, Callable[[Batch], Tens
 
 
 def local_bytes(tensors: Iterator[Any]) -> int:
-    """Returns what this rank holds of tensors."""
+    """Returns the bytes of this rank's shards of tensors."""
     shards = (x.to_local() if hasattr(x, "to_local") else x for x in tensors if isinstance(x, Tensor))
     return sum(x.numel() * x.element_size() for x in shards)
 
@@ -152,7 +153,7 @@ def measure(case: Case, ranks: Ranks) -> Row:
 
 
 def guarded(case: Case, ranks: Ranks) -> Row:
-    """Runs a case; what does not fit the memory, or is not installed, is a row that reports so."""
+    """Runs a case; insufficient memory or a missing package becomes the note of the row."""
     try:
         return measure(case, ranks)
     except (ImportError, torch.OutOfMemoryError) as error:

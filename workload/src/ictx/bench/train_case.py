@@ -1,4 +1,4 @@
-"""What `ictx bench train` measures, and the row that comes of it."""
+"""Cases and results of `ictx bench train`."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from ictx.train.ranks import Ranks
 
 @dataclass(frozen=True)
 class Case:
-    """What is measured."""
+    """A case to measure."""
 
     config: ModelConfig
     sequence: int
     batch: int = 1
     recompute: str = "selective"
     layers: int | None = None
-    """Layers that compute again; all unless given."""
+    """Number of layers with recompute; default: all."""
     compile: bool = False
     steps: int = 10
     implementation: str = "ictx"
     """`ictx`; `ddp`: the same model and recompute under DistributedDataParallel; or `transformers`: its
-    DeepseekV3ForCausalLM under the same FSDP2, SDPA, everything computed again."""
+    DeepseekV3ForCausalLM under the same FSDP2, with SDPA and recompute of everything."""
     warm_up: int = 3
-    """Steps before those that are timed."""
+    """Steps before the timed ones."""
     offload: bool = False
-    """Whether what the backward keeps waits in the host's memory."""
+    """Whether activations for the backward pass are offloaded to host memory."""
     profile: bool = False
-    """Whether one more step shows the share of communication; where one step alone is timed, that one does."""
+    """Whether to profile another step for the share of communication; if only one step is timed, that one."""
     dtype: str = "bfloat16"
-    """What is computed in, on GPUs."""
+    """Dtype of the computation on GPUs."""
     fp8: str = "none"
     """The trainer's recipe for linear products, or `none`."""
 
@@ -57,7 +57,7 @@ class Case:
 
 @dataclass
 class Row:
-    """What was measured; seconds, and bytes of one rank."""
+    """Results; times in seconds, memory in bytes of one rank."""
 
     implementation: str
     recompute: str
@@ -73,33 +73,33 @@ class Row:
     offload: bool = False
     fp8: str = "none"
     cap: float | None = None
-    """Bytes that a rank may take."""
+    """Maximum bytes of a rank."""
     attention: str = ""
     step: float | None = None
     tokens_per_second: float | None = None
     mfu_causal: float | None = None
     mfu: float | None = None
     utilisation: float | None = None
-    """Mean over the timed steps of NVML's share of time in which a kernel ran."""
+    """NVML's share of time in which a kernel ran, mean over the timed steps."""
     parts: dict[str, float] = field(default_factory=dict)
-    """Median seconds of forward, backward and optimizer (clipping among it)."""
+    """Median seconds of forward, backward and optimizer (including clipping)."""
     communication: float | None = None
     """Share of a step's time in which NCCL's kernels ran."""
     waiting: float | None = None
-    """Share in which they ran and no other kernel did."""
+    """Share in which only NCCL's kernels ran."""
     links: dict[str, float] = field(default_factory=dict)
-    """Bytes a second that each rank's links carry, by collective (NCCL tests' bus bandwidth)."""
+    """Bus bandwidth in bytes/s by collective, as nccl-tests define it."""
     peaks: list[int] = field(default_factory=list)
-    """The peak allocated, by rank."""
+    """Peak allocated bytes, by rank."""
     memory: dict[str, int] = field(default_factory=dict)
-    """Weights, optimizer, gradients, the peak allocated, what of it is activations and workspace, and the peak that the
-    allocator held."""
+    """Bytes of weights, optimizer and gradients, peak allocated bytes, the part of them that is activations and
+    workspace, and peak reserved bytes."""
     loss: float | None = None
     note: str = ""
 
 
 def random_batch(case: Case, ranks: Ranks) -> Batch:
-    """Returns a rank's part of the windows 0, 1, … of a step, one document each, whatever the number of ranks."""
+    """Returns a rank's part of the windows 0, 1, … of a step, one document each; the same for any number of ranks."""
     rows = []
     for window in range(ranks.data_rank * case.batch, (ranks.data_rank + 1) * case.batch):
         generator = torch.Generator().manual_seed(window)
@@ -109,7 +109,7 @@ def random_batch(case: Case, ranks: Ranks) -> Batch:
 
 
 def row_of(case: Case, ranks: Ranks, note: str = "") -> Row:
-    """Returns a row that names what is measured."""
+    """Returns a row with the case's settings, without results."""
     name = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "cpu"
     replicate = ranks.count if case.implementation == "ddp" else ranks.mesh.size(0) if ranks.mesh.ndim == 2 else 1
     return Row(

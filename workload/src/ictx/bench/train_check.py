@@ -1,4 +1,4 @@
-"""`ictx bench train --check`: the gradient under one layout of the ranks against that under another."""
+"""`ictx bench train --check`: compares the gradients of two layouts of the ranks."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from ictx.train.ranks import Ranks
 from ictx.train.sharded import sharded_model
 
 DOCUMENTS = 7
-"""Documents of a packed window, whose lengths are drawn."""
+"""Documents per packed window, of random lengths."""
 
 
 @dataclass
 class Check:
-    """What was compared."""
+    """Result of a comparison."""
 
     config: str
     sequence: int
@@ -31,20 +31,20 @@ class Check:
     reference_cp: int
     dtype: str
     documents: int
-    """Documents of a window."""
+    """Documents per window."""
     loss: float
     reference_loss: float
     error: float
-    """Norm of the difference of the whole gradients, relative to that of the reference."""
+    """Norm of the difference of the whole gradients, relative to the norm of the reference."""
     worst: float
-    """The same of the weight that differs most."""
+    """The same for the weight with the largest difference."""
     worst_weight: str
 
 
 def compare(case: Case, ranks: Ranks, reference: Layout) -> Iterator[Check]:
-    """Yields a check of windows of one document, and of packed ones; every rank calls it.
+    """Yields a check for windows of one document, and one for packed windows; every rank calls it.
 
-    Both layouts replicate nothing, so that a rank has the same shards of the gradients in both.
+    Neither layout replicates, so that a rank has the same shards of the gradients in both.
     """
     kind = ranks.device.type
     other = replace(ranks, context=reference.of(ranks.count).context(kind))
@@ -66,7 +66,7 @@ def compare(case: Case, ranks: Ranks, reference: Layout) -> Iterator[Check]:
 
 
 def gradients(case: Case, ranks: Ranks, windows: int, documents: int) -> tuple[dict[str, Tensor], float]:
-    """Returns this rank's shards of the gradient of so many windows, on the CPU, and the loss of all ranks."""
+    """Returns this rank's shards of the gradient of `windows` windows, on the CPU, and the loss of all ranks."""
     share = replace(case, batch=windows // ranks.data_count)
     model = sharded_model(case.config, case.loop, ranks)
     batch = packed(random_batch(share, ranks), share, ranks, documents)
@@ -77,7 +77,7 @@ def gradients(case: Case, ranks: Ranks, windows: int, documents: int) -> tuple[d
 
 
 def packed(batch: Batch, case: Case, ranks: Ranks, documents: int) -> Batch:
-    """Returns a rank's part with so many documents a window, the same cuts in all."""
+    """Returns a rank's part with `documents` documents per window, cut at the same positions in all windows."""
     cuts = torch.randperm(case.sequence - 1, generator=torch.Generator().manual_seed(1))[: documents - 1] + 1
     starts = torch.zeros(case.sequence, dtype=torch.int64)
     starts[cuts] = 1

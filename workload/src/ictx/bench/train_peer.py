@@ -1,4 +1,4 @@
-"""What `ictx bench train` measures beside ours: the same sizes in transformers under FSDP2, and our model under DDP."""
+"""Baselines of `ictx bench train`: the same sizes in transformers under FSDP2, and our model under DDP."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ictx.train.config import LoopConfig
 
 
 def peer(config: ModelConfig, mesh: DeviceMesh, device: torch.device, *, compiled: bool) -> nn.Module:
-    """Returns DeepseekV3ForCausalLM with random weights: SDPA, and every layer computed again in the backward."""
+    """Returns DeepseekV3ForCausalLM with random weights, SDPA and recompute of every layer."""
     from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
     content = to_hf(config, torch.float32) | {"attn_implementation": "sdpa"}
@@ -36,7 +36,7 @@ def peer(config: ModelConfig, mesh: DeviceMesh, device: torch.device, *, compile
     with torch.no_grad():
         for weight in model.parameters():
             weight.normal_(0.0, config.initializer_range) if weight.ndim > 1 else weight.fill_(1.0)
-        # Rotary frequencies are buffers: to_empty left nothing in them.
+        # Rotary frequencies are buffers, which to_empty leaves uninitialized.
         rotary = model.model.rotary_emb
         for name, buffer in type(rotary)(model.config).named_buffers():
             getattr(rotary, name).copy_(buffer)
@@ -44,9 +44,9 @@ def peer(config: ModelConfig, mesh: DeviceMesh, device: torch.device, *, compile
 
 
 def replicated(config: ModelConfig, loop: LoopConfig, device: torch.device) -> nn.Module:
-    """Returns our model under DistributedDataParallel: float32 weights on each rank, computed with in bfloat16.
+    """Returns our model under DistributedDataParallel: float32 weights on each rank, computation in bfloat16.
 
-    That is autocast's part here, with a residual stream of bfloat16 as under FSDP2.
+    Uses autocast, with a bfloat16 residual stream as under FSDP2.
     """
     with torch.device("meta"):
         model = Transformer(config)

@@ -1,4 +1,4 @@
-"""The ranks of `ictx bench train`: processes of this machine, a GPU each."""
+"""The ranks of `ictx bench train`: processes on this machine, one per GPU."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Job:
-    """What one set of ranks does."""
+    """Work of one set of ranks."""
 
     cases: list[Case]
     layout: Layout = field(default_factory=Layout)
     cap: float | None = None
-    """Bytes that each rank may take of its GPU."""
+    """Maximum bytes of GPU memory per rank."""
     reference: Layout | None = None
-    """Compare gradients with this layout's instead of measuring."""
+    """Layout to compare gradients with, instead of measuring."""
 
 
 def _rank(rank: int, count: int, port: int, job: Job, out: str) -> None:
-    """One rank's process."""
+    """Runs one rank."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     with joined(job.layout) as ranks:
@@ -60,7 +60,7 @@ def _rank(rank: int, count: int, port: int, job: Job, out: str) -> None:
 
 
 def start(job: Job, count: int, collect: Callable[[dict[str, Any]], T]) -> list[T]:
-    """Starts so many ranks on this machine and returns what the first one found. Raises UserError for too few GPUs."""
+    """Starts `count` ranks on this machine; returns the first rank's results. Raises UserError for too few GPUs."""
     if torch.cuda.is_available() and torch.cuda.device_count() < count:
         raise UserError(f"--ranks is {count}: this machine has {torch.cuda.device_count()} GPUs")
     job.layout.of(count)
@@ -79,5 +79,5 @@ def check(job: Job, count: int) -> list[Check]:
 
 
 def run(job: Job, count: int) -> list[Row]:
-    """Measures the cases of a job on so many ranks. Raises UserError as `start` does."""
+    """Measures the cases of a job on `count` ranks. Raises UserError as `start` does."""
     return start(job, count, lambda content: Row(**content))

@@ -1,4 +1,4 @@
-"""What `ictx bench train` prints."""
+"""Output of `ictx bench train`."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from ictx.metrics import flops_per_token
 from ictx.metrics.efficiency import PEAKS
 
 EPOCH = (372e6, 465e6)
-"""Tokens of an epoch in the specification: at least, at most."""
+"""Minimum and maximum tokens of an epoch in the specification."""
 SPECIFIED_HOURS, CARDS, WINDOW = 2.75, 4, 32768
 
 
 def lines(rows: list[Row]) -> Iterator[str]:
-    """Yields a table, and below it where memory and time go; GB are 10^9 bytes."""
+    """Yields a table, then the parts of time and memory of each row; GB are 10^9 bytes."""
     first = rows[0]
-    size = f"{first.batch} × {first.sequence:,} tokens {f'for {first.cp} ranks' if first.cp > 1 else 'a rank'} and step"
+    size = f"{first.batch} × {first.sequence:,} tokens per {f'{first.cp} ranks' if first.cp > 1 else 'rank'} and step"
     width = max(map(len, map(title, rows)))
     yield f"{first.ranks} × {first.device}, torch {first.torch}, {size}"
     yield (
@@ -42,14 +42,14 @@ def lines(rows: list[Row]) -> Iterator[str]:
         yield "  time    " + ", ".join(f"{part} {seconds:.3f} s" for part, seconds in row.parts.items())
         yield "  memory  " + ", ".join(f"{part} {size / 1e9:.2f} GB" for part, size in row.memory.items())
         if row.communication is not None and row.waiting is not None:
-            both = f"{100 * row.communication:.1f} % of a step, {100 * row.waiting:.1f} % with nothing else at work"
+            both = f"{100 * row.communication:.1f} % of a step, {100 * row.waiting:.1f} % with no other kernel running"
             yield f"  NCCL    {both}"
     if first.links:
         yield "links     " + ", ".join(f"{name} {rate / 1e9:.0f} GB/s" for name, rate in first.links.items())
 
 
 def checked(checks: list[Check]) -> Iterator[str]:
-    """Yields what was compared."""
+    """Yields one line per comparison."""
     for one in checks:
         yield (
             f"gradients of {one.config}, {one.sequence:,} tokens in {one.documents} documents, {one.dtype}, "
@@ -73,7 +73,10 @@ def title(row: Row) -> str:
 
 
 def projection(case: Case, row: Row) -> Iterator[str]:
-    """Yields what the share of the peak would mean for the specification's epoch on its cards, at its window."""
+    """Yields the projected time of the specification's epoch on its cards at the measured share of the peak.
+
+    Yields nothing for windows of another length than the specification's.
+    """
     if row.mfu_causal is None or row.sequence != WINDOW:
         return
     rate = CARDS * PEAKS["A100"] * row.mfu_causal / flops_per_token(case.config, case.sequence).causal
