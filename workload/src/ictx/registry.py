@@ -24,8 +24,8 @@ SUMS_FILE = "SHA256SUMS"
 SUMS_TAG = "ictx.sha256sums"
 """Tag of a registered version: the SHA-256 of its SUMS_FILE, which thereby covers all of its files."""
 PROMOTED_TAG = "ictx.promoted.sha256sums"
-"""Tag of a promoted version: the checksums of its files, as verified at promotion. The server lets only promoters
-write it, not even the model's owners."""
+"""Tag of a promoted version: the checksums of its files, as verified at promotion. Only promoters can write it,
+not the model's owners."""
 FORCED_TAG, OVERRULED_TAG = "ictx.promoted.forced", "ictx.promoted.overruled"
 """Tags of a version that was promoted with --force: by whom and why, and the policy's objections."""
 EVAL_TAG = "ictx.eval."

@@ -125,9 +125,9 @@ class Tracker:
         lineage: Lineage = UNKNOWN,
         track: TrackConfig = DEFAULTS,
     ) -> None:
-        """Goes on with the run whose id `directory` keeps, or begins one there; waits `patience` seconds to do so.
+        """Continues the run whose id is stored in `directory`, or creates one; retries for up to `patience` seconds.
 
-        A run that goes on waits for nobody: what its beginning and its end report is sent when the server answers.
+        A run that continues does not wait for the server: its status and records are sent when the server responds.
         """
         self.client = new_client()
         self.experiment, self.patience, self.lineage, self.track = experiment, patience, lineage, track
@@ -223,10 +223,10 @@ class Tracker:
             self.client.log_batch(self.run_id, metrics=metrics[first : first + 1000])
 
     def register(self, directory: Path, name: str, alias: str) -> str:
-        """Returns the version under which the run's exported model is registered; the alias points to it.
+        """Registers the run's exported model and sets the alias; returns the version.
 
-        `self.model` is its name: another one where `name` belongs to another user. Idempotent: a job that ends right
-        after it registered does not register again when it restarts.
+        `self.model` is its name, which differs from `name` if another user owns that. Idempotent: a job that is killed
+        after the registration does not register again when it restarts.
         """
         digest = write_sums(directory)
         with _request_timeout(1800):

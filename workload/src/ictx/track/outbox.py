@@ -75,10 +75,10 @@ class Outbox:
             self._away = True
 
     def close(self, status: str) -> None:
-        """Sends what waits and ends the run as FINISHED, FAILED or KILLED.
+        """Sends pending records and ends the run as FINISHED, FAILED or KILLED.
 
-        Only a run that succeeded waits for a server that is away: one that was killed goes on later and then sends what
-        waits, and the reason of a failure must not be hidden by another.
+        Only a successful run waits for a server that does not respond. A killed run sends pending records when it
+        continues, and an error here must not hide the cause of a failed run.
         """
         if status == "FINISHED":
             self.sink.patiently(self.send)

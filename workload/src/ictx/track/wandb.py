@@ -50,7 +50,7 @@ def mode(track: TrackConfig) -> str:
     if wanted == "online":
         raise UserError(
             "track.wandb is online, but there is no W&B API key: set WANDB_API_KEY in the environment, run `wandb "
-            "login`, or give --set track.wandb=offline"
+            "login`, or add --set track.wandb=offline"
         )
     return "offline"
 
@@ -117,16 +117,16 @@ class Description:
 class WandbSink:
     """Logs to W&B's server, or to a folder that `wandb sync` uploads: the sink of an outbox.
 
-    W&B's client runs in a process of its own, and everything that talks to it in a thread of its own: a server that
-    is slow, blocks or fails costs the run nothing but the upload.
+    W&B's client runs in a separate process, and all calls to it in a separate thread: a server that is slow, hangs or
+    fails affects only the upload, not the run.
     """
 
     name, failure = "W&B", RuntimeError
 
     def __init__(self, directory: Path, track: TrackConfig, about: Description, patience: float) -> None:
-        """Goes on with the run whose id `directory` keeps, or begins one; `patience` seconds are for its end.
+        """Continues the run whose id is stored in `directory`, or creates one; `finish` waits up to `patience` seconds.
 
-        Raises UserError for `online` without an API key, and for a mode that W&B does not have.
+        Raises UserError for `online` without an API key, and for a mode without the package.
         """
         self.mode = mode(track)
         self.directory, self.track, self.about, self.patience = directory, track, about, patience
@@ -170,7 +170,7 @@ class WandbSink:
         self._thread.join(self.patience if status == "FINISHED" else STOP_SECONDS)
         if self._thread.is_alive():
             self._left = True
-            print(f"W&B does not answer: upload what it has not got with: wandb sync {self.folder}", flush=True)
+            print(f"W&B does not answer: upload the rest with: wandb sync {self.folder}", flush=True)
             _end_client()
         elif self.url:
             print(f"W&B: {self.url}", flush=True)
@@ -218,8 +218,8 @@ class WandbSink:
         os.environ.setdefault("WANDB_CACHE_DIR", str(self.folder / "client"))
         wandb = _library()
         online = self.mode == "online"
-        # An offline run is written anew at each start, from metrics.jsonl: what the end of a process may have cut off
-        # is in it, and uploading it again replaces what was uploaded.
+        # An offline run is written again at each start, from metrics.jsonl, because a killed process may have truncated
+        # it. Uploading it again replaces the previous upload.
         for left in self.folder.glob(f"offline-run-*-{self.run_id}"):
             shutil.rmtree(left, ignore_errors=True)
         settings = wandb.Settings(
