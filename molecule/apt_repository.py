@@ -1,4 +1,4 @@
-"""Repositories of apt that scenarios publish: packages that are stand-ins, signed as a vendor's are."""
+"""apt repositories for scenarios: packages of stand-ins, signed like a vendor's."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 def package(pool: Path, name: str, version: str, depends: str = "", files: dict[str, str] | None = None) -> str:
-    """Builds a package with files (text by path; programs begin with #!); returns its paragraph of the list."""
+    """Builds a package with files (text by path; programs begin with #!); returns its paragraph for Packages."""
     with tempfile.TemporaryDirectory() as work:
         control = (
             f"Package: {name}\nVersion: {version}\nArchitecture: all\nMaintainer: a <a@example.org>\nDescription: x\n"
@@ -32,13 +32,13 @@ def package(pool: Path, name: str, version: str, depends: str = "", files: dict[
 
 
 def publish(folder: Path, paragraphs: list[str], lists: str, fields: str, key: str) -> str:
-    """Writes lists and a signed release into a repository's folder; returns the key's fingerprint.
+    """Writes Packages and a signed release to a repository's folder; returns the key's fingerprint.
 
     Args:
-        folder: the release's, with InRelease.
+        folder: folder of the release, with InRelease.
         lists: folder of Packages in it, empty for a flat repository.
-        fields: of the release, but its date and digests.
-        key: file of the public key, from the folder.
+        fields: fields of the release, without date and digests.
+        key: file of the public key, relative to the folder.
     """
     plain = "".join(paragraphs).encode()
     packed = gzip.compress(plain)
@@ -46,7 +46,7 @@ def publish(folder: Path, paragraphs: list[str], lists: str, fields: str, key: s
     (folder / lists).mkdir(parents=True, exist_ok=True)
     (folder / lists / "Packages.gz").write_bytes(packed)
     release = f"{fields}Date: Thu, 01 Jan 2026 00:00:00 UTC\nSHA256:\n"
-    # apt looks for the plain list here, and then downloads the packed one.
+    # apt requires the plain list here, but downloads the packed one.
     for content, suffix in ((plain, ""), (packed, ".gz")):
         release += f" {hashlib.sha256(content).hexdigest()} {len(content)} {prefix}Packages{suffix}\n"
     (folder / "Release").write_text(release)

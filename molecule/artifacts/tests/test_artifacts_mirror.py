@@ -1,4 +1,4 @@
-"""A node without a way out has what the mirror has, and only that."""
+"""A node without access to other networks gets the mirror's packages and files, and nothing else."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ STATE = Path(os.environ["ICTX_LAB_STATE"])
 
 
 def node(name: str) -> Host:
-    """Returns a node as testinfra reaches it."""
+    """Returns testinfra's host of a node."""
     return testinfra.get_host(f"ssh://{name}", ssh_config=str(STATE / "ssh/config"))
 
 
@@ -48,7 +48,7 @@ def test_what_is_changed_on_the_mirror_is_refused_by_the_node() -> None:
         assert done.returncode != 0
         assert not closed.file("/usr/local/bin/tool").exists
     finally:
-        # What the control host has stands above what somebody wrote there.
+        # The control host's copy replaces what was changed there.
         done = converge()
     assert done.returncode == 0, done.stdout
     assert closed.run("tool").stdout == "from the mirror\n"

@@ -1,4 +1,4 @@
-"""Backups of a real SLURM: its accounting database and its controller's state are lost, and come back."""
+"""Backups of a real SLURM: its accounting database and its controller's state are lost, and restored."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PROGRAM = "/opt/ictx/bin/ictx-backup"
 
 
 def restore(*settings: str) -> subprocess.CompletedProcess[str]:
-    """Runs the playbook as an administrator does."""
+    """Runs the playbook restore.yml."""
     extra = [word for setting in settings for word in ("-e", setting)]
     return subprocess.run(
         ["ansible-playbook", "--inventory=inventories/lab", "playbooks/restore.yml", *extra],
@@ -29,7 +29,7 @@ def restore(*settings: str) -> subprocess.CompletedProcess[str]:
 
 
 def accounts() -> list[str]:
-    """Returns the accounts that SLURM has; slurmdbd answers a moment after it was started."""
+    """Returns SLURM's accounts; retries, because slurmdbd does not respond immediately after its start."""
     for _ in range(30):
         done = node("ctl").run("sacctmgr --noheader --parsable2 list account format=account")
         if done.rc == 0 and done.stdout:
@@ -39,7 +39,7 @@ def accounts() -> list[str]:
 
 
 def accounted() -> dict[str, list[str]]:
-    """Returns whom SLURM knows, with which limits, and every job that has ended: what only the database has."""
+    """Returns the content of the database: users, associations with limits, QOS and all jobs."""
     commands = {
         "users": "sacctmgr list user format=user,defaultaccount,adminlevel",
         "associations": "sacctmgr list association format=cluster,account,user,qos,fairshare,maxjobs",
@@ -53,7 +53,7 @@ def accounted() -> dict[str, list[str]]:
 
 @pytest.fixture
 def kept() -> Iterator[dict[str, list[str]]]:
-    """An account, a limit and a job that only the database has; returns all that it has."""
+    """Adds an account, a limit and a job to the database; returns its content."""
     node("ctl").check_output("sacctmgr --immediate add account kept description=kept organization=kept")
     node("ctl").check_output("sacctmgr --immediate modify user researcher set maxjobs=77")
     as_user("srun --job-name=kept true")
@@ -91,12 +91,12 @@ def test_a_lost_database_comes_back_with_users_associations_and_history(kept: di
     node("ctl").check_output("systemctl start ictx-backup")
     node("ctl").check_output("systemctl stop slurmdbd && mariadb --execute='drop database slurm_acct_db'")
     node("ctl").check_output("systemctl start slurmdbd")
-    assert "kept" not in accounts(), "slurmdbd made an empty database"
+    assert "kept" not in accounts(), "slurmdbd created an empty database"
     done = restore("restore_what=accounting")
     assert done.returncode == 0, done.stdout[-3000:]
     assert {"kept", "ictx", "root"} <= set(accounts())
     assert accounted() == kept
-    assert "researcher" in as_user("srun --job-name=after whoami"), "the controller has the associations again"
+    assert "researcher" in as_user("srun --job-name=after whoami"), "the controller does not have the associations"
     assert "accounting-before-restore" in node("ctl").check_output(f"{PROGRAM} restic snapshots")
 
 

@@ -1,4 +1,4 @@
-"""What SLURM's tier does on the nodes, seen as a user and as the node itself sees it."""
+"""The SLURM tier on the nodes, from the view of a user and of a node."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ COMPUTE = ["n1", "n2"]
 
 
 def node(name: str) -> Host:
-    """Returns a node as testinfra reaches it."""
+    """Returns testinfra's host of a node."""
     return testinfra.get_host(f"ssh://{name}", ssh_config=str(SSH_CONFIG))
 
 
@@ -31,7 +31,7 @@ def test_a_unit_has_the_site_s_own_settings() -> None:
 
 
 def as_user(command: str) -> str:
-    """Returns what a command prints that an ordinary user runs on the controller; it must succeed."""
+    """Runs a command on the controller as an ordinary user, which must succeed; returns its output."""
     return str(node("ctl").check_output(f"runuser -l researcher -c {shlex.quote(command)}"))
 
 
@@ -56,7 +56,7 @@ def test_a_user_sees_idle_nodes() -> None:
 def test_a_user_runs_a_job_on_every_node_and_finds_it_in_the_accounts() -> None:
     assert sorted(as_user("srun --nodes=2 hostname").split()) == COMPUTE
     accounts = "sacct --noheader --allocations --parsable2 --format=State,NodeList --name=hostname"
-    # The controller reports to the database a moment later.
+    # The controller reports to the database with a delay.
     for _ in range(30):
         if found := as_user(accounts).split():
             break
@@ -116,7 +116,7 @@ def test_a_sick_node_is_drained_with_the_reason_and_resumed_once_it_is_well() ->
         shown = n2.check_output(state)
         assert "DRAIN" in shown
         assert "Reason=ictx-health: /nowhere is not mounted [root@" in shown
-        # A reason of somebody else's is left alone, whether the node is well or not.
+        # A reason that somebody else set is not changed, whether the node is healthy or not.
         node("ctl").check_output("scontrol update nodename=n2 state=drain reason='new disk'")
         n2.check_output("/opt/ictx/bin/ictx-node-health")
         n2.check_output("printf %%s %s >/etc/slurm/health.json", well)

@@ -1,4 +1,4 @@
-"""What the roles of gpu.yml do on nodes with different GPUs, and what they refuse to do."""
+"""The roles of gpu.yml on nodes with different GPUs: what they install, and what they refuse."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DRIVER = "580.95.05"
 
 
 def node(name: str) -> Host:
-    """Returns a node as testinfra reaches it."""
+    """Returns testinfra's host of a node."""
     return testinfra.get_host(f"ssh://{name}", ssh_config=str(STATE / "ssh/config"))
 
 
@@ -30,7 +30,7 @@ def provision(folder: Path, name: str, *arguments: str) -> tuple[int, str]:
 
 
 def version(host: Host, package: str) -> str:
-    """Returns a package's version, empty where it is not installed."""
+    """Returns a package's version; empty if it is not installed."""
     found = host.run(f"dpkg-query --show --showformat='${{Version}}' {package}")
     return str(found.stdout) if found.rc == 0 else ""
 
@@ -61,7 +61,7 @@ def test_headers_follow_the_kernel() -> None:
 def test_nouveau_is_kept_out_of_the_initramfs_too(tmp_path: Path) -> None:
     host = node("t4")
     assert "etc/modprobe.d/nouveau-blacklist.conf" in host.file("/var/lib/stand-in/initramfs").content_string.split()
-    # As after a run that was cut off before it was made anew.
+    # As after a run that was killed before it updated the initramfs.
     host.check_output("truncate --size=0 /var/lib/stand-in/initramfs")
     status, text = provision(tmp_path, "t4")
     assert status == 0, text
@@ -103,7 +103,7 @@ def test_secure_boot_is_reported_and_a_key_that_the_firmware_does_not_know_is_na
     assert "h100 enforces Secure Boot" in text
     assert "Key was rejected by service" in text
     assert "mokutil --import /var/lib/dkms/mok.pub" in text
-    assert node("h100").file("/proc/1/stat").content_string.split()[21] == began, "a restart cannot help"
+    assert node("h100").file("/proc/1/stat").content_string.split()[21] == began, "the node was restarted"
     node("h100").check_output("touch /var/lib/stand-in/enrolled")
     status, text = provision(tmp_path, "h100")
     assert status == 0, text

@@ -1,4 +1,4 @@
-"""A K3s cluster over its life. The tests go on from what the one before has left, in the order of the file."""
+"""Life cycle of a K3s cluster. Each test continues from the state after the previous one, in the order of the file."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PODS = "k3s kubectl"
 
 
 def node(name: str) -> Host:
-    """Returns a node as testinfra reaches it."""
+    """Returns testinfra's host of a node."""
     return testinfra.get_host(f"ssh://{name}", ssh_config=str(STATE / "ssh/config"))
 
 
@@ -33,7 +33,7 @@ def play(playbook: str, *arguments: str, groups: dict[str, list[str]] | None = N
     """Runs a playbook; returns status and output.
 
     Args:
-        groups: hosts of groups, read before the inventory: their order counts, and more hosts are added.
+        groups: hosts of groups, read before the inventory: they set the order of hosts, and may add hosts.
     """
     more = STATE / "more.yml"
     more.write_text(
@@ -55,19 +55,19 @@ def play(playbook: str, *arguments: str, groups: dict[str, list[str]] | None = N
 
 
 def succeeds(playbook: str, *arguments: str, groups: dict[str, list[str]] | None = None) -> str:
-    """Returns the output of a playbook that must succeed."""
+    """Runs a playbook, which must succeed; returns its output."""
     status, text = play(playbook, *arguments, groups=groups)
     assert status == 0, text[-4000:]
     return text
 
 
 def records() -> list[dict[str, Any]]:
-    """Returns what the nodes did, in the order in which they did it."""
+    """Returns the events of the nodes, in order."""
     return [json.loads(line) for line in (SHARED / "record.jsonl").read_text().splitlines()]
 
 
 def cluster() -> dict[str, Any]:
-    """Returns the cluster, of which all servers must be members."""
+    """Returns the cluster; fails unless all servers are members of the same one."""
     names = {node(name).check_output("cat /var/lib/rancher/k3s/server/db/etcd/cluster") for name in SERVERS}
     assert len(names) == 1, f"there are {len(names)} clusters"
     found: dict[str, Any] = json.loads((SHARED / f"cluster-{names.pop()}.json").read_text())
@@ -75,7 +75,7 @@ def cluster() -> dict[str, Any]:
 
 
 def in_service() -> dict[str, tuple[str, bool]]:
-    """Returns release, and whether it may get pods, of each node that is ready."""
+    """Returns the release of each ready node, and whether it is schedulable."""
     found = {}
     for name, about in cluster()["nodes"].items():
         if time.time() - about["seen"] < 4:
@@ -84,7 +84,7 @@ def in_service() -> dict[str, tuple[str, bool]]:
 
 
 def make_anew(name: str) -> None:
-    """Leaves of a node what an installer leaves, and lets the cluster miss it."""
+    """Resets a node as a reinstallation does; waits until the cluster reports it as lost."""
     node(name).check_output(
         "sh -c 'systemctl stop k3s k3s-agent; rm -rf /var/lib/rancher /etc/rancher /usr/local/bin/k3s"
         " /etc/systemd/system/k3s*.service; systemctl daemon-reload'"
@@ -161,10 +161,10 @@ def test_the_same_command_goes_on_and_drains_each_node_before_it_is_upgraded() -
 
 @pytest.fixture(scope="module")
 def saved() -> str:
-    """Backs the cluster up; returns the secret that it had then."""
+    """Backs up the cluster; returns its secret at that time."""
     node("s1").check_output("k3s etcd-snapshot save")
     succeeds("backup.yml", "-e", f"k3s_version={NEW}", "--limit", "s1")
-    # By hand only: a run of its own in mid-test would lock the repository.
+    # Started manually only: a run by the timer during a test would lock the repository.
     node("s1").check_output("systemctl stop ictx-backup.timer")
     node("s1").check_output("systemctl start ictx-backup")
     return (STATE / "secrets/k3s_token").read_text().strip()
@@ -186,7 +186,7 @@ def test_a_cluster_comes_back_from_the_backup_with_the_secret_that_opens_it(save
     assert (STATE / "secrets/k3s_token").read_text().strip() == saved
     found = cluster()
     assert found["members"] == SERVERS
-    assert not found["nodes"]["a1"]["cordoned"], "what was done after the snapshot is there"
+    assert not found["nodes"]["a1"]["cordoned"], "a change after the snapshot survived the restore"
     for name in SERVERS:
         assert node(name).check_output("ls /var/lib/rancher/k3s/server").count("db.before-") == 1
     succeeds("k3s.yml", "-e", f"k3s_version={NEW}")

@@ -1,4 +1,4 @@
-"""What the role k3s does on its nodes, in which order, and what it refuses to do."""
+"""The role k3s: what it does on the nodes, in which order, and what it refuses."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ OLD, NEW, TAMPERED, FAR = "v1.34.1+k3s1", "v1.34.2+k3s1", "v1.35.0+k3s1", "v1.36
 
 
 def node(name: str) -> Host:
-    """Returns a node as testinfra reaches it."""
+    """Returns testinfra's host of a node."""
     return testinfra.get_host(f"ssh://{name}", ssh_config=str(STATE / "ssh/config"))
 
 
@@ -38,19 +38,19 @@ def provision(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def records() -> list[dict[str, Any]]:
-    """Returns what the nodes did, in the order in which they did it."""
+    """Returns the events of the nodes, in order."""
     return [json.loads(line) for line in RECORD.read_text().splitlines()]
 
 
 def secrets() -> list[str]:
-    """Returns the secrets that nobody may see."""
+    """Returns the secrets that must not be displayed."""
     return [
         (STATE / "secrets" / name).read_text().strip() for name in ("k3s_token", "k3s_agent_token", "registry_password")
     ]
 
 
 def one_after_the_other(events: list[dict[str, Any]]) -> list[str]:
-    """Returns the nodes in the order of their starts; each must have waited until the one before was ready."""
+    """Returns the nodes in the order of their starts; fails unless each started after the previous one was ready."""
     order = []
     for begun, ready in zip(events[::2], events[1::2], strict=True):
         assert "begun" in begun
@@ -85,7 +85,7 @@ def test_a_server_encrypts_secrets_and_keeps_an_audit_log() -> None:
         for group in rule.get("resources", [])
         for name in group["resources"]
     }
-    assert levels["secrets"] == "Metadata", "the contents of a secret are not for the log"
+    assert levels["secrets"] == "Metadata", "the log must not contain secrets"
     assert {"10.203.86.11", "10.203.86.12", "10.203.86.13", "s1"} <= set(server["tls-san"])
 
 

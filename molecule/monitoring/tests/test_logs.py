@@ -1,4 +1,4 @@
-"""Central logs: what a node writes into its journal is found on the receiver, and only nodes of the platform send."""
+"""Central logs: the receiver has the journal of every node, and accepts logs only from nodes of the platform."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PORT = 19532
 
 
 def lines(tag: str) -> list[str]:
-    """Returns the lines with a tag that the receiver has of m2."""
+    """Returns m2's lines with a tag on the receiver."""
     found = node("m1").check_output(
         f"journalctl --directory={REMOTE} --quiet --no-pager --output=cat _HOSTNAME=m2 --identifier={tag}"
     )
@@ -32,24 +32,24 @@ def lines(tag: str) -> list[str]:
 
 
 def wait_for_lines(tag: str, count: int, seconds: float = 60) -> list[str]:
-    """Returns the lines with a tag as soon as there are so many; fails when they do not come in time."""
+    """Waits for `count` lines with a tag and returns them; fails on timeout."""
     end = time.monotonic() + seconds
     while len(found := lines(tag)) < count:
-        assert time.monotonic() < end, f"{len(found)} of {count} lines came"
+        assert time.monotonic() < end, f"{len(found)} of {count} lines arrived"
         time.sleep(1)
     return found
 
 
 @pytest.fixture
 def tag() -> str:
-    """Returns a tag that no other lines have."""
+    """Returns a unique tag."""
     return f"test-{uuid.uuid4().hex[:8]}"
 
 
 def test_a_line_of_a_node_is_found_on_the_receiver(tag: str) -> None:
     node("m2").check_output(f"logger --tag {tag} hello")
     assert wait_for_lines(tag, 1) == ["hello"]
-    # And beside the receiver's own.
+    # Beside the receiver's own journal.
     hosts = node("m1").check_output("journalctl --merge --quiet --field=_HOSTNAME").split()
     assert set(hosts) == {"m1", "m2"}
 
@@ -77,7 +77,7 @@ def test_a_sender_that_starts_anew_goes_on_where_it_was(tag: str) -> None:
 
 
 def certificate(folder: Path, name: str, of_platform: bool) -> Path:
-    """Returns a file with a key and its certificate for a name, by the platform's authority or one of its own."""
+    """Returns a file with a key and its certificate for a name, signed by the platform's authority or self-signed."""
     key = ec.generate_private_key(ec.SECP256R1())
     subject = issuer = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
     signer = key
@@ -103,7 +103,7 @@ def certificate(folder: Path, name: str, of_platform: bool) -> Path:
 
 
 def post(context: ssl.SSLContext, path: str = "/upload") -> int:
-    """Returns the status of sending one line."""
+    """Sends one line; returns the HTTP status."""
     connection = HTTPSConnection(ADDRESSES["m1"], PORT, context=context, timeout=10)
     try:
         when = f"__REALTIME_TIMESTAMP={int(time.time() * 1e6)}\n__MONOTONIC_TIMESTAMP=1\n"
@@ -115,7 +115,7 @@ def post(context: ssl.SSLContext, path: str = "/upload") -> int:
 
 
 def with_certificate(file: Path) -> ssl.SSLContext:
-    """Returns settings for connections in which we show a certificate."""
+    """Returns the TLS settings of a client with a certificate."""
     context = ssl.create_default_context(cafile=str(STATE / "ca/ca.crt"))
     context.load_cert_chain(file)
     return context
@@ -141,14 +141,14 @@ def test_only_those_who_may_read_journals_read_them() -> None:
     file = node("m1").file(f"{REMOTE}/remote-m2.journal")
     assert (file.group, file.mode) == ("systemd-journal", 0o640)
     assert node("m1").run(f"runuser -u nobody -- journalctl --directory={REMOTE} --lines=1").rc != 0
-    # Past the gate nobody on the receiver's host writes in a node's name.
+    # No other user on the receiver's host can bypass the gate and write as a node.
     socket = node("m1").file("/run/ictx-journal/m2.sock")
     assert (socket.user, socket.group, socket.mode) == ("root", "haproxy", 0o660)
 
 
 @pytest.fixture
 def served() -> Iterator[str]:
-    """Returns the serial number of the certificate that the gate shows; the file is put back at the end."""
+    """Returns the certificate that the gate presents; restores the files afterwards."""
     keep = "cp --preserve /etc/ictx/tls/host.crt /run/host.crt && cp --preserve /etc/ictx/tls/host.key /run/host.key"
     node("m1").check_output(keep)
     yield shown()
@@ -156,7 +156,7 @@ def served() -> Iterator[str]:
 
 
 def shown() -> str:
-    """Returns the certificate that the gate shows."""
+    """Returns the certificate that the gate presents."""
     return ssl.get_server_certificate((ADDRESSES["m1"], PORT), timeout=10)
 
 
@@ -171,7 +171,7 @@ def test_a_new_certificate_is_shown_at_once(served: str, tmp_path: Path) -> None
         node("m1").check_output(f"mv {draft} /etc/ictx/tls/{name}")
     end = time.monotonic() + 20
     while shown() == served:
-        assert time.monotonic() < end, "the gate shows the old certificate"
+        assert time.monotonic() < end, "the gate still presents the old certificate"
         time.sleep(1)
 
 
@@ -186,7 +186,7 @@ def test_prometheus_knows_what_was_written_and_what_has_come() -> None:
         node(name).check_output("systemctl start ictx-journal-metrics")
     end = time.monotonic() + 60
     while not 0 < value("ictx_logs_written_timestamp_seconds") <= value("ictx_logs_received_timestamp_seconds"):
-        assert time.monotonic() < end, "Prometheus does not know that all has come"
+        assert time.monotonic() < end, "Prometheus does not show that all logs arrived"
         time.sleep(2)
     assert value("ictx_logs_received_bytes") > 1e6
 
@@ -208,7 +208,7 @@ def test_old_and_superfluous_files_are_dropped() -> None:
 
 
 def run(*extra: str) -> None:
-    """Runs the playbook of central logs; it must succeed."""
+    """Runs the playbook of central logs; fails if it fails."""
     done = subprocess.run(
         ["ansible-playbook", "-i", os.environ["MOLECULE_INVENTORY"], "playbooks/logs.yml", *extra],
         cwd=os.environ["MOLECULE_PROJECT_DIRECTORY"],

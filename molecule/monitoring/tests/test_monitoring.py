@@ -1,4 +1,4 @@
-"""Prometheus, two Alertmanagers and Grafana on nodes of their own: what they know of each other, and who may ask."""
+"""Prometheus, two Alertmanagers and Grafana on separate nodes: their connections, and who may query them."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ PORTS = {"m1": [5000, 9090, 9093, 9100, 9115], "m2": [3000, 9093, 9100]}
 
 
 def node(name: str) -> Host:
-    """Returns a node as testinfra reaches it."""
+    """Returns testinfra's host of a node."""
     return testinfra.get_host(f"ssh://{name}", ssh_config=str(STATE / "ssh/config"))
 
 
 def secret(name: str) -> str:
-    """Returns a password that the playbook has made."""
+    """Returns a password that the playbook generated."""
     return (STATE / "secrets" / name).read_text().split(" salt=")[0].strip()
 
 
 def ask(name: str, port: int, path: str, login: str = "") -> tuple[int, Any]:
-    """Returns the status and the JSON of an answer, None where it is none."""
+    """Returns the HTTP status and the JSON of a response (None for an error)."""
     request = urllib.request.Request(f"https://{ADDRESSES[name]}:{port}{path}")
     if login:
         request.add_header("Authorization", "Basic " + base64.b64encode(login.encode()).decode())
@@ -48,7 +48,7 @@ def ask(name: str, port: int, path: str, login: str = "") -> tuple[int, Any]:
 
 
 def admin() -> str:
-    """Returns the login of people."""
+    """Returns the login of the administrator."""
     return f"admin:{secret('prometheus_password')}"
 
 
@@ -92,7 +92,7 @@ def test_the_alertmanagers_are_one_cluster_and_prometheus_knows_both() -> None:
 def test_nobody_gossips_without_a_certificate_of_the_platform() -> None:
     plain = socket.create_connection((ADDRESSES["m2"], 9094), timeout=10)
     connection = TLS.wrap_socket(plain, server_hostname=ADDRESSES["m2"])
-    # In TLS 1.3 the refusal is the server's first answer.
+    # In TLS 1.3, the server rejects the client in its first response.
     with connection, pytest.raises((ssl.SSLError, ConnectionError)):
         connection.recv(1)
 
@@ -105,7 +105,7 @@ def test_a_silence_of_one_alertmanager_reaches_the_other() -> None:
     assert made.rc == 0, made.stderr
     end = time.monotonic() + 30
     while not ask("m2", 9093, "/api/v2/silences", admin())[1]:
-        assert time.monotonic() < end, "the silence did not reach the other"
+        assert time.monotonic() < end, "the silence did not reach the other Alertmanager"
         time.sleep(1)
 
 

@@ -1,4 +1,4 @@
-"""The scenario's nodes, as administrators and users reach them."""
+"""Access to the scenario's nodes for administrators and users."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ COMPUTE = ["n1", "n2"]
 
 
 def node(name: str) -> Host:
-    """Returns a node as testinfra reaches it."""
+    """Returns testinfra's host of a node."""
     return testinfra.get_host(f"ssh://{name}", ssh_config=str(SSH_CONFIG))
 
 
 def as_user(command: str, user: str = "researcher") -> str:
-    """Returns what a command prints that an ordinary user runs on the controller; it must succeed."""
+    """Runs a command on the controller as an ordinary user, which must succeed; returns its output."""
     return str(node("ctl").check_output(f"cd /tmp && runuser -l {user} -c {shlex.quote(command)}"))
 
 
@@ -35,7 +35,7 @@ def queued(*options: str, command: str = "sleep 1") -> str:
 
 
 def accounts(job: str, fields: str) -> str:
-    """Returns fields of a job's own line in the accounts, empty before there is one."""
+    """Returns fields of a job's allocation in the accounts; empty before it is there."""
     return as_user(f"sacct --noheader --allocations --parsable2 --jobs={job} --format={fields}")
 
 
@@ -46,7 +46,7 @@ def states() -> dict[str, str]:
 
 
 def wait_for(what: str, condition: Callable[[], bool], seconds: float = 120) -> None:
-    """Waits until the condition holds; fails naming `what` when it does not."""
+    """Waits until the condition holds; fails with `what` on timeout."""
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, f"{what} did not happen within {seconds:.0f} s"
@@ -54,16 +54,16 @@ def wait_for(what: str, condition: Callable[[], bool], seconds: float = 120) -> 
 
 
 def power_on(name: str) -> None:
-    """Starts a node's container when it has shut down, as the firmware of a machine does that restarts."""
+    """Waits until a node's container has stopped and starts it, like the firmware of a machine that restarts."""
     container = f"{os.environ['ICTX_LAB_NAME']}-{name}"
     environment = {**os.environ, "CONTAINERS_CONF": os.path.join(os.environ["ICTX_LAB_STATE"], "containers.conf")}
     for command in (["podman", "wait", container], ["podman", "start", container]):
         subprocess.run(command, check=True, capture_output=True, env=environment, timeout=900)
-    node("ctl").check_output("/usr/local/sbin/use-up-namespace-ids")  # its docstring has the reason
+    node("ctl").check_output("/usr/local/sbin/use-up-namespace-ids")  # see its docstring
 
 
 def played(*arguments: str, status: int = 0) -> str:
-    """Runs ansible-playbook on the scenario's inventory; returns what it printed, without the breaks of its lines."""
+    """Runs ansible-playbook on the scenario's inventory; returns its output."""
     done = subprocess.run(
         ["ansible-playbook", f"--inventory={os.environ['MOLECULE_INVENTORY']}", *arguments],
         capture_output=True,
@@ -77,5 +77,5 @@ def played(*arguments: str, status: int = 0) -> str:
 
 
 def changed(output: str) -> int:
-    """Returns how many tasks of a playbook's run changed something."""
+    """Returns the number of changed tasks in a playbook's output."""
     return sum(int(number) for number in re.findall(r" changed=(\d+) ", output))

@@ -1,4 +1,4 @@
-"""What SLURM enforces with the machine's cgroups: a job has what it requested, and its user is nowhere without one."""
+"""Limits that SLURM enforces with cgroups: a job gets what it requested, and users may log in only with a job."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import subprocess
 
 from nodes import COMPUTE, SSH_CONFIG, accounts, as_user, node, wait_for
 
-# Writes to every page that it takes.
+# Writes to every page that it allocates.
 TAKES = "python3 -c 'bytes(range(256)) * (4096 * {megabytes})'"
 
 
@@ -34,9 +34,9 @@ def test_a_job_that_takes_more_memory_than_it_asked_for_is_killed() -> None:
 
 def test_a_job_has_no_more_cores_than_it_asked_for() -> None:
     count = "python3 -c 'import os; print(len(os.sched_getaffinity(0)))'"
-    assert node("n1").check_output("nproc --all") != "1", "a machine of one core cannot show it"
+    assert node("n1").check_output("nproc --all") != "1", "a machine with one core cannot test this"
     assert as_user(f"srun --nodelist=n1 --ntasks=1 --cpus-per-task=1 {count}") == "1"
-    # What it has not been given it cannot take either.
+    # It cannot take other cores either.
     assert (
         as_user(
             "srun --nodelist=n1 --ntasks=1 taskset --cpu-list --pid 0-63 0 >/dev/null; "
@@ -65,7 +65,7 @@ def test_each_job_has_a_tmp_of_its_own_which_is_gone_with_it() -> None:
 
 
 def login(user: str, command: str) -> tuple[int, str]:
-    """Logs in to n1; returns the exit status and what was printed."""
+    """Logs in to n1; returns the exit status and the output."""
     words = ["ssh", "-F", str(SSH_CONFIG), "-o", "BatchMode=yes", f"{user}@n1", command]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     return done.returncode, done.stdout + done.stderr
@@ -82,14 +82,14 @@ def test_a_login_without_a_job_is_refused_and_with_one_is_part_of_it() -> None:
         assert status == 0, said
         assert said.splitlines()[0] == "researcher"
         assert f"job_{job}/" in said
-        # It has the job's memory and its /tmp.
+        # It has the job's memory limit and its /tmp.
         assert login("researcher", TAKES.format(megabytes=20))[0] == 0
-        # Of the process, or of the login that it was in.
+        # Status of the killed process, or of the killed login.
         assert login("researcher", TAKES.format(megabytes=600))[0] in (137, 255)
         assert not node("n1").file("/tmp/adopted").exists
-        # Somebody else's job opens nothing.
+        # Another user's job does not permit a login.
         assert login("bob", "true")[0] != 0
     finally:
         as_user(f"scancel {job}")
-    # Processes of the job have the time of KillWait to end.
+    # Processes of the job may run until KillWait has passed.
     wait_for("logins refused after the job", lambda: login("researcher", "true")[0] != 0, 30)

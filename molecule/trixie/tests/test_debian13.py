@@ -1,4 +1,4 @@
-"""What Debian 13's packages make of SLURM's tier and its metrics."""
+"""The SLURM tier and its metrics with the packages of Debian 13."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_packages_come_through_the_site_s_proxy() -> None:
     [("ctl", "slurmctld", 300000), ("ctl2", "slurmctld", 300000), ("n1", "slurmd", 200000), ("n2", "munge", 4096)],
 )
 def test_a_unit_runs_with_the_site_s_settings(name: str, unit: str, files: int) -> None:
-    # What the process has is no more than the machine lets its containers have.
+    # Checks the unit, not the process, whose limit the machine may lower for containers.
     shown = node(name).check_output(f"systemctl show --property=ActiveState,LimitNOFILE,NeedDaemonReload {unit}")
     assert set(shown.splitlines()) == {"ActiveState=active", f"LimitNOFILE={files}", "NeedDaemonReload=no"}
 
@@ -76,7 +76,7 @@ def test_prometheus_reaches_every_target_and_has_the_jobs() -> None:
         answer = json.loads(node("ctl").check_output(f"{opened} 'https://{address}:9090/api/v1/{path}'"))
         return dict(answer["data"])
 
-    # Not the metric up, which has targets of the package's own configuration for five minutes more.
+    # Not the metric `up`, which still has targets of the package's own configuration for five minutes.
     def down() -> list[str]:
         targets = asked("targets?state=active")["activeTargets"]
         wrong = [f"{target['scrapeUrl']}: {target['lastError']}" for target in targets if target["health"] != "up"]

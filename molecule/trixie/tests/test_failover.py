@@ -1,4 +1,4 @@
-"""The primary controller is killed while jobs run and wait: the backup goes on with them, and gives them back."""
+"""The primary controller is killed while jobs run and wait: the backup takes them over, and later returns them."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ PRIMARY, BACKUP = CONTROLLERS
 
 
 def until(file: str) -> str:
-    """Returns a command that ends when a file is there."""
+    """Returns a command that ends when a file exists."""
     return f"until [ -e {file} ]; do sleep 1; done"
 
 
 def answers(seconds: int = 5) -> bool:
-    """Returns whether a controller has the queue and answers soon."""
+    """Returns whether a controller lists the queue within `seconds`."""
     return bool(node(PRIMARY).run(f"timeout {seconds} squeue --noheader").rc == 0)
 
 
 def stopped(name: str) -> None:
-    """Kills a controller, which stays away until somebody starts it."""
+    """Kills a controller; it stays down until `started`."""
     node(name).check_output("systemctl mask --runtime slurmctld && systemctl kill --signal=KILL slurmctld")
 
 
@@ -34,7 +34,7 @@ def started(name: str) -> None:
 
 @pytest.fixture
 def both() -> Iterator[None]:
-    """Both controllers run again afterwards, and nothing is left in the queue."""
+    """Restarts both controllers and empties the queue afterwards."""
     node(PRIMARY).check_output(f"rm -f {GO}-1 {GO}-2")
     yield
     for name in CONTROLLERS:
@@ -48,7 +48,7 @@ def test_a_backup_controller_goes_on_with_the_jobs_and_gives_them_back(both: Non
     wait_for("the job", lambda: accounts(running, "State") == "RUNNING")
     began = accounts(running, "Start")
     waiting = queued(f"--dependency=afterok:{running}", command=until(f"{GO}-2"))
-    # A controller writes its state within five seconds: a backup knows nothing of what is newer.
+    # A controller writes its state within five seconds: a backup has no newer changes.
     time.sleep(7)
 
     stopped(PRIMARY)
@@ -63,7 +63,7 @@ def test_a_backup_controller_goes_on_with_the_jobs_and_gives_them_back(both: Non
     submitted = queued(command="true")
     wait_for("a job submitted to the backup", lambda: accounts(submitted, "State") == "COMPLETED")
 
-    # The primary goes on where the backup is, and needs it no more.
+    # The primary takes over from the backup, and no longer needs it.
     def stood_by() -> int:
         return int(node(BACKUP).check_output("grep --count 'running in background mode' /var/log/slurm/slurmctld.log"))
 
@@ -71,12 +71,12 @@ def test_a_backup_controller_goes_on_with_the_jobs_and_gives_them_back(both: Non
     started(PRIMARY)
     wait_for("the backup standing by", lambda: stood_by() > before, 90)
     stopped(BACKUP)
-    assert answers(), "the primary has the queue"
+    assert answers(), "the primary does not respond"
     node(PRIMARY).check_output(f"touch {GO}-2")
     wait_for("the job's end under the primary", lambda: accounts(waiting, "State") == "COMPLETED")
     assert int(queued()) > int(submitted)
 
-    # Nothing ran twice, and the accounts have all of it.
+    # Nothing ran twice, and the accounts are complete.
     rows = as_user(
         f"sacct --noheader --allocations --parsable2 --duplicates --jobs={running},{waiting},{submitted} "
         "--format=jobid,state,exitcode"

@@ -1,4 +1,4 @@
-"""SLURM's next release in Debian's mirrors, on a cluster that works: jobs run, wait and are queued meanwhile."""
+"""Upgrade to SLURM's next release in Debian's mirrors, while jobs run, wait and are queued."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ UPGRADE = ["playbooks/upgrade.yml", "-e", f"upgrade_release={LATER}"]
 
 
 def installed(name: str) -> str:
-    """Returns the release of SLURM on a node, as 24.11."""
+    """Returns the release of SLURM on a node, such as 24.11."""
     version = node(name).check_output("dpkg-query --showformat='${Version}' --show slurm-client")
     return ".".join(version.split(".")[:2])
 
 
 def serves() -> str:
-    """Returns the release that the controller answers with."""
+    """Returns the release that the controller reports; empty if it does not respond."""
     found = re.search(r"SLURM_VERSION\s*=\s*(\d+\.\d+)", node("ctl").run("scontrol show config").stdout)
     return found[1] if found else ""
 
 
 @pytest.fixture(scope="module")
 def later() -> str:
-    """Debian's next release among the nodes' apt sources, which takes nothing from it by itself; returns its SLURM."""
+    """Adds Debian's next release to the nodes' apt sources, with low priority; returns its release of SLURM."""
     for name in (*CONTROLLERS, *COMPUTE):
         host = node(name)
         # Lists of testing are valid for a week, and a mirror may be a copy of an earlier day.
@@ -44,7 +44,7 @@ def later() -> str:
 
 
 def history() -> set[str]:
-    """Returns what the accounts have of the jobs that have completed."""
+    """Returns the completed jobs in the accounts."""
     span = "--starttime=now-1days --endtime=now --state=completed"
     fields = "jobid,user,account,start,end,exitcode"
     return set(as_user(f"sacct --noheader --allocations --parsable2 {span} --format={fields}").splitlines())
@@ -85,7 +85,7 @@ def test_a_batch_that_fails_stops_the_upgrade_and_the_same_command_completes_it(
     reason = node("ctl").check_output("scontrol --oneliner show node n1")
     assert "DRAIN" in reason
     assert "Reason=upgrade.yml failed: " in reason
-    # An older slurmd under the new controller: what runs there runs on.
+    # An older slurmd under the new controller: running jobs continue.
     assert states()["n2"] in ("mixed", "allocated")
     assert accounts(running, "State,Start") == f"RUNNING|{began}"
 
@@ -101,7 +101,7 @@ def test_a_batch_that_fails_stops_the_upgrade_and_the_same_command_completes_it(
     assert accounts(running, "State,Start,ExitCode") == f"COMPLETED|{began}|0:0"
     wait_for("the array", lambda: accounts(array, "State").split() == ["COMPLETED"] * 6)
     restarts = "sacct --noheader --allocations --parsable2 --duplicates --format=jobid --jobs="
-    assert len(as_user(f"{restarts}{running},{array}").split()) == 7, "nothing was requeued"
+    assert len(as_user(f"{restarts}{running},{array}").split()) == 7, "a job was requeued"
     assert had <= history()
     assert states() == {"n1": "idle", "n2": "idle"}
 
@@ -123,7 +123,7 @@ def test_a_node_that_asks_for_it_is_restarted_before_its_validation(later: str) 
         output = played(*UPGRADE, "-e", "upgrade_everything=true")
         power.result()
     assert [name for name in COMPUTE if booted(name) != before[name]] == ["n2"]
-    # Its batch is the last: a job of the validation ran there after the restart.
+    # Its batch is the last: the validation job ran there after the restart.
     assert output.index("TASK [Restart the machine]") < output.rindex("TASK [Run the job]")
     assert states() == {"n1": "idle", "n2": "idle"}
     assert as_user("srun --mem=50 --nodelist=n2 hostname") == "n2"
