@@ -10,7 +10,7 @@ import time
 import urllib.error
 import urllib.request
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -36,6 +36,8 @@ class Release:
     models: list[str]
     url: str = ""
     seen: list[str] = field(default_factory=list)
+    lists: threading.Event = field(default_factory=threading.Event)
+    """Set: `/v1/models` responds."""
 
     def handler(self) -> type[BaseHTTPRequestHandler]:
         release = self
@@ -48,6 +50,7 @@ class Release:
                 self.rfile.read(int(self.headers.get("Content-Length", 0)))
                 answer: Any = {"name": release.name, "key": self.headers.get("Authorization")}
                 if self.path == "/v1/models":
+                    release.lists.wait(30)
                     answer = {"data": [{"id": model, "object": "model"} for model in release.models]}
                 elif self.path == "/list_workers":
                     answer = {"urls": []}
@@ -69,8 +72,12 @@ class Release:
 
 
 @contextmanager
-def running(name: str, *models: str, tls: tuple[Path, Path] | None = None, port: int = 0) -> Iterator[Release]:
+def running(
+    name: str, *models: str, tls: tuple[Path, Path] | None = None, port: int = 0, lists: bool = True
+) -> Iterator[Release]:
     release = Release(name, list(models))
+    if lists:
+        release.lists.set()
     with ThreadingHTTPServer(("127.0.0.1", port), release.handler()) as server:
         server.daemon_threads = True
         scheme, host = "http", "127.0.0.1"
@@ -110,11 +117,11 @@ def fronting(folder: Path, own: Release, *others: tuple[Release | str, float], *
         thread.start()
         url = f"http://127.0.0.1:{listening.getsockname()[1]}"
         try:
-            end = time.monotonic() + 30
-            while own.models[0] not in models(url):
-                assert time.monotonic() < end
-                time.sleep(0.05)
-            time.sleep(0.5)
+            if own.lists.is_set():
+                wait_until(lambda: own.models[0] in models(url))
+                time.sleep(0.5)
+            else:
+                wait_until(lambda: models(url) == [])
             yield url
         finally:
             server.should_exit = True
@@ -131,6 +138,13 @@ def send(url: str, path: str, body: object = None, **headers: str) -> tuple[int,
             return answer.status, json.load(answer), answer.headers.get("x-ictx-served-by", "")
     except urllib.error.HTTPError as error:
         return error.code, json.load(error), ""
+
+
+def wait_until(true: Callable[[], bool]) -> None:
+    end = time.monotonic() + 30
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 def models(url: str) -> list[str]:
@@ -195,6 +209,19 @@ def test_what_stands_in_when_a_release_is_gone(tmp_path: Path) -> None:
             status, answer, _ = send(url, "/v1/completions", {"model": "huge"})
             assert status == 503
             assert "is not known yet: 127.0.0.1 has not responded yet" in answer["error"]["message"]
+
+
+def test_a_new_pod_is_ready_once_it_has_queried_every_release(tmp_path: Path) -> None:
+    with running("one", "small", lists=False) as one, running("two", "large", lists=False) as two:
+        gone = "http://127.0.0.1:9"
+        with fronting(tmp_path, one, (two, 100), (gone, 100)) as url:
+            for release in (one, two):
+                assert send(url, "/health")[0] == 503
+                release.lists.set()
+                wait_until(lambda name=release.models[0]: name in models(url))  # type: ignore[misc]
+            assert send(url, "/health")[0] == 200, "a release that does not respond does not hold it back"
+            for model in ("small", "large"):
+                assert send(url, "/v1/completions", {"model": model})[0] == 200
 
 
 def test_a_connection_that_is_refused_goes_to_the_next_release() -> None:

@@ -50,6 +50,8 @@ class Backend:
     cards: list[dict[str, Any]] | None = None
     """`data` of `/v1/models`; None until the first response."""
     up: bool = False
+    tried: bool = False
+    """Whether it has been queried for its list, with or without success."""
     _noted: str = ""
 
     def note(self, text: str) -> None:
@@ -78,11 +80,16 @@ class Backends:
         return self.every[0]
 
     async def follow(self, session: aiohttp.ClientSession, replicas: Replicas, seconds: float) -> None:
-        """Updates the backends' lists of models until it is cancelled."""
-        while True:
-            self.own.url = replicas.urls[0] if replicas.urls else ""
-            await asyncio.gather(*(self._look(session, backend) for backend in self.every))
-            await asyncio.sleep(seconds)
+        """Updates the backends' lists of models until it is cancelled; a slow backend does not delay the others."""
+
+        async def each(backend: Backend) -> None:
+            while True:
+                if backend is self.own:
+                    backend.url = replicas.urls[0] if replicas.urls else ""
+                await self._look(session, backend)
+                await asyncio.sleep(seconds)
+
+        await asyncio.gather(*(each(backend) for backend in self.every))
 
     async def _look(self, session: aiohttp.ClientSession, backend: Backend) -> None:
         try:
@@ -94,11 +101,20 @@ class Backends:
                 answer.raise_for_status()
                 backend.cards = [card for card in (await answer.json())["data"] if isinstance(card["id"], str)]
         except (OSError, aiohttp.ClientError, TimeoutError, ValueError, LookupError, TypeError) as error:
-            backend.up = False
+            backend.up, backend.tried = False, backend.tried or bool(backend.url)
             backend.note(f"cannot list models: {error or type(error).__name__}")
             return
-        backend.up = True
+        backend.up = backend.tried = True
         backend.note(f"serves {', '.join(sorted(backend.models))}")
+
+    def ready(self, own: bool) -> bool:
+        """Returns whether a model can be served, and each release that may serve it has been queried once.
+
+        `own` is whether this release has a ready replica. A new pod is not ready before: it would refuse requests for
+        models whose release it has not queried yet.
+        """
+        pending = [each for each in self.every if not each.tried and (own or each is not self.own)]
+        return not pending and (own or any(each.up for each in self.every))
 
     def listed(self) -> bytes:
         """Returns the response of `/v1/models`: the models of all available backends, each name once."""

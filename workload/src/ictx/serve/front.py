@@ -113,14 +113,15 @@ class Front:
         await send({"type": "lifespan.shutdown.complete"})
 
     async def _health(self, send: Send) -> None:
-        """Sends 200 if the router has a ready replica, or another release responds."""
+        """Sends 200 if the router has a ready replica, or another release responds, and all lists were queried once."""
         assert self._session is not None, "the server has not started"
         try:
             async with self._session.get(f"{self._replicas.router}/readiness") as answer:
                 ready = answer.status == 200
         except (aiohttp.ClientError, TimeoutError):
             ready = False
-        ready = ready or (self._backends is not None and any(backend.up for backend in self._backends.every))
+        if self._backends:
+            ready = self._backends.ready(ready)
         await _answer(send, 200 if ready else 503, "no replica is ready")
 
     async def _releases(self, scope: Message, body: bytes) -> list[Backend]:
