@@ -38,9 +38,9 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> None:
         (90, torch.bfloat16, "auto", "flash4", "fastest here: forward and backward of 32,768 tokens"),
         (100, torch.float16, "auto", "flash4", "it is made for this architecture"),
         (100, torch.float16, "flash4", "flash4", "ICTX_KERNELS=flash4"),
-        (80, torch.bfloat16, "auto", "triton", "a GPU that the kernel is built for"),
-        (80, torch.bfloat16, "flash4", "triton", "FlashAttention 4 is not taken: compute capability 8.0 is neither 9"),
-        (90, torch.float32, "auto", "torch", "FlashAttention 4 is not taken: it has no float32"),
+        (80, torch.bfloat16, "auto", "triton", "the kernel supports this GPU"),
+        (80, torch.bfloat16, "flash4", "triton", "FlashAttention 4 is not used: compute capability 8.0 is neither 9"),
+        (90, torch.float32, "auto", "torch", "FlashAttention 4 is not used: it has no float32"),
         (90, torch.bfloat16, "triton", "triton", "ICTX_KERNELS=triton"),
         (90, torch.bfloat16, "torch", "torch", "ICTX_KERNELS=torch"),
     ],
@@ -58,7 +58,7 @@ def test_the_choice_and_why(
 def test_where_bits_must_repeat_it_does_not_attend(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
     choice = dispatch.choose("mla_attention", CPU, torch.bfloat16, cc=90)
-    assert choice.name == "triton" and "is not taken: its gradients differ from run to run" in choice.reason
+    assert choice.name == "triton" and "is not used: its gradients are not deterministic" in choice.reason
 
 
 @pytest.mark.parametrize("version", [None, "4.0.0b1"])

@@ -76,7 +76,7 @@ def test_without_kernels_vllm_s_own_stays(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv(dispatch.VARIABLE, "triton")
     reason = refused(Served(**FACTS | {"dtype": torch.float32}))
     assert reason is not None and reason.startswith("ICTX_KERNELS=triton, but mla_decode cannot use Triton here")
-    assert refused(cpu) == f"{reason.split(': ')[0]}: device cpu is no NVIDIA GPU"
+    assert refused(cpu) == f"{reason.split(': ')[0]}: device cpu is not an NVIDIA GPU"
     monkeypatch.delenv(dispatch.VARIABLE)
     monkeypatch.setattr(dispatch, "have_triton", lambda: False)
     assert refused(Served(**FACTS)) == "Triton is not installed"

@@ -1,1 +1,1 @@
-"""Multi-head Latent Attention's operations: Triton kernels, and a PyTorch reference of each."""
+"""Operations of Multi-head Latent Attention: Triton kernels, each with a PyTorch reference."""

@@ -1,4 +1,4 @@
-"""How a multiprocessor divides its memory between the L1 cache and shared memory while a kernel runs."""
+"""Sets how a multiprocessor divides its memory between the L1 cache and shared memory while a kernel runs."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ import functools
 from typing import Any
 
 PREFERRED_CARVEOUT = 9
-"""CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT of CUDA's driver: percent of shared memory, -1 for its choice."""
+"""CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT of the CUDA driver: percent of shared memory, -1: default."""
 
 
 def prefer_l1(launched: Any) -> None:
-    """Leaves a kernel as much L1 cache as there can be, from its next launch on.
+    """Gives a kernel the largest possible L1 cache, from its next launch on.
 
-    The driver chooses by itself until then: a launch that begins while a kernel with much shared memory runs gets that
-    kernel's division, and loses the vector that its programs read again and again (2 to 6 % of a step on an H200).
+    By default the driver chooses: a launch that begins while a kernel with much shared memory runs gets that kernel's
+    division, and the vector that its programs read repeatedly is evicted (2 to 6 % of a step on an H200).
 
     Args:
-        launched: what a launch returned: Triton's compiled kernel, or None where nothing was launched.
+        launched: the return value of a launch: Triton's compiled kernel, or None if nothing was launched.
     """
     if launched is not None and launched.function:
         _prefer_l1(launched.function)
@@ -25,11 +25,11 @@ def prefer_l1(launched: Any) -> None:
 
 @functools.cache
 def _prefer_l1(function: int) -> None:
-    """Sets the attribute once. It is a hint, without which a kernel is only slower: its result is not checked."""
+    """Sets the attribute once. The status is not checked: the attribute is a hint that affects only speed."""
     _driver().cuFuncSetAttribute(ctypes.c_void_p(function), PREFERRED_CARVEOUT, 0)
 
 
 @functools.cache
 def _driver() -> ctypes.CDLL:
-    """Returns CUDA's driver, by which the kernel was launched."""
+    """Returns the CUDA driver, which launched the kernel."""
     return ctypes.CDLL("libcuda.so.1")

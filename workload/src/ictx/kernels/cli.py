@@ -117,7 +117,7 @@ def run_build(arguments: argparse.Namespace) -> int:
         raise UserError("Triton is not installed: pip install triton")
     targets = tuple(arguments.target or TARGETS)
     if unknown := sorted(set(targets) - set(TARGETS)):
-        raise UserError(f"--target has {unknown[0]}: expected some of {', '.join(map(str, TARGETS))}")
+        raise UserError(f"--target has {unknown[0]}: expected one or more of {', '.join(map(str, TARGETS))}")
     faulty = 0
     print(f"{'target':7} {'variant':66} {'registers':>9} {'spilled':>7} {'shared':>7} {'matrix':>6} {'cubin':>7}")
     for report in build(arguments.cache or default_cache(), targets, drive, arguments.jobs):

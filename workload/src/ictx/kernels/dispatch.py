@@ -1,4 +1,4 @@
-"""Which implementation runs: decided in one place from device, dtype and shape; the reason is available on request."""
+"""Selects the implementation of each operation from device, dtype and shape, and reports the reason."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ VARIABLE = "ICTX_KERNELS"
 """Environment variable that forces an implementation: auto (the default), triton, torch, or a library where it can."""
 OPERATIONS = ("mla_attention", "mla_decode", "mla_prefill", "mla_rope_cache", "decode_products")
 LIBRARIES = {"flash4": "FlashAttention 4", "cudnn": "cuDNN"}
-"""What may attend in training in place of our kernel."""
+"""Libraries that may replace our attention kernel in training."""
 FLASH4 = "4.0.0b36"
-"""Version of flash-attn-4 that is called: others of this alpha may differ in what is not public."""
+"""Supported version of flash-attn-4. We call its private functions, which may change between alpha releases."""
 OLDEST = 75
 """Lowest compute capability that Triton kernels are built for."""
 
 
 EARLY = 90
-"""Lowest compute capability at which a launch may begin before the one before it has ended."""
+"""Lowest compute capability with programmatic dependent launch: a kernel may begin before the previous one ends."""
 
 
 FAST_TARGET = 90
-"""Compute capability of cards with memory of two kinds."""
+"""Compute capability whose GPUs have either HBM3 or HBM3e."""
 FAST_MEMORY = 100e9
-"""Bytes of memory that only those of these cards exceed whose memory is HBM3e: H200, GH200 144 GB."""
+"""Memory size in bytes above which such a GPU has HBM3e: H200, GH200 144 GB."""
 
 
 standing_for: int | None = None
-"""Compute capability that every device passes for, while kernels are compiled for a GPU that is not here."""
+"""Compute capability assumed for every device during ahead-of-time compilation; None otherwise."""
 standing_fast = False
-"""Whether such a GPU passes for one of fast memory, for every cache (see `fast_memory`)."""
+"""Whether that GPU is assumed to have fast memory, for every cache (see `fast_memory`)."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def interpreted() -> bool:
 
 
 def capability(device: torch.device) -> int:
-    """Returns the compute capability as one number, such as 90, or 0 where the device is no NVIDIA GPU."""
+    """Returns the compute capability as one number, such as 90, or 0 if the device is not an NVIDIA GPU."""
     if standing_for is not None:
         return standing_for
     if device.type != "cuda" or torch.version.hip:
@@ -79,9 +79,10 @@ def _total_memory(device: torch.device) -> int:
 
 
 def fast_memory(device: torch.device, stored: str | None = None) -> bool:
-    """Whether a GPU's memory delivers a cache faster than its compute capability implies.
+    """Whether a GPU reads a cache faster than its compute capability implies.
 
-    An H200 reads 4.8 TB/s, an H100 3.35; a quantised cache has half the bytes, so on an H100 its tokens come as fast.
+    An H200 reads 4.8 TB/s, an H100 3.35 TB/s. A quantised cache has half the bytes, so its tokens are read as fast on
+    an H100.
     """
     if standing_for is not None:
         return standing_fast
@@ -89,22 +90,22 @@ def fast_memory(device: torch.device, stored: str | None = None) -> bool:
 
 
 def half(cc: int) -> torch.dtype:
-    """Returns the 16-bit dtype that is measured and compiled for on a GPU of a compute capability."""
+    """Returns the 16-bit dtype that kernels are tuned and compiled for on a compute capability."""
     return torch.bfloat16 if cc >= 80 else torch.float16
 
 
 def launches_early(device: torch.device) -> bool:
-    """Whether kernels may begin before the launch before them has ended (programmatic dependent launch)."""
+    """Whether kernels may begin before the previous launch ends (programmatic dependent launch)."""
     return capability(device) >= EARLY and not interpreted()
 
 
 def launch_options(early: bool) -> dict[str, bool]:
-    """Returns the compile-time parameter and the launch option of such kernels."""
+    """Returns the compile-time parameter and the launch option for programmatic dependent launch."""
     return {"DEPENDENT": early} | ({"launch_pdl": True} if early else {})
 
 
 def constant(function: F) -> F:
-    """Makes a function's result a constant for torch.compile: for what does not change while a process trains."""
+    """Makes a function's result a constant for torch.compile; it must not change while a process trains."""
     return cast(F, torch.compiler.assume_constant_result(function))  # type: ignore[no-untyped-call]
 
 
@@ -123,12 +124,12 @@ def choose(
     """Returns the implementation for an operation's inputs; `cc` replaces the device's compute capability.
 
     Args:
-        shape: what the kernel cannot do with the inputs' shape.
-        equal: whether all documents are equally long.
-        flash4: whether FlashAttention 4 has the inputs' widths, and gets the boundaries of their documents.
+        shape: why the kernel does not support the inputs' shape; None if it does.
+        equal: whether all documents have the same length.
+        flash4: whether FlashAttention 4 supports the inputs' widths, and the document boundaries are available.
 
     Raises:
-        UserError: the environment variable has no such value, or forces Triton where it cannot run.
+        UserError: the environment variable has an unknown value, or forces Triton where it cannot run.
     """
     forced = os.environ.get(VARIABLE, "auto")
     if forced not in ("auto", "triton", "torch", *LIBRARIES):
@@ -141,18 +142,18 @@ def choose(
         for name, reason in _libraries(cc, forced):
             if not (lacking := _lacking(name, dtype, cc, equal, flash4)):
                 return Choice(name, "; ".join([reason, *passed]))
-            passed.append(f"{LIBRARIES[name]} is not taken: {lacking}")
+            passed.append(f"{LIBRARIES[name]} is not used: {lacking}")
     obstacle = shape or _obstacle(operation, device, dtype, stored, cc)
     if obstacle and forced == "triton":
         raise UserError(f"{VARIABLE}=triton, but {operation} cannot use Triton here: {obstacle}")
     if obstacle:
         return Choice("torch", "; ".join([obstacle, *passed]))
-    where = "Triton's interpreter" if interpreted() else "a GPU that the kernel is built for"
+    where = "Triton's interpreter" if interpreted() else "the kernel supports this GPU"
     return Choice("triton", "; ".join([f"{VARIABLE}=triton" if forced == "triton" else where, *passed]))
 
 
 def _libraries(cc: int, forced: str) -> list[tuple[str, str]]:
-    """Returns the libraries that may attend on a compute capability, the fastest first, and why."""
+    """Returns the libraries that may compute attention on a compute capability, the fastest first, and the reasons."""
     if forced in LIBRARIES:
         return [(forced, f"{VARIABLE}={forced}")]
     measured = tuned.section("libraries")["mla_attention"].get(f"sm_{cc}", [])
@@ -160,19 +161,19 @@ def _libraries(cc: int, forced: str) -> list[tuple[str, str]]:
 
 
 def _lacking(library: str, dtype: torch.dtype, cc: int, equal: bool, flash4: bool) -> str | None:
-    """Returns what a library lacks for attention of a dtype on a compute capability, or None."""
+    """Returns why a library cannot compute attention of a dtype on a compute capability, or None."""
     if dtype not in (torch.float16, torch.bfloat16):
         return f"it has no {str(dtype).removeprefix('torch.')}"
     if standing_for is not None or interpreted():
-        return "our kernels are wanted"
+        return "ahead-of-time compilation and the interpreter use our kernels"
     if torch.are_deterministic_algorithms_enabled():
-        return "its gradients differ from run to run"
+        return "its gradients are not deterministic"
     if library == "cudnn":
         if cc < 90:
             return f"compute capability {cc / 10} is below 9.0"
-        return None if equal else "documents of several lengths"
+        return None if equal else "documents differ in length"
     if not flash4:
-        return "other widths, or documents whose edges are not known"
+        return "unsupported head widths, or unknown document boundaries"
     if cc // 10 not in (9, 10):
         return f"compute capability {cc / 10} is neither 9 nor 10"
     found = flash4_version()
@@ -189,21 +190,21 @@ def flash4_version() -> str | None:
 
 
 def takes_edges(device: torch.device) -> bool:
-    """Whether packed documents may be attended to by a library that gets the beginning of each."""
+    """Whether attention over packed documents may use a library that requires the first token of each document."""
     return device.type == "cuda" and _lacking("flash4", torch.bfloat16, capability(device), False, True) is None
 
 
 def _obstacle(operation: str, device: torch.device, dtype: torch.dtype, stored: str | None, cc: int) -> str | None:
-    """Returns what keeps the Triton kernel from running, or None."""
+    """Returns why the Triton kernel cannot run, or None."""
     if not have_triton():
         return "Triton is not installed"
     if dtype not in (torch.float16, torch.bfloat16):
         return f"dtype {str(dtype).removeprefix('torch.')} is neither float16 nor bfloat16"
     if interpreted():
-        # It holds bfloat16 as 16-bit integers, and multiplies these.
-        return "Triton's interpreter multiplies float16 alone" if dtype != torch.float16 else None
+        # It stores bfloat16 as 16-bit integers and multiplies those.
+        return "Triton's interpreter supports only float16" if dtype != torch.float16 else None
     if device.type != "cuda" and not cc:
-        return f"device {device.type} is no NVIDIA GPU"
+        return f"device {device.type} is not an NVIDIA GPU"
     return refused(operation, cc, dtype, stored)
 
 

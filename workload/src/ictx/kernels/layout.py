@@ -2,12 +2,12 @@
 
 A cached token is one row: the normed latent (512 values), then the rotated key that all heads share (64 values). A
 layer's cache is one tensor [blocks, block_size, row]; a block table [batch, max_blocks] (int32) lists the blocks of
-each sequence, and without a table block b belongs to sequence b.
+each sequence. Without a table, block b belongs to sequence b.
 
-Quantised caches are bytes, 656 for each token: 512 of the latent as int8 (with 128 added) or fp8 (e4m3), four float32
-scales (one per 128 values), and 64 16-bit values of the key, which stays as it is. Within a block the latents of all
-tokens lie together, then the scales (those of group 0, those of group 1, and so on), then the keys: 656 is no multiple
-of 32, and rows of so many bytes cost half as many memory transactions again (measured with hardware counters).
+A quantised cache is uint8, 656 bytes per token: 512 bytes of latent as int8 (with 128 added) or fp8 (e4m3), four
+float32 scales (one per 128 values), and 64 16-bit values of the key, which is not quantised. A block stores the
+latents of all tokens, then the scales (those of group 0, those of group 1, and so on), then the keys: 656 is not a
+multiple of 32, and rows of that size cost 1.5 times as many memory transactions (measured with hardware counters).
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ QK_DIM = 192
 V_DIM = 128
 
 QUANTISED = {"int8": torch.uint8, "fp8": torch.float8_e4m3fn}
-"""What the latent of a quantised cache is stored as."""
+"""Storage dtype of the latent in a quantised cache."""
 LARGEST = {"int8": 127.0, "fp8": 448.0}
-"""What a group's largest magnitude is scaled to."""
+"""Value that a group's largest magnitude is scaled to."""
 OFFSET = 128
-"""What is added to an int8 before it is stored, unsigned: so a byte becomes a 16-bit number in two instructions."""
+"""Added to an int8 before it is stored as unsigned, so that a byte converts to a 16-bit number in two instructions."""
 
 
 def parts(cache: Tensor, stored: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -48,24 +48,24 @@ def parts(cache: Tensor, stored: str, dtype: torch.dtype) -> tuple[Tensor, Tenso
 
 
 def check(cache: Tensor, dtype: torch.dtype, stored: str | None) -> None:
-    """Raises ValueError where a cache is not as the kernels read it; `dtype` is that of what is not quantised."""
+    """Raises ValueError if the kernels cannot read a cache; `dtype` is that of values that are not quantised."""
     row, dtype = (ROW_BYTES, torch.uint8) if stored else (ROW, dtype)
     if cache.dim() != 3 or cache.shape[-1] != row or cache.dtype != dtype:
         raise ValueError(f"cache is {list(cache.shape)} {cache.dtype}: expected [blocks, block_size, {row}] {dtype}")
     if cache.stride(2) != 1 or cache.stride(1) != row or cache.stride(0) % row:
-        raise ValueError("the rows of the cache do not follow one another, or its blocks are not whole rows apart")
+        raise ValueError("cache has rows that are not contiguous, or a block stride that is not a multiple of the row")
     if cache.data_ptr() % 16:
-        raise ValueError("the cache does not begin at a multiple of 16 bytes")
+        raise ValueError("cache is not aligned to 16 bytes")
 
 
 def flat(cache: Tensor) -> Tensor:
-    """Returns a cache's storage from its first row on as one dimension; bytes so many that they view as float32."""
+    """Returns a cache's storage from its first row on, 1-D; bytes are truncated to a multiple of 4 (float32)."""
     count = cache.untyped_storage().nbytes() // cache.element_size() - cache.storage_offset()
     return cache.as_strided((count // 4 * 4 if cache.dtype == torch.uint8 else count,), (1,))
 
 
 def quantise_groups(latent: Tensor, stored: str) -> tuple[Tensor, Tensor]:
-    """Returns latents [..., 512] as they are stored, and their scales, float32 [..., 4]."""
+    """Returns latents [..., 512] in their storage dtype, and their scales, float32 [..., 4]."""
     groups = latent.float().reshape(*latent.shape[:-1], GROUPS, GROUP)
     scale = groups.abs().amax(-1) / LARGEST[stored]
     scaled = (groups / torch.where(scale == 0, 1.0, scale)[..., None]).flatten(-2)
@@ -94,7 +94,7 @@ def dequantise(cache: Tensor, stored: str, dtype: torch.dtype) -> Tensor:
 def rows_of(
     cache: Tensor, table: Tensor | None, first: int, end: int, stored: str | None, dtype: torch.dtype
 ) -> Tensor:
-    """Returns cached rows [end - first, 576] of `dtype`, a view where they are so and follow one another."""
+    """Returns cached rows [end - first, 576] in `dtype`: a view if they are contiguous and not quantised."""
     if table is None:
         return dequantise(cache[:1], stored, dtype)[0, first:end].to(dtype) if stored else cache[0, first:end]
     size = cache.shape[1]

@@ -1,4 +1,4 @@
-"""The file of tuned configurations, and of libraries that were measured to be faster: one section a subject."""
+"""The file of tuned configurations, and of libraries measured to be faster than our kernels, by section."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ def section(name: str) -> dict[str, dict[str, Any]]:
 
 
 def save(cc: int, found: Mapping[str, Mapping[str, Any]], out: Path) -> None:
-    """Writes the file to `out`, with found configurations of one target in its sections."""
+    """Writes the file to `out`, updated with the configurations `found` for one target, by section."""
     content = json.loads(FILE.read_text("utf-8"))
     for name, configs in found.items():
         targets = content[name]
         if f"sm_{cc}" not in targets:
-            # A target of its own needs every kind of input: what was not found stays as it was chosen before.
+            # A new target needs an entry for every kind of input: copy those of the target that was used until now.
             older = [int(known.removeprefix("sm_")) for known in targets if int(known.removeprefix("sm_")) <= cc]
             targets[f"sm_{cc}"] = dict(targets[f"sm_{max(older)}"]) if older else {}
         targets[f"sm_{cc}"].update({key: asdict(config) for key, config in configs.items()})

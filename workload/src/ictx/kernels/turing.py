@@ -1,9 +1,9 @@
-"""Tensor cores on Turing (sm_75), where Triton's compiler takes sums of products in their place.
+"""Tensor cores on Turing (sm_75), where Triton's compiler emits scalar multiply-adds instead.
 
-The compiler chooses matrix instructions for sm_80 and newer. Its code generator still knows Turing's, `mma` of
-16 × 8 × 8, and writes them where a product's layout says version 2.1 in place of 2.0; the layouts are the same. So a
-kernel is taken through the compiler's middle stage as if for sm_80, and its layouts are renamed before code is
-generated. The hook is Triton's own for a pass pipeline of a kernel's own; a kernel's key in the cache tells it.
+The compiler selects matrix instructions for sm_80 and newer. Its code generator still supports Turing's, `mma` of
+16 × 8 × 8, and emits them if a product's layout has version 2.1 instead of 2.0; the layouts are the same. So a kernel
+goes through the compiler's middle stage as if for sm_80, and its layouts are renamed before code generation. The hook
+is Triton's public one for custom pass pipelines; it adds to the kernel's cache key.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ AMPERE = 80
 
 
 def tensor_cores(cc: int) -> AbstractContextManager[None]:
-    """Kernels that are launched within use tensor cores on a GPU of compute capability 7.5; others are as always."""
+    """Kernels launched in this context use tensor cores on compute capability 7.5; no effect on others."""
     return _hooked() if cc == TURING else nullcontext()
 
 
@@ -36,7 +36,7 @@ def _hooked() -> Iterator[None]:
 
 
 def pipeline(*call: Any) -> tuple[str, str] | None:
-    """Triton's hook: without arguments what tells the pipeline in keys, else puts the stage in place of Triton's."""
+    """Triton's hook: without arguments returns the pipeline's key and hash, else replaces Triton's stage."""
     if not call:
         return "turing", "'turing'"
     backend, stages, options, _, capability = call
@@ -53,13 +53,13 @@ def renamed(module: Any) -> Any:
     """Returns a module for sm_80 as one for sm_75.
 
     Raises:
-        ValueError: it has what Turing has not: products of another type than float16, or copies that go on beside.
+        ValueError: it uses features that Turing lacks: products of types other than float16, or asynchronous copies.
     """
     from triton._C.libtriton import ir
 
     text = str(module)
     if others := set(re.findall(r"\btt\.dot\b.* : tensor<(?:\d+x)+(\w+),", text)) - {"f16"}:
-        raise ValueError(f"Turing's tensor cores take products of float16, not {', '.join(sorted(others))}")
+        raise ValueError(f"Turing's tensor cores support products of float16, not {', '.join(sorted(others))}")
     if "async_copy" in text:
         raise ValueError("Turing has no asynchronous copies: launch with one stage")
     text = text.replace(f'"cuda:{AMPERE}"', f'"cuda:{TURING}"')
@@ -68,6 +68,6 @@ def renamed(module: Any) -> Any:
         file.write(text)
         file.flush()
         result = ir.parse_mlir_module(file.name, module.context)
-    # As the compiler does for modules that it reads: it must outlive the module.
+    # The context must outlive the module; the compiler does the same for modules that it parses.
     result.context = module.context
     return result

@@ -1,1 +1,1 @@
-"""`mla_attention`: causal attention among the tokens of packed documents, with its gradient."""
+"""`mla_attention`: causal attention within packed documents, with its gradient."""

@@ -1,8 +1,9 @@
 """Backward of causal attention over packed documents (FlashAttention-2, arXiv:2307.08691, algorithm 2).
 
-`keys_values` takes a tile of keys and goes through the queries that see it; `queries` takes a tile of queries and goes
-through their keys. The scores are computed in both, 7 products in place of 5: to add up the queries' gradient in memory
-from the first kernel was slower on an H100, and its order, so its rounding, changed from run to run.
+`keys_values` takes a tile of keys and iterates over the queries that attend to it; `queries` takes a tile of queries
+and iterates over their keys. Both compute the scores, 7 products instead of 5. Accumulating the queries' gradient in
+memory from the first kernel was slower on an H100, and its order of additions, hence its rounding, differed between
+runs.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ def row_sums(
 ):  # fmt: skip
     """sums[0] = lse in base 2, sums[1] = out · grad, which the softmax's derivative subtracts; [heads, padded] each.
 
-    Padding gets weights of 0 by an infinite log-sum-exp.
+    The log-sum-exp of padding is infinite, so that its weights are 0.
     """
     head = tl.program_id(1)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -41,17 +42,17 @@ def through_queries(
     D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr,
     TMA: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Adds the share of the queries from `low` to `high`: one loop, in which all are masked.
+    """Adds the contribution of the queries from `low` to `high`, in one loop that masks all of them.
 
-    With a loop for the masked ones and a loop for the others, the assembler for sm_90 finds that registers of sums
-    change hands between the two, and lets no product run beside other work (its note C7515): 40 ms became 34 ms.
+    With separate loops for masked and unmasked queries, accumulator registers are moved between the loops, and the
+    assembler for sm_90 serialises the products with other work (its note C7515). One loop: 40 ms became 34 ms.
     """
     offs_m = tl.arange(0, BLOCK_M)
     for start in tl.range(low, high, BLOCK_M, num_stages=STAGES):
         start = tl.multiple_of(start, BLOCK_M)
         row = start + offs_m
         q_0 = fetch(q_0_src, q_token, q_col, start, rows, BLOCK_M, D0, TMA)
-        # Keys are the rows of these products, so that weights and their gradients are left operands as they are.
+        # Keys are the rows of these products, so that weights and their gradients are left operands without transposes.
         score = tl.dot(k_0, tl.trans(q_0))
         if D1 > 0:
             q_1 = fetch(q_1_src, q_token, q_col, start, rows, BLOCK_M, D1, TMA)
@@ -123,7 +124,7 @@ def through_keys(
     D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
     TMA: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Adds the share of the keys from `low` to `high`."""
+    """Adds the contribution of the keys from `low` to `high`."""
     for start in tl.range(low, high, BLOCK_N, num_stages=STAGES):
         k_0 = fetch(k_0_src, k_token, k_col, start, rows, BLOCK_N, D0, TMA)
         score = tl.dot(q_0, tl.trans(k_0))

@@ -1,6 +1,6 @@
 """FlashAttention 4 (the package `flash-attn-4`, written in the CuTe DSL) as one operation, for `mla_attention`.
 
-Each process compiles its kernels at the first call, in some seconds.
+Each process compiles its kernels at the first call, which takes a few seconds.
 """
 
 from __future__ import annotations
@@ -11,21 +11,21 @@ import torch
 from torch import Tensor
 
 WIDTHS = (192, 128)
-"""Columns of a head's queries and values: DeepSeek's, which it has on all architectures that it is made for."""
+"""Columns of a head's queries and values: DeepSeek's, which the package supports on all of its architectures."""
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, rows: int, edges: Tensor | None) -> Tensor:
     """Returns causal attention within each document, [tokens, heads, value width], differentiable.
 
     Args:
-        rows: equally long documents that the tokens are, or 0.
-        edges: first token of each document and the end of the last, int32 [documents + 1], where `rows` is 0.
+        rows: number of documents if all have the same length, else 0.
+        edges: first token of each document and the end of the last, int32 [documents + 1]; required if `rows` is 0.
     """
     return forward(q, k, v, scale, rows, edges)[0]
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, scale: float, rows: int, edges: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Returns the same, and the scores' log-sum-exp, float32 [heads, tokens]."""
+    """Returns the result of `attend`, and the scores' log-sum-exp, float32 [heads, tokens]."""
     if not rows:
         return cast("tuple[Tensor, Tensor]", torch.ops.ictx.flash_attention_4(q, k, v, scale, edges))
     out, lse = torch.ops.ictx.flash_attention_4(*(_rows(x, rows) for x in (q, k, v)), scale, None)
@@ -36,7 +36,7 @@ def backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, rows: int,
     edges: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Returns the gradients of q, k and v, given that of `out`, and what `forward` returned."""
+    """Returns the gradients of q, k and v from the gradient of `out` and the results of `forward`."""
     if not rows:
         found = torch.ops.ictx.flash_attention_4_backward(grad, q, k, v, out, lse, scale, edges)
         return cast("tuple[Tensor, Tensor, Tensor]", found)

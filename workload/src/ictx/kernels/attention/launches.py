@@ -1,4 +1,4 @@
-"""Launches of the attention kernels: what they take, cut up and laid out as they want it."""
+"""Launches of the attention kernels, and the preparation of their inputs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ictx.kernels.attention.tuning import AttentionConfig, Tiles
 
 
 def widths(columns: int) -> tuple[int, int]:
-    """Returns the two powers of 2, the second at most half of the first or 0, that hold so many columns."""
+    """Returns two powers of 2, the second at most half of the first or 0, whose sum holds that many columns."""
     whole = max(16, 1 << (columns.bit_length() - 1))
     rest = columns - whole
     second = 0 if rest <= 0 else max(16, 1 << (rest - 1).bit_length())
@@ -22,13 +22,13 @@ def widths(columns: int) -> tuple[int, int]:
 
 
 def readable(x: Tensor) -> Tensor:
-    """Returns x [tokens, heads, columns], copied where the kernels cannot read it as it lies."""
+    """Returns x [tokens, heads, columns], copied if the kernels do not support its strides or alignment."""
     aligned = all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:2])
     return x if x.stride(2) == 1 and aligned and x.data_ptr() % 16 == 0 else x.contiguous()
 
 
 def source(x: Tensor, rows: int, columns: int, tma: bool) -> Any:
-    """Returns what a kernel reads tiles of x [tokens, heads, width] through: head h begins at column h · stride."""
+    """Returns a pointer or tensor descriptor for tiles of x [tokens, heads, width]; head h is at column h · stride."""
     if not tma:
         return x
     from triton.tools.tensor_descriptor import TensorDescriptor
@@ -52,9 +52,9 @@ def forward(
     """Launches the forward kernel, which writes `out` and `lse`.
 
     Args:
-        k: the keys' columns in two parts, [tokens, heads, …] each; the heads of a part may be one and the same.
-        shift: key that the first query stands at.
-        carry: whether `out` (float32) and `lse` hold the result over earlier keys, to go on with.
+        k: the keys' columns in two parts, [tokens, heads, …] each; a part may be one head, expanded.
+        shift: position of the first query among the keys.
+        carry: whether `out` (float32) and `lse` hold the result over earlier keys, which the kernel continues.
     """
     from ictx.kernels.attention import triton as kernels
 
@@ -85,7 +85,7 @@ def gradients(
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     if not rows:
         return dq, dk, dv
-    # Whole tiles, so that kernels read them without masks.
+    # Padded to whole tiles, so that the kernels read them without masks.
     padded = -(-rows // 256) * 256
     sums = torch.empty(2, heads, padded, dtype=torch.float32, device=q.device)
     (d0, d1), value = widths(q.shape[-1]), v.shape[-1]

@@ -1,4 +1,4 @@
-"""`mla_attention`: causal attention among the tokens of packed documents, with its gradient, for training."""
+"""`mla_attention`: causal attention within packed documents, with its gradient, for training."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from ictx.kernels.attention.packing import Packing
 from ictx.kernels.attention.tuning import AttentionConfig, attention_config
 
 LIMIT = 1 << 31
-"""Values of a tensor from which on offsets of 32 bits do not reach; our kernels count with 64."""
+"""Tensor size in values from which 32-bit offsets overflow; our kernels use 64-bit offsets."""
 WIDEST, WIDEST_VALUE = 192, 128
-"""Columns of a head's queries and values that the kernels' tiles are cut for."""
+"""Largest widths of a head's queries and values that the kernels' tiles support."""
 
 
 def choice(operation: str, q: Tensor, value_width: int, equal: int = 0, edges: bool = False) -> dispatch.Choice:
-    """Returns which implementation attends with these queries [..., width], and why.
+    """Returns the implementation for these queries [..., width], and the reason.
 
     Args:
-        equal: a `Packing`'s.
-        edges: whether it has its documents' edges.
+        equal: `Packing.equal`.
+        edges: whether the packing has `Packing.edges`.
     """
     wide = q.shape[-1] > WIDEST or value_width > WIDEST_VALUE
     shape = f"heads of {q.shape[-1]} and {value_width} columns are wider than {WIDEST} and {WIDEST_VALUE}"
@@ -45,16 +45,16 @@ def mla_attention(
 ) -> Tensor:
     """Attends causally within each document: softmax(q · kᵀ · scale) · v, differentiable in q, k and v.
 
-    Result and gradients of the Triton kernels have the same bits in each run; `dispatch` takes these, and no library,
-    where `torch.use_deterministic_algorithms` is on.
+    Results and gradients of the Triton kernels are bitwise reproducible; `dispatch` selects them, not a library, if
+    `torch.use_deterministic_algorithms` is on.
 
     Args:
-        q: queries [tokens, heads, width]; the kernels take widths up to 192, PyTorch the others.
+        q: queries [tokens, heads, width]; the kernels support widths up to 192, larger ones use PyTorch.
         k: keys, of the shape and dtype of q.
-        v: values [tokens, heads, value width] in q's dtype; the kernels take value widths up to 128.
+        v: values [tokens, heads, value width] in q's dtype; the kernels support value widths up to 128.
         scale: factor on the scores before the softmax, above 0.
         cu_seqlens: first token of each document in ascending order, and the end of the last, int32 [documents + 1];
-            or a `Packing`, made once for all layers. One document when it is not given.
+            or a `Packing`, made once for all layers. Default: one document.
         config: replaces the tuned configuration.
 
     Returns:
@@ -97,7 +97,7 @@ def mla_attention(
 
 
 def padded(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns them with columns of 0, which change no score, up to the widths that the kernels take."""
+    """Returns the tensors with zero columns appended up to widths that the kernels support; scores do not change."""
     columns = sum(widths(q.shape[-1])) - q.shape[-1]
     value = max(16, 1 << (v.shape[-1] - 1).bit_length()) - v.shape[-1]
     if columns:
@@ -112,9 +112,9 @@ def tiles(device: torch.device) -> list[int]:
 
 
 def cudnn(q: Tensor, k: Tensor, v: Tensor, scale: float, rows: int) -> Tensor:
-    """The same by cuDNN, where the tokens are so many equally long documents."""
+    """Returns the result of `mla_attention` from cuDNN, for tokens of `rows` documents of equal length."""
     q, k, v = (x.view(rows, -1, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
-    # Not by F.scaled_dot_product_attention, which would fall back to a slower kernel without a word.
+    # Not F.scaled_dot_product_attention, which would fall back to a slower kernel without a warning.
     attend = torch.ops.aten._scaled_dot_product_cudnn_attention
     out: Tensor = attend(q, k, v, None, True, 0.0, True, False, scale=scale)[0]
     return out.transpose(1, 2).flatten(0, 1)

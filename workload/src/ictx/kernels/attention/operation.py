@@ -1,4 +1,4 @@
-"""The Triton kernels of `mla_attention` as operations of torch.library, with fakes and the gradient's formula."""
+"""The Triton kernels of `mla_attention` as torch.library operations, with fake implementations and autograd."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from ictx.kernels.attention.tuning import AttentionConfig
 def operation(
     q: Tensor, k: Tensor, v: Tensor, scale: float, first: Tensor | None, end: Tensor | None, tiles: list[int]
 ) -> tuple[Tensor, Tensor]:
-    """The Triton kernels as one operation, which torch.compile and selective recompute see.
+    """Returns the attended values, and the scores' log-sum-exp, float32 [heads, tokens].
 
-    Returns the attended values, and the scores' log-sum-exp [heads, tokens].
+    One operation, so that torch.compile and selective recompute can refer to it.
     """
     q, k, v = readable(q), readable(k), readable(v)
     out, lse = _results(q, v)
@@ -56,7 +56,7 @@ def _results(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 @operation.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, scale: float, first: Tensor | None, end: Tensor | None, tiles: list[int]) -> Any:
     if dispatch.standing_for is not None:
-        # Tensors without memory, but the launches are wanted.
+        # The tensors have no memory, but ahead-of-time compilation records the launches.
         return operation._init_fn(q, k, v, scale, first, end, tiles)
     return _results(q, v)
 
@@ -84,4 +84,4 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, 
 
 operation.register_autograd(_backward, setup_context=_keep)
 OPERATION = torch.ops.ictx.mla_attention.default
-"""The operations' names for selective recompute."""
+"""The operation's name for selective recompute."""

@@ -1,4 +1,4 @@
-"""Where the documents of packed tokens lie."""
+"""Boundaries of the documents in packed tokens."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from ictx.kernels import dispatch
 
 @dataclass(frozen=True)
 class Packing:
-    """Where the documents of packed tokens lie; the same in every layer, so computed once."""
+    """Boundaries of the documents in packed tokens, computed once for all layers."""
 
     first: Tensor
     """First token of each token's document, int32 [tokens]."""
     end: Tensor
     """End of each token's document, int32 [tokens]."""
     equal: int = 0
-    """Documents, where they are known to be equally long without a look at the tensors; otherwise 0."""
+    """Number of documents, if they are known to have equal lengths without reading the tensors; otherwise 0."""
     edges: Tensor | None = None
-    """First token of each document and the end of the last, int32 [documents + 1], where a library may ask for it."""
+    """First token of each document and the end of the last, int32 [documents + 1], if a library may require it."""
 
     @classmethod
     @functools.lru_cache(8)
     def of_rows(cls, rows: int, length: int, device: torch.device) -> Packing:
         """Returns the packing of rows that are one document each."""
-        # Kept for later calls, which may compute gradients where this one does not.
+        # The result is cached for later calls, which may compute gradients even if this one does not.
         with torch.inference_mode(False):
             places = torch.arange(rows * length, dtype=torch.int32, device=device)
             first = places - places % max(length, 1)
@@ -37,7 +37,7 @@ class Packing:
 
     @classmethod
     def of(cls, cu_seqlens: Tensor, tokens: int) -> Packing:
-        """Returns it without waiting for the device. Tokens behind the last document are one more document."""
+        """Returns it without waiting for the device. Tokens after the last document form one more document."""
         places = torch.arange(tokens, dtype=torch.int32, device=cu_seqlens.device)
         document = torch.searchsorted(cu_seqlens, places, right=True)
         edges = F.pad(F.pad(cu_seqlens, (1, 0)), (0, 1), value=tokens)
@@ -45,13 +45,13 @@ class Packing:
 
     @classmethod
     def of_starts(cls, starts: Tensor) -> Packing:
-        """Returns it from whether a document starts at each token, bool [tokens].
+        """Returns the packing, given whether a document starts at each token, bool [tokens].
 
-        Waits for the device only where a library that takes the documents' edges may attend.
+        Waits for the device only if attention may use a library that requires `edges`.
         """
         places = torch.arange(len(starts), dtype=torch.int32, device=starts.device)
         first = torch.where(starts, places, 0).cummax(0).values
-        # The end of a token's document is the first start behind the token.
+        # The end of a token's document is the first start after the token.
         later = F.pad(torch.where(starts, places, len(starts))[1:], (0, 1), value=len(starts))
         end, edges = later.flip(0).cummin(0).values.flip(0), None
         if dispatch.takes_edges(starts.device):

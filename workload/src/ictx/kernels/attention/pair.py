@@ -1,4 +1,4 @@
-"""Attention's forward and backward as two calls, for operations that keep its results themselves."""
+"""Attention's forward and backward pass as two functions, for operations that save the results themselves."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ CUDNN, CUDNN_BACKWARD = (
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, scale: float, packing: Packing) -> tuple[Tensor, Tensor]:
-    """Returns what `mla_attention` does for the same arguments, and the scores' log-sum-exp, float32 [heads, tokens].
+    """Returns the result of `mla_attention` for the same arguments, and the scores' log-sum-exp [heads, tokens].
 
-    Of float64 tensors it is float64.
+    The log-sum-exp is float32, or float64 if the tensors are.
     """
     name = choice("mla_attention", q, v.shape[-1], packing.equal, packing.edges is not None).name
     if name == "torch":
@@ -39,7 +39,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, scale: float, packing: Packing) -> 
 def backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, packing: Packing
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the gradients of q, k and v, given that of `out`, and what `forward` returned."""
+    """Returns the gradients of q, k and v from the gradient of `out` and the results of `forward`."""
     name = choice("mla_attention", q, v.shape[-1], packing.equal, packing.edges is not None).name
     if name == "torch":
         return reference.backward(grad, q, k, v, out, lse, scale, packing.first)
@@ -55,7 +55,7 @@ def backward(
         return flash4.backward(grad, q, k, v, out, lse, scale, packing.equal, packing.edges)
     rows, length = packing.equal, q.shape[0] // packing.equal
     stats = lse.view(-1, rows, length).transpose(0, 1).contiguous()
-    # Without dropout nobody reads the state of random numbers; lengths are for packed documents.
+    # The random seed is unused without dropout; the lengths are used only for packed documents.
     seed = torch.zeros((), dtype=torch.int64, device=q.device)
     gradients = CUDNN_BACKWARD(
         *(_rows(x, rows) for x in (grad, q, k, v, out)), stats[..., None] if _stats_axes(q.device) == 4 else stats,
@@ -71,12 +71,12 @@ def _rows(x: Tensor, rows: int) -> Tensor:
 
 
 def _documents(packing: Packing) -> tuple[Tensor | None, Tensor | None]:
-    """Returns what the kernels take; nothing for one document."""
+    """Returns the kernels' arguments `first` and `end`; None for one document."""
     return (None, None) if packing.equal == 1 else (packing.first, packing.end)
 
 
 @functools.cache
 def _stats_axes(device: torch.device) -> int:
-    """Returns the axes of cuDNN's log-sum-exp: (rows, heads, tokens), and one more in some versions of PyTorch."""
+    """Returns the number of axes of cuDNN's log-sum-exp: 3 (rows, heads, tokens), or 4 in some versions of PyTorch."""
     x = torch.zeros(1, 1, 64, 64, dtype=torch.float16, device=device)
     return int(CUDNN(x, x, x, None, True, 0.0, True, False)[1].dim())

@@ -1,4 +1,4 @@
-"""What `mla_attention` computes, in plain PyTorch: the fallback."""
+"""`mla_attention` in plain PyTorch: the fallback."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 SCORES = 1 << 26
-"""Scores that exist at once in `forward` and `backward`: 256 MiB in float32."""
+"""Scores held at once in `forward` and `backward`: 256 MiB in float32."""
 
 
 def mla_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, bounds: list[int]) -> Tensor:
@@ -23,7 +23,7 @@ def mla_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, bounds: list[in
     for first, end in pairwise([0, *bounds, q.shape[0]]):
         if first < end:
             q_1htd, k_1htd, v_1htv = (x[first:end].transpose(0, 1)[None] for x in (q, k, v))
-            # PyTorch's fused attention on the CPU, unlike on GPUs, requires values as wide as keys.
+            # PyTorch's fused attention on the CPU, unlike on GPUs, requires values with the width of the keys.
             if q.device.type == "cpu":
                 v_1htv = F.pad(v_1htv, (0, max(q.shape[-1] - v.shape[-1], 0)))
             out = F.scaled_dot_product_attention(q_1htd, k_1htd, v_1htv, is_causal=True, scale=scale)
@@ -32,7 +32,7 @@ def mla_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, bounds: list[in
 
 
 def _parts(q: Tensor, k: Tensor, scale: float, first: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Yields queries, and their scores [heads, queries, keys up to the last of these]: `SCORES` at once."""
+    """Yields slices of queries and their scores [heads, queries, keys up to the last query], at most `SCORES` each."""
     work = torch.promote_types(q.dtype, torch.float32)
     tokens, heads, _ = q.shape
     part = max(SCORES // (heads * tokens), 1)
@@ -49,7 +49,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, scale: float, first: Tensor) -> tup
     """Returns attended values [tokens, heads, value width] and the scores' log-sum-exp [heads, tokens]; no gradient.
 
     Args:
-        first: first key that each query sees, [tokens].
+        first: first key that each query attends to, [tokens].
     """
     out = q.new_empty(*q.shape[:2], v.shape[-1])
     lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)

@@ -1,9 +1,9 @@
 """Causal attention over packed documents, forward (FlashAttention-2, arXiv:2307.08691).
 
-A program takes BLOCK_M queries of one head, wherever documents begin and end: `first[row]` is the first key that a
-row sees, so the grid depends on the number of tokens alone, and no search for a document is needed. Keys and values
-come through tensor descriptors (TMA, from sm_90 on) or pointers. A head of D0 + D1 columns is two products: 192 is no
-power of 2, but 128 and 64 are.
+A program takes BLOCK_M queries of one head, independent of document boundaries: `first[row]` is the first key that a
+row attends to, so the grid depends only on the number of tokens, and no search for a document is needed. Keys and
+values are read through tensor descriptors (TMA, from sm_90 on) or pointers. A head of D0 + D1 columns takes two
+products: 192 is not a power of 2, but 128 and 64 are.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import triton.language as tl
 
 @triton.jit
 def fetch(source, token, column, row, rows, ROWS: tl.constexpr, COLS: tl.constexpr, TMA: tl.constexpr):
-    """Reads ROWS rows from `row` on, and COLS columns from `column` on; rows that do not exist are 0."""
+    """Loads ROWS rows from `row` on and COLS columns from `column` on; rows past the end are 0."""
     if TMA:
         return source.load([row, column])
     else:
@@ -32,7 +32,7 @@ def scores(
     """q · kᵀ for the keys from `start` on."""
     k_0 = fetch(k_0_src, k_0_token, k_0_col, start, k_rows, BLOCK_N, D0, TMA)
     if D1 > 0:
-        # The smaller product first: the compiler waits for it, and lets the larger run behind what follows.
+        # The smaller product first: the compiler waits for it, and overlaps the larger one with what follows.
         k_1 = fetch(k_1_src, k_1_token, k_1_col, start, k_rows, BLOCK_N, D1, TMA)
         return tl.dot(q_0, tl.trans(k_0), tl.dot(q_1, tl.trans(k_1)))
     else:
@@ -46,10 +46,10 @@ def attend(
     D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr,
     AHEAD: tl.constexpr, TMA: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Goes on with a softmax over the keys from `low` to `high`; a row sees `first` to `last` of those from `full` on.
+    """Continues a softmax over the keys from `low` to `high`; from `full` on, a row attends only to `first`…`last`.
 
-    With AHEAD the scores of the next tile are computed while those of this one go through the softmax: `ahead` holds
-    the first tile's. One loop, not two: with two the assembler for sm_90 lets no product run beside other work.
+    With AHEAD, the scores of the next tile are computed during the softmax of this one; `ahead` holds those of the
+    first tile. One loop, not two: with two, the assembler for sm_90 serialises the products with other work.
     """
     for start in tl.range(low, high, BLOCK_N, num_stages=STAGES):
         score = ahead
@@ -86,13 +86,13 @@ def forward(
     D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     DOCUMENTS: tl.constexpr, CARRY: tl.constexpr, AHEAD: tl.constexpr, TMA: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """out = softmax(q · kᵀ · scale) · v; query r stands at key r + shift and sees no later one.
+    """out = softmax(q · kᵀ · scale) · v; query r is at key r + shift and attends to no later one.
 
     Shapes: q [q_rows, heads, D0 + D1], k [k_rows, heads, D0 + D1] in two parts, v [k_rows, heads, DV], out contiguous
     [q_rows, heads, DV], lse [heads, q_rows]: the natural log-sum-exp. With CARRY, out (float32) and lse hold the
-    result over earlier keys, and this goes on with it.
+    result over earlier keys, which this launch continues.
     """
-    # The longest rows of a head start first: those left at the end are short.
+    # The longest rows of a head start first, so that the last programs are short.
     head = tl.program_id(0) // tiles
     row_0 = (tiles - 1 - tl.program_id(0) % tiles) * BLOCK_M
     offs_m = tl.arange(0, BLOCK_M)
@@ -103,7 +103,7 @@ def forward(
     if DOCUMENTS:
         first = tl.load(first_ptr + tl.minimum(row, q_rows - 1))
         low = tl.load(first_ptr + row_0)
-        # In a tile of several documents every key is masked.
+        # A tile with several documents masks every key.
         full = tl.where(tl.load(first_ptr + tl.minimum(row_0 + BLOCK_M, q_rows) - 1) == low, full, low)
     else:
         first = tl.zeros([BLOCK_M], tl.int32)
@@ -117,7 +117,7 @@ def forward(
     lse_at = lse_ptr + head.to(tl.int64) * q_rows + row
     out_at = out_ptr + (row.to(tl.int64) * heads + head)[:, None] * DV + tl.arange(0, DV)[None, :]
     row_ok = row < q_rows
-    # A finite least score: a row that has seen nothing yet subtracts it and gets weights of 0, no NaN.
+    # A finite minimum: a row without keys so far subtracts it and gets weights of 0, not NaN.
     if CARRY:
         before = tl.load(lse_at, row_ok, other=-float("inf")) * 1.4426950408889634
         best = tl.maximum(before, -1.0e38)

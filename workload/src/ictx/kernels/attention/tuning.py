@@ -1,4 +1,4 @@
-"""Tuned configurations of `mla_attention` and `mla_prefill`, read from the versioned file, chosen without a search."""
+"""Tuned configurations of `mla_attention` and `mla_prefill`, from the versioned file; no search at run time."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from ictx.kernels import dispatch, tuned
 
 @dataclass(frozen=True)
 class Tiles:
-    """How one kernel is cut up."""
+    """Tiling of one kernel."""
 
     block_m: int
-    """Queries of a tile."""
+    """Queries per tile."""
     block_n: int
-    """Keys of a tile."""
+    """Keys per tile."""
     warps: int
     """Warps per program."""
     stages: int
@@ -23,24 +23,24 @@ class Tiles:
     tma: bool = False
     """Whether tiles are read through tensor descriptors (from sm_90 on)."""
     ahead: bool = False
-    """Whether the forward kernel computes the next tile's scores beside the softmax of this one."""
+    """Whether the forward kernel computes the next tile's scores during the softmax of this one."""
 
 
 @dataclass(frozen=True)
 class AttentionConfig:
-    """How the kernels of `mla_attention` are cut up."""
+    """Tiling of the kernels of `mla_attention`."""
 
     forward: Tiles
     keys_values: Tiles
     queries: Tiles
 
     def numbers(self) -> list[int]:
-        """Returns all values in a row, for an operation of PyTorch, which takes no classes."""
+        """Returns all values as one list, for a PyTorch operation, which accepts no classes."""
         return [int(value) for tiles in (self.forward, self.keys_values, self.queries) for value in astuple(tiles)]
 
     @classmethod
     def of_numbers(cls, numbers: list[int]) -> AttentionConfig:
-        """Returns what `numbers` was called on."""
+        """Returns the configuration from the result of `numbers`."""
         kinds = [type(value) for value in astuple(INTERPRETER.forward)]
         return cls(
             *(
@@ -51,21 +51,21 @@ class AttentionConfig:
 
 
 INTERPRETER = AttentionConfig(Tiles(32, 32, 4, 1), Tiles(32, 32, 4, 1), Tiles(32, 32, 4, 1))
-"""What Triton's interpreter runs with."""
+"""Configuration for Triton's interpreter."""
 
 
 override: AttentionConfig | None = None
-"""Stands for every tuned configuration in a process that tries another."""
+"""Replaces every tuned configuration in a process that tries a candidate."""
 
 
 def attention_config(cc: int) -> AttentionConfig:
-    """Returns what the interpreter runs with, or what the newest target does that is not newer than `cc`."""
+    """Returns the interpreter's configuration, or that of the newest target not newer than `cc`."""
     return override or (INTERPRETER if dispatch.interpreted() else _tuned(cc))
 
 
 @functools.cache
 def _tuned(cc: int) -> AttentionConfig:
-    """Returns the content of the file."""
+    """Returns the configuration from the file."""
     known = tuned.section("attention")
     targets = sorted(int(name.removeprefix("sm_")) for name in known)
     found = known[f"sm_{max((target for target in targets if target <= cc), default=targets[0])}"]

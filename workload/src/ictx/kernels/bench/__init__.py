@@ -1,1 +1,1 @@
-"""`ictx kernels bench`: our kernels beside what else computes the same."""
+"""`ictx kernels bench`: benchmarks of our kernels and of other libraries."""

@@ -1,8 +1,8 @@
 """The part of `ictx kernels bench` for `mla_attention` and `mla_prefill`.
 
-Inputs are random, and each set several times the L2 cache. A time is the median over calls between two events: calls
-take milliseconds, so that launches hide behind them. Peers get the values as wide as the keys where they want that,
-and in prefill the whole expanded cache at once.
+Inputs are random, and each set is several times the size of the L2 cache. A time is the median over calls between two
+events: calls take milliseconds, so that launch overhead is hidden. Peers get values padded to the width of the keys if
+they require it, and in prefill the whole expanded cache at once.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Row:
     implementation: str
     milliseconds: float | None
     share_of_product: float | None
-    """Operations that attention needs, over the time, as a share of the measured product rate."""
+    """Operations of the attention divided by the time, as a share of the measured product rate."""
     note: str = ""
 
 
@@ -59,24 +59,24 @@ def median_time(call: Callable[[], object], repeats: int = 9) -> float:
 
 
 def random(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """Random numbers on the GPU."""
+    """Returns normally distributed numbers on the GPU."""
     return torch.randn(*shape, dtype=dtype, device="cuda")
 
 
 @functools.cache
 def compiled_flex() -> Any:
-    """FlexAttention as it is meant to be used."""
+    """Returns FlexAttention, compiled."""
     return torch.compile(flex_attention)
 
 
 def sdpa(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor, **mask: Any) -> Tensor:
-    """PyTorch's attention by one back end."""
+    """PyTorch's attention with one back end."""
     with sdpa_kernel(backend):
         return F.scaled_dot_product_attention(q, k, v, scale=SCALE, **mask)
 
 
 def flash_attention_3(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """vLLM's build of FlashAttention 3, of one sequence: [tokens, heads, width]. It has no backward pass."""
+    """vLLM's build of FlashAttention 3 on one sequence, [tokens, heads, width]. It has no backward pass."""
     from vllm.vllm_flash_attn import flash_attn_varlen_func
 
     ends = [torch.tensor([0, len(x)], dtype=torch.int32, device="cuda") for x in (q, k)]
@@ -87,9 +87,9 @@ def flash_attention_3(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def training(tokens: int) -> dict[str, tuple[Callable[[], Tensor], list[Tensor], Tensor]]:
-    """Returns forward, inputs with gradients and gradient of the output of every implementation.
+    """Returns each implementation's forward function, inputs with gradients, and gradient of the output.
 
-    One without inputs has no backward pass.
+    The list of inputs is empty if an implementation has no backward pass.
     """
     q, k, v, grad = (random(tokens, HEADS, width) for width in (192, 192, 128, 128))
     ours = [x.detach().requires_grad_() for x in (q, k, v)]
@@ -99,7 +99,7 @@ def training(tokens: int) -> dict[str, tuple[Callable[[], Tensor], list[Tensor],
     padded = [*as_is[:2], F.pad(v_b, (0, 64)).requires_grad_()]
     padded_grad = F.pad(grad_b, (0, 64))
     mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, tokens, tokens, device="cuda")
-    # Named, so that no library runs in its place.
+    # With an explicit configuration, `mla_attention` uses our kernel, not a library.
     tuned = attention_config(dispatch.capability(q.device))
     flash, cudnn = SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION
     return {
@@ -114,7 +114,7 @@ def training(tokens: int) -> dict[str, tuple[Callable[[], Tensor], list[Tensor],
 
 
 def cudnn_in_two(q: Tensor, k: Tensor, v: Tensor, prefix: int) -> Tensor:
-    """cuDNN's attention to a prefix and among the new tokens, joined: its causal mask has one corner only."""
+    """cuDNN's attention to a prefix and among the new tokens, joined: its causal mask supports no offset."""
     attend = torch.ops.aten._scaled_dot_product_cudnn_attention
     parts = [
         attend(q, k[:, :, part], v[:, :, part], None, True, 0.0, causal, False, scale=SCALE)[:2]
@@ -127,7 +127,7 @@ def cudnn_in_two(q: Tensor, k: Tensor, v: Tensor, prefix: int) -> Tensor:
 
 
 def prefill(new: int, prefix: int) -> dict[str, Callable[[], Tensor]]:
-    """Returns every implementation; all begin at the same latent cache and queries."""
+    """Returns every implementation; all start from the same latent cache and queries."""
     length = new + prefix
     q, cache = random(new, HEADS, 192), random(length // PAGE, PAGE, layout.ROW)
     weight = random(HEADS * 256, layout.LATENT) * layout.LATENT**-0.5
@@ -159,7 +159,7 @@ def prefill(new: int, prefix: int) -> dict[str, Callable[[], Tensor]]:
 
 
 def measure(rate: float, quick: bool, peers: bool = True) -> list[Row]:
-    """Returns the times of all implementations, or of ours alone; `rate` is that of products in operations a second."""
+    """Returns the times of all implementations, or only of ours; `rate`: product rate in operations per second."""
     rows = []
 
     def take(case: str, name: str, work: float, call: Callable[[], object]) -> None:
@@ -178,7 +178,7 @@ def measure(rate: float, quick: bool, peers: bool = True) -> list[Row]:
         torch.cuda.empty_cache()
 
     tokens = 4096 if quick else 32768
-    # 2 · 192 operations for each score and 2 · 128 for each value; the gradient takes 2.6 times as many.
+    # 2 · 192 operations per score and 2 · 128 per value; the gradient takes 2.6 times as many.
     work = 640 * HEADS * tokens * (tokens + 1) / 2
     for name, (call, inputs, grad) in training(tokens).items():
         if name != "ictx" and not peers:

@@ -1,6 +1,6 @@
 """The part of `ictx kernels bench` for `mla_decode` and `mla_rope_cache`.
 
-Times are medians over replays of a CUDA graph that goes through several sets of random inputs, so that no set stays
+Times are medians over replays of a CUDA graph that cycles through several sets of random inputs, so that no set stays
 in the L2 cache.
 """
 
@@ -29,7 +29,7 @@ CASES = [
 ]
 """Batch, context, dtype of a quantised cache."""
 DIFFERS = 2e-2
-"""Relative difference of two results from which they are not the same: two roundings to bfloat16 are far below."""
+"""Relative difference above which two results do not match; two roundings to bfloat16 differ by far less."""
 ROPE_CACHE_CASES = [(1, None), (32, None), (8192, None), (32, "int8"), (8192, "int8"), (8192, "fp8")]
 """New tokens, dtype of a quantised cache."""
 
@@ -44,7 +44,7 @@ class Row:
     cache: str
     microseconds: float | None
     share_of_copy: float | None
-    """Bytes of the cached rows over the time, as a share of the measured copy bandwidth."""
+    """Bytes of the cached rows divided by the time, as a share of the measured copy bandwidth."""
     note: str = ""
 
 
@@ -70,7 +70,7 @@ def measure(batch: int, context: int, stored: str | None, bandwidth: float, peer
             rows.append(take(name, call, "" if off <= DIFFERS else f"its result differs by {off:.1%}"))
         except ImportError:
             rows.append(Row(name, batch, context, kept, None, None, "not installed"))
-        except Exception as error:  # whatever a peer's library raises is its result
+        except Exception as error:  # a peer's failure is reported as its result
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             rows.append(Row(name, batch, context, kept, None, None, reason[:100]))
         torch.cuda.empty_cache()
@@ -78,7 +78,7 @@ def measure(batch: int, context: int, stored: str | None, bandwidth: float, peer
 
 
 def measure_rope_cache(tokens: int, stored: str | None, bandwidth: float) -> Row:
-    """Returns the time of writing that many new tokens; its bytes are the inputs and the rows that are written."""
+    """Returns the time to write `tokens` new tokens; the bytes count the inputs and the written rows."""
     sets = 8
     xs = [torch.randn(tokens, layout.ROW, dtype=torch.bfloat16, device="cuda") for _ in range(sets)]
     width, dtype = (layout.ROW_BYTES, torch.uint8) if stored else (layout.ROW, torch.bfloat16)
@@ -94,7 +94,7 @@ def measure_rope_cache(tokens: int, stored: str | None, bandwidth: float) -> Row
 
 
 def plot(rows: list[Row], out: Path) -> None:
-    """Draws bandwidth over context and speed-up over eager, where Matplotlib is installed."""
+    """Plots bandwidth and the speed-up over each peer against the context, if Matplotlib is installed."""
     if importlib.util.find_spec("matplotlib") is None:
         print("no plots: Matplotlib is not installed")
         return
@@ -128,7 +128,7 @@ def plot(rows: list[Row], out: Path) -> None:
 
 
 def run(out: Path, quick: bool, bandwidth: float, peers: bool = True) -> None:
-    """Measures, prints and saves what decodes."""
+    """Measures, prints and saves the decode and cache-write benchmarks."""
     rows: list[Row] = []
     for batch, context, stored in CASES[:2] if quick else CASES:
         for row in measure(batch, context, stored, bandwidth, peers):

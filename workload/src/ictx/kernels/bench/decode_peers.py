@@ -1,7 +1,7 @@
-"""What else computes a decode over the latent cache, on the same inputs, called as its makers do.
+"""Other implementations of decode over the latent cache, on the same inputs, called as their authors do.
 
-Each function takes a case's inputs and returns a call for a set of them, which gives [batch, heads, 512] in some shape.
-It raises ImportError where its library is not installed.
+Each function takes a case's inputs and returns a call for one set of them, whose result reshapes to
+[batch, heads, 512]. It raises ImportError if its library is not installed.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ Call = Callable[[int], Tensor]
 WORKSPACE = 128 << 20
 """Bytes that FlashInfer requires."""
 SGLANG_PARTS = 8
-"""Parts of a sequence, SGLang's `--triton-attention-num-kv-splits` unless given."""
+"""Parts of a sequence: the default of SGLang's `--triton-attention-num-kv-splits`."""
 
 
 def eager(given: Inputs, scale: float) -> Call:
-    """Absorbed attention as one would write it, on contiguous rows."""
+    """Absorbed attention in plain PyTorch, on contiguous rows."""
 
     def call(at: int) -> Tensor:
         q, rows = given.queries[at][:, 0], _rows(given, at)
@@ -39,7 +39,7 @@ def sdpa(given: Inputs, scale: float) -> Call:
     """PyTorch's own attention; the value is the whole row, of which the latent is kept."""
 
     def call(at: int) -> Tensor:
-        # Heads are queries of one head: that is faster than rows that are repeated for each.
+        # Heads are passed as queries of one head: faster than rows repeated for each head.
         q, rows = given.queries[at], _rows(given, at)[:, None]
         return F.scaled_dot_product_attention(q, rows, rows, scale=scale)[..., :LATENT]
 
@@ -60,7 +60,7 @@ def flex(given: Inputs, scale: float) -> Call:
 
 @functools.cache
 def _compiled_flex() -> Any:
-    """Compiled for each shape by itself, in a function of its own: recompilations are counted for each function."""
+    """Compiled per shape, in a separate function: torch.compile limits the recompilations of each function."""
     from torch.nn.attention.flex_attention import flex_attention
 
     def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Any:
@@ -79,7 +79,7 @@ def vllm_triton(given: Inputs, scale: float) -> Call:
     splits = _compute_num_kv_splits(given.context, processors)
     parts = torch.empty(batch, heads, splits, LATENT + 1, dtype=torch.float32, device="cuda")
     lse = torch.empty(batch, heads, dtype=given.queries[0].dtype, device="cuda")
-    # Of an fp8 cache; those that vLLM makes itself come from the host, which a capture must not wait for.
+    # Scales of an fp8 cache. vLLM's defaults are copied from the host, which is not allowed during a capture.
     one = torch.ones((), dtype=torch.float32, device="cuda")
 
     def call(at: int) -> Tensor:
@@ -95,7 +95,7 @@ def vllm_triton(given: Inputs, scale: float) -> Call:
 
 
 def sglang_triton(given: Inputs, scale: float) -> Call:
-    """SGLang's Triton decode, over pages of one token and cut into as many parts as SGLang takes by default."""
+    """SGLang's Triton decode, over pages of one token and cut into SGLang's default number of parts."""
     from sglang.kernels.ops.attention.decode_attention import decode_attention_fwd
 
     batch, _, heads, _ = given.queries[0].shape
@@ -157,7 +157,7 @@ def flashinfer(given: Inputs, scale: float) -> Call:
 
 
 def flash_attention(given: Inputs, scale: float) -> Call:
-    """FlashAttention 3, which takes the absorbed queries beside the rotary ones: FlashAttention 2 ends at width 256.
+    """FlashAttention 3, which takes absorbed and rotary queries separately; FlashAttention 2 is limited to width 256.
 
     Its own package, or the one in vLLM.
     """

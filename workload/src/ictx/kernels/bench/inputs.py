@@ -1,4 +1,4 @@
-"""Inputs of the decodes that are measured."""
+"""Inputs of the decode benchmarks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SCALE = 192**-0.5
 
 @dataclass
 class Inputs:
-    """Random queries and caches of one case, several sets of them: more bytes than the L2 cache holds."""
+    """Random queries and caches of one case, in several sets that together exceed the L2 cache."""
 
     queries: list[Tensor]
     caches: list[Tensor]

@@ -1,6 +1,6 @@
-"""`ictx kernels bench`: our kernels beside what else computes the same, on the same inputs in the same run.
+"""`ictx kernels bench`: measures our kernels and other libraries on the same inputs in the same run.
 
-The ceilings, copy bandwidth and matrix rate, are measured in the same run.
+The same run measures the upper limits: copy bandwidth and matrix rate.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from ictx.kernels.bench.timing import copy_bandwidth, matrix_rate
 
 
 def main(out: Path, quick: bool, only: str | None = None, peers: bool = True) -> int:
-    """Measures, prints and saves; returns the exit status."""
+    """Measures, prints and saves; returns the exit status. Raises UserError if there is no GPU."""
     if not torch.cuda.is_available():
-        raise UserError("no NVIDIA GPU: nothing can be measured here")
+        raise UserError("no NVIDIA GPU found: run `ictx kernels bench` on a machine with one")
     import triton
 
     out.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Times of short calls, and the ceilings of a GPU."""
+"""Times of short calls, and a GPU's measured bandwidth and product rate."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import torch
 def median_time(calls: list[Callable[[], object]], repeats: int = 15) -> float:
     """Returns the median time of one call in seconds, over replays of a graph that makes each call in turn.
 
-    Calls of more than a tenth of a second are made fewer times, but five at least.
+    Calls that take more than a tenth of a second are measured five times.
     """
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    # What the calls read may still be written.
+    # Wait for pending writes to the inputs.
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for call in calls:
@@ -51,7 +51,7 @@ def copy_bandwidth() -> float:
         target = torch.empty_like(sources[0])
         calls: list[Callable[[], object]] = [functools.partial(target.copy_, source) for source in sources]
         best = max(best, 2 * size / median_time(calls))
-        # The next size does not find this one's memory taken.
+        # Free the memory for the next size.
         del sources, target, calls
         torch.cuda.empty_cache()
     return best

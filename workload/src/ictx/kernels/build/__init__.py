@@ -1,1 +1,1 @@
-"""Compilation ahead of time: what is launched, what the compiler made of it, the folder that ships."""
+"""Ahead-of-time compilation of kernels: recording launches, checking compiled code, reading the shipped folder."""

@@ -1,7 +1,7 @@
-"""Ahead-of-time compilation: every kernel that a GPU of each target will be asked to run, with no GPU present.
+"""Ahead-of-time compilation of every kernel that the model launches on each target, without a GPU.
 
-What is compiled is what the code of the model launches (see `offline`), so its cache holds what a process on such a
-GPU requests. Beside it lies a manifest of the sources, the versions and the resources that each variant takes.
+The launches are recorded by running the model's code (see `offline`), so that the cache holds the kernels that a
+process on such a GPU requests. A manifest records the sources, the versions and the resources of each variant.
 """
 
 from __future__ import annotations
@@ -23,18 +23,21 @@ from ictx.kernels.build.shipped import KEPT, MANIFEST, fingerprint, state
 
 TARGETS = tuple(SHARED_LIMIT)
 Drive = Callable[[int], None]
-"""Runs, on tensors of the meta device, what a GPU of a compute capability will be asked to run."""
+"""Runs, on meta tensors, all operations that launch kernels on a GPU of a compute capability."""
 
 
 def build(cache: Path, targets: tuple[int, ...], drive: Drive, jobs: int = 2) -> list[Report]:
-    """Compiles what is missing, or everything where the cache is stale or foreign; returns a report per variant."""
+    """Compiles the missing variants, or all if the cache is stale; returns a report per variant.
+
+    Raises UserError if TRITON_INTERPRET is set, or if the folder is not empty and has no manifest.
+    """
     if dispatch.interpreted():
-        raise UserError("TRITON_INTERPRET is set: Triton interprets kernels and compiles none")
+        raise UserError("TRITON_INTERPRET is set, so that Triton compiles no kernels: unset it")
     now = state(cache)
     if cache.exists() and now != "fresh":
-        # Only what a build of ours left is cleared: a mistyped folder is not.
+        # Clear only folders with our manifest: the path may be mistyped.
         if now == "missing" and any(cache.iterdir()):
-            raise UserError(f"{cache} is not empty and holds no {MANIFEST}: name an empty folder")
+            raise UserError(f"{cache} is not empty and has no {MANIFEST}: name an empty folder")
         shutil.rmtree(cache)
     cache.mkdir(parents=True, exist_ok=True)
     path = cache / MANIFEST
@@ -47,7 +50,7 @@ def build(cache: Path, targets: tuple[int, ...], drive: Drive, jobs: int = 2) ->
     for target in targets:
         wanted |= names(launches(lambda target=target: drive(target), target))  # type: ignore[misc]
     missing = [launch for launch in wanted if _key(launch) not in manifest["reports"]]
-    # Processes of their own: the compiler holds Python's lock. Spawned: torch's threads do not survive a fork.
+    # Processes, because the compiler holds the GIL; spawned, because torch's threads do not survive a fork.
     with ProcessPoolExecutor(min(jobs, len(missing)) or 1, multiprocessing.get_context("spawn")) as pool:
         labels = [wanted[launch] for launch in missing]
         reports = pool.map(build_one, [cache] * len(missing), missing, labels)
@@ -61,12 +64,12 @@ def build(cache: Path, targets: tuple[int, ...], drive: Drive, jobs: int = 2) ->
 
 
 def _key(launch: Launch) -> str:
-    """Names a variant in the manifest."""
+    """Returns a variant's key in the manifest."""
     return f"sm_{launch.target}/{launch.kernel}/{launch.digest}"
 
 
 def build_one(cache: Path, launch: Launch, name: str = "") -> Report:
-    """Compiles and inspects one variant; only what a launch needs of it stays."""
+    """Compiles and inspects one variant; deletes the files that a launch does not need."""
     with compiling(cache, launch.target):
         compiled = launch.compile()
     report = inspect(launch, name or launch.kernel, compiled)
@@ -77,6 +80,6 @@ def build_one(cache: Path, launch: Launch, name: str = "") -> Report:
 
 
 def fit(cache: Path, target: int, run: Callable[[], object], kernels: tuple[str, ...] = ()) -> bool:
-    """Whether all that `run` launches on a target may ship, or those kernels of it."""
+    """Whether all kernels that `run` launches on a target, or only `kernels`, pass the release checks."""
     found = [launch for launch in launches(run, target) if not kernels or launch.kernel in kernels]
     return bool(found) and not any(build_one(cache, launch).faults for launch in found)

@@ -1,7 +1,7 @@
-"""Kernels for a GPU that is not here: what code would launch there, and its compilation as at run time.
+"""Records the kernels that code would launch on a GPU that is not present, and compiles them as at run time.
 
-Tensors are on the `meta` device and have no memory. The code that launches runs as it is; a driver names the target to
-Triton's compiler, and a hook takes each launch before it is compiled.
+Tensors are on the `meta` device and have no memory. The launching code runs unchanged; a driver reports the target to
+Triton's compiler, and a hook records each launch before it is compiled.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _numbers = itertools.count(-1, -1)
 
 
 class _Driver:
-    """Names a target to the compiler; there is no device behind it."""
+    """Reports a target to the compiler, without a device."""
 
     def __init__(self, target: int) -> None:
         from triton.backends.compiler import GPUTarget
@@ -35,7 +35,7 @@ class _Driver:
         return self.target
 
     def get_current_device(self) -> int:
-        """A number that no other driver has: kernels keep what they compiled by device."""
+        """A number unique to this driver: kernels cache compiled variants by device."""
         return self.number
 
     def get_current_stream(self, device: int | None = None) -> int:
@@ -45,7 +45,7 @@ class _Driver:
 
 @contextmanager
 def standing_for(target: int) -> Iterator[None]:
-    """Every device passes for a GPU of this compute capability within."""
+    """Treats every device as a GPU of this compute capability within the context."""
     from triton.runtime import driver
 
     before = driver._active, dispatch.standing_for, dispatch.standing_fast
@@ -59,13 +59,13 @@ def standing_for(target: int) -> Iterator[None]:
 
 @contextmanager
 def compiling(cache: Path, target: int) -> Iterator[None]:
-    """Compiles for `target` into `cache` within, whatever is in there: a report needs what is not kept."""
+    """Within the context, compiles for `target` into `cache`, always: a report needs files that are not kept."""
     from triton import knobs
     from triton.runtime.cache import FileCacheManager
 
     with standing_for(target), knobs.cache.scope(), knobs.compilation.scope():
         knobs.cache.dir = str(cache)
-        # Not by the class that reads a shipped folder.
+        # Not the class that reads a shipped folder.
         knobs.cache.manager_class = FileCacheManager
         knobs.compilation.always_compile = True
         yield
@@ -73,7 +73,7 @@ def compiling(cache: Path, target: int) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel with all that it is compiled for."""
+    """A kernel with the parameters that it is compiled for."""
 
     module: str
     function: str
@@ -85,13 +85,13 @@ class Launch:
 
     @property
     def kernel(self) -> str:
-        """Names the kernel in reports, such as decode.decode."""
+        """The kernel's name in reports, such as decode.decode."""
         _, operation, file = self.module.rsplit(".", 2)
         return f"{operation}_{file}".removesuffix("_triton") + f".{self.function}"
 
     @property
     def digest(self) -> str:
-        """Distinguishes it from all others, wherever Triton is installed: it names its libraries with their paths."""
+        """Identifies the launch independent of Triton's install path, which its options contain in library paths."""
         content = json.loads(self.specialisation)
         content["options"]["extern_libs"] = [name for name, _ in content["options"]["extern_libs"]]
         parts = f"{self.module} {self.function} {self.turing} {json.dumps(content)}"
@@ -99,7 +99,7 @@ class Launch:
 
     @property
     def parameters(self) -> dict[str, Any]:
-        """Values of what is constant, by the parameters' names."""
+        """Values of the constant parameters, by name."""
         content = json.loads(self.specialisation)
         names = list(content["signature"])
         pairs = zip(content["constant_keys"], content["constant_vals"], strict=True)
@@ -107,19 +107,19 @@ class Launch:
 
     @property
     def dtype(self) -> str:
-        """What its first tensor holds, as Triton names it."""
+        """Dtype of its first tensor, as named by Triton."""
         types = (str(kind) for kind in json.loads(self.specialisation)["signature"].values())
         first = next(kind for kind in types if kind.startswith(("*", "tensordesc")))
         return first.removeprefix("tensordesc<").removeprefix("*").split("[")[0]
 
     def compile(self) -> Any:
-        """Returns Triton's compiled kernel; within `compiling` for its target."""
+        """Returns Triton's compiled kernel; call it within `compiling` for its target."""
         from triton import compile as compiled
         from triton.compiler import ASTSource, make_backend
         from triton.experimental.gluon._runtime import GluonASTSource
         from triton.runtime import driver
 
-        # JITFunction.preload reads the same, but takes a constant "int8" for a dtype.
+        # JITFunction.preload reads the same JSON, but interprets the constant "int8" as a dtype.
         content = json.loads(self.specialisation)
         constants, attributes = (
             dict(zip(map(tuple, content[f"{kind}_keys"]), content[f"{kind}_vals"], strict=True))
@@ -136,14 +136,14 @@ class Launch:
 
 
 def _tuples(value: Any) -> Any:
-    """Returns options as they were before JSON made lists of tuples."""
+    """Returns options with JSON's lists converted back to tuples."""
     if isinstance(value, dict):
         return {key: _tuples(item) for key, item in value.items()}
     return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def launches(run: Callable[[], object], target: int) -> list[Launch]:
-    """Returns what `run`, on tensors of the meta device, launches on a GPU of this capability, each kind once."""
+    """Returns the distinct launches of `run`, on meta tensors, for a GPU of this capability."""
     from triton import knobs
 
     found: dict[Launch, None] = {}
@@ -165,7 +165,7 @@ def launches(run: Callable[[], object], target: int) -> list[Launch]:
 
 
 def names(found: Iterable[Launch]) -> dict[Launch, str]:
-    """Names launches of one target by kernel, dtype and the constants in which those of a kernel differ."""
+    """Returns names for launches of one target: kernel, dtype and the constants that differ within a kernel."""
     kernels: dict[str, list[Launch]] = defaultdict(list)
     for launch in found:
         kernels[launch.kernel].append(launch)
@@ -177,6 +177,6 @@ def names(found: Iterable[Launch]) -> dict[Launch, str]:
         for launch, values in constants.items():
             options = ",".join(f"{key.lower()}={values[key]}" for key in varying if key in values)
             name = "/".join(part for part in (kernel, launch.dtype, options) if part)
-            # Alignments and options are not in the name.
+            # Variants that differ only in alignments or options get a suffix.
             result[launch] = f"{name}/{launch.digest[:4]}" if name in result.values() else name
     return result

@@ -1,4 +1,4 @@
-"""What a compiled kernel takes of a multiprocessor, and why a release must not ship it."""
+"""Resources of a compiled kernel, and the checks that it must pass for a release."""
 
 from __future__ import annotations
 
@@ -13,37 +13,37 @@ from ictx.kernels.build.offline import Launch
 from ictx.kernels.decode import tuning
 
 SHARED_LIMIT = {75: 65536, 80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
-"""Most shared memory of a program, in bytes (CUDA C++ Programming Guide, compute capabilities)."""
+"""Maximum shared memory per program, in bytes (CUDA C++ Programming Guide, compute capabilities)."""
 REGISTERS = 65536
-"""32-bit registers of a multiprocessor, on every target."""
+"""32-bit registers per multiprocessor, on every target."""
 NO_PRODUCTS = (
     "attention_backward.row_sums", "next_token.begin", "next_token.best_of_all", "next_token.best_of_part",
     "products.absorb", "products.project", "rope_cache.rope_cache",
 )  # fmt: skip
-"""Kernels without products of matrices, which need no tensor cores."""
+"""Kernels without matrix products, which need no tensor cores."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """What the compiler made of a variant."""
+    """Compilation result of a variant."""
 
     name: str
     target: int
     registers: int
     spilled: int
-    """Bytes of local memory of a thread: its stack, which holds what registers could not."""
+    """Bytes of local memory per thread: spilled registers."""
     shared: int
-    """Bytes of shared memory of a program."""
+    """Bytes of shared memory per program."""
     tensor_cores: int
     """Matrix instructions in the PTX."""
     cubin: int
     """Bytes of machine code."""
     faults: tuple[str, ...]
-    """Why a release must not ship this."""
+    """Failed checks; empty if the variant may ship."""
 
 
 def inspect(launch: Launch, name: str, compiled: Any) -> Report:
-    """Returns the resources of a compiled kernel, and what is wrong with them."""
+    """Returns the resources of a compiled kernel and its failed checks."""
     import triton
 
     program = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -83,7 +83,7 @@ def inspect(launch: Launch, name: str, compiled: Any) -> Report:
 
 
 def serialised(ptx: str, target: int) -> bool:
-    """Whether the assembler serialises Hopper's products with other work, which its notes C7510 to C7519 report."""
+    """Whether the assembler serialises Hopper's products with other work, reported as notes C7510 to C7519."""
     if "wgmma.mma_async" not in ptx:
         return False
     from triton import knobs

@@ -1,4 +1,4 @@
-"""Whether a folder of kernels that were compiled ahead of time is what this process needs."""
+"""Checks whether a folder of kernels compiled ahead of time matches this process."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ VARIABLE = "ICTX_KERNEL_CACHE"
 """Environment variable that names the folder."""
 MANIFEST = "ictx-kernels.json"
 KEPT = (".cubin", ".json")
-"""Suffixes of what a launch needs of a kernel; what the compiler wrote on the way there is not shipped."""
+"""Suffixes of the files that a launch needs; the compiler's intermediate files are not shipped."""
 
 
 def default_cache() -> Path:
-    """Returns the folder that the variable names, or one below the user's cache."""
+    """Returns the folder in ICTX_KERNEL_CACHE, or by default one in the user's cache."""
     named = os.environ.get(VARIABLE)
     return Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "ictx", "kernels")
 
 
 def fingerprint() -> dict[str, str]:
-    """Returns what a cache depends on: our sources, tuned and shipped configurations, the compiler's versions."""
+    """Returns the inputs of a cache: hashes of our sources and shipped configurations, and the compiler's versions."""
     import triton
     from triton.backends.nvidia.compiler import get_ptxas_version
 
     package = Path(__file__).parents[2]
     digest = hashlib.sha256()
-    # All of what launches, and of what decides how: a list would miss the next file.
+    # Whole folders of code that launches or configures kernels: a list of files would become incomplete.
     found = (path for name in ("kernels", "model", "infer") for path in (package / name).rglob("*.*"))
     for path in sorted(path for path in found if path.suffix in (".py", ".json")):
         digest.update(f"{path.relative_to(package)}\0".encode() + path.read_bytes())

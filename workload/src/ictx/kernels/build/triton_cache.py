@@ -1,7 +1,7 @@
-"""Triton's cache, with kernels behind it that were compiled ahead of time.
+"""Triton's cache, with fallback to kernels compiled ahead of time.
 
-Triton makes a `ShippedCache` for each kernel where TRITON_CACHE_MANAGER names it, as in our images: the folder that
-ICTX_KERNEL_CACHE names is read, and what it lacks is compiled into Triton's own (TRITON_CACHE_DIR).
+If TRITON_CACHE_MANAGER names `ShippedCache`, as in our images, Triton creates one for each kernel: kernels are read
+from the folder in ICTX_KERNEL_CACHE, and missing ones are compiled into Triton's cache (TRITON_CACHE_DIR).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 @functools.cache
 def _usable(cache: str) -> Path | None:
-    """Returns the folder where it is what this process needs; logs once why it is not."""
+    """Returns the folder if it matches this process; otherwise logs the reason once and returns None."""
     if not cache or not Path(cache).is_dir():
         return None
     now = state(Path(cache))
@@ -32,7 +32,7 @@ def _usable(cache: str) -> Path | None:
 
 
 class ShippedCache(FileCacheManager):  # type: ignore[misc]
-    """Triton's cache of one kernel, with the shipped folder behind it, which is never written to."""
+    """Triton's cache of one kernel, with the shipped folder as read-only fallback."""
 
     def __init__(self, key: str, override: bool = False, dump: bool = False) -> None:
         super().__init__(key, override, dump)
@@ -40,14 +40,14 @@ class ShippedCache(FileCacheManager):  # type: ignore[misc]
         self._shipped = folder / key if folder else None
 
     def get_file(self, filename: str) -> str | None:
-        """Returns the path of a file, Triton's own first."""
+        """Returns the path of a file, from Triton's cache first."""
         found: str | None = super().get_file(filename)
         if found is None and self._shipped and (self._shipped / filename).exists():
             return str(self._shipped / filename)
         return found
 
     def get_group(self, filename: str) -> dict[str, str] | None:
-        """Returns the paths of the files that belong to one kernel, Triton's own first."""
+        """Returns the paths of one kernel's files, from Triton's cache first."""
         found: dict[str, str] | None = super().get_group(filename)
         if found is not None or not self._shipped:
             return found
@@ -55,7 +55,7 @@ class ShippedCache(FileCacheManager):  # type: ignore[misc]
             names = json.loads((self._shipped / f"__grp__{filename}").read_text("utf-8"))["child_paths"]
         except (OSError, ValueError, KeyError):
             return None
-        # The paths in there are those of the build: the folder may have moved since, and holds what a launch needs.
+        # The recorded paths are those of the build; the folder may have moved, and lacks intermediate files.
         paths = {name: self._shipped / name for name in names if (self._shipped / name).exists()}
         complete = {path.suffix for path in paths.values()} >= set(KEPT)
         return {name: str(path) for name, path in paths.items()} if complete else None

@@ -1,1 +1,1 @@
-"""`mla_decode`: attention to the latent cache."""
+"""`mla_decode`: absorbed attention over the latent cache."""

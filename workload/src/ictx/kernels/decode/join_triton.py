@@ -1,4 +1,4 @@
-"""How partial softmaxes of one row block become its output, within the launch that made them."""
+"""Joins the partial softmaxes of a row block into its output, in the launch that computed them."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ def join(
     out_ptr, lse_ptr, part_ptr, part_lse_ptr, row_out, row, col, first_program, parts,
     BLOCK_M: tl.constexpr, LATENT: tl.constexpr, COLS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Joins `COLS` columns of one row out of the partial softmaxes of `parts` neighbouring programs."""
+    """Joins `COLS` columns of one row from the partial softmaxes of `parts` neighbouring programs."""
     cols = col + tl.arange(0, COLS)
-    # A program has two places: one for a sequence that began before it, one for a sequence that goes on after it. The
-    # first part lies in its second place, all others in their first.
+    # A program has two places: one for a sequence that began in an earlier program, one for a sequence that continues
+    # in a later one. The first part is in its program's second place, all others in the first.
     at = part_ptr + (2 * first_program.to(tl.int64) * BLOCK_M + row) * LATENT + cols[None, :]
     lse_at = part_lse_ptr + row * (2 * tl.num_programs(0)) + 2 * first_program
     best = -float("inf")
@@ -64,9 +64,9 @@ def join_share(
 ):  # fmt: skip
     """Joins this program's share of a row block.
 
-    Slices are as many as there are programs to join them, more or less: whole rows of few parts, narrower ones of more
-    parts, which are all read at once. COLS columns out of up to 160 parts, PARTS at once; 32 where that many are too
-    much to hold.
+    There are about as many slices as programs to join them: whole rows if there are few parts, narrower slices if there
+    are more, so that all parts are read at once. Up to 160 parts use COLS columns and PARTS at once; more use 32
+    columns, to fit in registers.
     """
     here = tl.minimum(rows - row_block * BLOCK_M, BLOCK_M)
     base = sequence.to(tl.int64) * rows + row_block * BLOCK_M
@@ -76,7 +76,7 @@ def join_share(
             BLOCK_M, LATENT, LATENT, 16,
         )  # fmt: skip
     elif BLOCK_M > 16:
-        # More tiers than these two take registers from the loop over tokens, which has none to spare here.
+        # Only two tiers: more would take registers from the loop over tokens.
         join_slices(
             out_ptr, lse_ptr, part_ptr, part_lse_ptr, base, here, first_program, parts, share, shares,
             BLOCK_M, LATENT, COLS, 16384 // COLS,
@@ -100,23 +100,23 @@ def join_share(
 
 @triton.jit
 def arrive(count_ptr, is_first, parts):
-    """Counts this program among the `parts` that join a row block; returns the counter before, for `ticket_of`.
+    """Counts this program among the `parts` that join a row block; returns the previous counter, for `ticket_of`.
 
-    The first program counts as 2^31 - (parts - 1), every other as 1: when all have come, the sign bit has turned and
-    the rest is zero again, whatever `parts` was. So nothing is cleared, and waiting takes one hop.
+    The first program adds 2^31 - (parts - 1), every other adds 1: when all have arrived, the sign bit has flipped and
+    the other bits are zero again for any `parts`. So the counter needs no reset, and waiting takes one memory access.
     """
     return tl.atomic_add(count_ptr, tl.where(is_first, -2147483648 - (parts - 1), 1), sem="acq_rel")
 
 
 @triton.jit
 def ticket_of(item, before):
-    """An item and the sign of its counter, at this program's arrival, in one number: not negative."""
+    """An item and the sign of its counter at this program's arrival, packed in one non-negative number."""
     return 2 * item + tl.where(before < 0, 1, 0)
 
 
 @triton.jit
 def wait(count_ptr, ticket):
-    """Waits until all programs have arrived. Reads only: 132 programs that poll with atomics hold up those to come."""
+    """Waits until all programs have arrived. Polls with loads: atomics from 132 programs would delay later arrivals."""
     at = count_ptr.to(tl.int64)
     before = -(ticket & 1)
     now = before

@@ -16,22 +16,22 @@ from ictx.kernels.decode.tuning import DecodeConfig, decode_config
 from ictx.kernels.layout import LATENT, ROPE, ROW, ROW_BYTES
 
 INTERPRETER = DecodeConfig(block_n=64, warps=4, stages=1, programs=1, reduce_all=False)
-"""Triton's interpreter runs one program after the other: none may wait for another."""
+"""Configuration for Triton's interpreter, which runs programs sequentially: none may wait for another."""
 INTERPRETER_PROGRAMS = 3
 MOST_QUERIES, MOST_HEADS = 8, 128
-"""Of one sequence in one launch."""
+"""Limits per sequence and launch."""
 SHORT, SHORT_QUANTISED, SHORT_QUANTISED_HBM3 = 8192, 4096, 131072
-"""Tokens that a batch's caches have room for, up to which cards of fast memory take what others do: where there is
-little to read, fewer programs are done sooner. Quantised caches of an H100, whose memory is HBM3, gain later."""
+"""Capacity of a batch's caches in tokens up to which GPUs with fast memory use the standard configuration: with little
+to read, fewer programs finish sooner. For quantised caches on an H100 (HBM3) the limit is higher."""
 SHORTEST = 4096
-"""Tokens of room up to which a multiprocessor has one tile at most."""
+"""Capacity in tokens up to which a multiprocessor has at most one tile."""
 
 
 @dataclass
 class Workspace:
-    """Partial results and counters of one stream: two launches that run at once must not share one.
+    """Partial results and counters of one stream; concurrent launches must not share a workspace.
 
-    Between launches a counter is 0 or, where all programs join results, -2^31.
+    Between launches a counter is 0, or also -2^31 if all programs join results.
     """
 
     part: Tensor
@@ -40,7 +40,7 @@ class Workspace:
 
     @classmethod
     def make(cls, device: torch.device, programs: int, block_m: int, items: int) -> Workspace:
-        """Returns a workspace for that many programs, rows per program, and row blocks of all sequences."""
+        """Returns a workspace for `programs`, `block_m` rows per program, and `items` row blocks of all sequences."""
         return cls(
             torch.empty(2 * programs * block_m * LATENT, dtype=torch.float16, device=device),
             torch.empty(2 * programs * block_m, dtype=torch.float32, device=device),
@@ -51,14 +51,14 @@ class Workspace:
     def of(
         cls, device: torch.device, batch: int, rows: int, dtype: torch.dtype, stored: str | None
     ) -> Workspace | None:
-        """Returns one for launches with so many sequences and rows (query position × head); None for PyTorch."""
+        """Returns a workspace for launches with `batch` sequences of `rows` (positions × heads); None for PyTorch."""
         if dispatch.choose("mla_decode", device, dtype, stored=stored).name == "torch":
             return None
         block_m = block_m_of(rows, dispatch.capability(device))
         return cls.make(device, launch_of(device, block_m, stored)[1], block_m, batch * -(-rows // block_m))
 
     def fits(self, programs: int, block_m: int, items: int) -> bool:
-        """Whether it is large enough."""
+        """Whether the workspace is large enough."""
         return self.part_lse.numel() >= 2 * programs * block_m and self.counters.numel() >= items
 
 
@@ -67,19 +67,19 @@ _workspaces: dict[tuple[torch.device, int], Workspace] = {}
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
-    """Returns the number of multiprocessors; 1 where kernels are compiled for a GPU that is not here."""
+    """Returns the number of multiprocessors; 1 in ahead-of-time compilation."""
     return 1 if device.type != "cuda" else int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def _workspace(device: torch.device, programs: int, block_m: int, items: int) -> Workspace:
-    """Returns the current stream's workspace, made larger where it must be."""
+    """Returns the current stream's workspace, reallocated if it is too small."""
     on_gpu = device.type == "cuda"
     key = (device, torch.cuda.current_stream(device).cuda_stream if on_gpu else 0)
     found = _workspaces.get(key)
     if found is None or not found.fits(programs, block_m, items):
-        # Rounded up, so that a growing batch does not ask again and again.
+        # Rounded up, so that a growing batch does not reallocate at each step.
         found = Workspace.make(device, programs, block_m, max(256, 1 << (items - 1).bit_length()))
-        # What is allocated during a capture is zeroed by the graph's replay, not now: only the graph may use it.
+        # Memory allocated during a capture is zeroed when the graph is replayed, so only the graph may use it.
         if not (on_gpu and torch.cuda.is_current_stream_capturing()):
             _workspaces[key] = found
     return found
@@ -96,22 +96,22 @@ def mla_decode(
     workspace: Workspace | None = None,
     config: DecodeConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attends to the cached tokens of each sequence, the new ones included, causally among the new ones.
+    """Attends to the cached tokens of each sequence, including the new ones, causally among the new ones.
 
     Args:
         q: absorbed queries [batch, query, heads, 576], query 1–8, heads 1–128: latent part, then rotary part.
         cache: [blocks, block_size, 576] in q's dtype, or uint8 [blocks, block_size, 656] (see `layout`).
-        lens: cached tokens of each sequence, new ones included, int32 [batch]. 0 gives zeros.
+        lens: cached tokens of each sequence, including the new ones, int32 [batch]. 0 gives zeros.
         scale: factor on the scores before the softmax.
-        table: blocks of each sequence, int32 [batch, max_blocks]; none where block b belongs to sequence b.
+        table: blocks of each sequence, int32 [batch, max_blocks]; None if block b belongs to sequence b.
         stored: dtype of a quantised latent, int8 or fp8.
-        out: where the result goes, contiguous [batch, query, heads, 512].
-        workspace: where partial results go; each stream's own when none is given.
+        out: output tensor, contiguous [batch, query, heads, 512]; allocated by default.
+        workspace: memory for partial results; by default one per stream.
         config: replaces the tuned configuration.
 
     Returns:
         Attended latents [batch, query, heads, 512] in q's dtype, and the natural log-sum-exp of the scaled scores,
-        float32 [batch, query, heads] (-inf where nothing was attended to).
+        float32 [batch, query, heads] (-inf if there are no tokens to attend to).
 
     Raises:
         ValueError: a shape or dtype is not as above.
@@ -125,7 +125,7 @@ def mla_decode(
 
 
 def _check(q: Tensor, cache: Tensor, lens: Tensor, table: Tensor | None, stored: str | None) -> None:
-    """Raises ValueError for inputs that the kernel would misread."""
+    """Raises ValueError for inputs that the kernel does not support."""
     if q.dim() != 4 or q.shape[-1] != ROW or not (1 <= q.shape[1] <= MOST_QUERIES and 1 <= q.shape[2] <= MOST_HEADS):
         raise ValueError(f"q is {list(q.shape)}: expected [batch, 1 to {MOST_QUERIES}, 1 to {MOST_HEADS} heads, {ROW}]")
     layout.check(cache, q.dtype, stored)
@@ -137,11 +137,11 @@ def _check(q: Tensor, cache: Tensor, lens: Tensor, table: Tensor | None, stored:
         if cache.shape[1] & (cache.shape[1] - 1):
             raise ValueError(f"block_size is {cache.shape[1]}: expected a power of 2")
     elif cache.shape[0] < q.shape[0]:
-        raise ValueError(f"cache has {cache.shape[0]} blocks for {q.shape[0]} sequences and there is no table")
+        raise ValueError(f"cache has {cache.shape[0]} blocks for {q.shape[0]} sequences: pass a table")
 
 
 def block_m_of(rows: int, cc: int) -> int:
-    """Returns how many rows (query position × head) a program takes: on Turing, no more than its registers hold."""
+    """Returns the rows (query position × head) per program; 16 on Turing, which has too few registers for 32."""
     return 16 if rows <= 16 or 0 < cc < 80 else 32
 
 
@@ -153,10 +153,10 @@ def launch_of(
     room: int | None = None,
     batch: int | None = None,
 ) -> tuple[DecodeConfig, int]:
-    """Returns how the kernel is cut up, by the tuned configuration unless one is given, and how many programs run.
+    """Returns the configuration, tuned unless one is given, and the number of programs.
 
-    `room` is the number of tokens that the caches of all sequences can hold, many unless given: their lengths are not
-    known here. `batch` is the number of sequences, several unless given.
+    `room` is the capacity in tokens of the caches of all sequences, since their lengths are unknown on the host; None
+    means a large capacity. `batch` is the number of sequences; None means several.
     """
     if dispatch.interpreted():
         return replace(config or INTERPRETER, reduce_all=False, warpgroup=False), INTERPRETER_PROGRAMS
@@ -223,7 +223,7 @@ def _launch(
     else:
         from ictx.kernels.decode.triton import decode as kernel
     work = workspace or _workspace(q.device, programs, block_m, batch * row_blocks)
-    # The same bytes, seen as each of the dtypes that a row holds.
+    # Views of the same bytes in each dtype of a row.
     flat = layout.flat(cache)
     latent = scales = rope = flat
     if stored:

@@ -1,4 +1,4 @@
-"""What `mla_decode` computes, in plain PyTorch: the fallback everywhere, and what the kernel is tested against."""
+"""`mla_decode` in plain PyTorch: the fallback, and the reference in the kernel's tests."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def mla_decode(
 ) -> tuple[Tensor, Tensor]:
     """Returns the attended latents [batch, query, heads, 512] and the scores' log-sum-exp [batch, query, heads].
 
-    Computes in float32 (float64 where `q` is), one sequence after the other, so that memory follows the longest alone.
+    Computes in float32 (float64 if `q` is), one sequence at a time, so that memory use depends on the longest only.
     """
     batch, query, heads, _ = q.shape
     work = torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -29,7 +29,7 @@ def mla_decode(
         rows = rows.to(work)
         score = torch.einsum("qhd,td->qht", q[index].to(work), rows) * scale
         token = torch.arange(length, device=q.device)
-        # The last query position is the newest cached token: it sees all, the one before it one less.
+        # The last query position is the newest cached token and attends to all; the one before it to one token less.
         limit = length - query + torch.arange(query, device=q.device)
         score = score.masked_fill(token[None, None, :] > limit[:, None, None], -torch.inf)
         lse[index] = score.logsumexp(-1)

@@ -1,4 +1,4 @@
-"""Which program holds which tiles: equal runs of the whole batch's tiles, in order."""
+"""Assignment of tiles to programs: equal runs of the whole batch's tiles, in order."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ import triton
 import triton.language as tl
 
 LONG = tl.constexpr(32)
-"""Tiles of a long run."""
+"""Minimum length of a long run, in tiles."""
 
 
 @triton.jit
 def joint_runs(total, programs):
-    """Tiles of a program and how many of the first programs hold one more, where few results are to be joined.
+    """Tiles per program, and how many of the first programs hold one more, chosen to join fewer partial results.
 
-    Short runs are all as long as the longest must be, so that the last programs may have none: the slowest program has
-    as much to do as if all shared. Of long runs, a program more is worth more than a result less.
+    Short runs are rounded up to the same length, so that the last programs may have no tiles; the slowest program has
+    the same work as with an even distribution. Long runs are distributed evenly: using every program saves more time
+    than joining fewer results.
     """
     quota = total // programs
     rest = total - quota * programs
@@ -39,7 +40,7 @@ def owner_of(tile, quota, rest):
 
 @triton.jit
 def sequence_tiles(lens_ptr, index, batch, row_blocks, BLOCK_N: tl.constexpr):
-    """Tiles of each sequence, row blocks together. An empty sequence has one: its output must be written too."""
+    """Tiles of each sequence, summed over row blocks. An empty sequence has one, so that its output is written."""
     length = tl.load(lens_ptr + index, index < batch, other=0)
     tiles = tl.maximum((length + BLOCK_N - 1) // BLOCK_N, 1) * row_blocks
     return tl.where(index < batch, tiles, 0)
@@ -47,7 +48,7 @@ def sequence_tiles(lens_ptr, index, batch, row_blocks, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def span_of(first_program, last_program):
-    """The programs that share an item, in one number: at most 2^15, of which the first has a number below 2^16."""
+    """The programs that share an item, packed in one number: at most 2^15, the first with an index below 2^16."""
     return (first_program << 15) | (last_program - first_program)
 
 
@@ -59,5 +60,5 @@ def program_of(span):
 
 @triton.jit
 def parts_of(span):
-    """How many programs a span has."""
+    """The number of programs in a span."""
     return (span & 0x7FFF) + 1

@@ -1,15 +1,15 @@
 """Absorbed decode over the latent cache: one launch, whose grid does not depend on the length of the context.
 
-Every sequence is cut into tiles of BLOCK_N tokens, and the tiles of the whole batch are dealt out in equal runs to
+Every sequence is cut into tiles of BLOCK_N tokens, and the tiles of the whole batch are distributed in equal runs to
 a fixed number of programs (stream-K, arXiv:2301.03598). A program that holds all tiles of a sequence writes the
-output itself; otherwise it leaves a partial softmax in the workspace. The partials are joined in the same launch:
+output itself; otherwise it stores a partial softmax in the workspace. The partials are joined in the same launch:
 
-- REDUCE_ALL: every program that had a share of the sequence waits for the others, then joins one slice of the
-  output. This needs all programs resident at once (a cooperative launch).
-- otherwise: the program that arrives last joins the whole. Nothing ever waits; any grid and Triton's interpreter
-  will do.
+- REDUCE_ALL: every program with a share of the sequence waits for the others, then joins one slice of the output.
+  This requires all programs to be resident at once (a cooperative launch).
+- otherwise: the program that arrives last joins all of it. No program waits, so any grid works, and Triton's
+  interpreter too.
 
-Shapes: rows are (query position, head) pairs, BLOCK_M of them a program; LATENT and ROPE are the two parts of a
+Shapes: rows are (query position, head) pairs, BLOCK_M of them per program; LATENT and ROPE are the two parts of a
 cached row.
 """
 
@@ -51,18 +51,18 @@ def decode(
 ):  # fmt: skip
     """out = softmax(q · cacheᵀ · scale) · latent for every row, causal among the last `query` positions.
 
-    Strides that end in 8 count groups of eight elements, so that the compiler sees 16-byte alignment for every value;
-    `block_rows` is the distance of two blocks in rows.
-    PAGE is the block size of the paged cache, 0 where each sequence has one block.
-    Rows of a quantised cache are never scaled back: a group's scale goes into its part of the scores and of the
-    weights, so that the products take the stored numbers, which are exact in float16.
+    Strides that end in 8 count groups of eight elements, so that the compiler can assume 16-byte alignment for every
+    value; `block_rows` is the block stride in rows.
+    PAGE is the block size of the paged cache, 0 if each sequence has one block.
+    Rows of a quantised cache are not dequantised: a group's scale is applied to its part of the scores and of the
+    weights, so that the products use the stored numbers, which are exact in float16.
     """
     program = tl.program_id(0)
     programs = tl.num_programs(0)
     if DEPENDENT:
-        # Launched while the launch before it still runs.
+        # The previous launch may still run.
         gdc_wait()
-    # Every dependent step before the first load of the cache costs a microsecond: one sequence needs no search.
+    # Every dependent step before the first load of the cache costs a microsecond; one sequence needs no search.
     alone = batch == 1
     total = 0
     if alone:
@@ -96,7 +96,7 @@ def decode(
     offs_h = tl.arange(0, 64)
     offs_r = tl.arange(0, ROPE)
     # One item is one row block of one sequence. At most two are shared with other programs: the first and the last.
-    # What must be known of them after the loops is packed: registers are scarce in these.
+    # Their state is packed, because registers are scarce in the loops.
     item = sequence * row_blocks + row_block
     a_ticket, a_span = -1, 0
     b_ticket, b_span = -1, 0
@@ -107,13 +107,13 @@ def decode(
         length = tl.load(lens_ptr + sequence)
         tiles = tl.maximum((length + BLOCK_N - 1) // BLOCK_N, 1)
         end = tl.minimum(last - first, tiles)
-        # Divided here, while the first rows are on their way.
+        # These divisions overlap with the loads of the first rows.
         span = span_of(owner_of(first, quota, rest), owner_of(first + tiles - 1, quota, rest))
         row = row_block * BLOCK_M + offs_m
         row_ok = row < rows
-        # Row r is query position r // heads; the last position sees everything, the one before it one token less.
+        # Row r is query position r // heads; the last position attends to all tokens, the one before it to one less.
         limit = length - query + 1 + row // heads
-        # The number of the next tile's block is read one tile ahead: the compiler's pipeline would spend a stage on it.
+        # The next tile's block number is loaded one tile ahead; otherwise the compiler's pipeline spends a stage on it.
         table_row = table_ptr + sequence.to(tl.int64) * table_stride
         block = sequence
         if PAGE >= BLOCK_N:
@@ -126,7 +126,7 @@ def decode(
         q_2 = tl.load(q_at + 256 + offs_g[None, :], row_ok[:, None], other=0.0)
         q_3 = tl.load(q_at + 384 + offs_g[None, :], row_ok[:, None], other=0.0)
         if STORED != "plain":
-            # A power of two brings a row's largest query to between 1 and 2: float16 holds it as exactly as bfloat16.
+            # A power of two scales a row's largest query to between 1 and 2: float16 is then as exact as bfloat16.
             top = tl.maximum(tl.maximum(tl.abs(q_0), tl.abs(q_1)), tl.maximum(tl.abs(q_2), tl.abs(q_3)))
             power = (tl.maximum(tl.max(top.to(tl.float32), 1), 1e-30).to(tl.int32, bitcast=True) & 0x7F800000).to(
                 tl.float32, bitcast=True
@@ -156,7 +156,7 @@ def decode(
         for index in tl.range(tile - first, end, num_stages=STAGES):
             token = index * BLOCK_N + offs_n
             ok = token < length
-            # Where the tile begins: its block in rows of the cache, 64 bits, and its rows within the block, 32 bits.
+            # Start of the tile: its block in rows of the cache, 64 bits, and its row within the block, 32 bits.
             if PAGE == 0 or PAGE >= BLOCK_N:
                 origin = index * BLOCK_N
                 start = block.to(tl.int64) * block_rows
@@ -170,7 +170,7 @@ def decode(
                 inner = 0
                 at = token % PAGE
             if STORED != "plain":
-                # A block's latents lie together, then its scales, then its keys.
+                # A block holds its latents, then its scales, then its keys.
                 k_at = rows_at(latent_ptr + inner * (LATENT // 2), start * BLOCK_WORDS, at, LATENT // 2, offs_h)
                 s_at = scale_ptr + (128 * block_size + inner) + (start * (BLOCK_WORDS // 2) + at)
                 rope_at = rope_ptr + (inner * ROPE + 264 * block_size.to(tl.int64))
@@ -196,7 +196,7 @@ def decode(
                 k_1 = tl.load(k_at + 128, ok[:, None], other=0.0)
                 k_2 = tl.load(k_at + 256, ok[:, None], other=0.0)
                 k_3 = tl.load(k_at + 384, ok[:, None], other=0.0)
-                # One product would be one chain of 36 dependent instructions; these run side by side.
+                # One product would be a chain of 36 dependent instructions; these run in parallel.
                 score = tl.dot(q_0, tl.trans(k_0)) + tl.dot(q_1, tl.trans(k_1))
                 score += tl.dot(q_2, tl.trans(k_2)) + tl.dot(q_3, tl.trans(k_3))
                 score += tl.dot(q_r, tl.trans(k_r))
@@ -204,16 +204,16 @@ def decode(
             score = tl.where(seen, score * softmax_log2, -float("inf"))
             if STORED != "plain":
                 # Weights are multiplied by a token's scales before they are rounded to float16: the largest product
-                # of any token and group is brought to 2^15, so that the smallest lose nothing that counts.
+                # of any token and group is scaled to 2^15, so that small products keep their precision.
                 lift = tl.log2(tl.maximum(tl.maximum(tl.maximum(s_0, s_1), tl.maximum(s_2, s_3)), 1e-30)) - 15.0
                 new_best = tl.maximum(best, tl.max(score + lift[None, :], 1))
             else:
                 new_best = tl.maximum(best, tl.max(score, 1))
-            # A row that has seen nothing yet has no maximum to subtract.
+            # A row without tokens so far has no maximum to subtract.
             anchor = tl.where(new_best == -float("inf"), 0.0, new_best)
             decay = tl.exp2(best - anchor)
             weight = tl.exp2(score - anchor[:, None])
-            # Added up over the tokens after the loop: warps need not meet for it here.
+            # Summed over the tokens after the loop, which avoids a synchronisation of warps in each iteration.
             sums = sums * decay[:, None] + weight
             if STORED != "plain":
                 p_0 = (weight * s_0[None, :]).to(tl.float16)
@@ -268,7 +268,7 @@ def decode(
                 put(part + 128, acc_1, factor, row_ok, LATENT)
                 put(part + 256, acc_2, factor, row_ok, LATENT)
                 put(part + 384, acc_3, factor, row_ok, LATENT)
-            # Every thread's part is written before the one thread that counts says so.
+            # All threads must have stored their part before one thread increments the counter.
             tl.debug_barrier()
             if REDUCE_ALL:
                 ticket = ticket_of(item, arrive(count_ptr + item, program == first_program, parts))
@@ -277,7 +277,7 @@ def decode(
                 else:
                     b_ticket, b_span = ticket, span
             else:
-                # The sign bit is the other way's.
+                # The sign bit belongs to REDUCE_ALL.
                 if (tl.atomic_add(count_ptr + item, 1, sem="acq_rel") & 0x7FFFFFFF) == parts - 1:
                     tl.debug_barrier()
                     join_share(
@@ -292,7 +292,7 @@ def decode(
             item += 1
 
     if DEPENDENT:
-        # The next launch begins where there is room: memory is idle from here on, and its weights come meanwhile.
+        # The next launch may begin: memory is idle from here on, so that its weights can be loaded.
         gdc_launch_dependents()
     if REDUCE_ALL:
         for which in range(2):

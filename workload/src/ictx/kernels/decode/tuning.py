@@ -1,4 +1,4 @@
-"""Tuned configurations of `mla_decode`: read from a versioned file, chosen without a search."""
+"""Tuned configurations of `mla_decode`, from the versioned file; no search at run time."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ictx.kernels import tuned
 
 @dataclass(frozen=True)
 class DecodeConfig:
-    """How `mla_decode` is cut up."""
+    """Tiling and launch parameters of `mla_decode`."""
 
     block_n: int
     """Cached tokens per step."""
@@ -20,38 +20,37 @@ class DecodeConfig:
     programs: int
     """Programs per multiprocessor."""
     reduce_all: bool = True
-    """Whether all programs of a sequence join its partial results (needs all of them resident), or the last alone."""
+    """Whether all programs of a sequence join its partial results (all must be resident), or only the last."""
     registers: int = 0
-    """Most registers of a thread; 0 leaves it to the compiler."""
+    """Maximum registers per thread; 0: the compiler's choice."""
     scan: int = 128
-    """Sequences whose lengths are read at once in the search for the first tile."""
+    """Sequences whose lengths are read per step of the search for the first tile."""
     columns: int = 0
-    """Columns of the result that are joined at once out of up to 160 parts, 64 or 32; 0 leaves it to the kernel."""
+    """Columns of the result joined at once from up to 160 parts, 64 or 32; 0: the kernel's default."""
     parts: int = 256
     """Parts, of up to 160, that are joined at once: a power of two."""
     warpgroup: bool = False
-    """Whether tokens are rows of Hopper's own products (`warpgroup_triton`): for quantised caches, tiles of 64."""
+    """Whether to use Hopper's warpgroup products (`warpgroup_triton`): for quantised caches, tiles of 64."""
 
 
 CASES = ("", "short", "one")
-"""Inputs of a kind that may have a configuration of their own: short caches, or one sequence."""
+"""Cases of a kind of input that may have a separate configuration: short caches, or one sequence."""
 
 
 def decode_key(block_m: int, stored: str | None, fast: bool = False, case: str = "") -> str:
-    """Returns the name under which the file holds a kind of input, on cards of `fast` memory one of its own."""
+    """Returns the key of a kind of input in the file; GPUs with `fast` memory have separate keys."""
     return f"{stored or 'plain'}/rows{block_m}{'/fast' if fast else ''}{case and f'/{case}'}"
 
 
 override: DecodeConfig | None = None
-"""Stands for every tuned configuration in a process that tries another."""
+"""Replaces every tuned configuration in a process that tries a candidate."""
 
 
 def decode_config(cc: int, block_m: int, stored: str | None, fast: bool = False, case: str = "") -> DecodeConfig:
-    """Returns the configuration of the newest target that is not newer than compute capability `cc`.
+    """Returns the configuration of the newest target not newer than compute capability `cc`.
 
-    Where memory is `fast` (see `dispatch.fast_memory`), programs must overlap more of their own work with it. What was
-    found for such cards is theirs alone: the instructions that it takes may be missing on a newer target. So is what
-    was found for one of CASES.
+    With `fast` memory (see `dispatch.fast_memory`), programs must overlap more of their work with loads. Configurations
+    for fast memory and for CASES apply only to their own target: they may use instructions that newer targets lack.
     """
     if override is not None:
         return override

@@ -1,13 +1,12 @@
-"""Values of a quantised cache, two in a 16-bit word, as the float16 numbers that they stand for.
+"""Unpacks values of a quantised cache, two per 16-bit word, to float16.
 
-Each word is treated alone, so the compiler moves *words* into the layout of a product's operand as it does with
-16-bit values (asynchronous copies, `ldmatrix`), and unpacks them in registers. A load of 8-bit values would go
-through neither: half a word has no place in `ldmatrix`.
+Each word is unpacked independently, so the compiler moves *words* into the layout of a product's operand as it does
+16-bit values (asynchronous copies, `ldmatrix`), and unpacks them in registers. Loads of 8-bit values could use
+neither: `ldmatrix` does not support them.
 
-A byte that stands alone in 16 bits *is* a float16, a subnormal one: byte × 2^-24. So an int8, stored with 128 added,
-takes two instructions for two values, and an e4m3 as many. Both forms below, PTX and plain (the compiler makes twice
-as many instructions of that), are exact for every stored byte of int8, and of e4m3 but NaN, which `quantise` never
-stores.
+A byte zero-extended to 16 bits is a subnormal float16: byte × 2^-24. So two int8 values, stored with 128 added, take
+two instructions, and two e4m3 values as many. Both forms below, PTX and plain (which compiles to twice as many
+instructions), are exact for every stored byte of int8, and of e4m3 except NaN, which `quantise` never stores.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ FP8_HIGH = tl.constexpr(
 def unpack(words, STORED: tl.constexpr, ASM: tl.constexpr):
     """Returns the lower and the upper value of each int16 word as float16.
 
-    STORED is int8, whose values come times 2^-24, or fp8. ASM takes the PTX; Triton's interpreter knows none.
+    STORED is int8, whose values are returned times 2^-24, or fp8. ASM selects PTX, which Triton's interpreter lacks.
     """
     if ASM:
         low: tl.constexpr = INT8_LOW if STORED == "int8" else FP8_LOW
@@ -49,13 +48,13 @@ def unpack_byte(word, STORED: tl.constexpr):
     if STORED == "int8":
         return (word & 0xFF).to(tl.float16, bitcast=True) - 128 * INT8_UNIT
     else:
-        # e4m3's bits under float16's exponent, whose bias is larger by 8.
+        # The bits of e4m3 in the position of float16, whose exponent bias is larger by 8.
         return (((word & 0x7F) << 7) | ((word & 0x80) << 8)).to(tl.float16, bitcast=True) * 256.0
 
 
 @triton.jit
 def halves(q, factor, BLOCK_M: tl.constexpr):
-    """A group of queries as float16, times `factor`: even and odd columns, as `unpack` returns those of keys."""
+    """A group of queries as float16, times `factor`, split into even and odd columns as `unpack` splits keys."""
     return tl.split(tl.reshape((q.to(tl.float32) * factor[:, None]).to(tl.float16), [BLOCK_M, 64, 2]))
 
 
@@ -70,6 +69,6 @@ def add_score(score, q_low, q_high, words, scale, STORED: tl.constexpr, ASM: tl.
 
 @triton.jit
 def add_values(acc_low, acc_high, decay, scaled, words, STORED: tl.constexpr, ASM: tl.constexpr):
-    """Adds one group's weighted values to what is decayed."""
+    """Adds one group's weighted values to the decayed accumulators."""
     low, high = unpack(words, STORED, ASM)
     return tl.dot(scaled, low, acc_low * decay[:, None]), tl.dot(scaled, high, acc_high * decay[:, None])

@@ -1,4 +1,4 @@
-"""What `warpgroup_triton` brings to shared memory: queries once, and tile after tile of the cache."""
+"""Copies of `warpgroup_triton` to shared memory: queries once, and each tile of the cache."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from ictx.kernels.decode.unpack_triton import INT8_UNIT
 def put_queries(
     q_ptr, queries_s, rope_s, offsets_s, row_ok, at, BLOCK_M: gl.constexpr, LATENT: gl.constexpr, QUERY: gl.constexpr,
 ):  # fmt: skip
-    """Leaves a row block's queries in shared memory as float16, even and odd columns apart; returns each row's power.
+    """Stores a row block's queries in shared memory as float16, even and odd columns apart; returns each row's power.
 
-    A power of two brings a row's largest query to between 1 and 2: float16 holds it as exactly as bfloat16.
+    A power of two scales a row's largest query to between 1 and 2: float16 is then as exact as bfloat16.
     """
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 4], [2, 16], [4, 1], [1, 0])
     word = gl.arange(0, 64, layout=gl.SliceLayout(0, LAYOUT))
@@ -40,7 +40,7 @@ def put_queries(
 
 @gluon.jit
 def load_pair(q_ptr, at, word, row_ok, QUERY: gl.constexpr):
-    """Even and odd columns of queries, as float32; two of 16 bits are read as one word."""
+    """Even and odd columns of queries, as float32; two 16-bit values are loaded as one word."""
     pair = gl.load(
         q_ptr.to(gl.pointer_type(gl.int32), bitcast=True) + ((at // 2)[:, None] + word[None, :]),
         row_ok[:, None], other=0,
@@ -58,7 +58,7 @@ def larger(a, b):
 
 @gluon.jit
 def put_query(queries_s, offsets_s, group: gl.constexpr, low, high, factor):
-    """Leaves a group's even and odd columns in shared memory, and what 128 more in each of their keys makes."""
+    """Stores a group's even and odd columns in shared memory, and the score of the int8 offset of 128 in the keys."""
     low = (low * factor[:, None]).to(gl.float16)
     high = (high * factor[:, None]).to(gl.float16)
     queries_s.index(2 * group).store(low)
@@ -72,7 +72,7 @@ def issue(
     block_size, go,
     PAGE: gl.constexpr, LATENT: gl.constexpr, ROPE: gl.constexpr, BLOCK_WORDS: gl.constexpr, BLOCK_N: gl.constexpr,
 ):  # fmt: skip
-    """Asks for a tile's latents, scales and keys."""
+    """Starts asynchronous copies of a tile's latents, scales and keys."""
     WIDE: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [4, 1], [1, 0])
     ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     FEW: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
@@ -84,9 +84,9 @@ def issue(
     token_s = scale % BLOCK_N
     origin = tile * BLOCK_N
     left = gl.where(go, length - origin, 0)
-    # A zero that the compiler does not know: what is added to it is not kept in registers through the loop.
+    # A zero that is opaque to the compiler, so that sums with it are not kept in registers through the loop.
     none = 8 * gl.inline_asm_elementwise("mov.u32 $0, 0;", "=r", [], gl.int32, False, 1)
-    # In three dimensions, so that a thread's places differ by constants: one register, not sixteen.
+    # In three dimensions, so that a thread's offsets differ by constants: one register, not sixteen.
     DEEP: gl.constexpr = gl.BlockedLayout([16, 1, 8], [1, 1, 32], [1, 4, 1], [2, 1, 0])
     of_thread = gl.arange(0, 16, layout=gl.SliceLayout(1, gl.SliceLayout(2, DEEP)))
     of_warp = gl.arange(0, 4, layout=gl.SliceLayout(0, gl.SliceLayout(2, DEEP)))
@@ -119,6 +119,6 @@ def issue(
 
 @gluon.jit
 def place(table_row, origin, token, left, block_rows, PAGE: gl.constexpr, BLOCK: gl.constexpr, WIDTH: gl.constexpr):
-    """Where tokens lie whose blocks are smaller than a tile: BLOCK a row of the cache, WIDTH a row of the block."""
+    """Offsets of tokens in blocks smaller than a tile; a cache row takes BLOCK elements, a row in the block WIDTH."""
     start = gl.load(table_row + (origin + token) // PAGE, token < left, other=0).to(gl.int64) * block_rows
     return start * BLOCK + (origin + token) % PAGE * WIDTH

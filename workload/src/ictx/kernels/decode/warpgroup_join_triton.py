@@ -1,4 +1,4 @@
-"""How partial softmaxes become the output where layouts are written out: `join_triton`, for `warpgroup_triton`."""
+"""`join_triton` with explicit layouts, for `warpgroup_triton`: joins partial softmaxes into the output."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ def join(
     out_ptr, lse_ptr, part_ptr, part_lse_ptr, row_out, row, col, first_program, parts,
     BLOCK_M: gl.constexpr, LATENT: gl.constexpr, COLS: gl.constexpr, PARTS: gl.constexpr,
 ):  # fmt: skip
-    """Joins `COLS` columns of one row out of the partial softmaxes of `parts` neighbouring programs."""
-    # Eight columns a thread, rows of threads over as many parts as there are threads left.
+    """Joins `COLS` columns of one row from the partial softmaxes of `parts` neighbouring programs."""
+    # Eight columns per thread; the remaining threads are distributed over the parts.
     ROW: gl.constexpr = 32 if COLS >= 256 else COLS // 8
     WIDE: gl.constexpr = gl.BlockedLayout([1, 8], [32 // ROW, ROW], [128 * ROW // (4 * COLS), COLS // 8 // ROW], [1, 0])
     cols = col + gl.arange(0, COLS, layout=gl.SliceLayout(0, WIDE))
@@ -62,7 +62,7 @@ def join_share(
     out_ptr, lse_ptr, part_ptr, part_lse_ptr, sequence, row_block, rows, first_program, parts, share, shares,
     BLOCK_M: gl.constexpr, LATENT: gl.constexpr,
 ):  # fmt: skip
-    """Joins this program's share of a row block: as many slices as programs, more or less."""
+    """Joins this program's share of a row block, in about as many slices as programs."""
     here = gl.minimum(rows - row_block * BLOCK_M, BLOCK_M)
     base = sequence.to(gl.int64) * rows + row_block * BLOCK_M
     if parts <= 16:

@@ -1,11 +1,11 @@
-"""Absorbed decode as Hopper's products of a group of warps (`wgmma`) want it: tokens are rows, heads are columns.
+"""Absorbed decode with Hopper's warpgroup products (`wgmma`): tokens are rows, heads are columns.
 
-The schedule, the partial results and the arguments are those of `decode.triton`. What differs is the loop over tokens:
+The schedule, the partial results and the arguments are those of `decode.triton`. Only the loop over tokens differs:
 
-- Scores are keys · queriesᵀ and results values ᵀ · weightsᵀ, so that 64 tokens, or 64 columns of the latent, fill the
-  instruction's rows, and 16 heads are as many columns as it needs. Queries and weights are read from shared memory
-  (they are small); a quantised cache's words go through registers once for each product, where they are unpacked.
-- No warp holds queries in registers, so that two programs fit a multiprocessor with registers to spare.
+- Scores are keys · queriesᵀ and results valuesᵀ · weightsᵀ, so that 64 tokens, or 64 columns of the latent, fill the
+  instruction's rows, and 16 heads fill its columns. Queries and weights are small and read from shared memory; words
+  of a quantised cache are loaded to registers once for each product and unpacked there.
+- No warp holds queries in registers, so that two programs fit on a multiprocessor.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def decode(
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, REDUCE_ALL: gl.constexpr, STAGES: gl.constexpr,
     SCAN: gl.constexpr, COLS: gl.constexpr, PARTS: gl.constexpr, DEPENDENT: gl.constexpr,
 ):  # fmt: skip
-    """As `decode.triton`'s, for a quantised cache and all programs resident; BLOCK_N is 64."""
+    """Same as `decode.triton.decode`, for a quantised cache and with all programs resident; BLOCK_N is 64."""
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
     LEFT: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
     ACROSS: gl.constexpr = gl.SliceLayout(0, MMA)
@@ -76,7 +76,7 @@ def decode(
     queries_s = gl.allocate_shared_memory(gl.float16, [8, BLOCK_M, 64], TILE)
     rope_s = gl.allocate_shared_memory(QUERY, [BLOCK_M, 64], TILE)
     offsets_s = gl.allocate_shared_memory(gl.float32, [4, BLOCK_M], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    # Apart, since the compiler puts a barrier between two stores to parts of one.
+    # Separate allocations: the compiler inserts a barrier between two stores to the same one.
     weights_0 = gl.allocate_shared_memory(gl.float16, [1, BLOCK_N, BLOCK_M], WEIGHTS)
     weights_1 = gl.allocate_shared_memory(gl.float16, [1, BLOCK_N, BLOCK_M], WEIGHTS)
     weights_2 = gl.allocate_shared_memory(gl.float16, [1, BLOCK_N, BLOCK_M], WEIGHTS)
@@ -126,7 +126,7 @@ def decode(
         table_row = table_ptr + sequence.to(gl.int64) * table_stride
         begin = tile - first
         block = sequence
-        # Those who read the item before are done.
+        # All warps must have finished reading the previous item.
         tl.debug_barrier()
         for ahead in gl.static_range(STAGES - 1):
             at = begin + ahead
@@ -140,7 +140,7 @@ def decode(
         if PAGE >= BLOCK_N:
             at = begin + STAGES - 1
             block = gl.load(table_row + at * BLOCK_N // PAGE, at * BLOCK_N < length, other=0)
-        # Divided here, while the first rows are on their way.
+        # These divisions overlap with the loads of the first rows.
         span = span_of(owner_of(first, quota, rest), owner_of(first + tiles - 1, quota, rest))
         row = row_block * BLOCK_M + gl.arange(0, BLOCK_M, layout=ACROSS)
         row_ok = row < rows
@@ -169,7 +169,7 @@ def decode(
             fence_async_shared()
             token = index * BLOCK_N + gl.arange(0, BLOCK_N, layout=DOWN)
             words = words_s.index(slot)
-            # A zero that the compiler does not know: what is added to it is not kept in registers through the loop.
+            # A zero that is opaque to the compiler, so that sums with it are not kept in registers through the loop.
             none = gl.inline_asm_elementwise("mov.u32 $0, 0;", "=r", [], gl.int32, False, 1)
             score_r = warpgroup_mma(keys_s.index(slot), rope_s.permute((1, 0)), zero, use_acc=False, is_async=True)
             part = score_part(words.slice(0, 64, 1), queries_s, none, zero, STORED, LEFT)
@@ -203,7 +203,7 @@ def decode(
                 score = gl.where((token < length)[:, None] & (token[:, None] < limit[None, :]), score, -float("inf"))
             lift = gl.log2(gl.maximum(gl.maximum(gl.maximum(s_0, s_1), gl.maximum(s_2, s_3)), 1e-30)) - 9.0
             top = gl.max(score + lift[:, None], 0)
-            # A maximum that is passed by less than float16's weights have room for stays.
+            # The maximum is updated only if it is exceeded by more than the headroom of the float16 weights.
             if gl.max(top - best, 0) > 6.0:
                 new_best = gl.maximum(best, top)
                 decay = gl.exp2(best - gl.where(new_best == -float("inf"), 0.0, new_best))
@@ -211,7 +211,7 @@ def decode(
                 acc_0l, acc_0h, acc_1l, acc_1h = scaled(acc_0l, acc_0h, acc_1l, acc_1h, decay)
                 acc_2l, acc_2h, acc_3l, acc_3h = scaled(acc_2l, acc_2h, acc_3l, acc_3h, decay)
                 best = new_best
-            # A row that has seen nothing yet has no maximum to subtract.
+            # A row without tokens so far has no maximum to subtract.
             weight = gl.exp2(score - gl.where(best == -float("inf"), 0.0, best)[None, :])
             sums += weight
             weights_0.index(none).store((weight * s_0[:, None]).to(gl.float16))
@@ -310,7 +310,7 @@ def score_part(words, queries_s, at, zero, STORED: gl.constexpr, LEFT: gl.conste
 
 @gluon.jit
 def stored_of(words, STORED: gl.constexpr):
-    """The lower and the upper values of words, of int8 as they are stored: 128 more than what is meant."""
+    """The lower and the upper values of words; those of int8 include the stored offset of 128."""
     if STORED == "int8":
         return unpack_stored(words)
     else:
@@ -337,13 +337,13 @@ def weighted(part, offset, scale, STORED: gl.constexpr, ACROSS: gl.constexpr):
 
 @gluon.jit
 def scaled(a, b, c, d, factor):
-    """Four sums, times each column's factor."""
+    """Four accumulators, times each column's factor."""
     return a * factor[None, :], b * factor[None, :], c * factor[None, :], d * factor[None, :]
 
 
 @gluon.jit
 def put_pair(target, low, high, factor, row_ok, LATENT: gl.constexpr, M: gl.constexpr, MMA: gl.constexpr):
-    """Stores even and odd columns of 128, which lie as rows of `low` and `high`, times each column's factor."""
+    """Stores 128 columns, even and odd ones being the rows of `low` and `high`, times each column's factor."""
     word = gl.arange(0, 64, layout=gl.SliceLayout(1, MMA))
     row = gl.arange(0, M, layout=gl.SliceLayout(0, MMA))
     kind: gl.constexpr = target.dtype.element_ty

@@ -1,1 +1,1 @@
-"""The ends of a decode step: embedding, rotation and slot; the likeliest logit."""
+"""The first and last operations of a decode step: embedding, rotation and slot; the largest logit."""

@@ -1,4 +1,4 @@
-"""The ends of a decode step: a token's embedding, rotation and slot, and the likeliest of the logits."""
+"""The first and last operations of a decode step: a token's embedding, rotation and slot, and the largest logit."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from ictx.kernels import dispatch
 from ictx.kernels.products.op import OPERATION
 
 PART = 1024
-"""Logits of which a program finds the largest."""
+"""Logits per program in the search for the largest."""
 
 
 @dataclass(frozen=True)
 class Places:
-    """Where the next tokens of each sequence go: known to the host before the first of them is decoded."""
+    """Positions and cache slots of the next tokens of each sequence, computed before the first is decoded."""
 
     first_b: Tensor
     """Position of the first of them, int32 [batch]."""
@@ -32,15 +32,15 @@ class Places:
 def begin(
     token_b: Tensor, lengths_b: Tensor, embedding: Tensor, places: Places
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns what the layers take of each sequence's newest token, which it counts in `lengths_b`.
+    """Returns the layers' inputs for each sequence's newest token, and increments `lengths_b`.
 
     Args:
         token_b: int64 [batch].
-        lengths_b: cached tokens, int32 [batch]; one is added. At most as many tokens may come as there are places.
+        lengths_b: cached tokens, int32 [batch]; incremented. Call this at most once per token of `places`.
         embedding: [vocabulary, width], contiguous.
 
     Returns:
-        Its row of the embedding [batch, width], cosines and sines [batch, 32], and slot [batch].
+        The token's row of the embedding [batch, width], cosines and sines [batch, 32], and slot [batch].
     """
     batch, count, pairs = places.cos.shape
     if dispatch.choose(OPERATION, embedding.device, embedding.dtype).name == "torch":
@@ -57,14 +57,14 @@ def begin(
     kernels.begin[(batch,)](
         token_b, lengths_b, places.first_b, embedding, places.cos, places.sin, places.slots, x, cos, sin, slot_b, count,
         WIDTH=width, PADDED=1 << (width - 1).bit_length(), PAIRS=pairs,
-        # The next launch may begin early; this one, the first of a graph, follows none.
+        # The next launch may begin early; this one has no predecessor, as the first of a graph.
         DEPENDENT=dispatch.launches_early(x.device),
     )  # fmt: skip
     return x, cos, sin, slot_b
 
 
 def choose_likeliest(logits: Tensor, token_b: Tensor) -> None:
-    """Puts the index of each row's largest logit, the first of several, into `token_b` (int64 [batch]).
+    """Writes the index of each row's largest logit, the first one if tied, to `token_b` (int64 [batch]).
 
     Args:
         logits: [batch, vocabulary], contiguous.

@@ -1,6 +1,6 @@
-"""What a decode step does before its first layer and after its last product: little, so one launch for each.
+"""Work of a decode step before its first layer and after its last product, fused into few launches.
 
-As in `products.triton`, a launch may begin while the one before it still runs (DEPENDENT).
+As in `products.triton`, a launch may begin while the previous one still runs (DEPENDENT).
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
-# How many tokens are to come, and where the lists begin, is not compiled for.
+# The number of tokens and the alignment of the lists must not cause recompilation.
 @triton.jit(do_not_specialize=["count"], do_not_specialize_on_alignment=["cos_ptr", "sin_ptr", "slot_ptr"])
 def begin(
     token_ptr, length_ptr, first_ptr, embedding_ptr, cos_ptr, sin_ptr, slot_ptr,
     x_ptr, cos_out_ptr, sin_out_ptr, slot_out_ptr, count,
     WIDTH: tl.constexpr, PADDED: tl.constexpr, PAIRS: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """Looks up a sequence's newest token, its position's rotation and its slot; counts it. One program a sequence."""
+    """Loads the embedding, rotation and slot of a sequence's newest token; increments its length. One program each."""
     sequence = tl.program_id(0)
     if DEPENDENT:
         gdc_launch_dependents()
@@ -32,7 +32,7 @@ def begin(
     tl.store(cos_out_ptr + sequence * PAIRS + pair, tl.load(cos_ptr + at * PAIRS + pair))
     tl.store(sin_out_ptr + sequence * PAIRS + pair, tl.load(sin_ptr + at * PAIRS + pair))
     tl.store(slot_out_ptr + sequence, tl.load(slot_ptr + at))
-    # Every thread has read the length before one of them changes it.
+    # All threads must have read the length before it is overwritten.
     tl.debug_barrier()
     tl.store(length_ptr + sequence, length + 1)
 
@@ -42,7 +42,7 @@ def best_of_part(
     logits_ptr, value_ptr, index_ptr, vocabulary, parts,
     PART: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """The largest logit, and the first that is as large, of PART of a sequence's vocabulary."""
+    """The largest logit, and the first index that has it, in PART of a sequence's vocabulary."""
     part, sequence = tl.program_id(0), tl.program_id(1)
     column = part * PART + tl.arange(0, PART)
     if DEPENDENT:
@@ -51,7 +51,7 @@ def best_of_part(
     logits = tl.load(logits_ptr + sequence.to(tl.int64) * vocabulary + column, column < vocabulary, other=-float("inf"))
     value, index = tl.max(logits.to(tl.float32), 0, return_indices=True)
     tl.store(value_ptr + sequence * parts + part, value)
-    # Were all of them NaN, it could lie behind the end, and the embedding has no such row.
+    # If all of them are NaN, the index may be past the end, where the embedding has no row.
     tl.store(index_ptr + sequence * parts + part, tl.minimum(part * PART + index, vocabulary - 1))
 
 
@@ -59,7 +59,7 @@ def best_of_part(
 def best_of_all(
     value_ptr, index_ptr, token_ptr, parts, PADDED: tl.constexpr, DEPENDENT: tl.constexpr
 ):  # fmt: skip
-    """The token of the largest part, the first of several. One program a sequence."""
+    """The token of the largest part, the first one if tied. One program per sequence."""
     sequence = tl.program_id(0)
     part = tl.arange(0, PADDED)
     if DEPENDENT:

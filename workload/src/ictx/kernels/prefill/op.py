@@ -1,8 +1,8 @@
-"""`mla_prefill`: new tokens of one sequence attend to its latent cache, which holds them already.
+"""`mla_prefill`: new tokens of one sequence attend to its latent cache, which already contains them.
 
-Absorbed, the queries are multiplied into the latent space and `mla_decode` attends to the cache as it lies, eight
-query positions at a time. Expanded, keys and values are made of the cached latents, a part at a time, and the forward
-kernel of `mla_attention` goes on from part to part. A cost model chooses.
+Absorbed: the queries are multiplied into the latent space, and `mla_decode` attends to the latents, eight query
+positions at a time. Expanded: keys and values are computed from the cached latents, a part at a time, and the forward
+kernel of `mla_attention` accumulates over the parts. A cost model selects the mode.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ from ictx.kernels.layout import LATENT, ROW, rows_of
 from ictx.kernels.prefill import reference
 
 WORKSPACE = 1 << 29
-"""Default limit of the bytes that expanded keys and values take."""
+"""Default limit for expanded keys and values, in bytes."""
 SLICE = 8
-"""Query positions that `mla_decode` takes at once."""
+"""Query positions per sequence of an `mla_decode` call."""
 
 Mode = Literal["auto", "expanded", "absorbed"]
 
 
 class Cost(NamedTuple):
-    """Matrix operations of one chunk over the share of the product rate that they run at."""
+    """Matrix operations of one chunk, divided by the share of the peak product rate that they reach."""
 
     expanded: float
     absorbed: float
 
 
 def cost(new: int, length: int, heads: int, nope: int, rope: int, value: int, multiprocessors: int = 132) -> Cost:
-    """Returns what each mode costs for `new` queries at the end of `length` tokens.
+    """Returns the cost of each mode for `new` queries at the end of `length` tokens.
 
-    A query sees K = length - (new - 1) / 2 keys on average. The expanded kernel takes 128 queries of a head on each
-    multiprocessor, so that fewer than R = 128 · multiprocessors / heads queries take as long as R. In operations
+    A query attends to K = length - (new - 1) / 2 keys on average. The expanded kernel takes 128 queries of a head on
+    each multiprocessor, so that fewer than R = 128 · multiprocessors / heads queries take as long as R. In operations:
 
         expanded = 2 · length · heads · 512 · (nope + value) / 0.8
                    + 2 · max(new, R) · K · heads · (nope + rope + value) / 0.6
@@ -73,17 +73,17 @@ def mla_prefill(
     """Attends causally from the last tokens of a sequence to all of its cached tokens.
 
     Args:
-        q: queries [new, heads, nope + 64], the rotated part last; query i stands at token length - new + i.
+        q: queries [new, heads, nope + 64], the rotated part last; query i is token length - new + i.
         cache: [blocks, block_size, 576] in q's dtype: normed latent, then rotated key; or uint8 [blocks, block_size,
             656] (see `layout`).
-        length: cached tokens of the sequence, the new ones included.
-        w_kv: what makes keys and values of a latent, [heads · (nope + value), 512], head by head, keys first.
+        length: cached tokens of the sequence, including the new ones.
+        w_kv: projection from latents to keys and values, [heads · (nope + value), 512], head by head, keys first.
         scale: factor on the scores before the softmax, above 0.
-        table: blocks of the sequence, int32 [max_blocks]; none where it lies in block 0.
+        table: blocks of the sequence, int32 [max_blocks]; None if it is in block 0.
         stored: dtype of a quantised latent, int8 or fp8.
-        workspace: bytes that expanded keys and values may take; at least one tile of keys is expanded. Besides, an
-            expanded call in several parts holds its result in float32, and an absorbed one its queries in latent space.
-        mode: how to attend; what `cost` finds cheaper unless given. Blocks that are no power of 2 are expanded.
+        workspace: bytes for expanded keys and values; at least one tile of keys is expanded. In addition, an expanded
+            call in several parts holds its result in float32, and an absorbed one its queries in latent space.
+        mode: auto selects the cheaper mode by `cost`. Block sizes that are not a power of 2 are always expanded.
 
     Returns:
         Attended values [new, heads, value] in q's dtype.
@@ -141,7 +141,7 @@ def _expanded(
     stored: str | None,
     workspace: int,
 ) -> Tensor:
-    """Goes through the cache a part at a time."""
+    """Attends to expanded keys and values, a part of the cache at a time."""
     new, heads, width = q.shape
     rope = ROW - LATENT
     nope = width - rope
@@ -150,7 +150,7 @@ def _expanded(
     split = (d0, d1) == (nope, rope) and value == 1 << (value.bit_length() - 1) >= 16
     row = (heads * (nope + value) + (ROW if table is not None else 0)) * q.element_size()
     if stored:
-        # Rows are scaled in float32, with two copies at a time.
+        # Rows are dequantised in float32, with two copies at a time.
         row += 3 * 4 * ROW
     if not split:
         row += heads * (d0 + d1 + 2 * value) * q.element_size()
@@ -170,7 +170,7 @@ def _expanded(
         expanded = F.linear(rows[:, :LATENT], w_kv).view(rows.shape[0], heads, nope + value)
         k_rope = rows[:, None, LATENT:].expand(-1, heads, -1)
         if split:
-            # All heads read the one rotated key where it lies.
+            # All heads read the same rotated key in place.
             k, v = (expanded[..., :nope], k_rope), expanded[..., nope:]
         else:
             whole = F.pad(torch.cat([expanded[..., :nope], k_rope], -1), (0, d0 + d1 - width))
@@ -190,16 +190,16 @@ def _absorbed(
     table: Tensor | None,
     stored: str | None,
 ) -> Tensor:
-    """Attends to the latents: slices of the queries are a batch over one and the same sequence."""
+    """Attends to the latents; slices of the queries form a batch over the same sequence."""
     new, heads, _ = q.shape
     nope = w_uk.shape[1]
     q_c = torch.cat([torch.einsum("qhn,hnc->qhc", q[..., :nope], w_uk), q[..., nope:]], -1)
     slices = -(-new // SLICE)
     query = SLICE if slices > 1 else new
-    # The first slice is filled up in front, with queries that nobody reads.
+    # The first slice is padded at the front with queries whose results are discarded.
     q_c = F.pad(q_c, (0, 0, 0, 0, slices * query - new, 0)).view(slices, query, heads, ROW)
     lens = length - query * torch.arange(slices - 1, -1, -1, dtype=torch.int32, device=q.device)
-    # All slices are sequences that lie in the same place.
+    # All slices share the blocks of one sequence.
     cache = cache[:1].expand(slices, -1, -1) if table is None else cache
     blocks = None if table is None else table.expand(slices, -1)
     out, _ = mla_decode(q_c, cache, lens, scale, blocks, stored)

@@ -1,4 +1,4 @@
-"""What `mla_prefill` computes, in plain PyTorch: the fallback."""
+"""`mla_prefill` in plain PyTorch: the fallback."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def mla_prefill(
 ) -> Tensor:
     """Returns attended values [new, heads, value]; see `op.mla_prefill`.
 
-    Running maximum, sum and result are float32 (float64 where q is) and rescaled as larger scores come
-    (arXiv:2205.14135), so that any division into parts gives the same.
+    Running maximum, sum and result are float32 (float64 if q is), rescaled when a larger score appears
+    (arXiv:2205.14135), so that the result does not depend on the division into parts.
     """
     new, heads, width = q.shape
     nope = width - (ROW - LATENT)
@@ -40,7 +40,7 @@ def mla_prefill(
         k = torch.cat([k_nope, rows[:, None, LATENT:].expand(-1, heads, -1)], -1)
         score = torch.einsum("qhd,khd->hqk", q, k).to(work) * scale
         score.masked_fill_(torch.arange(first, first + len(rows), device=q.device) > limit, -torch.inf)
-        # Key 0 is in the first part: every query sees it.
+        # Key 0 is in the first part and visible to every query, so the maximum is finite.
         higher = torch.maximum(best, score.amax(-1, keepdim=True))
         weight, keep = torch.exp(score - higher), torch.exp(best - higher)
         total = total * keep + weight.sum(-1, keepdim=True)

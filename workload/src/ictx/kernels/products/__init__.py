@@ -1,1 +1,1 @@
-"""The products of a decode step."""
+"""The matrix-vector products of a decode step."""

@@ -1,4 +1,4 @@
-"""What a decode step multiplies between its attentions: fused for one token, PyTorch's own products for several."""
+"""The products of a decode step outside attention: fused kernels for one token, PyTorch's products for several."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from ictx.kernels.rope_cache.op import check, mla_rope_cache, row_constants, row
 
 OPERATION = "decode_products"
 TILE = 8192
-"""Weights that a program multiplies, but whole rows: enough programs fit a multiprocessor to keep memory busy."""
+"""Weights per program, rounded to whole rows: small enough that many programs per multiprocessor keep memory busy."""
 LONGEST = 16384
-"""Longest row that a program holds."""
+"""Longest row that the kernels support."""
 COLUMNS = 64
-"""Columns of the latent that a program of `absorb` makes."""
+"""Columns of the latent that a program of `absorb` computes."""
 WARPS = 4
 PROGRAMS = {4: 816, 8: 512}
-"""Programs of so many warps that take rows one after the other: a few for each of Hopper's 132 multiprocessors, so that
-all are at work at once and the next launch has room. Found on an H200 for rows of 2,048, gated, and of 5,632."""
+"""Number of programs, by warps per program, when each takes several rows: a few per multiprocessor (Hopper has 132), so
+that all are resident and the next launch has room. Tuned on an H200 for gated rows of 2,048 and rows of 5,632."""
 
 
 @dataclass(frozen=True)
 class NewRow:
-    """What `mla_rope_cache` takes of new tokens, but their angles."""
+    """The arguments of `mla_rope_cache` for new tokens, except their angles."""
 
     x: Tensor
     gain: Tensor
@@ -40,24 +40,24 @@ class NewRow:
 
 
 def _choice(x: Tensor, width: int) -> str:
-    """Returns which implementation multiplies vectors `x` [tokens, …]."""
+    """Returns the name of the implementation for vectors `x` [tokens, …]."""
     shape = None
     if x.shape[0] != 1:
-        shape = f"{x.shape[0]} tokens: their product is a matrix"
+        shape = f"{x.shape[0]} tokens: the kernel supports one"
     elif width > LONGEST:
-        shape = f"rows of {width}: a program holds {LONGEST}"
+        shape = f"rows of {width}: the kernel supports at most {LONGEST}"
     return dispatch.choose(OPERATION, x.device, x.dtype, shape=shape).name
 
 
 def _options(device: torch.device, warps: int = WARPS) -> dict[str, Any]:
-    """Returns options of a launch."""
+    """Returns the options of a launch."""
     return {"num_warps": warps, **dispatch.launch_options(dispatch.launches_early(device))}
 
 
 def constants(rows: int, width: int, gated: bool) -> tuple[dict[str, int], int]:
-    """Returns how `project` is cut up for so many rows of that many weights, and warps of a program.
+    """Returns the compile-time parameters of `project` for `rows` of `width` weights, and the warps per program.
 
-    Rows that are gated or long come one after the other, half a tile each: the next is loaded meanwhile.
+    A program takes gated or long rows in turn, half a tile at a time, and loads the next ones meanwhile.
     """
     padded = 1 << (width - 1).bit_length()
     long = 2 * padded > TILE
@@ -83,9 +83,9 @@ def project(
     Args:
         x: [tokens, width].
         weight: [rows, width] in x's dtype, its rows contiguous.
-        gain: of an RMSNorm, [width], that comes before the product; none leaves it out.
-        eps: of that norm.
-        up: a second weight like the first: silu(weight · x) · (up · x) is rerotated.
+        gain: weight of an RMSNorm before the product, [width]; None: no norm.
+        eps: epsilon of that norm.
+        up: a second weight of the same shape: the result is silu(weight · x) · (up · x).
         residual: [tokens, rows], added to the result.
     """
     if _choice(x, x.shape[1]) == "torch":
@@ -116,9 +116,9 @@ def absorb(q: Tensor, w_kv: Tensor, cos: Tensor, sin: Tensor, new: NewRow) -> Te
     Args:
         q: [tokens, heads, nope + 64], before the rotation, contiguous.
         w_kv: [heads, nope + value, 512] in q's dtype: keys' part first.
-        cos: of each pair's angle, float32 [tokens, 32], YaRN's factor included.
-        sin: likewise.
-        new: what is cached of the same tokens.
+        cos: cosines of each pair's angle, float32 [tokens, 32], YaRN's factor included.
+        sin: sines, likewise.
+        new: values of the same tokens for the cache.
     """
     _, heads, width = q.shape
     nope = width - ROPE
@@ -144,7 +144,7 @@ def absorb(q: Tensor, w_kv: Tensor, cos: Tensor, sin: Tensor, new: NewRow) -> Te
 
 
 def expand(out: Tensor, w_kv: Tensor, value: int) -> Tensor:
-    """Returns each head's values [tokens, heads · value] of attended latents, as `mla_decode` gives them.
+    """Returns each head's values [tokens, heads · value], expanded from the attended latents of `mla_decode`.
 
     Args:
         out: [tokens, 1, heads, 512].

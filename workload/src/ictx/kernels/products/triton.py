@@ -1,11 +1,11 @@
-"""Products of one token's vector with a layer's weights: what a decode step does between its attentions.
+"""Products of one token's vector with a layer's weights: the work of a decode step outside attention.
 
-A program lets the next launch in, then asks for its part of the weight before it waits for the vector: on Hopper and
-later (DEPENDENT) the launch before it is still running then (programmatic dependent launch), so that the weights are on
-their way while it ends. Where there are more rows than programs at work at once, each takes several one after the other
-and asks for the next before it multiplies: memory is busy meanwhile, and as all programs have begun, the next launch
-finds room. Weights are read once, and so are the first to leave the caches (`evict_first`): the vector, which all
-programs read, and what the next launch reads stay. Sums are float32.
+A program releases the next launch, then starts to load its part of the weight before it waits for the vector: on Hopper
+and later (DEPENDENT) the previous launch may still be running (programmatic dependent launch), so that loading the
+weights overlaps with its end. If there are more rows than resident programs, each program takes several in turn and
+loads the next before it multiplies: memory stays busy, and the next launch has room because all programs have started.
+Weights are read once and evicted from the caches first (`evict_first`); the vector, which all programs read, and the
+data of the next launch stay. Sums are float32.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def multiply(
     weight, up, x, factor, residual, out_at, ok,
     GATED: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
-    """Stores the rows' products with the vector, times `factor`, and what is added to them."""
+    """Stores the rows' products with the vector, times `factor`, gated and with the residual added if enabled."""
     total = tl.sum(weight.to(tl.float32) * x[None, :], 1) * factor
     if GATED:
         total = total * tl.sigmoid(total) * (tl.sum(up.to(tl.float32) * x[None, :], 1) * factor)
@@ -38,9 +38,9 @@ def project(
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, COUNT: tl.constexpr, PADDED: tl.constexpr,
     NORM: tl.constexpr, GATED: tl.constexpr, ADD: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """out = weight · x, COUNT times BLOCK rows a program, one group of the second grid axis each.
+    """out = weight · x, COUNT times BLOCK rows per program; the second grid axis is the group.
 
-    NORM: x is normed (RMSNorm) and multiplied by `gain` first. GATED: silu(weight · x) · (up · x). ADD: + residual.
+    NORM: x is normalised (RMSNorm) and multiplied by `gain` first. GATED: silu(weight · x) · (up · x). ADD: + residual.
     """
     if DEPENDENT:
         gdc_launch_dependents()
@@ -62,19 +62,19 @@ def project(
     if DEPENDENT:
         gdc_wait()
     x = tl.load(x_ptr + group * x_group + column, column_ok, other=0.0).to(tl.float32)
-    # Beside the vector, not behind the product: each is a trip to memory.
+    # Loaded together with the vector, not after the product, to save a memory latency.
     residual = 0.0
     if ADD:
         residual = tl.load(residual_ptr + row, row_ok, other=0.0).to(tl.float32)
     factor = 1.0
     if NORM:
-        # The root is taken beside the products, not before them.
+        # The norm is applied to the result, so that the root is computed in parallel with the products.
         factor = tl.rsqrt(tl.sum(x * x, 0) / WIDTH + eps)
         x = x * gain.to(tl.float32)
     if COUNT == 1:
         multiply(weight, up, x, factor, residual, out_ptr + row, row_ok, GATED, ADD)
     else:
-        # The last turn asks for nothing, but is not apart: a second copy of the products takes registers, and so room.
+        # The last turn loads nothing, but is not peeled: a second copy of the products would take registers.
         for turn in tl.range(COUNT, num_stages=1):
             at += step.to(tl.int64) * weight_row
             coming_ok = (row + step < rows) & (turn < COUNT - 1)
@@ -101,10 +101,10 @@ def absorb(
     NOPE: tl.constexpr, PADDED: tl.constexpr, ROPE: tl.constexpr, LATENT: tl.constexpr, COLUMNS: tl.constexpr,
     GROUP: tl.constexpr, ROW: tl.constexpr, ROW_BYTES: tl.constexpr, STORED: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """out = (q_nope · w_uk, q_rope rotated by its position's angle) of a head, COLUMNS of the latent a program.
+    """out = (q_nope · w_uk, q_rope rotated by its position's angle) of a head, COLUMNS of the latent per program.
 
-    A head's weight begins with w_uk, [NOPE, LATENT]. One program more writes the token's row of the cache, which needs
-    nothing of the others: a launch of its own would be one more to wait for.
+    A head's weight begins with w_uk, [NOPE, LATENT]. One more program writes the token's row of the cache, which does
+    not depend on the others; this saves a launch.
     """
     parts: tl.constexpr = LATENT // COLUMNS
     head = tl.program_id(0) // parts

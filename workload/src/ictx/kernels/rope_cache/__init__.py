@@ -1,1 +1,1 @@
-"""`mla_rope_cache`: new tokens' rows of the latent cache."""
+"""`mla_rope_cache`: writes new tokens' rows of the latent cache."""

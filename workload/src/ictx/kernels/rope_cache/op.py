@@ -1,4 +1,4 @@
-"""`mla_rope_cache`: from the projection of new tokens to their rows of the cache, in one launch."""
+"""`mla_rope_cache`: computes new tokens' rows of the cache from their projection, in one launch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ictx.kernels.layout import GROUP, LATENT, ROPE, ROW, ROW_BYTES
 from ictx.kernels.rope_cache import reference
 
 WARPS = 4
-"""Warps of a program: 512 values, four a thread."""
+"""Warps per program: 512 values, four per thread."""
 
 
 def mla_rope_cache(
@@ -25,21 +25,21 @@ def mla_rope_cache(
     eps: float = 1e-6,
     stored: str | None = None,
 ) -> None:
-    """Norms the latents (RMSNorm), rotates the keys' adjacent pairs, and writes both to the cache, quantised if it is.
+    """Normalises the latents (RMSNorm), rotates the keys' adjacent pairs, and writes both to the cache.
 
-    Computes in float32 and rounds once: to the cache's dtype, or to int8 or fp8 with a scale for 128 values.
-    (arXiv:2405.04434, section 2.1, for what is cached; arXiv:2104.09864, equation 34, for the rotation.)
+    Computes in float32 and rounds once: to the cache's dtype, or to int8 or fp8 with one scale per 128 values.
+    (arXiv:2405.04434, section 2.1, for the cached values; arXiv:2104.09864, equation 34, for the rotation.)
 
     Args:
-        x: the projection's output, [tokens, 576] in float16, bfloat16 (float32 and float64 in PyTorch alone): latents
+        x: the projection's output, [tokens, 576] in float16 or bfloat16 (float32 and float64 in PyTorch only): latents
             before the norm, then keys before the rotation.
-        weight: of the norm, [512].
+        weight: weight of the norm, [512].
         cos: cosines of each pair's angle, float32 [tokens, 32], YaRN's factor included.
         sin: sines, likewise.
-        slots: place of each token in the cache, int64 [tokens]: block × block_size + row. Tokens with a negative
-            one are left out.
+        slots: slot of each token in the cache, int64 [tokens]: block × block_size + row. Tokens with a negative slot
+            are skipped.
         cache: [blocks, block_size, 576] in x's dtype, or uint8 [blocks, block_size, 656] (see `layout`); written to.
-        eps: what is added to the mean square.
+        eps: added to the mean square.
         stored: dtype of a quantised latent, int8 or fp8.
 
     Raises:
@@ -55,7 +55,7 @@ def mla_rope_cache(
 def check(
     x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, cache: Tensor, stored: str | None
 ) -> None:
-    """Raises ValueError for inputs that the kernel would misread."""
+    """Raises ValueError for inputs that the kernel does not support."""
     if x.dim() != 2 or x.shape[1] != ROW or x.stride(1) != 1:
         raise ValueError(f"x is {list(x.shape)}: expected [tokens, {ROW}], its rows contiguous")
     if weight.shape != (LATENT,):
@@ -71,7 +71,7 @@ def check(
 
 
 def row_constants(stored: str | None) -> dict[str, Any]:
-    """Returns what a kernel that writes rows of the cache is compiled for."""
+    """Returns the compile-time parameters of kernels that write rows of the cache."""
     return {
         "LATENT": LATENT,
         "ROPE": ROPE,
@@ -83,13 +83,13 @@ def row_constants(stored: str | None) -> dict[str, Any]:
 
 
 def rows_of(cache: Tensor, dtype: torch.dtype, stored: str | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the cache's bytes, seen as latents, as scales and as keys."""
+    """Returns three flat views of the cache's bytes: as latents, as scales and as keys."""
     flat = layout.flat(cache)
     return (flat, flat.view(torch.float32), flat.view(dtype)) if stored else (flat, flat, flat)
 
 
 def strides_of(cache: Tensor) -> tuple[int, int]:
-    """Returns the distance of two blocks in rows, and the rows of a block."""
+    """Returns the block stride in rows, and the block size."""
     return cache.stride(0) // cache.stride(1), cache.shape[1]
 
 

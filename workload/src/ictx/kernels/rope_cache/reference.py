@@ -1,4 +1,4 @@
-"""What `mla_rope_cache` computes, in plain PyTorch: the fallback everywhere, and what the kernel is tested against."""
+"""`mla_rope_cache` in plain PyTorch: the fallback, and the reference in the kernel's tests."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ictx.kernels.layout import LATENT, parts, quantise_groups
 def mla_rope_cache(
     x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, cache: Tensor, eps: float, stored: str | None
 ) -> None:
-    """Writes normed latents and rotated keys to the cache; computes in float32 (float64 where `x` is)."""
+    """Writes normed latents and rotated keys to the cache; computes in float32 (float64 if `x` is)."""
     work, dtype = torch.float64 if x.dtype == torch.float64 else torch.float32, x.dtype
     kept = slots >= 0
     x, cos, sin, slots = x[kept].to(work), cos[kept].to(work), sin[kept].to(work), slots[kept]

@@ -1,4 +1,4 @@
-"""New tokens' latents and keys into the cache, one program for each token."""
+"""Writes new tokens' latents and keys to the cache, one program per token."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 @triton.jit
 def nearest(x):
-    """The nearest whole number, half to even, of a float32 below 2^22: what lies behind its point is rounded off."""
+    """The nearest integer, half to even, of a float32 below 2^22: adding 1.5 · 2^23 rounds off the fraction."""
     return (x + 12582912.0) - 12582912.0
 
 
 @triton.jit
 def e4m3(x):
-    """The byte of the nearest e4m3 value, half to even, of a float32 of at most 448: cards before 8.9 know no cast."""
+    """The byte of the nearest e4m3 value, half to even, of a float32 of at most 448: no cast before sm_89."""
     bits = x.to(tl.int32, bitcast=True)
     sign = (bits >> 24) & 0x80
     bits = bits & 0x7FFFFFFF
-    # 3 bits of mantissa stay of 23, and the exponent's bias falls from 127 to 7. Below 2^-6 the step is 2^-9.
+    # The mantissa shrinks from 23 to 3 bits, the exponent's bias from 127 to 7. Below 2^-6 the step is 2^-9.
     normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - (120 << 3)
     small = tl.abs(x) < 0.015625
     return (tl.where(small, nearest(tl.abs(x) * 512.0).to(tl.int32), normal) | sign).to(tl.uint8)
@@ -34,14 +34,14 @@ def write_row(
 ):  # fmt: skip
     """cache[slot] = norm(latent) · weight, and the key with each adjacent pair rotated by its angle.
 
-    Strides count elements of `x_ptr`; `block_rows` is the distance of two blocks in rows. A negative slot is skipped.
+    Strides count elements of `x_ptr`; `block_rows` is the block stride in rows. A negative slot is skipped.
     """
     groups: tl.constexpr = LATENT // GROUP
     group = tl.arange(0, groups)
     column = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     pair = tl.arange(0, ROPE // 2)
     x_at = x_ptr + token * row_stride
-    # All at once: one behind the other, each would be a trip to memory.
+    # All loads are issued together: dependent loads would each add a memory latency.
     slot = tl.load(slot_ptr + token)
     x = tl.load(x_at + column).to(tl.float32)
     even = tl.load(x_at + LATENT + 2 * pair).to(tl.float32)
@@ -68,7 +68,7 @@ def write_row(
                 tl.store(latent_at + column, (nearest(x) + 128.0).to(tl.int32).to(tl.uint8))
             else:
                 tl.store(latent_at + column, e4m3(x))
-            # Behind the block's latents lie its scales, group by group, and behind these its keys.
+            # The block's latents are followed by its scales, group by group, then by its keys.
             scale_at = scale_ptr + block * (ROW_BYTES // 4) + block_size.to(tl.int64) * (LATENT // 4) + inner
             tl.store(scale_at + group * block_size, scale)
             before: tl.constexpr = (LATENT + 4 * groups) // 2
@@ -87,10 +87,10 @@ def rope_cache(
     LATENT: tl.constexpr, ROPE: tl.constexpr, GROUP: tl.constexpr, ROW: tl.constexpr, ROW_BYTES: tl.constexpr,
     STORED: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """Writes each token's row, one a program."""
+    """Writes each token's row, one per program."""
     token = tl.program_id(0).to(tl.int64)
     if DEPENDENT:
-        # The launch before this one may still run (programmatic dependent launch).
+        # The previous launch may still run (programmatic dependent launch).
         gdc_launch_dependents()
         gdc_wait()
     write_row(

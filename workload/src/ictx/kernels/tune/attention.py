@@ -1,4 +1,4 @@
-"""The part of `ictx kernels tune` for `mla_attention` and `mla_prefill`: their three kernels' tiles."""
+"""The part of `ictx kernels tune` for `mla_attention` and `mla_prefill`: the tiles of their three kernels."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ KERNELS = {
     "keys_values": ("attention_backward.keys_values",),
     "queries": ("attention_backward.queries",),
 }
-"""What is compiled with each one's tiles."""
+"""Kernels that are compiled with the tiles of each kind."""
 
 
 def candidates(name: str, tma: bool) -> list[Tiles]:
-    """Returns the tiles that are tried for a kernel."""
+    """Returns the candidate tiles of a kernel."""
     rows = (64, 128) if name == "forward" else (32, 64, 128)
     return [
         Tiles(block_m, block_n, warps, stages, tma, ahead)
@@ -40,7 +40,7 @@ def candidates(name: str, tma: bool) -> list[Tiles]:
 
 
 def attention_kinds(target: int) -> list[Kind]:
-    """Returns the kernels, where the target has them."""
+    """Returns the kernels to tune; none if the target does not support them."""
     if dispatch.refused("mla_attention", target, dispatch.half(target), None):
         return []
     config = attention_config(target)
@@ -58,18 +58,18 @@ def attention_kinds(target: int) -> list[Kind]:
 
 
 def fits(cache: Path, tiles: Tiles, *, target: int, name: str) -> bool:
-    """Whether tiles may ship: every kernel that is compiled with them."""
+    """Whether every kernel compiled with these tiles passes the release checks."""
     tuning.override = replace(attention_config(target), **{name: tiles})
     try:
         return build.fit(cache, target, functools.partial(launch, dispatch.half(target)), KERNELS[name])
-    except Exception:  # what the compiler cannot make is no candidate
+    except Exception:  # a candidate that does not compile does not fit
         return False
     finally:
         tuning.override = None
 
 
 def launch(dtype: torch.dtype) -> None:
-    """Runs, on the meta device, training on packed documents, and a prefill in one part and in several."""
+    """Runs, on the meta device, a training step on packed documents, and a prefill in one part and in several."""
 
     def given(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta", requires_grad=True)
@@ -85,7 +85,7 @@ def launch(dtype: torch.dtype) -> None:
 
 
 def inputs(name: str, config: AttentionConfig) -> Callable[[Tiles], float]:
-    """Returns what measures tiles, of the forward or of both kernels of the gradient."""
+    """Returns a function that measures tiles in seconds: of the forward pass, or of both gradient kernels."""
     random = functools.partial(attention_bench.random, dtype=dispatch.half(dispatch.capability(torch.device("cuda"))))
     q, k, v, grad = (random(TOKENS, attention_bench.HEADS, width) for width in (192, 192, 128, 128))
     out = torch.empty_like(v)

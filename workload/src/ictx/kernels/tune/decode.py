@@ -1,4 +1,4 @@
-"""The part of `ictx kernels tune` for `mla_decode`: each kind of cache and number of rows."""
+"""The part of `ictx kernels tune` for `mla_decode`: each cache dtype and number of rows."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ from ictx.kernels.decode.tuning import DecodeConfig
 from ictx.kernels.tune.kind import Kind
 
 CASES = [(1, 131072), (32, 32768)]
-"""Batch and context whose times are multiplied: what a candidate must be good at."""
+"""(batch, context) of the measured cases; a candidate's score is the product of their times."""
 PAGE = 64
 
 
 def decode_candidates() -> list[DecodeConfig]:
-    """Returns the configurations of `mla_decode` that are tried; one stage is all that Turing can do."""
+    """Returns the candidate configurations of `mla_decode`; Turing supports only one stage."""
     found = []
     for block_n, warps, stages in itertools.product((16, 32, 64), (4, 8), (1, 2, 3, 4, 5)):
         for programs, registers in ((1, 0), (1, 240), (2, 0)):
-            # More warps than a block has tokens for only repeat each other's work; 240 registers need few warps.
+            # More warps than a block has tokens for repeat each other's work; 240 registers need few warps.
             if warps * 8 <= max(block_n, 32) * 2 and not (warps == 8 and registers):
                 found.append(DecodeConfig(block_n, warps, stages, programs, registers=registers))
     return found
 
 
 def warpgroup_candidates(rows: int, stored: str | None, fast: bool) -> list[DecodeConfig]:
-    """Returns those with Hopper's own products (`decode.warpgroup_triton`)."""
+    """Returns the candidates that use Hopper's warpgroup products (`decode.warpgroup_triton`)."""
     if not fast or not stored or rows > 16:
         return []
     return [DecodeConfig(64, 4, stages, programs, warpgroup=True) for stages, programs in ((2, 2), (3, 1), (4, 1))]
 
 
 def decode_kinds(target: int, fast: Callable[[str | None], bool] = lambda stored: False) -> list[Kind]:
-    """Returns the kinds of input of `mla_decode`, those with more bytes saved first; `fast`: `fast_memory` by cache."""
+    """Returns the kinds of input of `mla_decode`, 16-bit caches first; `fast`: `fast_memory` of a cache dtype."""
     dtype = dispatch.half(target)
     kinds = []
     for stored, rows in itertools.product(
@@ -62,7 +62,7 @@ def decode_kinds(target: int, fast: Callable[[str | None], bool] = lambda stored
 
 
 def decode_fits(cache: Path, config: DecodeConfig, *, target: int, stored: str | None, block_m: int) -> bool:
-    """Whether a candidate for `mla_decode` may ship."""
+    """Whether a candidate for `mla_decode` passes the release checks."""
     dtype, meta = dispatch.half(target), torch.device("meta")
     q = torch.empty(1, 1, block_m, layout.ROW, dtype=dtype, device=meta)
     row, held = (layout.ROW_BYTES, torch.uint8) if stored else (layout.ROW, dtype)
@@ -71,12 +71,12 @@ def decode_fits(cache: Path, config: DecodeConfig, *, target: int, stored: str |
     tuning.override = config
     try:
         return build.fit(cache, target, lambda: mla_decode(q, blocks, lens, inputs.SCALE, table, stored))
-    except Exception:  # what the compiler cannot make is no candidate
+    except Exception:  # a candidate that does not compile does not fit
         return False
 
 
 def decode_inputs(stored: str | None, rows: int, dtype: torch.dtype) -> Callable[[DecodeConfig], float]:
-    """Returns what measures a candidate: the product of the times of all cases."""
+    """Returns a function that measures a candidate: the product of the times of all cases."""
     given = [inputs.Inputs.make(batch, context, stored, inputs.HEADS * rows // 16, dtype) for batch, context in CASES]
 
     def seconds(config: DecodeConfig) -> float:

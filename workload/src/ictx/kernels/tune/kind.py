@@ -1,4 +1,4 @@
-"""What is tuned: one kind of input, or one kernel, and its candidates."""
+"""One kind of input, or one kernel, to tune, and its candidates."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ class Kind:
     """One kind of input, or one kernel, with a configuration of its own."""
 
     section: str
-    """Of the file."""
+    """Section of the file of tuned configurations."""
     name: str
     current: Any
-    """Its configuration so far: measured first, and kept where nothing is faster."""
+    """Its current configuration: measured first, and kept if no candidate is faster."""
     candidates: list[Any]
     fit: Callable[[Path, Any], bool]
-    """Compiles a candidate into a folder, in a process of its own; whether it may ship."""
+    """Compiles a candidate into a folder, in a separate process; returns whether it passes the release checks."""
     prepare: Callable[[], Callable[[Any], float]]
-    """Makes inputs; returns what measures a candidate, in seconds."""
+    """Makes inputs; returns a function that measures a candidate, in seconds."""

@@ -1,7 +1,7 @@
 """`ictx kernels tune`: finds the fastest configuration of each kind of input on this GPU, and writes it to the file.
 
-Processes compile candidates while those that are ready are measured. Candidates that must not ship (a spill, too much
-shared memory) are left out. Each kind has its share of the time: what one does not need, the later ones get.
+Worker processes compile candidates while compiled ones are measured. Candidates that fail the release checks (a spill,
+too much shared memory) are skipped. Each kind gets an equal share of the remaining time.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from ictx.kernels.tune.kind import Kind
 
 
 def search(kind: Kind, ready: dict[Future[bool], Any], until: float) -> dict[Any, float]:
-    """Measures candidates as they are compiled; returns the times of those that may ship."""
+    """Measures candidates as they are compiled; returns the times of those that pass the release checks."""
     seconds, left = kind.prepare(), set(ready)
 
     def take(config: Any) -> float:
         try:
             return seconds(config)
-        except Exception:  # the GPU, or the compiler here, refuses it
+        except Exception:  # the GPU or the local compiler does not support it
             return float("inf")
 
-    # The one in use is measured at once: what it needs is compiled by the call.
+    # The current configuration is measured first; the call compiles it.
     times = {kind.current: take(kind.current)}
     while left and time.monotonic() < until:
         done, left = wait(left, max(until - time.monotonic(), 0), FIRST_COMPLETED)
@@ -50,26 +50,26 @@ def search(kind: Kind, ready: dict[Future[bool], Any], until: float) -> dict[Any
 
 
 def main(limit: float, out: Path, jobs: int, wanted: list[str] | None = None) -> int:
-    """Searches for about `limit` seconds and writes what it found to `out`; returns the exit status.
+    """Searches for about `limit` seconds and writes the configurations to `out`; returns the exit status.
 
-    Raises UserError where there is no GPU, or no kind of a wanted name.
+    Raises UserError if there is no GPU, or no kind with a name in `wanted`.
     """
     if not torch.cuda.is_available():
-        raise UserError("no NVIDIA GPU: nothing can be tuned here")
+        raise UserError("no NVIDIA GPU found: run `ictx kernels tune` on a machine with one")
     began, device = time.monotonic(), torch.device("cuda")
     target = dispatch.capability(device)
     kinds = [*decode_kinds(target, functools.partial(dispatch.fast_memory, device)), *attention_kinds(target)]
     if unknown := sorted(set(wanted or ()) - {kind.name for kind in kinds}):
-        raise UserError(f"no such kind on this GPU: {unknown[0]} (there are {', '.join(kind.name for kind in kinds)})")
+        raise UserError(f"no such kind on this GPU: {unknown[0]} (expected {', '.join(kind.name for kind in kinds)})")
     kinds = [kind for kind in kinds if not wanted or kind.name in wanted]
     found: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        # The compiler looks here at run time too.
+        # Measurements reuse the kernels that the workers compiled.
         os.environ["TRITON_CACHE_DIR"] = folder
         with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
 
             def submit(kind: Kind) -> dict[Future[bool], Any]:
-                # In any order: where time ends the search, what was tried lies all over the candidates.
+                # Random order: if time runs out, the measured candidates are spread over the search space.
                 mixed = random.Random(0).sample(kind.candidates, len(kind.candidates))
                 return {
                     pool.submit(kind.fit, Path(folder), config): config for config in mixed if config != kind.current
@@ -78,7 +78,7 @@ def main(limit: float, out: Path, jobs: int, wanted: list[str] | None = None) ->
             following = submit(kinds[0])
             for number, kind in enumerate(kinds):
                 ready = following
-                # The next kind's compile behind this one's.
+                # Queue the next kind's candidates after this one's.
                 following = submit(kinds[number + 1]) if number + 1 < len(kinds) else {}
                 until = time.monotonic() + (limit - (time.monotonic() - began)) / (len(kinds) - number)
                 times = search(kind, ready, until)
