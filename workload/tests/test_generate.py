@@ -209,7 +209,7 @@ def test_weights_that_are_not_finite_are_refused_by_name(
     save_pretrained(model, tmp_path / "model", checkpoint)
     assert ictx(monkeypatch, *command, "--checkpoint", tmp_path / "model") == 2
     printed = capsys.readouterr().err
-    assert "tensor model.embed_tokens.weight holds NaN or infinity" in printed and printed.count("\n") == 1
+    assert "tensor model.embed_tokens.weight contains NaN or infinity" in printed and printed.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
 

@@ -228,14 +228,14 @@ def break_index(saved: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (truncate, r"model-00001-of-\d+.safetensors is truncated: tensor model\.\S+ ends behind the end of the file"),
-        (cut_header, r"model-00001-of-\d+.safetensors is truncated or no safetensors file"),
+        (truncate, r"model-00001-of-\d+.safetensors is truncated: tensor model\.\S+ ends beyond the end of the file"),
+        (cut_header, r"model-00001-of-\d+.safetensors is truncated or not a safetensors file"),
         (break_header, r"model-00001-of-\d+.safetensors is corrupt: its header is not JSON"),
         (flip_bit, r"model-00001-of-\d+.safetensors is corrupt: tensor model\.\S+ has checksum .*: expected"),
         (drop_tensor, r"model-00001-of-\d+.safetensors: tensor model.embed_tokens.weight is missing, though"),
         (drop_tensor_and_its_entry, r"saved: tensor model.embed_tokens.weight is missing"),
         (reshape, r"tensor model.embed_tokens.weight has shape \(97, 47\): expected \(97, 48\)"),
-        (add_tensor, r"tensor model.layers.0.self_attn.q_norm.weight is no part of a model with this config.json"),
+        (add_tensor, r"tensor model.layers.0.self_attn.q_norm.weight does not belong to a model with this config.json"),
         (
             make_int64,
             r"model-00001-of-\d+.safetensors: tensor model.embed_tokens.weight has dtype I64: expected one of F32",
@@ -243,7 +243,7 @@ def break_index(saved: Path) -> None:
         (make_fp8, r"tensor model.embed_tokens.weight has dtype F8_E4M3: expected one of F32, BF16, F16"),
         (nest_header, r"model-00001-of-\d+.safetensors is corrupt: its header is not JSON"),
         (drop_file, r"model-00001-of-\d+.safetensors is missing"),
-        (break_index, r"index.json is no index of tensors: file names expected"),
+        (break_index, r"index.json is not an index of tensors: expected file names"),
     ],
 )
 def test_broken_files_are_named_with_the_tensor(saved: Path, damage: Callable[[Path], None], message: str) -> None:
@@ -271,7 +271,7 @@ def test_broken_files_are_named_with_the_tensor(saved: Path, damage: Callable[[P
         ),
         (
             {"rope_parameters": {"rope_type": "yarn", "factor": 1.0, "mscale": 0.7}},
-            r"yarn.mscale is 0.7: expected 1 where mscale_all_dim is 0",
+            r"yarn.mscale is 0.7: expected 1 if mscale_all_dim is 0",
         ),
         (
             {
@@ -312,7 +312,7 @@ def test_a_file_whose_metadata_is_null_is_read(saved: Path) -> None:
 
 
 def test_a_folder_without_a_model_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"config.json is missing: .* holds no model"):
+    with pytest.raises(UserError, match=r"config.json is missing: .* is not a model's folder"):
         load_pretrained(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match=r"config.json is not JSON"):

@@ -11,7 +11,7 @@ __all__ = ["ModelConfig", "MoeConfig", "Transformer", "YarnConfig"]
 
 
 def __getattr__(name: str) -> Any:
-    """Imports the model when it is used: `ictx --help` reads this package's commands, and torch takes seconds."""
+    """Imports the model on first use: importing torch takes seconds, and `ictx --help` imports this package."""
     if name != "Transformer":
         raise AttributeError(f"module {__name__} has no attribute {name}")
     from ictx.model.transformer import Transformer

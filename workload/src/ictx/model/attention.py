@@ -1,8 +1,8 @@
-"""Multi-head Latent Attention in two modes that agree (arXiv:2405.04434, section 2.1).
+"""Multi-head Latent Attention in two equivalent modes (arXiv:2405.04434, section 2.1).
 
-Expanded makes keys and values of the latents and attends head by head: cheaper where many queries share the keys, as in
-training and prefill. Absorbed multiplies the queries and the result with the two halves of `kv_b_proj` instead, and
-attends to the latents themselves: cheaper where few queries meet many keys, as in decoding.
+Expanded computes keys and values from the latents and attends per head: cheaper if many queries share the keys, as in
+training and prefill. Absorbed multiplies the queries and the result by the two halves of `kv_b_proj` instead, and
+attends to the latents: cheaper for few queries and many keys, as in decoding.
 """
 
 from __future__ import annotations
@@ -24,30 +24,30 @@ from ictx.model.context import Context
 from ictx.model.rope import Rotations, rotate
 
 LONGEST_DENSE_MASK = 2048
-"""Sequences up to this long attend with a mask where they hold several documents; longer ones document by document."""
+"""Maximum length of sequences with several documents that use a dense mask; longer ones attend per document."""
 
 Mode = Literal["auto", "expanded", "absorbed"]
 
 
 @dataclass(frozen=True)
 class Documents:
-    """Which tokens of a batch may see each other: those of one run of equal document numbers, and no padding."""
+    """Documents of a batch: runs of equal document ids, without padding. Tokens attend within their document only."""
 
     packing: Packing
-    """The same for the kernels, which take all rows as one sequence."""
+    """The documents for the kernels, which treat all rows as one sequence."""
     starts_bs: Tensor | None = None
-    """True where another run begins, of shape (batch, sequence); what rows begin with means nothing. None where every
-    row is one document."""
+    """True where a document starts, bool (batch, sequence); the first column is unused. None if every row is one
+    document."""
 
     @classmethod
     def of(cls, tokens_bs: Tensor, document_ids: Tensor | None, attention_mask: Tensor | None) -> Documents:
-        """Returns them.
+        """Returns the documents of a batch.
 
         Args:
-            tokens_bs: what has the batch's shape (batch, sequence, …).
-            document_ids: integers of shape (batch, sequence); where it changes a document ends.
-            attention_mask: 1 for tokens and 0 for padding, of the same shape. Padding sees padding only, so that its
-                attention has a result.
+            tokens_bs: any tensor of shape (batch, sequence, …).
+            document_ids: integers of shape (batch, sequence); a document ends where the id changes.
+            attention_mask: 1 for tokens and 0 for padding, of the same shape. Padding attends only to padding, so that
+                its attention is finite.
         """
         given = [ids for ids in (document_ids, attention_mask) if ids is not None]
         if not given:
@@ -61,7 +61,7 @@ class Documents:
 
     @cached_property
     def mask_bqk(self) -> Tensor | None:
-        """True where a query sees a key, of shape (batch, 1, sequence, sequence); None for long sequences."""
+        """True where a query attends to a key, bool (batch, 1, sequence, sequence); None for long sequences."""
         if self.starts_bs is None or self.starts_bs.shape[1] > LONGEST_DENSE_MASK:
             return None
         runs = self.starts_bs.cumsum(1)
@@ -69,7 +69,7 @@ class Documents:
 
     @cached_property
     def bounds(self) -> list[list[int]]:
-        """First token of each document, and the end, row by row."""
+        """First token of each document and the end of the last, per row."""
         assert self.starts_bs is not None
         return [[0, *row.nonzero().flatten().tolist(), len(row)] for row in self.starts_bs]
 
@@ -78,7 +78,7 @@ class Cache(Protocol):
     """Earlier tokens of a batch's sequences, and attention to them (see `infer.cache`)."""
 
     def reserve(self, tokens: int, mask_bs: Tensor | None = None) -> Slots:
-        """Returns the slots of `tokens` more tokens of each sequence, fewer where `mask_bs` has padding (0)."""
+        """Returns the slots of `tokens` more tokens per sequence, without those that are padding (0) in `mask_bs`."""
 
     def attend(
         self,
@@ -95,19 +95,19 @@ class Cache(Protocol):
 
         Args:
             q_nope: queries' parts without position, (batch, sequence, heads, width).
-            q_rope: their rotated parts, likewise.
-            new_bse: latents before their norm and keys before their rotation, (batch, sequence, cache_width).
+            q_rope: queries' rotated parts, likewise.
+            new_bse: latents before the norm and keys before the rotation, (batch, sequence, cache_width).
         """
 
     def commit(self, slots: Slots) -> None:
-        """Counts the slots' tokens, once every layer has them."""
+        """Updates the lengths, once every layer has stored the slots' tokens."""
 
 
 class LatentAttention(nn.Module):
     """Multi-head Latent Attention with low-rank projections and a decoupled rotary key."""
 
     context: Context | None = None
-    """Ranks that share out the windows of forwards without a cache."""
+    """Context-parallel ranks, in forward passes without a cache."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -119,7 +119,7 @@ class LatentAttention(nn.Module):
             self.q_a_layernorm = nn.RMSNorm(config.q_lora_rank, eps=LATENT_NORM_EPS)
             self.q_b_proj = nn.Linear(config.q_lora_rank, heads * config.qk_head_dim, bias=False)
         self.kv_a_proj_with_mqa = nn.Linear(config.hidden_size, config.cache_width, bias=False)
-        self.rotary_key = nn.Identity()  # a module so that its magnitude can be watched
+        self.rotary_key = nn.Identity()  # a module, so that hooks can record its magnitude
         self.kv_a_layernorm = nn.RMSNorm(config.kv_lora_rank, eps=LATENT_NORM_EPS)
         expanded = heads * (config.qk_nope_head_dim + config.v_head_dim)
         self.kv_b_proj = nn.Linear(config.kv_lora_rank, expanded, bias=False)
@@ -139,9 +139,9 @@ class LatentAttention(nn.Module):
 
         Args:
             rope: rotations of the tokens' positions.
-            documents: who sees whom, without a cache.
-            cache: earlier tokens; these are added as those of `layer` at `slots`.
-            mode: how to attend with a cache; what takes fewer operations unless given.
+            documents: the batch's documents, without a cache; default: one per row.
+            cache: earlier tokens; the new ones are added to `layer` at `slots`.
+            mode: how to attend with a cache; auto selects the mode with fewer operations.
         """
         q_nope, q_rope = self._queries(x_bsd)
         q_rope = rotate(q_rope, rope)
@@ -185,7 +185,7 @@ class LatentAttention(nn.Module):
     def _within(
         self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, documents: Documents | None
     ) -> Tensor:
-        """Expanded, among the tokens of this forward; returns (batch, sequence, heads, v_head_dim)."""
+        """Expanded attention among the tokens of this pass; returns (batch, sequence, heads, v_head_dim)."""
         q = torch.cat([q_nope, q_rope], -1)
         k, v = self.keys_values(latent, k_rope)
         documents = documents or Documents.of(q, None, None)
@@ -206,9 +206,9 @@ class LatentAttention(nn.Module):
         return torch.cat(rows).transpose(1, 2)
 
     def _attend(self, q_bhsd: Tensor, k_bhsd: Tensor, v_bhsv: Tensor, mask: Tensor | None) -> Tensor:
-        """Returns softmax(q·kᵀ·scale)·v, causal where there is no mask."""
+        """Returns softmax(q·kᵀ·scale)·v, causal if there is no mask."""
         width, scale = v_bhsv.shape[-1], self.config.softmax_scale
-        # PyTorch's fused attention on the CPU, unlike on GPUs, requires values as wide as keys.
+        # PyTorch's fused attention on the CPU, unlike on GPUs, requires values with the width of the keys.
         if q_bhsd.device.type == "cpu" and width < q_bhsd.shape[-1]:
             v_bhsv = F.pad(v_bhsv, (0, q_bhsd.shape[-1] - width))
         out = F.scaled_dot_product_attention(q_bhsd, k_bhsd, v_bhsv, mask, is_causal=mask is None, scale=scale)

@@ -1,4 +1,4 @@
-"""Sizes of a model, under the names that DeepSeek-V3's configuration has for them."""
+"""Model configuration, with the names of DeepSeek-V3's configuration."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ictx.errors import UserError
 from ictx.settings import build, config_path, load_yaml
 
 LATENT_NORM_EPS = 1e-6
-"""DeepSeek's code and transformers have this epsilon in the norms of the latents, whatever rms_norm_eps is."""
+"""Epsilon in the norms of the latents. DeepSeek's code and transformers use this value regardless of rms_norm_eps."""
 
 
 def require_positive(config: object, *names: str) -> None:
@@ -21,7 +21,7 @@ def require_positive(config: object, *names: str) -> None:
 
 
 def require_at_least(config: object, least: int, *names: str) -> None:
-    """Raises ValueError naming the first of these fields that is not a finite number of at least `least`."""
+    """Raises ValueError naming the first of these fields that is not a finite number ≥ `least`."""
     for name in names:
         if not least <= getattr(config, name) < math.inf:
             raise ValueError(f"{name} is {getattr(config, name)}: expected {least} or more")
@@ -29,56 +29,56 @@ def require_at_least(config: object, least: int, *names: str) -> None:
 
 @dataclass(frozen=True)
 class YarnConfig:
-    """YaRN, which stretches rotary positions beyond the length that a model was trained on (arXiv:2309.00071)."""
+    """YaRN, which extends rotary positions beyond the length that a model was trained on (arXiv:2309.00071)."""
 
     factor: float
-    """How many times longer than `original_max_position_embeddings` the context becomes."""
+    """Extended context divided by `original_max_position_embeddings`."""
     original_max_position_embeddings: int
-    """Longest context before stretching."""
+    """Maximum context before extension, in tokens."""
     beta_fast: float = 32.0
-    """Dimensions that rotate more often than this over the original context stay as they are."""
+    """Dimensions that rotate more often than this over the original context are not interpolated."""
     beta_slow: float = 1.0
-    """Dimensions that rotate less often than this are interpolated in full."""
+    """Dimensions that rotate less often than this are fully interpolated."""
     mscale: float = 1.0
     """Weight of the length in the scale of cosine and sine."""
     mscale_all_dim: float = 1.0
-    """Weight of the length in the scale of the softmax; 0 leaves that alone."""
+    """Weight of the length in the scale of the softmax; 0: no scaling."""
 
     def __post_init__(self) -> None:
         require_at_least(self, 1, "factor", "original_max_position_embeddings")
         require_positive(self, "beta_fast", "beta_slow", "mscale")
         require_at_least(self, 0, "mscale_all_dim")
         if self.mscale_all_dim == 0 and self.mscale != 1:
-            # transformers takes 1 for mscale then, vLLM what it is.
-            raise ValueError(f"mscale is {self.mscale}: expected 1 where mscale_all_dim is 0")
+            # transformers then uses 1 for mscale, vLLM the given value.
+            raise ValueError(f"mscale is {self.mscale}: expected 1 if mscale_all_dim is 0")
         if self.beta_fast < self.beta_slow:
             raise ValueError(f"beta_fast is {self.beta_fast}: expected at least beta_slow, {self.beta_slow}")
 
 
 @dataclass(frozen=True)
 class MoeConfig:
-    """DeepSeekMoE: shared and routed experts in place of feed-forward layers (arXiv:2412.19437, section 2.1.2)."""
+    """DeepSeekMoE: shared and routed experts instead of feed-forward layers (arXiv:2412.19437, section 2.1.2)."""
 
     n_routed_experts: int
-    """Experts among which a token is routed, in each layer."""
+    """Routed experts per layer."""
     num_experts_per_tok: int
-    """Routed experts that a token goes to."""
+    """Routed experts selected per token."""
     moe_intermediate_size: int
     """Width of an expert."""
     n_shared_experts: int = 1
-    """Experts that every token goes to; they are computed as one of this many times the width."""
+    """Experts that process every token, computed as one expert of this many times the width."""
     n_group: int = 1
-    """Groups of routed experts; at training time of the large model, one on each node."""
+    """Groups of routed experts; DeepSeek-V3 was trained with one group per node."""
     topk_group: int = 1
-    """Groups that a token may go to: those whose two best experts have the highest sum."""
+    """Groups selected per token: those whose two best experts have the highest sum of scores."""
     first_k_dense_replace: int = 1
-    """Layers at the start that stay dense."""
+    """Dense layers at the start."""
     norm_topk_prob: bool = True
-    """Whether the weights of the chosen experts are divided by their sum."""
+    """Whether the weights of the selected experts are divided by their sum."""
     routed_scaling_factor: float = 1.0
-    """Factor on the weights of the chosen experts."""
+    """Factor on the weights of the selected experts."""
     bias_update_speed: float = 0.001
-    """How far a training step moves the bias of an expert that got too few or too many tokens."""
+    """Change of an expert's bias per training step if it got too few or too many tokens."""
     balance_loss_weight: float = 0.0001
     """Weight of the sequence-wise balance loss."""
 
@@ -112,7 +112,7 @@ class MoeConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A DeepSeek-V3 model; dense unless `moe` is given."""
+    """A DeepSeek-V3 model; dense unless `moe` is set."""
 
     vocab_size: int
     """Entries of the vocabulary."""
@@ -121,13 +121,13 @@ class ModelConfig:
     intermediate_size: int
     """Width of the dense feed-forward layers."""
     num_hidden_layers: int
-    """Layers."""
+    """Number of layers."""
     num_attention_heads: int
     """Attention heads."""
     q_lora_rank: int | None = None
-    """Rank of the query's low-rank projection; none projects in one step."""
+    """Rank of the query's low-rank projection; none: one full-rank projection."""
     kv_lora_rank: int = 512
-    """Width of the latent that the cache holds in place of keys and values."""
+    """Width of the latent that is cached instead of keys and values."""
     qk_nope_head_dim: int = 128
     """Width of a head's query and key without position."""
     qk_rope_head_dim: int = 64
@@ -135,21 +135,21 @@ class ModelConfig:
     v_head_dim: int = 128
     """Width of a head's value."""
     max_position_embeddings: int = 4096
-    """Longest context."""
+    """Maximum context, in tokens."""
     rope_theta: float = 10000.0
     """Base of the rotary frequencies."""
     rms_norm_eps: float = 1e-6
-    """Added to the mean square before its root; in the norms of the latents that is LATENT_NORM_EPS, always."""
+    """Epsilon of the norms, added to the mean square; the norms of the latents always use LATENT_NORM_EPS."""
     initializer_range: float = 0.02
-    """Standard deviation of the weights at the start."""
+    """Standard deviation of the initial weights."""
     num_nextn_predict_layers: int = 0
-    """Modules that learn to predict one token further (MTP); they train the model and are left out of it afterwards."""
+    """Multi-token prediction modules (MTP), each predicting one more token; used in training, not exported."""
     mtp_loss_weight: float = 0.3
     """Weight of the loss of those modules."""
     yarn: YarnConfig | None = None
-    """Stretching of positions, or none."""
+    """Context extension, or none."""
     moe: MoeConfig | None = None
-    """Experts, or none."""
+    """Mixture of experts, or none for a dense model."""
 
     def __post_init__(self) -> None:
         require_positive(
@@ -191,12 +191,12 @@ class ModelConfig:
 
     @property
     def qk_head_dim(self) -> int:
-        """Width of a head's whole query and key."""
+        """Width of a head's query and key, with both parts."""
         return self.qk_nope_head_dim + self.qk_rope_head_dim
 
     @property
     def cache_width(self) -> int:
-        """Values that the cache holds of a token and layer: the normed latent, then the rotated key."""
+        """Cached values per token and layer: the normed latent, then the rotated key."""
         return self.kv_lora_rank + self.qk_rope_head_dim
 
     @property
@@ -209,12 +209,12 @@ class ModelConfig:
         return scale
 
     def layer_moe(self, layer: int) -> MoeConfig | None:
-        """Returns the experts of a layer, or none where it is dense."""
+        """Returns the expert configuration of a layer, or None if it is dense."""
         return self.moe if self.moe and layer >= self.moe.first_k_dense_replace else None
 
     @classmethod
     def from_yaml(cls, path: Path | str) -> ModelConfig:
-        """Reads a YAML file. Raises UserError naming the file and what is wrong in it."""
+        """Reads a YAML file. Raises UserError naming the file and the invalid setting."""
         content = load_yaml(Path(path))
         try:
             return build(cls, content)

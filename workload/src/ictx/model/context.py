@@ -1,4 +1,4 @@
-"""What a model needs of the ranks among which its windows are shared out."""
+"""Interface of a model to context-parallel ranks, each of which holds a part of every window."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ class Context(Protocol):
 
     @property
     def rank(self) -> int:
-        """Place of this rank's tokens."""
+        """Index of this rank's part of a window."""
 
     @property
     def count(self) -> int:
-        """Ranks that share out a window."""
+        """Number of ranks per window."""
 
     def gather(self, x_bs: Tensor) -> Tensor:
         """Returns the columns of all ranks, (batch, window); without a gradient."""
 
     def own(self, x_bt: Tensor) -> Tensor:
-        """Returns this rank's columns of those of a window."""
+        """Returns this rank's columns of a whole window."""
 
     def mean(self, x: Tensor) -> Tensor:
         """Returns the mean over the ranks; without a gradient."""
 
     def attend(self, q_bshd: Tensor, latent_bse: Tensor, weight: Tensor, scale: float, packing: Packing) -> Tensor:
-        """Returns what this rank's queries attend to among the tokens of all, (batch, sequence, heads, value)."""
+        """Returns attention of this rank's queries to the tokens of all ranks, (batch, sequence, heads, value)."""

@@ -1,4 +1,4 @@
-"""What a configuration costs: parameters, cache, operations, and which cards hold it."""
+"""Describes a configuration: parameters, cache size, operations, and the contexts that fit on common GPUs."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from ictx.model.transformer import Transformer
 GIB = 2**30
 CONTEXTS = {"32k": 32_768, "128k": 131_072, "1M": 1_048_576}
 CARDS = (8, 24, 40, 80)
-"""Memory of common cards, in GiB."""
+"""Memory of common GPUs, in GiB."""
 USABLE = 0.9
-"""Share of a card that a server may take: vLLM's default."""
+"""Share of a GPU's memory that a server uses: vLLM's default."""
 WORKSPACE = 0.75 * GIB
-"""What activations of a prefill chunk, CUDA's context and the allocator's gaps take beside weights and cache."""
+"""Bytes for activations of a prefill chunk, the CUDA context and allocator fragmentation."""
 PARTS = {
     "embed_tokens": "embedding",
     "lm_head": "head",
@@ -32,7 +32,7 @@ PARTS = {
 
 
 def parameters_by_part(config: ModelConfig) -> dict[str, int]:
-    """Returns the parameters of each part, those that only train (MTP) apart; nothing is allocated."""
+    """Returns the number of parameters per part, with MTP (training only) as a separate part; allocates nothing."""
     with torch.device("meta"):
         model = Transformer(config)
     counts: dict[str, int] = {}
@@ -46,10 +46,10 @@ def parameters_by_part(config: ModelConfig) -> dict[str, int]:
 
 
 def active_parameters(config: ModelConfig, further: bool = False) -> int:
-    """Returns the parameters that one token is multiplied with: without the embedding, and only the chosen experts.
+    """Returns the number of parameters that process one token: no embedding, and only the selected experts.
 
     Args:
-        further: those of the module that only trains (MTP), without the head; otherwise those of all else.
+        further: count the MTP module without the head instead of the model.
     """
     with torch.device("meta"):
         model = Transformer(config)
@@ -62,9 +62,9 @@ def active_parameters(config: ModelConfig, further: bool = False) -> int:
 
 
 def flops_per_token(config: ModelConfig, context: int, *, absorbed: bool) -> int:
-    """Returns the operations of one token's forward that attends to `context` tokens; a training step takes 3 times it.
+    """Returns the operations of one token's forward pass over `context` tokens; a training step takes 3 times as many.
 
-    Two for each parameter that the token meets, and two for each value of a key or of what is summed.
+    Two per active parameter, and two per value of the attended keys and values.
     """
     width = 2 * config.kv_lora_rank + config.qk_rope_head_dim if absorbed else config.qk_head_dim + config.v_head_dim
     attention = 2 * config.num_attention_heads * width * context * config.num_hidden_layers
@@ -72,13 +72,13 @@ def flops_per_token(config: ModelConfig, context: int, *, absorbed: bool) -> int
 
 
 def longest_context(config: ModelConfig, card_gib: int, weights: int, cache: int) -> int:
-    """Returns how many tokens fit a card beside weights of that many bytes; `cache` is bytes per token."""
+    """Returns the cached tokens that fit on a GPU with `weights` bytes of weights; `cache` is bytes per token."""
     free = card_gib * GIB * USABLE - weights - WORKSPACE
     return max(0, min(int(free // cache), config.max_position_embeddings))
 
 
 def caches(config: ModelConfig) -> dict[str, int]:
-    """Returns the bytes of a token in each kind of cache that the model may have; quantised ones keep 16-bit keys."""
+    """Returns the bytes per token of each cache dtype that the model supports; quantised ones have 16-bit keys."""
     found = {name: bytes_per_token(config, dtype) for name, dtype in CACHE_DTYPES.items()}
     if quantisable(config):
         found |= {name: bytes_per_token(config, torch.bfloat16, name) for name in layout.QUANTISED}
@@ -86,7 +86,7 @@ def caches(config: ModelConfig) -> dict[str, int]:
 
 
 def describe(config: ModelConfig, context: int) -> Iterator[str]:
-    """Yields the lines of a table about a configuration; operations are those at `context` tokens."""
+    """Yields the lines of a table that describes a configuration; operations are for `context` tokens."""
     counts = parameters_by_part(config)
     total = sum(count for part, count in counts.items() if not part.startswith("MTP"))
     yield "parameters"
@@ -94,7 +94,7 @@ def describe(config: ModelConfig, context: int) -> Iterator[str]:
         yield _row(part, f"{count:,}")
     yield _row("total", f"{total:,}")
     if config.moe:
-        yield _row("at work for one token", f"{active_parameters(config) + counts['embedding']:,}")
+        yield _row("active per token", f"{active_parameters(config) + counts['embedding']:,}")
     yield "weights"
     for name, dtype in DTYPES.items():
         yield _row(name, f"{total * dtype.itemsize:,} bytes ({total * dtype.itemsize / GIB:.2f} GiB)")
@@ -114,7 +114,7 @@ def describe(config: ModelConfig, context: int) -> Iterator[str]:
     yield _row("training, mean over the context", _operations(3 * mean))
     weights = total * 2
     yield (
-        "cards: cached tokens that fit beside weights in bfloat16, at most the model's context "
+        "GPUs: cached tokens that fit in addition to weights in bfloat16, at most the model's context "
         f"({USABLE:.0%} of the memory, {WORKSPACE / GIB:.2f} GiB of workspace)"
     )
     for card in CARDS:

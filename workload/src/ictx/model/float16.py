@@ -1,4 +1,4 @@
-"""Safety of float16: how large activations get, and rescaling that keeps the function.
+"""Checks for overflow in float16, and rescaling of weights that preserves the model's function.
 
 Models trained in bfloat16 may overflow in float16, whose largest number is 65,504.
 """
@@ -22,15 +22,15 @@ from ictx.model.transformer import Layer, Transformer
 
 LARGEST = 65504.0
 MARGIN = 4.0
-"""How far below the largest number an activation must stay: other texts reach further than those that were measured."""
+"""Required factor between activations and the largest number: other texts may exceed the measured activations."""
 WATCHED = (nn.Linear, nn.RMSNorm, nn.Embedding, nn.Identity, GatedProduct, FeedForward, MoeFeedForward, Layer)
 
 
 @contextmanager
 def tracked_amax(model: nn.Module) -> Iterator[dict[str, float]]:
-    """Yields the largest magnitudes of all forwards in the block, by module and side: `model.norm output`.
+    """Yields the largest magnitudes of all forward passes in the block, by module and side: `model.norm output`.
 
-    What is not a number counts as infinite.
+    The dict is filled when the block ends. NaN counts as infinite.
     """
     largest: dict[str, Tensor] = {}
     amax: dict[str, float] = {}
@@ -43,7 +43,7 @@ def tracked_amax(model: nn.Module) -> Iterator[dict[str, float]]:
 
     def hook(name: str) -> Any:
         def seen(module: nn.Module, inputs: Any, output: Any) -> None:
-            # A layer's inputs hold cosines and the like; its first one is the output of the layer before.
+            # A layer's inputs include rotations; its first one is already recorded as the previous layer's output.
             if not isinstance(module, Layer):
                 note(f"{name} input", inputs)
             note(f"{name} output", output)
@@ -61,7 +61,7 @@ def tracked_amax(model: nn.Module) -> Iterator[dict[str, float]]:
 
 
 def by_layer(amax: dict[str, float]) -> dict[str, float]:
-    """Returns the largest magnitude of each layer, `layers.0`, and of what stands around them: `norm`, `lm_head`."""
+    """Returns the largest magnitude of each layer (`layers.0`) and of the other modules (`norm`, `lm_head`)."""
     layers: dict[str, float] = {}
     for name, value in amax.items():
         part = re.sub(r"^model\.", "", name.split(" ")[0])
@@ -81,20 +81,20 @@ def measure(model: Transformer, batches: Iterable[Tensor]) -> dict[str, float]:
 
 
 def too_large(amax: dict[str, float]) -> dict[str, float]:
-    """Returns those that come within the margin of float16's largest number, the largest first."""
+    """Returns the magnitudes within the margin of float16's largest number, the largest first."""
     found = {name: value for name, value in amax.items() if not value <= LARGEST / MARGIN}
     return dict(sorted(found.items(), key=lambda item: -item[1]))
 
 
 def warning(amax: dict[str, float]) -> str | None:
-    """Returns a line about the largest of what is too large for float16, or None."""
+    """Returns a warning about the largest magnitude that is too large for float16, or None."""
     for name, value in too_large(amax).items():
-        return f"{name} reaches {value:,.0f}: in float16, which ends at {LARGEST:,.0f}, this model needs rescaling"
+        return f"{name} reaches {value:,.0f}: rescale this model before using float16, whose maximum is {LARGEST:,.0f}"
     return None
 
 
 def require_float16(amax: dict[str, float], hint: str) -> None:
-    """Raises UserError naming the layer that comes too close to float16's largest number, and `hint`."""
+    """Raises UserError with `hint`, naming the largest magnitude, if one is within the margin of float16's maximum."""
     found = too_large(amax)
     if found:
         name, value = next(iter(found.items()))
@@ -107,22 +107,22 @@ def require_float16(amax: dict[str, float], hint: str) -> None:
 
 @dataclass(frozen=True)
 class Site:
-    """Activations that can be made smaller while the model's function stays."""
+    """Activations that can be scaled down without changing the model's function."""
 
     measured: list[str]
-    """Names of what becomes smaller."""
+    """Names of the activations and weights that are scaled down."""
     shrink: list[Tensor]
     """Weights, or views of their rows, to divide."""
     grow: list[Tensor] = field(default_factory=list)
-    """Those to multiply; none where a norm takes the scale out again."""
+    """Weights to multiply; empty if a norm removes the scale."""
 
 
 def sites(model: Transformer) -> Iterator[Site]:
     """Yields all sites of a model.
 
-    A norm's gain against what reads it; values, and the product in a feed-forward layer, against the projection behind
-    them; queries against keys; what is normed next by itself, the residual stream among it. Norms add 1e-6 to the mean
-    square, which is nothing beside squares of activations this large.
+    Pairs of weights whose scales cancel: a norm's gain and the weights that read it; values, or the product in a
+    feed-forward layer, and the projection after them; queries and keys. Inputs of norms, including the residual stream,
+    are scaled alone. Norms add 1e-6 to the mean square, which is negligible for activations this large.
     """
     residual = Site(["model.embed_tokens output"], [model.model.embed_tokens.weight])
     for number, layer in enumerate(model.model.layers):
@@ -187,9 +187,9 @@ def _attention_sites(name: str, attention: LatentAttention, norm: str, gain: nn.
 
 @torch.no_grad()
 def rescale(model: Transformer, amax: dict[str, float]) -> list[str]:
-    """Makes what is too large smaller, in place, and returns what it did; measure again afterwards.
+    """Scales down, in place, what is too large for float16; returns a line per change. Measure again afterwards.
 
-    Factors are powers of two, so that nothing is rounded.
+    Factors are powers of two, so that no value is rounded.
     """
     done = []
     large = too_large(amax)
@@ -198,7 +198,7 @@ def rescale(model: Transformer, amax: dict[str, float]) -> list[str]:
         if not found:
             continue
         name, value = max(found.items(), key=lambda item: item[1])
-        # Twice as far from the margin as required: what is measured next should not be at the limit again.
+        # Twice the required margin, so that the next measurement is not at the limit again.
         factor = 2.0 ** math.ceil(math.log2(value * 2 * MARGIN / LARGEST))
         for weight in site.shrink:
             weight.div_(factor)

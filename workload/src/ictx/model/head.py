@@ -1,4 +1,4 @@
-"""The projection to the vocabulary, and the loss of the next token without the logits of all tokens at once."""
+"""The projection to the vocabulary, and the next-token loss, computed in chunks to limit the memory of logits."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ictx.kernels import dispatch
 
 LOGITS = 1 << 28
-"""Logits that exist at once: those of 4,096 tokens where the vocabulary has 65,536 entries, 512 MiB in bfloat16."""
+"""Maximum logits in memory: 4,096 tokens with a vocabulary of 65,536 entries, 512 MiB in bfloat16."""
 
 
 class Head(nn.Linear):
@@ -23,22 +23,22 @@ class Head(nn.Linear):
         super().__init__(hidden_size, vocab_size, bias=False)
 
     def loss(self, hidden_bsd: Tensor, labels_bs: Tensor, chunk: int | None = None) -> Tensor:
-        """Returns the mean cross-entropy, in nats, of the labels, float32; 0 where none counts.
+        """Returns the mean cross-entropy of the labels in nats, float32; 0 if no label counts.
 
         Args:
-            hidden_bsd: what the head reads.
-            labels_bs: the token to predict at each position; what is below 0 does not count.
-            chunk: tokens whose logits exist at once; so many that they are `LOGITS`, unless given.
+            hidden_bsd: the head's input.
+            labels_bs: the token to predict at each position; negative labels are ignored.
+            chunk: tokens per chunk of logits; default: the number that makes `LOGITS`.
         """
         return self.losses(hidden_bsd, labels_bs, chunk)[0]
 
     def losses(
         self, hidden_bsd: Tensor, labels_bs: Tensor, chunk: int | None = None, z_weight: float = 0.0
     ) -> tuple[Tensor, Tensor]:
-        """Returns the same with the z-loss added, and the z-loss alone, without a gradient of its own.
+        """Returns the loss with the z-loss added, and the z-loss alone, detached.
 
-        That is the mean of `z_weight` · log² Z, Z being the sum of a token's exponentiated logits: it keeps them from
-        drifting (PaLM, arXiv:2204.02311, section 5). It is for training: where no gradient is wanted it is 0.
+        The z-loss is the mean of `z_weight` · log² Z, Z being the sum of a token's exponentiated logits; it prevents
+        drift of the logits (PaLM, arXiv:2204.02311, section 5). It is 0 if gradients are disabled.
         """
         hidden_nd, labels_n = hidden_bsd.flatten(0, 1), labels_bs.flatten()
         chunk = chunk or max(LOGITS // self.out_features, 1)
@@ -47,18 +47,18 @@ class Head(nn.Linear):
             return cast("tuple[Tensor, Tensor]", found)
         total = hidden_nd.new_zeros((), dtype=torch.float32)
         for x_nd, labels in zip(torch.split(hidden_nd, chunk), torch.split(labels_n, chunk), strict=True):
-            # Through the module: its magnitude can be watched.
+            # Through the module, so that hooks can record its magnitude.
             total += F.cross_entropy(self(x_nd).float(), labels.clamp(min=-1), ignore_index=-1, reduction="sum")
         return total / (labels_n >= 0).sum().clamp(min=1), torch.zeros_like(total)
 
     def log_probs(self, hidden_bsd: Tensor, labels_bs: Tensor, chunk: int | None = None) -> Tensor:
-        """Returns each label's log-probability, float32 (batch, sequence); 0 where none counts.
+        """Returns each label's log-probability, float32 (batch, sequence); 0 for ignored labels.
 
-        Arguments are those of `loss`. Backward computes the logits again: what comes back to each token is known then.
+        Arguments are those of `loss`. The backward pass recomputes the logits: it needs the gradient of each token.
         """
         counts_bs = labels_bs >= 0
         chunk = chunk or max(LOGITS // self.out_features, 1)
-        # Prompts and padding, often most of the tokens, cost nothing.
+        # Skip prompts and padding, often most of the tokens.
         arguments = hidden_bsd[counts_bs], self.weight, labels_bs[counts_bs], chunk
         found = cast(Tensor, _LogProbs.apply(*arguments))  # type: ignore[no-untyped-call]
         return found.new_zeros(labels_bs.shape).masked_scatter(counts_bs, found)
@@ -67,12 +67,13 @@ class Head(nn.Linear):
 def to_gradient(
     logits_nv: Tensor, targets_n1: Tensor, weights_n1: Tensor, z_weight: float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """Returns the weighted sums of the rows' cross-entropies and z-losses; their gradient takes the logits' place.
+    """Returns the weighted sums of the rows' cross-entropies and z-losses; overwrites the logits with the gradient.
 
     Args:
-        logits_nv: in any dtype; what is computed of them is computed in float32, or in float64 where they are.
-        targets_n1: entry to predict in each row.
-        weights_n1: weight of each row; where it is 0 the row does not count, whatever it holds.
+        logits_nv: any dtype; overwritten.
+        targets_n1: entry to predict in each row, int64.
+        weights_n1: weight of each row, in the dtype of the computation: float32, or float64 for float64 logits. Rows
+            of weight 0 are ignored, even with NaN.
     """
     log_p = F.log_softmax(logits_nv, -1, dtype=weights_n1.dtype)
     entries = torch.arange(logits_nv.shape[1], device=logits_nv.device)
@@ -89,21 +90,21 @@ def to_gradient(
 
 @functools.cache
 def compiled_to_gradient() -> Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]:
-    """The same in one kernel, which reads the logits twice and writes once, without float32 in memory."""
+    """`to_gradient` as one kernel, which reads the logits twice and writes once, without float32 in memory."""
     return torch.compile(to_gradient, dynamic=False)
 
 
 class _Loss(torch.autograd.Function):
-    """Forward makes the gradients too, chunk by chunk: the logits are there, so that none is computed a second time."""
+    """Computes the gradients in the forward pass, chunk by chunk, so that logits are not recomputed."""
 
     @staticmethod
-    # Where autocast is on it does not reach into products with `out`.
+    # Autocast does not apply to products with `out`.
     @torch.amp.custom_fwd(device_type="cuda", cast_inputs=torch.bfloat16)  # type: ignore[untyped-decorator]
     def forward(
         ctx: Any, hidden_nd: Tensor, weight_vd: Tensor, labels_n: Tensor, chunk: int, z_weight: float
     ) -> tuple[Tensor, Tensor]:
-        """Returns the whole loss, and what of it is the z-loss."""
-        # Sums over chunks are float32: bfloat16 would round each.
+        """Returns the total loss, and the z-loss in it."""
+        # Accumulate over chunks in float32: bfloat16 would round each sum.
         work = torch.promote_types(hidden_nd.dtype, torch.float32)
         counts_n1 = (labels_n >= 0)[:, None]
         weights_n1, targets_n1 = counts_n1.to(work) / counts_n1.sum().clamp(min=1), labels_n.clamp(min=0)[:, None]
@@ -137,7 +138,7 @@ def log_probs_of(logits_nv: Tensor, targets_n1: Tensor, work: torch.dtype) -> tu
 
 
 def to_gradient_of_log_probs(logits_nv: Tensor, targets_n1: Tensor, lse_n1: Tensor, grad_n1: Tensor) -> None:
-    """Puts the gradient of the targets' log-probabilities, given theirs, in the place of the logits."""
+    """Overwrites the logits with their gradient, given that of the targets' log-probabilities, `grad_n1`."""
     entries = torch.arange(logits_nv.shape[1], device=logits_nv.device)
     p = (logits_nv.to(lse_n1.dtype) - lse_n1).exp()
     logits_nv.copy_(((entries == targets_n1).to(p.dtype) - p) * grad_n1)
@@ -145,17 +146,17 @@ def to_gradient_of_log_probs(logits_nv: Tensor, targets_n1: Tensor, lse_n1: Tens
 
 @functools.cache
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns the function as one kernel; the last chunk has a length of its own, so lengths are not constants."""
+    """Returns the function as one kernel; lengths are dynamic, because the last chunk may be shorter."""
     return torch.compile(function, dynamic=True)
 
 
 class _LogProbs(torch.autograd.Function):
-    """Log-probabilities of labels, chunk by chunk, in forward and in backward."""
+    """Log-probabilities of labels, computed in chunks in both passes."""
 
     @staticmethod
     @torch.amp.custom_fwd(device_type="cuda", cast_inputs=torch.bfloat16)  # type: ignore[untyped-decorator]
     def forward(ctx: Any, hidden_nd: Tensor, weight_vd: Tensor, labels_n: Tensor, chunk: int) -> Tensor:
-        """Returns them, (tokens,)."""
+        """Returns the log-probabilities, (tokens,)."""
         work = torch.promote_types(hidden_nd.dtype, torch.float32)
         found, lse = (torch.empty(len(hidden_nd), 1, dtype=work, device=hidden_nd.device) for _ in range(2))
         buffer = hidden_nd.new_empty(min(chunk, len(hidden_nd)), len(weight_vd))

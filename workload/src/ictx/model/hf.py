@@ -1,4 +1,4 @@
-"""Writes and reads a model the way Hugging Face and vLLM do: `DeepseekV3ForCausalLM` in safetensors."""
+"""Writes and reads models in the format of Hugging Face and vLLM: `DeepseekV3ForCausalLM` in safetensors."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from ictx.model.transformer import Transformer
 EMBEDDING = "model.embed_tokens.weight"
 MAX_SHARD_BYTES = 1 << 30
 MTP = "mtp."
-"""Begins the names of what only trains the model."""
+"""Prefix of parameters that are used only in training."""
 ROUTER_BIAS = "e_score_correction_bias"
-"""Stays float32: readers add it to float32 scores, and its steps are smaller than those of half precision."""
+"""Stored in float32: readers add it to float32 scores, and its updates are below the resolution of 16-bit formats."""
 
 
 def hf_tensors(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """Yields a tensor of ours under the names that it has in a checkpoint: experts there are tensors of their own."""
+    """Yields one of our tensors under its names in a checkpoint, where each expert has separate tensors."""
     if name.endswith("experts.gate_up_proj"):
         for expert, both in enumerate(tensor):
             gate, up = both.chunk(2)
@@ -53,16 +53,16 @@ def save_pretrained(
     end_of_text: str | None = None,
     generation: Generation | None = None,
 ) -> None:
-    """Writes the model, its configuration and tokenizer to a folder, which appears complete or not at all.
+    """Writes the model, its configuration and tokenizer to a folder, atomically.
 
     Args:
-        tokenizer: a folder with tokenizer.json, best with tokenizer_config.json, or that file; or an object with
-            `save_pretrained`, such as transformers' tokenizers.
-        dtype: of the weights; the model's own unless given.
-        end_of_text: token that ends a document, for a tokenizer that comes without tokenizer_config.json.
-        generation: how text is generated; what the tokenizer's special tokens say unless given.
+        tokenizer: a folder with tokenizer.json and preferably tokenizer_config.json, or the path of tokenizer.json; or
+            an object with `save_pretrained`, such as transformers' tokenizers.
+        dtype: dtype of the weights; default: the model's.
+        end_of_text: token that ends a document, for a tokenizer without tokenizer_config.json.
+        generation: settings for text generation; default: derived from the tokenizer's special tokens.
 
-    Raises UserError when a file cannot be written or other readers would compute something else.
+    Raises UserError if a file cannot be written, or is damaged, or the tokenizer does not fit the model.
     """
     dtype = dtype or model.lm_head.weight.dtype
     weights = model.state_dict()
@@ -79,7 +79,7 @@ def write_pretrained(
     end_of_text: str | None = None,
     generation: Generation | None = None,
 ) -> None:
-    """Does what `save_pretrained` does with a `Transformer`'s state dict, each tensor whole."""
+    """Same as `save_pretrained`, for the state dict of a `Transformer` with unsharded tensors."""
     with replacing(directory) as draft:
         special = write_tokenizer(draft, tokenizer, config.max_position_embeddings, config.vocab_size, end_of_text)
         generation = generation or Generation.of(special)
@@ -100,19 +100,19 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def stored_dtype(directory: Path) -> torch.dtype:
-    """Returns the dtype of a folder's weights: that which config.json names, or else of the embedding there."""
+    """Returns the dtype of a folder's weights: the one in config.json, or else that of the embedding."""
     return read_hf_config(directory)[1] or TensorFiles(directory).dtype(EMBEDDING)
 
 
 def load_pretrained(
     path: Path | str, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
 ) -> Transformer:
-    """Returns the model in a folder that this project, transformers or DeepSeek wrote, in evaluation mode.
+    """Returns the model in a folder written by this project, transformers or DeepSeek, in evaluation mode.
 
     Args:
-        dtype: of the weights; `stored_dtype` unless given.
+        dtype: dtype of the weights; default: `stored_dtype`.
 
-    Raises UserError naming the file and the tensor, or the setting, that is wrong.
+    Raises UserError naming the file and the invalid tensor or setting.
     """
     directory = Path(path)
     config, stored = read_hf_config(directory)
@@ -129,9 +129,9 @@ def load_pretrained(
     known = re.compile(r"model\.layers\.(\d+)\.")
     for name in files.files:
         layer = known.match(name)
-        # Layers behind the last predict further tokens: they train a model and are not part of it.
+        # Layers after the last are MTP modules, which are used only in training.
         if name not in targets and not (layer and int(layer[1]) >= config.num_hidden_layers):
-            raise UserError(f"{files.files[name]}: tensor {name} is no part of a model with this {CONFIG_FILE}")
+            raise UserError(f"{files.files[name]}: tensor {name} does not belong to a model with this {CONFIG_FILE}")
     with torch.no_grad():
         for name, tensor in files.read({name: tuple(target.shape) for name, target in targets.items()}):
             targets[name].copy_(tensor)

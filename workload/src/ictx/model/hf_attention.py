@@ -15,7 +15,7 @@ NAME = "ictx"
 
 
 def register() -> str:
-    """Makes `attn_implementation=NAME` known to transformers, and returns the name; idempotent."""
+    """Registers the attention with transformers and returns its name for `attn_implementation`; idempotent."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register(NAME, attend)
@@ -35,28 +35,28 @@ def packing(
     device: torch.device,
     **_: Any,
 ) -> Packing:
-    """Returns what stands for a mask: where the documents of the batch's tokens lie. It is made once a forward.
+    """Returns the document boundaries of a batch, which replace a mask; called once per forward pass.
 
-    transformers calls it with these names (`create_causal_mask`).
+    transformers calls it with these argument names (`create_causal_mask`).
 
     Args:
-        mask_function: whether a query sees a key, of indices (batch, head, query, key): it has the documents that
-            position_ids show where they begin again.
+        mask_function: whether a query attends to a key, given indices (batch, head, query, key); it includes documents
+            detected from restarts in position_ids.
         attention_mask: True for tokens and False for padding, bool (batch, sequence).
-        allow_is_causal_skip: whether `mask_function` is nothing but causal.
-        use_vmap: whether it is of a kind that documents cannot stand for.
+        allow_is_causal_skip: whether `mask_function` is only causal.
+        use_vmap: whether `mask_function` is a custom one, which document boundaries cannot represent.
 
     Raises:
-        ValueError: for a cache, or a mask of other kinds.
+        ValueError: there is a cache, or an unsupported mask.
     """
     if kv_length != q_length or use_vmap:
-        raise ValueError(f"attention {NAME!r} is for training: no cache, and no mask but documents and padding")
+        raise ValueError(f"attention {NAME!r} is for training: no cache, and no masks but documents and padding")
     starts = torch.zeros(batch_size, q_length, dtype=torch.bool, device=device)
     if not allow_is_causal_skip:
         rows, tokens = torch.arange(batch_size, device=device)[:, None], torch.arange(1, q_length, device=device)
         starts[:, 1:] = ~mask_function(rows, 0, tokens[None], tokens[None] - 1)
     elif attention_mask is None or _only_behind(attention_mask):
-        # Padding behind a row's tokens is seen by none of them: rows are as long as each other, which libraries like.
+        # No token attends to padding after it, so rows can count as documents of equal length, which is faster.
         return Packing.of_rows(batch_size, q_length, device)
     if attention_mask is not None:
         starts[:, 1:] |= attention_mask[:, 1:] != attention_mask[:, :-1]
@@ -65,7 +65,7 @@ def packing(
 
 
 def _only_behind(mask_bs: Tensor) -> bool:
-    """Whether no padding stands before a token; waits for the device."""
+    """Whether all padding is after the tokens; waits for the device."""
     return bool((mask_bs[:, 1:] <= mask_bs[:, :-1]).all())
 
 
@@ -82,11 +82,14 @@ def attend(
     """Returns attended values (batch, sequence, heads, value width), and no weights.
 
     Args:
-        query, key, value: (batch, heads, sequence, width), as many heads of each.
-        attention_mask: what `packing` made.
+        query, key, value: (batch, heads, sequence, width), with equal numbers of heads.
+        attention_mask: the result of `packing`.
+
+    Raises:
+        ValueError: dropout is not 0, or keys have fewer heads than queries.
     """
     if dropout or key.shape[1] != query.shape[1]:
-        raise ValueError(f"attention {NAME!r} has neither dropout nor shared heads")
+        raise ValueError(f"attention {NAME!r} supports neither dropout nor grouped queries")
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
     out = mla_attention(q, k, v, scaling, attention_mask)
     return out.view(*query.transpose(1, 2).shape[:3], -1), None

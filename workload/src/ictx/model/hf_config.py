@@ -1,4 +1,4 @@
-"""config.json of `DeepseekV3ForCausalLM`, there and back."""
+"""Writes and reads config.json of `DeepseekV3ForCausalLM`."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ FIXED: dict[str, Any] = {
     "tie_word_embeddings": False,
     "topk_method": "noaux_tc",
 }
-"""What readers ask for and this model has no choice in."""
+"""Keys that readers require, with the only values that this model supports."""
 DEFAULT_TOKENS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None}
 DEFAULTS: dict[str, Any] = {
     "vocab_size": 129280,
@@ -81,21 +81,21 @@ DEFAULTS: dict[str, Any] = {
     "norm_topk_prob": True,
     "routed_scaling_factor": 2.5,
 }
-"""What transformers' `DeepseekV3Config` takes for a key that is absent; `DEFAULT_TOKENS` are part of it."""
+"""Defaults of transformers' `DeepseekV3Config` for missing keys, in addition to `DEFAULT_TOKENS`."""
 
 
 def to_hf(config: ModelConfig, dtype: torch.dtype, tokens: Mapping[str, Any] = {}) -> dict[str, Any]:
     """Returns the content of config.json.
 
     Args:
-        tokens: `bos_token_id`, `eos_token_id` and `pad_token_id`; none unless given.
+        tokens: `bos_token_id`, `eos_token_id` and `pad_token_id`; default: null.
     """
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
     if config.yarn:
         rope |= {"rope_type": "yarn"} | {name: float(getattr(config.yarn, name)) for name in YARN_NAMES}
         rope["original_max_position_embeddings"] = config.yarn.original_max_position_embeddings
-    # Every layer of a dense model is before the first with experts. Readers do arithmetic with the number of experts
-    # all the same, so it must be one.
+    # In a dense model every layer precedes the first one with experts. Readers still compute with the sizes of experts,
+    # so they must be valid.
     moe = config.moe or MoeConfig(
         n_routed_experts=2,
         num_experts_per_tok=1,
@@ -116,13 +116,13 @@ def to_hf(config: ModelConfig, dtype: torch.dtype, tokens: Mapping[str, Any] = {
         **{name: tokens.get(name) for name in DEFAULT_TOKENS},
         **{name: getattr(moe, name) for name in MOE_NAMES},
         **FIXED,
-        # Modules that predict further are for training: they are not exported.
+        # MTP modules are used only in training and not exported.
         "num_nextn_predict_layers": 0,
     }
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """Returns the keys and values of a JSON file. Raises UserError naming a file that is missing or damaged."""
+    """Returns the JSON object in a file. Raises UserError naming a file that is missing or damaged."""
     try:
         content = json.loads(path.read_bytes())
     except FileNotFoundError as error:
@@ -135,10 +135,10 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def read_hf_config(directory: Path) -> tuple[ModelConfig, torch.dtype | None]:
-    """Returns a folder's configuration, and the dtype that it names. Raises UserError naming what is wrong in it."""
+    """Returns a folder's configuration and its dtype, if set. Raises UserError naming the file and the invalid key."""
     path = directory / CONFIG_FILE
     if not path.exists():
-        raise UserError(f"{path} is missing: {directory} holds no model")
+        raise UserError(f"{path} is missing: {directory} is not a model's folder")
     content = read_object(path)
     try:
         return _from_hf(content), _dtype(content)
@@ -152,16 +152,16 @@ def _from_hf(content: dict[str, Any]) -> ModelConfig:
     if content.get("quantization_config"):
         raise UserError("quantization_config is given: expected weights that are not quantized")
     if content.get("per_layer_config"):
-        raise UserError("per_layer_config is given: expected layers that are all alike")
+        raise UserError("per_layer_config is given: expected one configuration for all layers")
     for name, value in FIXED.items():
         _require(content, name, value)
     given = DEFAULTS | content
     values = {name: given[name] for name in SAME_NAMES} | _rope(given)
-    # Sizes must be numbers before they are compared.
+    # Validate the types of sizes before comparing them.
     config = build(ModelConfig, values)
     if given["num_key_value_heads"] is not None:
         _require(given, "num_key_value_heads", config.num_attention_heads, "num_attention_heads, ")
-    # transformers takes each of these, where it is given, in place of what it is worked out from.
+    # transformers uses each of these, if present, instead of the value derived from other keys.
     _require(content, "head_dim", config.qk_rope_head_dim, "qk_rope_head_dim, ")
     _require(content, "qk_head_dim", config.qk_head_dim, "qk_nope_head_dim + qk_rope_head_dim, ")
     _require(content, "num_local_experts", given["n_routed_experts"], "n_routed_experts, ")
@@ -172,15 +172,15 @@ def _from_hf(content: dict[str, Any]) -> ModelConfig:
 
 
 def _require(content: dict[str, Any], name: str, value: Any, what: str = "") -> None:
-    """Raises UserError where a key is there and has another value."""
+    """Raises UserError if a key is present with another value."""
     if content.get(name, value) != value:
         raise UserError(f"{name} is {reprlib.repr(content[name])}: expected {what}{value!r}")
 
 
 def _rope(given: dict[str, Any]) -> dict[str, Any]:
-    """Returns rope_theta and yarn as transformers reads them: of `rope_scaling`, the older name, where both are given.
+    """Returns rope_theta and yarn as transformers reads them: `rope_scaling`, the older key, takes precedence.
 
-    Raises UserError naming what only some readers heed, or read in another way than the others.
+    Raises UserError naming a key that readers interpret differently or that some ignore.
     """
     where = "rope_scaling" if given.get("rope_scaling") else "rope_parameters"
     rope = given.get(where) or {}
@@ -201,10 +201,10 @@ def _rope(given: dict[str, Any]) -> dict[str, Any]:
     yarn = {name: rope[name] for name in YARN_NAMES if rope.get(name) is not None}
     yarn.setdefault("original_max_position_embeddings", given["max_position_embeddings"])
     _require(given, "original_max_position_embeddings", yarn["original_max_position_embeddings"], f"that of {where}, ")
-    # Both, or YaRN's own factor on cosine and sine and none on the scores.
+    # Either both are given, or YaRN's default factor applies to cosine and sine, and none to the scores.
     if "mscale" not in yarn and yarn.get("mscale_all_dim"):
         raise UserError(
-            f"{where}.mscale is missing beside mscale_all_dim: transformers and vLLM read different things into that"
+            f"{where}.mscale is missing, but mscale_all_dim is given: set both, or readers interpret them differently"
         )
     values["yarn"] = {"mscale": 1.0, "mscale_all_dim": 0.0} | yarn
     return values

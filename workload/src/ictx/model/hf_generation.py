@@ -1,4 +1,4 @@
-"""Which tokens begin, end and pad a text, and how to draw them: generation_config.json and a part of config.json."""
+"""Special tokens and sampling parameters of a checkpoint: generation_config.json and a part of config.json."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from ictx.model.hf_config import CONFIG_FILE, DEFAULT_TOKENS, read_object
 
 GENERATION_FILE = "generation_config.json"
 TURN_END = "<|im_end|>"
-"""Ends the model's turn in a chat, where the vocabulary has it."""
+"""Ends the model's turn in a chat, if the vocabulary contains it."""
 
 
 @dataclass(frozen=True)
 class Generation:
-    """How text is generated with a checkpoint."""
+    """A checkpoint's settings for text generation."""
 
     tokens: Mapping[str, Any]
     """config.json's `bos_token_id`, `eos_token_id` and `pad_token_id`."""
     settings: Mapping[str, Any]
-    """What generation_config.json holds: temperature and the like are the checkpoint's, whoever takes it over."""
+    """Content of generation_config.json. Exports preserve all keys, such as temperature."""
 
     @property
     def stop(self) -> frozenset[int]:
@@ -33,7 +33,7 @@ class Generation:
 
     @classmethod
     def of(cls, special: Mapping[str, int]) -> Generation:
-        """Returns that of a new model, from the numbers of its tokenizer's `eos_token`, `pad_token` and turn's end."""
+        """Returns a new model's settings, from the ids of its tokenizer's `eos_token`, `pad_token` and TURN_END."""
         end, padding = special.get("eos_token"), special.get("pad_token")
         stops = sorted({number for number in (end, special.get(TURN_END)) if number is not None})
         tokens = {"bos_token_id": None, "eos_token_id": end, "pad_token_id": padding}
@@ -41,23 +41,23 @@ class Generation:
 
     @classmethod
     def read(cls, directory: Path) -> Generation:
-        """Reads that of a checkpoint, or of a tokenizer's folder. Raises UserError naming the file that is damaged."""
+        """Reads the settings of a checkpoint, or of a tokenizer's folder. Raises UserError naming a damaged file."""
         config, file = directory / CONFIG_FILE, directory / GENERATION_FILE
         tokens: dict[str, Any] = dict.fromkeys(DEFAULT_TOKENS)
         if config.exists():
             content = read_object(config)
             tokens = {name: content.get(name, default) for name, default in DEFAULT_TOKENS.items()}
-        # As transformers derives it from config.json.
+        # The defaults that transformers derives from config.json.
         settings = read_object(file) if file.exists() else {"do_sample": False} | tokens
         for path, values in ((config, tokens), (file, settings)):
             for name in DEFAULT_TOKENS:
                 if not all(type(number) is int and number >= 0 for number in _numbers(values.get(name))):
-                    raise UserError(f"{path}: {name} is {values[name]!r}: expected a token's number, or a list of them")
+                    raise UserError(f"{path}: {name} is {values[name]!r}: expected a token id, or a list of token ids")
         return cls(tokens, settings)
 
 
 def _numbers(value: Any) -> list[Any]:
-    """Returns what is one number, a list of them, or nothing, as a list."""
+    """Returns a number, a list of numbers or None as a list."""
     if value is None:
         return []
     return value if isinstance(value, list) else [value]

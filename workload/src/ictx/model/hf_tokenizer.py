@@ -1,4 +1,4 @@
-"""A tokenizer's files beside a model."""
+"""Writes a tokenizer's files to a model's folder."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ OTHER_FILES = ("special_tokens_map.json", "chat_template.jinja")
 def write_tokenizer(
     directory: Path, tokenizer: Any, longest: int, vocab_size: int, end_of_text: str | None = None
 ) -> dict[str, int]:
-    """Puts a tokenizer's files there; returns the numbers of its special tokens by their part (`eos_token`, …).
+    """Writes a tokenizer's files to a folder; returns the ids of its special tokens by role (`eos_token`, …).
 
     Args:
         tokenizer, end_of_text: see `ictx.model.hf.save_pretrained`; without a tokenizer nothing is written.
-        longest: of the model's contexts, tokens.
-        vocab_size: of the model.
+        longest: the model's maximum context in tokens.
+        vocab_size: the model's vocabulary size.
 
-    Raises UserError naming a file that is damaged, or a tokenizer with more entries than the model.
+    Raises UserError naming a damaged file, or a tokenizer with more entries than the model.
     """
     if tokenizer is None:
         return {}
@@ -47,7 +47,7 @@ def write_tokenizer(
     settings: dict[str, Any] = read_object(path) if path.exists() else {"tokenizer_class": "PreTrainedTokenizerFast"}
     if end_of_text:
         settings = {"eos_token": end_of_text, "pad_token": end_of_text} | settings
-    # vLLM caps the context at this length without a word.
+    # vLLM silently limits the context to this length.
     settings["model_max_length"] = longest
     path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
     made = read_tokenizer(directory)

@@ -1,4 +1,4 @@
-"""DeepSeekMoE: experts chosen by sigmoid scores, balanced by a bias that training moves (arXiv:2412.19437, 2.1.2)."""
+"""DeepSeekMoE: experts selected by sigmoid scores, balanced by a learned bias (arXiv:2412.19437, 2.1.2)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ictx.model.context import Context
 
 
 class GatedProduct(nn.Module):
-    """silu(gate) · up: a module so that its magnitude can be watched."""
+    """silu(gate) · up, as a module so that hooks can record its magnitude."""
 
     def forward(self, gate: Tensor, up: Tensor) -> Tensor:
         """Returns the product, of the shape and dtype of both."""
@@ -25,11 +25,11 @@ class GatedProduct(nn.Module):
 
 
 AT_ONCE = 1 << 28
-"""Values of one intermediate tensor that exist at once: those of 47,662 tokens where they are 5,632, 512 MiB."""
+"""Maximum values of one intermediate tensor: 47,662 tokens at a width of 5,632, 512 MiB in 16 bits."""
 
 
 class FeedForward(nn.Module):
-    """SwiGLU (arXiv:2002.05202); many tokens go through it a part at a time."""
+    """SwiGLU (arXiv:2002.05202); large inputs are processed in parts to limit memory."""
 
     def __init__(self, hidden_size: int, intermediate_size: int) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class FeedForward(nn.Module):
         if torch.is_grad_enabled() and not any(getattr(each, "adapted", False) for each in projections):
             weights = [each.weight for each in projections]
             return cast(Tensor, _InParts.apply(x_nd, *weights, tokens)).view_as(x_bsd)  # type: ignore[no-untyped-call]
-        # Through the modules: their magnitudes can be watched, and they may be others than linear ones (LoRA).
+        # Through the modules, for hooks on magnitudes and for replaced projections (LoRA).
         parts = torch.split(x_nd, tokens)
         if torch.is_grad_enabled():
             return torch.cat([checkpoint(self, part, use_reentrant=False) for part in parts]).view_as(x_bsd)
@@ -56,7 +56,7 @@ class FeedForward(nn.Module):
 
 
 class _InParts(torch.autograd.Function):
-    """The same for parts of the tokens; the backward computes each part's intermediates again."""
+    """SwiGLU on parts of the tokens; the backward pass recomputes each part's intermediates."""
 
     @staticmethod
     def forward(ctx: Any, x_nd: Tensor, gate: Tensor, up: Tensor, down: Tensor, tokens: int) -> Tensor:
@@ -70,7 +70,7 @@ class _InParts(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_nd: Tensor) -> tuple[Tensor | None, ...]:
-        """Returns the gradients; those of weights are summed over the parts in float32: bfloat16 would round each."""
+        """Returns the gradients; those of weights are accumulated in float32, since bfloat16 would round each part."""
         x_nd, *weights = ctx.saved_tensors
         gate, up, down = weights
         d_x = torch.empty_like(x_nd)
@@ -87,10 +87,10 @@ class _InParts(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class Routing:
-    """Where tokens go."""
+    """Experts selected for each token."""
 
     experts_nk: Tensor
-    """Numbers of the chosen experts, int64."""
+    """Indices of the selected experts, int64."""
     weights_nk: Tensor
     """Their weights, float32."""
     scores_ne: Tensor
@@ -98,14 +98,14 @@ class Routing:
 
 
 class Router(nn.Module):
-    """Chooses experts."""
+    """Selects experts for each token."""
 
     e_score_correction_bias: Tensor
-    """Added to the scores for the choice only; moved by `update_router_biases`, not by gradients."""
+    """Added to the scores for the selection only; updated by `update_router_biases`, not by gradients."""
     tokens_per_expert: Tensor
-    """Tokens that went to each expert since the bias was moved last."""
+    """Tokens routed to each expert since the last update of the bias."""
     counts = True
-    """Whether they are counted in training: not where backward computes a forward again."""
+    """Whether tokens are counted in training; off while the backward pass recomputes a forward pass."""
 
     def __init__(self, config: MoeConfig, hidden_size: int) -> None:
         super().__init__()
@@ -116,12 +116,12 @@ class Router(nn.Module):
         self.register_buffer("tokens_per_expert", counts, persistent=False)
 
     def float_buffers(self) -> None:
-        """Brings the buffers back to float32 after the model's dtype has changed."""
+        """Restores the buffers to float32 after a change of the model's dtype."""
         self.e_score_correction_bias = self.e_score_correction_bias.float()
         self.tokens_per_expert = self.tokens_per_expert.float()
 
     def forward(self, x_nd: Tensor) -> Routing:
-        """Returns the experts of each of n tokens; all of it is computed in float32."""
+        """Returns the routing of n tokens, computed in float32."""
         config = self.config
         scores = F.linear(x_nd.float(), self.weight.float()).sigmoid()
         choice = scores.detach() + self.e_score_correction_bias
@@ -139,7 +139,7 @@ class Router(nn.Module):
 
 
 class Experts(nn.Module):
-    """The routed experts of a layer, their weights stacked."""
+    """The routed experts of a layer, with stacked weights."""
 
     def __init__(self, config: MoeConfig, hidden_size: int) -> None:
         super().__init__()
@@ -151,7 +151,7 @@ class Experts(nn.Module):
     def forward(self, x_nd: Tensor, routing: Routing) -> Tensor:
         """Returns the weighted sum of each token's experts, of the shape and dtype of `x_nd`."""
         chosen = routing.experts_nk.flatten()
-        # Tokens of the same expert become neighbours.
+        # Group tokens by expert.
         order = chosen.argsort(stable=True)
         tokens = order // routing.experts_nk.shape[1]
         ends = torch.bincount(chosen, minlength=len(self.down_proj)).cumsum(0)
@@ -172,12 +172,12 @@ def multiply_groups(x_nd: Tensor, weights_eod: Tensor, ends_e: Tensor) -> Tensor
 
 
 class MoeFeedForward(nn.Module):
-    """Shared and routed experts in place of a feed-forward layer."""
+    """Shared and routed experts instead of a dense feed-forward layer."""
 
     balance_loss: Tensor | None = None
-    """Sequence-wise balance loss of the last forward in training."""
+    """Sequence-wise balance loss of the last forward pass in training."""
     context: Context | None = None
-    """Ranks that share out the sequences."""
+    """Context-parallel ranks that each hold a part of the sequences."""
 
     def __init__(self, config: MoeConfig, hidden_size: int) -> None:
         super().__init__()
@@ -187,7 +187,7 @@ class MoeFeedForward(nn.Module):
         self.shared_experts = FeedForward(hidden_size, config.n_shared_experts * config.moe_intermediate_size)
 
     def forward(self, x_bsd: Tensor) -> Tensor:
-        """Returns the experts' sum, of the shape and dtype of `x_bsd`."""
+        """Returns the sum of the experts' outputs, of the shape and dtype of `x_bsd`."""
         x_nd = x_bsd.flatten(0, 1)
         routing = self.gate(x_nd)
         if self.training and torch.is_grad_enabled():
@@ -200,9 +200,9 @@ class MoeFeedForward(nn.Module):
 
 
 def balance_loss(scores_bse: Tensor, config: MoeConfig, context: Context | None = None) -> Tensor:
-    """Returns DeepSeek-V3's loss for balance within each sequence (equations 17 to 20), the mean over sequences.
+    """Returns DeepSeek-V3's balance loss within each sequence (equations 17 to 20), averaged over sequences.
 
-    Where ranks share out the sequences it is the mean of what they return.
+    With a `context`, the loss is the mean of the ranks' results.
     """
     best = scores_bse.topk(config.num_experts_per_tok, -1).indices
     chosen = torch.zeros_like(scores_bse).scatter_(-1, best, 1.0)
@@ -214,11 +214,11 @@ def balance_loss(scores_bse: Tensor, config: MoeConfig, context: Context | None 
 
 @torch.no_grad()
 def update_router_biases(routers: Iterable[Router], move: bool = True) -> Tensor | None:
-    """Moves each bias up where an expert got fewer tokens than the mean since last time, down where more.
+    """Increases the bias of experts with fewer tokens than the mean since the last call, and decreases that of others.
 
-    Once per optimizer step; in a distributed job every rank calls it, and the tokens of all ranks count. Without `move`
-    the tokens are counted and the biases stay. Returns how far the busiest expert of all layers was above its layer's
-    mean, relative to that: MaxVio (arXiv:2408.15664).
+    Call it once per optimizer step, on every rank of a distributed job: tokens are summed over ranks. Without `move`
+    the counts are reset and the biases do not change. Returns the maximum over layers of (maximum load - mean load) /
+    mean load: MaxVio (arXiv:2408.15664).
     """
     violations = []
     for router in routers:

@@ -27,7 +27,7 @@ def inverse_frequencies(config: ModelConfig, device: torch.device | None = None)
         return 1.0 / wavelengths
 
     def pair_rotating(times: float) -> float:
-        """The pair that rotates this often over the original context (YaRN, section 3.2)."""
+        """The pair that makes this many rotations over the original context (YaRN, section 3.2)."""
         length = yarn.original_max_position_embeddings
         return width * math.log(length / (times * 2 * math.pi)) / (2 * math.log(config.rope_theta))
 
@@ -39,7 +39,7 @@ def inverse_frequencies(config: ModelConfig, device: torch.device | None = None)
 
 
 def attention_factor(config: ModelConfig) -> float:
-    """Returns YaRN's factor on cosine and sine: 1 where mscale equals mscale_all_dim."""
+    """Returns YaRN's factor on cosine and sine: 1 if mscale equals mscale_all_dim."""
     yarn = config.yarn
     if yarn is None or yarn.factor <= 1:
         return 1.0
@@ -50,8 +50,7 @@ def attention_factor(config: ModelConfig) -> float:
 def rotations(config: ModelConfig, position_ids: Tensor) -> Rotations:
     """Returns the rotations at positions of shape (batch or 1, sequence).
 
-    Angles are float32 products, as in every other implementation: at a million positions their rounding is part of
-    what the model learns.
+    Angles are float32 products, as in other implementations: at a million positions their rounding affects results.
     """
     angles = position_ids[:, :, None, None].float() * inverse_frequencies(config, position_ids.device)
     factor = attention_factor(config)
@@ -59,7 +58,7 @@ def rotations(config: ModelConfig, position_ids: Tensor) -> Rotations:
 
 
 def rotate(x_bshd: Tensor, rope: Rotations) -> Tensor:
-    """Rotates adjacent pairs of the last dimension by their position's angle; computes in float32, keeps the dtype."""
+    """Rotates adjacent pairs of the last dimension by their angle; computes in float32, returns the input's dtype."""
     even, odd = x_bshd.float().view(*x_bshd.shape[:-1], -1, 2).unbind(-1)
     rotated = torch.stack([even * rope.cos - odd * rope.sin, even * rope.sin + odd * rope.cos], -1)
     return rotated.flatten(-2).to(x_bshd.dtype)

@@ -1,4 +1,4 @@
-"""Tensors in safetensors files: in shards with an index, each with a checksum, checked on the way in."""
+"""Tensors in safetensors files: shards with an index and a checksum per tensor, which is verified on read."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from ictx.errors import UserError
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 CHECKSUM = "crc32 "
-"""Before a tensor's name in a file's metadata: the key of its checksum."""
+"""Prefix of a tensor's name in a file's metadata: the key of its checksum."""
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-"""Dtypes of weights that are read; others are quantised, or no weights."""
+"""Supported dtypes of weights; others are quantised, or not weights."""
 
 
 def checksum(tensor: Tensor) -> str:
@@ -28,9 +28,9 @@ def checksum(tensor: Tensor) -> str:
 
 
 def write_tensors(directory: Path, tensors: Iterable[tuple[str, Tensor]], max_shard_bytes: int) -> None:
-    """Writes tensors (on the CPU) to as many files as their size requires; no shard is held longer than it is written.
+    """Writes tensors (on the CPU) to as many files as their size requires; each shard is freed once it is written.
 
-    Raises UserError when a file cannot be written.
+    Raises UserError if a file cannot be written.
     """
     shards: list[list[str]] = []
     pending: dict[str, Tensor] = {}
@@ -52,7 +52,7 @@ def write_tensors(directory: Path, tensors: Iterable[tuple[str, Tensor]], max_sh
         more = tensor.numel() * tensor.element_size()
         if pending and size + more > max_shard_bytes:
             flush()
-        # A view into something larger would be written, and held, with all of it.
+        # A view keeps its whole base tensor in memory: copy it.
         pending[name] = tensor.contiguous().clone() if tensor._base is not None else tensor.contiguous()
         size, total = size + more, total + more
     flush()
@@ -69,7 +69,7 @@ def write_tensors(directory: Path, tensors: Iterable[tuple[str, Tensor]], max_sh
 
 
 def _order_metadata(file: Path) -> None:
-    """Sorts a file's metadata in place: the library writes it in an order that differs each time."""
+    """Sorts a file's metadata in place, for reproducible files: the library writes it in random order."""
     with file.open("r+b") as content:
         length = int.from_bytes(content.read(8), "little")
         header = json.loads(content.read(length))
@@ -84,7 +84,7 @@ class TensorFiles:
     """The tensors of a folder, by name."""
 
     def __init__(self, directory: Path) -> None:
-        """Reads the headers. Raises UserError naming a file that is missing or broken, and the tensor it breaks at."""
+        """Reads the headers. Raises UserError naming a file that is missing or corrupt, and the first bad tensor."""
         self.directory = directory
         self.headers: dict[Path, dict[str, Any]] = {}
         self.files: dict[str, Path] = {}
@@ -99,27 +99,27 @@ class TensorFiles:
             self.files |= dict.fromkeys((name for name in self.headers[file] if name != "__metadata__"), file)
         for name, file_name in (weight_map or {}).items():
             if name not in self.headers[directory / file_name]:
-                raise UserError(f"{directory / file_name}: tensor {name} is missing, though {INDEX_FILE} puts it there")
+                raise UserError(f"{directory / file_name}: tensor {name} is missing, but {INDEX_FILE} lists it")
 
     def _weight_map(self, index: Path) -> dict[str, str]:
         try:
             weight_map = json.loads(index.read_text())["weight_map"]
-            # A file name that leads elsewhere is no file of this folder.
+            # Reject paths: files must be in this folder.
             if not weight_map or any(Path(name).name != name for name in weight_map.values()):
-                raise ValueError("file names expected in weight_map")
+                raise ValueError("expected file names in weight_map")
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise UserError(f"{index} is no index of tensors: {error}") from error
+            raise UserError(f"{index} is not an index of tensors: {error}") from error
         return dict(weight_map)
 
     def _header(self, file: Path) -> dict[str, Any]:
-        """Returns the header of a file whose length fits it."""
+        """Returns the header of a file. Raises UserError if it is missing, corrupt, or exceeds the file's size."""
         try:
             size = file.stat().st_size
             with file.open("rb") as content:
                 length = int.from_bytes(content.read(8), "little")
                 if not 2 <= length <= size - 8:
                     raise UserError(
-                        f"{file} is truncated or no safetensors file: its header does not fit in {size} bytes"
+                        f"{file} is truncated or not a safetensors file: its header does not fit in {size} bytes"
                     )
                 header = json.loads(content.read(length))
         except FileNotFoundError as error:
@@ -127,7 +127,7 @@ class TensorFiles:
         except (ValueError, RecursionError) as error:
             raise UserError(f"{file} is corrupt: its header is not JSON") from error
         try:
-            # Without any, some writers put null there.
+            # Some writers store null if there is no metadata.
             header = {"__metadata__": dict(header.pop("__metadata__", None) or {})} | header
             spans = {name: entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"}
             beyond = [name for name, (_, end) in spans.items() if 8 + length + end > size]
@@ -135,11 +135,11 @@ class TensorFiles:
             raise UserError(f"{file} is corrupt: its header does not describe tensors") from error
         if beyond:
             first = min(beyond, key=lambda name: int(spans[name][0]))
-            raise UserError(f"{file} is truncated: tensor {first} ends behind the end of the file, {size} bytes")
+            raise UserError(f"{file} is truncated: tensor {first} ends beyond the end of the file, {size} bytes")
         return dict(header)
 
     def dtype(self, name: str) -> torch.dtype:
-        """Returns a tensor's dtype. Raises UserError naming one that is missing, or of another kind than weights."""
+        """Returns a tensor's dtype. Raises UserError if the tensor is missing or its dtype is not supported."""
         if name not in self.files:
             raise UserError(f"{self.directory}: tensor {name} is missing")
         file = self.files[name]
@@ -149,7 +149,7 @@ class TensorFiles:
         return DTYPES[stored]
 
     def read(self, shapes: Mapping[str, tuple[int, ...]]) -> Iterable[tuple[str, Tensor]]:
-        """Yields these tensors, file by file. Raises UserError naming file and tensor where one is wrong."""
+        """Yields these tensors, file by file. Raises UserError naming the file and the tensor that is invalid."""
         for name in shapes:
             self.dtype(name)
         for file, header in self.headers.items():
@@ -168,5 +168,5 @@ class TensorFiles:
         if known is not None and known != checksum(tensor):
             raise UserError(f"{file} is corrupt: tensor {name} has checksum {checksum(tensor)}: expected {known}")
         if tensor.numel() and not all(value.isfinite() for value in tensor.aminmax()):
-            raise UserError(f"{file}: tensor {name} holds NaN or infinity")
+            raise UserError(f"{file}: tensor {name} contains NaN or infinity")
         return tensor

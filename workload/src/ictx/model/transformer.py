@@ -1,4 +1,4 @@
-"""DeepSeek-V3 (arXiv:2412.19437, section 2). Module names are those of its published weights."""
+"""DeepSeek-V3 (arXiv:2412.19437, section 2). Module names match its published weights."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ictx.model.rope import Rotations, rotations
 
 
 class Layer(nn.Module):
-    """Attention and feed-forward, each behind a norm and added to the residual stream."""
+    """Attention and feed-forward layer, each applied after a norm and added to the residual stream."""
 
     def __init__(self, config: ModelConfig, index: int) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class Layer(nn.Module):
         mode: Mode = "auto",
     ) -> Tensor:
         """Returns the residual stream after this layer."""
-        # Without a cache all layers are alike to torch.compile: it would compile each for its number.
+        # Without a cache the index is constant: torch.compile would recompile the layer for each index.
         index = 0 if cache is None else self.index
         attended = self.self_attn(self.input_layernorm(x_bsd), rope, documents, cache, index, slots, mode)
         x_bsd = x_bsd + attended
@@ -62,7 +62,7 @@ class Decoder(nn.Module):
 
 
 class NextTokenModule(nn.Module):
-    """Multi-Token Prediction: a layer that predicts one token further, with the model's embedding and head (2.2)."""
+    """Multi-Token Prediction: a layer that predicts one more token, with the model's embedding and head (2.2)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ class NextTokenModule(nn.Module):
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(self, next_bsd: Tensor, hidden_bsd: Tensor, rope: Rotations, documents: Documents | None) -> Tensor:
-        """Returns what the head reads.
+        """Returns the head's input, of the shape of `hidden_bsd`.
 
         Args:
             next_bsd: embedding of each position's next token.
@@ -87,13 +87,13 @@ class Transformer(nn.Module):
     """A causal language model."""
 
     mtp_loss: Tensor | None = None
-    """Cross-entropy of each token after the next, of the last forward in training: the mean over its own labels."""
+    """MTP's mean cross-entropy over its labels, the tokens after the next, from the last forward pass in training."""
     z_loss_weight = 0.0
-    """Weight of the z-loss (`Head.losses`) that training adds."""
+    """Weight of the z-loss (`Head.losses`) in training."""
     z_loss: Tensor | None = None
-    """The z-loss in the last loss, without a gradient of its own."""
+    """The z-loss in the last loss, detached."""
     context: Context | None = None
-    """Ranks that share out the windows: each calls `forward` with its own part of them."""
+    """Context-parallel ranks: each calls `forward` with its own part of the windows."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -119,27 +119,30 @@ class Transformer(nn.Module):
 
         Args:
             input_ids: integers of shape (batch, sequence).
-            position_ids: positions of the same shape, or of one row for all; unless given, the tokens of each row
-                count from 0, or from what the cache holds, and padding does not count.
-            cache: earlier tokens of the batch's sequences; these are added.
-            attention_mask: 1 for tokens and 0 for padding, which may stand on either side.
-            document_ids: integers; where they change a document ends, and no token sees another document's.
-            labels: the next token of each position; what is below 0 does not count. The result then is their mean
-                cross-entropy, in nats, and the z-loss if there is one and a gradient is wanted; the logits of all
-                tokens never exist at once.
-            each: whether the result with `labels` is each label's log-probability instead, float32 (batch, sequence),
-                and 0 where it does not count.
-            last_only: whether only the logits of the last position are wanted, of shape (batch, 1, vocab_size).
-            mode: how to attend to a cache: "expanded", "absorbed", or whichever is cheaper.
+            position_ids: positions of the same shape, or one row for all; by default the tokens of each row are counted
+                from 0, or from the cache's length, without padding.
+            cache: earlier tokens of the batch's sequences; the new tokens are added to it.
+            attention_mask: 1 for tokens and 0 for padding, on either side.
+            document_ids: integers; a document ends where they change, and tokens attend only within their document.
+            labels: the next token of each position; negative labels are ignored. The result is then their mean
+                cross-entropy in nats, plus the z-loss if it is enabled and gradients are; logits are computed in
+                chunks.
+            each: with `labels`, return each label's log-probability instead, float32 (batch, sequence), 0 for ignored
+                labels.
+            last_only: return only the logits of the last position, of shape (batch, 1, vocab_size).
+            mode: how to attend to a cache: "expanded", "absorbed", or "auto" for the cheaper one.
 
-        With a `context` all of this is a rank's part of the windows, and the loss is the mean over its own labels.
+        With a `context`, all tensors are a rank's part of the windows, and the loss is the mean over its own labels.
+
+        Raises:
+            ValueError: a `context` with a cache or padding, or `document_ids` with a cache.
         """
         slots = None
         if self.context and (cache is not None or attention_mask is not None):
-            raise ValueError("ranks share out whole windows: no cache, no padding")
+            raise ValueError("context parallelism supports neither a cache nor padding")
         if cache is not None:
             if document_ids is not None:
-                raise ValueError("document_ids are for whole sequences: a cache holds one document per row")
+                raise ValueError("document_ids cannot be used with a cache, which holds one document per row")
             slots = cache.reserve(input_ids.shape[1], attention_mask)
         if position_ids is None:
             position_ids = self._positions(input_ids, attention_mask, slots)
@@ -170,7 +173,7 @@ class Transformer(nn.Module):
         return places + self.context.rank * input_ids.shape[1] if self.context else places
 
     def _documents(self, input_ids: Tensor, document_ids: Tensor | None, attention_mask: Tensor | None) -> Documents:
-        """Returns who sees whom, in the whole windows."""
+        """Returns the documents of the whole windows."""
         if self.context is None:
             return Documents.of(input_ids, document_ids, attention_mask)
         window = input_ids[:, :1].expand(-1, input_ids.shape[1] * self.context.count)
@@ -189,7 +192,7 @@ class Transformer(nn.Module):
         return self.lm_head.loss(read_bsd, self.further_labels(labels))
 
     def further_labels(self, labels: Tensor) -> Tensor:
-        """Returns the token after the next of each position, of the shape of `labels`; below 0 where there is none."""
+        """Returns the token after the next of each position, of the shape of `labels`; negative if there is none."""
         whole = self.context.gather(labels) if self.context else labels
         further = F.pad(whole[:, 1:], (0, 1), value=-1)
         return self.context.own(further) if self.context else further
@@ -200,10 +203,10 @@ class Transformer(nn.Module):
         return [module for module in self.modules() if isinstance(module, Router)]
 
     def auxiliary_losses(self) -> dict[str, Tensor]:
-        """Returns what training adds to the loss of the last forward; nothing of a dense model that predicts one token.
+        """Returns the losses that training adds to that of the last forward pass; none for a dense model without MTP.
 
-        `balance_loss` is the sum over the layers with experts, a mean over sequences; `mtp_loss` the weighted loss of
-        predicting one token further, a mean over the labels that this has.
+        `balance_loss` is the sum over the layers with experts, averaged over sequences; `mtp_loss` is the weighted MTP
+        loss, averaged over its labels.
         """
         layers = (layer.balance_loss for layer in self.modules() if isinstance(layer, MoeFeedForward))
         balance = [loss for loss in layers if loss is not None]
@@ -213,21 +216,20 @@ class Transformer(nn.Module):
         return found
 
     def after_step(self, updated: bool = True) -> Tensor | None:
-        """Does what follows each optimizer step: experts that got too few tokens become likelier to be chosen.
+        """Updates the router biases after an optimizer step, so that underused experts are selected more often.
 
         Args:
-            updated: whether the step changed weights; else the biases stay too.
+            updated: whether the step changed weights; otherwise the biases do not change either.
 
-        Returns how uneven their load was (see `update_router_biases`), or None for a dense model.
+        Returns the load imbalance (see `update_router_biases`), or None for a dense model.
         """
         return update_router_biases(self.routers, updated)
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """Fills the weights: norms with ones, everything else normal(0, initializer_range).
+        """Initialises the weights: norms with ones, all others from normal(0, initializer_range).
 
-        A seed gives the same weights however they are sharded; parameters may come from the meta device by way of
-        `to_empty`.
+        A seed gives the same weights for any sharding. Parameters may be uninitialised memory from `to_empty`.
         """
         for number, module in enumerate(self.modules()):
             if isinstance(module, nn.RMSNorm):
@@ -240,7 +242,7 @@ class Transformer(nn.Module):
                     self._fill(weight, f"{seed} {number} {name}")
 
     def _fill(self, weight: Tensor, key: str) -> None:
-        """Fills a parameter with its own random numbers; a shard gets its part of them."""
+        """Fills a parameter with random numbers seeded by `key`; a shard gets its part of them."""
         generator = torch.Generator(device=weight.device).manual_seed(zlib.crc32(key.encode()))
         full = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
         full.normal_(0.0, self.config.initializer_range, generator=generator)
