@@ -45,7 +45,7 @@ def test_where_it_cannot_be_it_is_refused_in_one_line(monkeypatch: pytest.Monkey
             None,
             "tensorwise",
             pinned,
-            "needs compute capability 8.9, there is no NVIDIA GPU here: another GPU, or --set ",
+            "needs compute capability 8.9, there is no NVIDIA GPU here: use another GPU, or --set ",
         ),
         (80, "tensorwise", pinned, "this GPU has 8.0"),
         (89, "rowwise", pinned, "needs compute capability 9.0, this GPU has 8.9"),

@@ -220,7 +220,7 @@ def test_a_report_names_the_step_and_what_compiling_took() -> None:
     assert str(report).endswith("; before that 6.2 s to compile and load kernels, decode step captured")
     report.uncaptured = uncaptured(small(moe=MOE), LatentCache(small(moe=MOE).config, 1, 8))
     assert str(report).endswith(
-        "decode step not captured (experts: the host must know how many tokens each of them gets)"
+        "decode step not captured (experts: the host needs the number of tokens of each)"
     )
     dense = small()
     assert uncaptured(dense, LatentCache(dense.config, 1, 8)) == "device cpu has no CUDA graphs"
@@ -253,7 +253,7 @@ def test_a_chat_uses_the_template(checkpoint: Path, tmp_path: Path) -> None:
     assert vocabulary.stop == {256, 257}
     for file in ("tokenizer.json", "generation_config.json"):
         (tmp_path / file).write_bytes((checkpoint / file).read_bytes())
-    with pytest.raises(UserError, match="no chat template: leave --chat out"):
+    with pytest.raises(UserError, match="no chat template: omit --chat"):
         Vocabulary.load(tmp_path).encode("hi", chat=True)
     (tmp_path / "tokenizer.json").unlink()
     with pytest.raises(UserError, match="exported without a tokenizer"):

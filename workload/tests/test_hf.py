@@ -267,7 +267,7 @@ def test_broken_files_are_named_with_the_tensor(saved: Path, damage: Callable[[P
         ({"dtype": ["float32"]}, r"dtype is \['float32'\]: expected one of float32"),
         (
             {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "mscale_all_dim": 1.0}},
-            r"rope_scaling.mscale is missing beside mscale_all_dim",
+            r"rope_scaling.mscale is missing, but mscale_all_dim is given",
         ),
         (
             {"rope_parameters": {"rope_type": "yarn", "factor": 1.0, "mscale": 0.7}},

@@ -197,7 +197,7 @@ def test_blocks_come_back_and_a_full_cache_stays_as_it_was() -> None:
         model(tokens, cache=cache)
         with pytest.raises(UserError, match="0 free blocks of 8 tokens: too few"):
             model(tokens[:, :1], cache=cache)
-        with pytest.raises(UserError, match="a sequence of 80 tokens does not fit the cache: it is made for 64"):
+        with pytest.raises(UserError, match="a sequence of 80 tokens does not fit the cache: its limit is 64"):
             model(tokens, cache=cache)
         cache.release(0)
         mask = torch.ones_like(tokens)

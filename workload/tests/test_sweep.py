@@ -95,7 +95,7 @@ def test_a_trial_whose_worker_is_lost_is_taken_over_some_times(
     assert Sweep(settings).claim() is None
     sweep = Sweep(settings)
     assert [trial.state for trial in sweep.trials()] == [TrialState.FAIL] and sweep.finished() and not sweep.best()
-    assert capsys.readouterr().out.count("its worker is lost") == 2
+    assert capsys.readouterr().out.count("its worker was lost") == 2
 
 
 def test_another_sweep_in_the_same_folder_is_refused(tmp_path: Path) -> None:
@@ -103,7 +103,7 @@ def test_another_sweep_in_the_same_folder_is_refused(tmp_path: Path) -> None:
     Sweep(settings)
     Sweep(replace(settings, trials=12, parallel=1, pruner="none"))
     with pytest.raises(
-        UserError, match=r"settings is \['train\.steps=9'\], but the sweep in .* began with .*another dir"
+        UserError, match=r"settings is \['train\.steps=9'\], but the sweep in .* started with .*another dir"
     ):
         Sweep(replace(settings, settings=("train.steps=9",)))
 
@@ -223,7 +223,7 @@ def test_a_sweep_ends_with_its_best_trial_prunes_and_survives_a_killed_worker(
     ended = commands.end(process)
     assert ended.status == 0, ended
     assert "a worker was killed by signal 9: starting another one" in ended.out
-    assert "trial 0: its worker is lost" in ended.out
+    assert "trial 0: its worker was lost" in ended.out
     assert "resuming after step" in (folder / "trial-0000" / "log").read_text()
     result = json.loads((folder / "result.json").read_text())
     assert f"best of 6 trials: {result['best_trial']}, validation_loss" in ended.out

@@ -1,1 +1,1 @@
-"""Inference: the latent cache and attention to it, the captured decode step, generation."""
+"""Inference: latent cache, cached attention, decode step in a CUDA graph, generation."""

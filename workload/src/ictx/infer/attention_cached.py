@@ -1,4 +1,4 @@
-"""Attention to a cache: by the kernels where they can, and by PyTorch a part of the cache at a time."""
+"""Attention to a cache: with the kernels if they support the inputs, else in PyTorch, a part of the cache at a time."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from ictx.model.config import LATENT_NORM_EPS
 from ictx.model.rope import Rotations
 
 KEYS_AT_ONCE = 2048
-"""Cached tokens that are expanded or scored at a time: what bounds the workspace."""
+"""Cached tokens expanded or scored at a time; bounds the workspace."""
 
 
 def kernel_takes(operation: str, x: Tensor, cache: LatentStorage) -> bool:
-    """Whether a kernel over the cache's own layout runs for inputs like `x`: none of them has a gradient."""
+    """Whether a kernel supports inputs like `x` and the cache's layout; these kernels have no gradient."""
     return (
         not torch.is_grad_enabled()
         and x.dtype == cache.dtype
@@ -57,7 +57,7 @@ def attend(
 def _write(
     attention: LatentAttention, new_bse: Tensor, rope: Rotations, cache: LatentStorage, layer: int, slots: Slots
 ) -> None:
-    """Puts the same into the cache by `mla_rope_cache`."""
+    """Writes normed latents and rotated keys to the cache with `mla_rope_cache`."""
     places_bs = cache.places(slots.positions_bs)
     if slots.real_bs is not None:
         places_bs = places_bs.masked_fill(~slots.real_bs, -1)
@@ -68,14 +68,14 @@ def _write(
 
 
 def _absorbing_is_cheaper(attention: LatentAttention, queries: int) -> bool:
-    """Whether scores and sums over latents cost less than to expand each key and value for so many queries."""
+    """Whether absorbed attention of that many queries costs less than expanding each key and value."""
     config = attention.config
     longer = 2 * config.kv_lora_rank - config.qk_nope_head_dim - config.v_head_dim
     return queries * longer < config.kv_lora_rank * (config.qk_nope_head_dim + config.v_head_dim)
 
 
 def _kernel_prefills(attention: LatentAttention, q_nope: Tensor, cache: LatentStorage, slots: Slots) -> bool:
-    """Whether `mla_prefill` has a kernel for this forward: several tokens of each sequence, and no gradient."""
+    """Whether `mla_prefill` has a kernel for this pass: several tokens per sequence, no padding and no gradient."""
     config = attention.config
     return (
         q_nope.shape[1] > SLICE
@@ -90,7 +90,7 @@ def _kernel_prefills(attention: LatentAttention, q_nope: Tensor, cache: LatentSt
 def _prefill(
     attention: LatentAttention, q_bshd: Tensor, cache: LatentStorage, layer: int, slots: Slots, mode: Mode
 ) -> Tensor:
-    """Attends to the cache by `mla_prefill`; returns (batch, sequence, heads, v_head_dim)."""
+    """Attends to the cache with `mla_prefill`; returns (batch, sequence, heads, v_head_dim)."""
     weight, scale = attention.kv_b_proj.weight, attention.config.softmax_scale
     rows = []
     for row, q in enumerate(q_bshd):
@@ -102,7 +102,7 @@ def _prefill(
 def _expanded(
     attention: LatentAttention, q_nope: Tensor, q_rope: Tensor, cache: LatentStorage, layer: int, slots: Slots
 ) -> Tensor:
-    """Attends to the cache, its tokens expanded a part at a time; returns (batch, sequence, heads, v_head_dim)."""
+    """Expands and attends to the cache a part at a time; returns (batch, sequence, heads, v_head_dim)."""
     q_bhsd = torch.cat([q_nope, q_rope], -1).transpose(1, 2)
     rank = attention.config.kv_lora_rank
 
@@ -118,7 +118,7 @@ def _expanded(
 def _absorbed(
     attention: LatentAttention, q_nope: Tensor, q_rope: Tensor, cache: LatentStorage, layer: int, slots: Slots
 ) -> Tensor:
-    """Attends to the cached latents themselves; returns (batch, sequence, heads, v_head_dim)."""
+    """Attends to the cached latents; returns (batch, sequence, heads, v_head_dim)."""
     config = attention.config
     weight = attention.kv_b_proj.weight.view(config.num_attention_heads, -1, config.kv_lora_rank)
     w_uk, w_uv = weight[:, : config.qk_nope_head_dim], weight[:, config.qk_nope_head_dim :]
@@ -130,7 +130,7 @@ def _absorbed(
 def attend_to_latents(q_bshe: Tensor, cache: LatentStorage, layer: int, slots: Slots, scale: float) -> Tensor:
     """Returns softmax(q·eᵀ·scale)·c over the cached entries e = (c, k_rope), of shape (batch, sequence, heads, latent).
 
-    All heads share the entries. `mla_decode` takes over where it can.
+    All heads share the entries. Uses `mla_decode` if it supports the inputs.
 
     Args:
         q_bshe: absorbed queries and rotated parts, (batch, sequence, heads, cache_width).
@@ -142,7 +142,7 @@ def attend_to_latents(q_bshe: Tensor, cache: LatentStorage, layer: int, slots: S
         entries, lens = cache.layers[layer], slots.lengths_b.to(torch.int32)
         table = None if cache.direct else cache.block_tables
         return mla_decode(q_bshe.contiguous(), entries, lens, scale, table, cache.stored)[0]
-    # Heads and tokens are queries alike: (batch, 1, sequence · heads, width).
+    # Flatten tokens and heads to queries of one head: (batch, 1, sequence · heads, width).
     q = q_bshe.reshape(batch, 1, sequence * heads, width)
 
     def parts() -> Iterable[tuple[int, Tensor, Tensor]]:
@@ -156,20 +156,20 @@ def attend_to_latents(q_bshe: Tensor, cache: LatentStorage, layer: int, slots: S
 def attend_in_parts(
     q_bhqd: Tensor, parts: Iterable[tuple[int, Tensor, Tensor]], slots: Slots, scale: float, repeat: int = 1
 ) -> Tensor:
-    """Returns causal attention over keys that come a part at a time, of shape (batch, heads, queries, value width).
+    """Returns causal attention over keys given in parts, of shape (batch, heads, queries, value width).
 
-    Running maximum, sum and result are float32 and rescaled as larger scores come (arXiv:2205.14135), so that any
-    division into parts gives the same.
+    Running maximum, sum and result are float32, rescaled when a larger score appears (arXiv:2205.14135), so that the
+    result does not depend on the division into parts.
 
     Args:
         parts: first position, keys and values (batch, heads or 1, tokens, width) of each part.
-        repeat: queries that stand at each position of `slots`.
+        repeat: number of queries per position of `slots`.
     """
     places = slots.positions_bs.repeat_interleave(repeat, 1)[:, None, :, None]
     highest: Tensor | None = None
     total, out = torch.zeros((), device=q_bhqd.device), torch.zeros((), device=q_bhqd.device)
     q_bhqd = q_bhqd * scale
-    # Every query sees the part's keys when the first of them comes after the last key.
+    # The single newest token attends to all keys: no mask.
     single = slots.positions_bs.shape[1] == 1 and slots.real_bs is None and slots.positions_bs.shape[0] == 1
     for start, keys, values in parts:
         scores = torch.matmul(q_bhqd, keys.transpose(-1, -2)).float()
@@ -178,7 +178,7 @@ def attend_in_parts(
             scores = scores.masked_fill(tokens > places, -torch.inf)
         peak = scores.amax(-1, keepdim=True)
         if highest is None:
-            # Position 0 is in the first part: every query sees a key there.
+            # Position 0 is in the first part and visible to every query, so the maximum is finite.
             weights = torch.exp(scores - peak)
             total, out = weights.sum(-1, keepdim=True), torch.matmul(weights.to(values.dtype), values).float()
             highest = peak

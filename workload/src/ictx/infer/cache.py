@@ -1,4 +1,4 @@
-"""The latent cache as a model takes it: how its tokens lie in memory, and attention to them."""
+"""The latent cache of a model: storage and attention."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ictx.model.rope import Rotations
 
 
 class LatentCache(LatentStorage):
-    """Normed latents and rotated keys of a batch of sequences, which a `Transformer` takes as its cache."""
+    """Normed latents and rotated keys of a batch of sequences; the `cache` argument of a `Transformer`."""
 
     def attend(
         self,

@@ -1,7 +1,7 @@
-"""A decode step without the host: what a CUDA graph holds, at any length of the context.
+"""A decode step that runs entirely on the device, for capture in a CUDA graph, at any context length.
 
-Lengths, positions and tokens are on the device. Between two steps nothing is asked of the host and nothing changes its
-shape, so that one captured graph serves every token that the cache has room for.
+Lengths, positions and tokens are on the device. Steps need no data from the host and no shape changes, so that one
+captured graph decodes every token up to the cache's capacity.
 """
 
 from __future__ import annotations
@@ -26,25 +26,28 @@ from ictx.model.transformer import Layer, Transformer
 
 
 def unfit(config: ModelConfig) -> str | None:
-    """Returns why a model has no such step, or None."""
+    """Returns why a model does not support this step, or None."""
     if config.num_attention_heads > MOST_HEADS:
-        return f"{config.num_attention_heads} heads: at most {MOST_HEADS}"
+        return f"{config.num_attention_heads} heads: expected at most {MOST_HEADS}"
     if not quantisable(config):
-        return f"latents of {config.kv_lora_rank} and keys of {config.qk_rope_head_dim}: {layout.LATENT}, {layout.ROPE}"
+        return (
+            f"latents of {config.kv_lora_rank} and keys of {config.qk_rope_head_dim} values: "
+            f"expected {layout.LATENT} and {layout.ROPE}"
+        )
     if config.moe:
-        return "experts: the host must know how many tokens each of them gets"
+        return "experts: the host needs the number of tokens of each"
     return None
 
 
 def uncaptured(model: Transformer, cache: LatentCache) -> str | None:
-    """Returns why no graph can hold the step: it takes a GPU that each kernel is built for, and one 16-bit dtype."""
+    """Returns why the step cannot be captured, or None; requires a GPU that all kernels support, one 16-bit dtype."""
     weight = model.lm_head.weight
     if reason := unfit(model.config):
         return reason
     if weight.device.type != "cuda":
         return f"device {weight.device.type} has no CUDA graphs"
     if cache.dtype != weight.dtype:
-        return f"the cache holds {cache.dtype}, the weights are {weight.dtype}"
+        return f"the cache is {cache.dtype}, the weights are {weight.dtype}"
     if cache.direct is None:
         return f"blocks of {cache.block_size} tokens: expected a power of 2"
     for operation in ("mla_decode", "mla_rope_cache", OPERATION):
@@ -55,26 +58,26 @@ def uncaptured(model: Transformer, cache: LatentCache) -> str | None:
 
 
 class DecodeStep:
-    """Greedy decoding of `tokens` more tokens of every sequence in a cache, one a call."""
+    """Greedy decoding of `tokens` more tokens of every sequence in a cache, one per call."""
 
     token_b: Tensor
     """The newest token of each sequence, int64 [batch], which is not in the cache yet; a call replaces it."""
     lengths_b: Tensor
-    """Cached tokens of each sequence, int32 [batch]; a call adds one."""
+    """Cached tokens of each sequence, int32 [batch]; a call increments it."""
     logits: Tensor
-    """What a replay of the captured graph leaves, [batch, vocabulary]."""
+    """Result of a replay of the captured graph, [batch, vocabulary]."""
 
     def __init__(self, model: Transformer, cache: LatentCache, token_b: Tensor, tokens: int) -> None:
-        """Reserves the tokens' places in the cache. The weights of a layer's first projections move together.
+        """Reserves slots in the cache for the tokens, and makes the weights of a layer's first projections contiguous.
 
-        Raises UserError where the model has no such step, or the cache no room.
+        Raises UserError if the model does not support the step, or the cache is too small.
         """
         if reason := unfit(model.config):
             raise UserError(f"no captured decode step for this model: {reason}")
         self.model, self.cache, self.config = model, cache, model.config
         weight = model.lm_head.weight
         if cache.dtype != weight.dtype:
-            raise UserError(f"the cache holds {cache.dtype}, the weights are {weight.dtype}: the step takes one dtype")
+            raise UserError(f"the cache is {cache.dtype}, the weights are {weight.dtype}: expected the same dtype")
         self.token_b = token_b.clone()
         self.lengths_b = cache.lengths.to(torch.int32)
         self._slots = cache.reserve(tokens)
@@ -82,14 +85,14 @@ class DecodeStep:
         self.table = None if cache.direct else cache.block_tables
         self.workspace: Workspace | None = None
         if weight.device.type == "cuda":
-            # One for all layers: they run one after the other.
+            # Shared by all layers, which run sequentially.
             self.workspace = Workspace.of(
                 weight.device, cache.batch, self.config.num_attention_heads, cache.dtype, cache.stored
             )
         self.first = [self._join_first(cast(Layer, layer)) for layer in model.model.layers]
 
     def _places(self) -> Places:
-        """Returns the reserved tokens' places."""
+        """Returns the reserved tokens' positions and slots."""
         positions_bs = self._slots.positions_bs
         rope = rotations(self.config, positions_bs)
         shape = *positions_bs.shape, -1
@@ -101,7 +104,7 @@ class DecodeStep:
         )
 
     def _join_first(self, layer: Layer) -> Tensor:
-        """Returns the weights of the projections that read the same, one below the other; the modules get views."""
+        """Returns the stacked weights of the projections with the same input; the modules get views of them."""
         attention = layer.self_attn
         query = attention.q_proj if self.config.q_lora_rank is None else attention.q_a_proj
         both = (query, attention.kv_a_proj_with_mqa)
@@ -112,7 +115,7 @@ class DecodeStep:
 
     @torch.inference_mode()
     def __call__(self) -> Tensor:
-        """Puts `token_b` into the cache; returns the logits [batch, vocabulary], whose largest is the new `token_b`."""
+        """Adds `token_b` to the cache; returns the logits [batch, vocabulary], whose argmax becomes `token_b`."""
         config, model = self.config, self.model
         embedding = model.model.embed_tokens.weight
         x_bd, cos, sin, slots_b = begin(self.token_b, self.lengths_b, embedding, self.places)
@@ -142,12 +145,12 @@ class DecodeStep:
         return project(hidden, feed.down_proj.weight, residual=x_bd)
 
     def capture(self) -> torch.cuda.CUDAGraph:
-        """Returns a graph whose replay is a call; token and lengths are afterwards what they are now."""
+        """Returns a graph whose replay is equivalent to a call; restores tokens and lengths afterwards."""
         token_b, lengths_b = self.token_b.clone(), self.lengths_b.clone()
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            # Compiles what is not compiled yet, which a capture must not.
+            # Compile missing kernels first, which is not allowed during a capture.
             self()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
@@ -158,9 +161,9 @@ class DecodeStep:
         return graph
 
     def follow(self, run: Callable[[], object], count: int) -> Iterator[list[int]]:
-        """Makes `count` steps by `run`, a call or a graph's replay; yields each one's tokens, one of each sequence.
+        """Runs `count` steps with `run`, a call or a graph's replay; yields the tokens of each, one per sequence.
 
-        On a GPU a step is under way before the tokens of the one before it are read: it does not wait for the host.
+        On a GPU a step is launched before the previous step's tokens are read, so that it does not wait for the host.
         """
         if self.token_b.device.type != "cuda":
             for _ in range(count):
@@ -179,5 +182,5 @@ class DecodeStep:
                 yield copies[(number - 1) % 2].tolist()
 
     def finish(self) -> None:
-        """Counts the reserved tokens in the cache, once all have been decoded."""
+        """Adds the reserved tokens to the cache's lengths, once all have been decoded."""
         self.cache.commit(self._slots)

@@ -1,7 +1,7 @@
-"""What the shipped models launch on a GPU: training, prefill, and the captured decode step, with every kind of cache.
+"""Launches all kernels of the shipped models: training, prefill and decode step, with every cache dtype.
 
-Run on the meta device, for `ictx kernels build`: shapes, strides and dtypes are those of a real run, memory there is
-none. All layers launch the same kernels, so that one is enough.
+Runs on the meta device for `ictx kernels build`: shapes, strides and dtypes are those of a real run, without memory.
+All layers launch the same kernels, so one is enough.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from ictx.settings import shipped
 
 CONFIGS = "model/ictx-*.yaml"
 CHUNKS = (8, 1, 512, 65536)
-"""Tokens that go through the model one after the other: few, a prefill in one part, and one in several."""
+"""Numbers of tokens in successive forward passes: few, a prefill in one part, and one in several."""
 BATCHES = (1, 2)
-"""A token of one sequence is multiplied by our kernels, those of several by PyTorch."""
+"""Products of one sequence's token use our kernels, those of several use PyTorch."""
 BLOCKS = {None: (None, 16, 64), "int8": (64,), "fp8": (64,)}
-"""Tokens of a block, or none for a contiguous cache, by what latents are quantised to: `ictx generate` takes 64, and
-vLLM gives a cache that is not quantised blocks of 16 and 64."""
+"""Block sizes, None for a contiguous cache, by quantised dtype: `ictx generate` uses 64, vLLM 16 and 64 for an
+unquantised cache."""
 META = torch.device("meta")
 
 
 def drive(target: int) -> None:
-    """Runs all that is compiled ahead of time for a compute capability, with both kinds of memory where it has two."""
+    """Launches all kernels to compile for a compute capability, for both kinds of memory if it has two."""
     run(target)
     if target == dispatch.FAST_TARGET:
         dispatch.standing_fast = True
@@ -40,7 +40,7 @@ def drive(target: int) -> None:
 
 
 def run(target: int) -> None:
-    """Runs it for one kind of memory."""
+    """Launches all kernels for one kind of memory."""
     for config in models():
         for dtype in (torch.float16, torch.bfloat16):
             if dispatch.refused("mla_rope_cache", target, dtype, None):
@@ -57,14 +57,14 @@ def run(target: int) -> None:
 
 
 def models() -> Iterator[ModelConfig]:
-    """Yields the shipped configurations with one layer, but those of models that have no captured decode step."""
+    """Yields the shipped configurations with one layer, except models that do not support the captured decode step."""
     for config in map(ModelConfig.from_yaml, shipped(CONFIGS)):
         if unfit(config) is None:
             yield replace(config, num_hidden_layers=1)
 
 
 def train(model: Transformer) -> None:
-    """Runs a training step's forward and backward."""
+    """Runs the forward and backward pass of a training step."""
     tokens = torch.zeros(2, 1024, dtype=torch.int64, device=META)
     model.train()(tokens).float().sum().backward()
 

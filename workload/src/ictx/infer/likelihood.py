@@ -1,4 +1,4 @@
-"""How likely a model finds a given text: chunked prefill into the latent cache, never the logits of all tokens."""
+"""Log-likelihood of a given text: chunked prefill into the latent cache, which bounds the memory of logits."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ from ictx.model.head import LOGITS
 
 @dataclass(frozen=True)
 class Prefill:
-    """How a text goes through a model."""
+    """Settings for the prefill of a text."""
 
     chunk_size: int = 2048
-    """Tokens of each sequence that go through the model at a time: what bounds the workspace."""
+    """Tokens of each sequence per forward pass; bounds the workspace."""
     cache_dtype: torch.dtype | str | None = None
-    """What the cache holds; that of the weights unless given. int8 and fp8 quantise the latents."""
+    """Dtype of the cache; default: that of the weights. int8 and fp8 quantise the latents."""
     beyond: bool = False
-    """Whether more tokens than `max_position_embeddings` are read: it shows what a model does there."""
+    """Whether to allow more tokens than `max_position_embeddings`, to measure extrapolation."""
 
     def __post_init__(self) -> None:
         if self.chunk_size < 1:
             raise UserError(f"chunk-size is {self.chunk_size}: expected 1 or more")
 
     def require_fit(self, model: Transformer, tokens: int) -> None:
-        """Raises UserError where a text of so many tokens is longer than the model's context."""
+        """Raises UserError if a text of `tokens` tokens exceeds the model's context, unless `beyond` is set."""
         most = model.config.max_position_embeddings
         if tokens > most and not self.beyond:
             raise UserError(f"length is {tokens:,}: the model's max_position_embeddings is {most:,}")
 
     def cache(self, model: Transformer, batch: int, tokens: int) -> LatentCache:
-        """Returns an empty cache for a batch of texts. Raises UserError where it cannot be quantised."""
+        """Returns an empty cache for a batch of texts. Raises UserError if it cannot be quantised."""
         weight = model.lm_head.weight
         stored = self.cache_dtype if isinstance(self.cache_dtype, str) else None
         block_size = BLOCK_SIZE if stored else None
@@ -51,13 +51,13 @@ class Prefill:
 
 @torch.inference_mode()
 def token_losses(model: Transformer, tokens_bs: Tensor, prefill: Prefill, last: int | None = None) -> Tensor:
-    """Returns −ln p of each token given those before it, float32 on the CPU, of shape (batch, tokens - 1).
+    """Returns −ln p of each token given those before it, in nats, float32 on the CPU, of shape (batch, tokens - 1).
 
     Args:
-        tokens_bs: integers of shape (batch, tokens), at least two of each.
-        last: how many of the last tokens are wanted, all unless given; the logits of the others are not computed.
+        tokens_bs: integers of shape (batch, tokens), at least two tokens each.
+        last: number of tokens to score, from the end; default: all. Logits of the others are not computed.
 
-    Raises UserError where the tokens do not fit the model's context.
+    Raises UserError if the tokens exceed the model's context.
     """
     losses, _ = _score(model, tokens_bs, prefill, last)
     return losses
@@ -65,9 +65,9 @@ def token_losses(model: Transformer, tokens_bs: Tensor, prefill: Prefill, last: 
 
 @torch.inference_mode()
 def continuation(model: Transformer, prompt: list[int], wanted: list[int], prefill: Prefill) -> tuple[Tensor, bool]:
-    """Returns −ln p of each wanted token after the prompt, float32 (wanted,), and whether greedy decoding makes them.
+    """Returns −ln p of each `wanted` token after the prompt, float32 (wanted,), and whether greedy decoding yields it.
 
-    The wanted tokens are all given: greedy decoding makes them where each is the likeliest after those before it.
+    The tokens are scored in one pass: greedy decoding yields them if each is the likeliest given those before it.
     """
     losses, likeliest = _score(model, torch.tensor([prompt + wanted]), prefill, len(wanted))
     return losses[0], bool(likeliest.all())
@@ -84,7 +84,7 @@ def _score(model: Transformer, tokens_bs: Tensor, prefill: Prefill, last: int | 
     losses, likeliest = [], []
     first = 0
     while first < count - 1:
-        # Of tokens before the wanted ones no logits are made; of the others no more than fit.
+        # Compute no logits before the wanted tokens, and then at most `LOGITS` per pass.
         wanted = first >= first_wanted
         size = min(prefill.chunk_size, most) if wanted else min(prefill.chunk_size, first_wanted - first)
         chunk = tokens_bs[:, first : min(first + size, count - 1)]

@@ -1,4 +1,4 @@
-"""How the next token is drawn."""
+"""Sampling of the next token."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from ictx.settings import shown
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen."""
+    """Sampling parameters."""
 
     temperature: float = 0.0
-    """Divides the logits; 0 takes the likeliest token."""
+    """Divisor of the logits; 0: greedy."""
     top_k: int = 0
-    """Only this many likeliest tokens are in the draw; 0 leaves all in."""
+    """Sample from this many likeliest tokens; 0: all."""
     top_p: float = 1.0
-    """Only the likeliest tokens that together have this probability are in the draw."""
+    """Sample from the likeliest tokens with this total probability."""
     seed: int | None = None
-    """Makes the draws repeatable; −2⁶³ to 2⁶⁴ − 1."""
+    """Random seed for reproducible sampling, −2⁶³ to 2⁶⁴ − 1; None: random."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < float("inf"):
@@ -36,11 +36,11 @@ class Sampling:
 
 
 GREEDY = Sampling()
-"""Always the likeliest token."""
+"""Selects the likeliest token."""
 
 
 class Sampler:
-    """Draws tokens."""
+    """Samples tokens from logits."""
 
     def __init__(self, sampling: Sampling, device: torch.device) -> None:
         self.sampling = sampling
@@ -51,7 +51,7 @@ class Sampler:
             self.generator.manual_seed(sampling.seed)
 
     def __call__(self, logits_bv: Tensor) -> Tensor:
-        """Returns a token for each row, int64 of shape (batch,). Raises UserError where a logit is not finite."""
+        """Returns a token per row, int64 of shape (batch,). Raises UserError if a logit is not finite."""
         sampling = self.sampling
         if not bool(torch.isfinite(logits_bv).all()):
             raise UserError(
@@ -60,13 +60,13 @@ class Sampler:
             )
         if sampling.temperature == 0:
             return logits_bv.argmax(-1)
-        # At most 0, and in float64: no temperature makes the likeliest token's logit infinite.
+        # Shifted to at most 0, in float64, so that small temperatures do not overflow the largest logit.
         logits_bv = logits_bv.double() - logits_bv.double().amax(-1, keepdim=True)
         logits_bv = (logits_bv / sampling.temperature).float()
         if sampling.top_k:
             lowest = logits_bv.topk(min(sampling.top_k, logits_bv.shape[-1])).values[:, -1:]
             logits_bv = logits_bv.masked_fill(logits_bv < lowest, -torch.inf)
         ordered, tokens = logits_bv.softmax(-1).sort(-1, descending=True)
-        # The token that reaches the limit is the last one in.
+        # Include the token that reaches the limit.
         ordered = ordered.masked_fill(ordered.cumsum(-1) - ordered >= sampling.top_p, 0.0)
         return tokens.gather(1, torch.multinomial(ordered, 1, generator=self.generator)).squeeze(1)

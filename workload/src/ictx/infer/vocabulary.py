@@ -1,4 +1,4 @@
-"""A checkpoint's tokenizer, between text and tokens."""
+"""A checkpoint's tokenizer and chat template."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ class Vocabulary:
     tokenizer: Tokenizer
     stop: frozenset[int]
     chat_template: Any
-    """As tokenizer_config.json has it: a text, or several with names."""
+    """Template from chat_template.jinja or tokenizer_config.json: a text, or several named ones; None if missing."""
     special: Mapping[str, str]
-    """Special tokens that a template may name, such as `bos_token`."""
+    """Special tokens available to templates, by name, such as `bos_token`."""
 
     @classmethod
     def load(cls, directory: Path) -> Vocabulary:
-        """Reads them. Raises UserError when the folder has no tokenizer, or a file of it is damaged."""
+        """Reads a checkpoint's folder. Raises UserError if it has no tokenizer, or a file is damaged."""
         if directory.is_dir() and not (directory / TOKENIZER_FILE).exists():
             raise UserError(f"{directory} has no {TOKENIZER_FILE}: the checkpoint was exported without a tokenizer")
         tokenizer = read_tokenizer(directory)
@@ -48,21 +48,22 @@ class Vocabulary:
         return cls(tokenizer, Generation.read(directory).stop, template, special)
 
     def template(self, file: Path | None = None) -> Template:
-        """Returns the chat template, or that of another file. Raises UserError where there is none."""
+        """Returns the chat template, or the one in `file`. Raises UserError if there is none."""
         from ictx.data.chat.template import Template  # jinja2, which few commands need
 
         source = read_text(file) if file else self.chat_template
         if source is None:
-            raise UserError("the checkpoint has no chat template: give the file of one as chat_template")
+            raise UserError("the checkpoint has no chat template: set chat_template to the path of a template file")
         return Template(source, self.special)
 
     def encode(self, text: str, chat: bool) -> list[int]:
-        """Returns the tokens of a text, or of a chat with it as the user's turn. Raises UserError.
+        """Returns the tokens of a text, or of a chat with it as the user's turn.
 
-        As in transformers, the tokenizer itself begins a text, and a template a chat.
+        As in transformers, the tokenizer adds the special tokens of a text, and the template those of a chat. Raises
+        UserError if `chat` is set without a template, or the text is not UTF-8.
         """
         if chat and self.chat_template is None:
-            raise UserError("the checkpoint has no chat template: leave --chat out")
+            raise UserError("the checkpoint has no chat template: omit --chat")
         if chat:
             text, _ = self.template().render([{"role": "user", "content": text}], add_generation_prompt=True)
         try:
@@ -72,7 +73,7 @@ class Vocabulary:
         return list(self.tokenizer.encode(text, add_special_tokens=not chat).ids)
 
     def stream(self, tokens: Iterator[int], write: Callable[[str], object]) -> None:
-        """Writes text as its tokens come: a character of several tokens when it is whole."""
+        """Writes text as tokens arrive; a character of several tokens is written once it is complete."""
         decoder = DecodeStream(skip_special_tokens=True)
         for token in tokens:
             text = decoder.step(self.tokenizer, token)

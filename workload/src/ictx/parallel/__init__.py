@@ -1,4 +1,4 @@
-"""How a model is spread over devices and what its backward keeps: sharding, recompute, compilation."""
+"""Parallel training: sharding, context parallelism, activation recompute, compilation."""
 
 from ictx.parallel.mesh import Layout
 from ictx.parallel.parallelize import parallelize

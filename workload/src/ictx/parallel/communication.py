@@ -1,6 +1,6 @@
-"""How long a step's collectives take: those of FSDP and of context parallelism, between marks in their own streams.
+"""Measures the time of a step's collectives, those of FSDP and of context parallelism, with events in their streams.
 
-A mark waits for nothing, so that every step has them: two events for each collective.
+A mark (event) does not synchronise, so every step is measured: two events per collective.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from ictx.stopwatch import Mark, mark, seconds_between, union, wait
 
 
 class Collectives:
-    """When this process's collectives ran, once it is switched on."""
+    """Records the times of this process's collectives, once `device` is set."""
 
     def __init__(self) -> None:
         self.device: torch.device | None = None
-        """Where they run; nothing is noted without one."""
+        """Device of the collectives; None disables the measurement."""
         self._spans: list[tuple[Mark, Mark]] = []
 
     def mark(self) -> Mark | None:
@@ -30,19 +30,19 @@ class Collectives:
         return mark(self.device) if self.device else None
 
     def add(self, begin: Mark | None, end: Mark | None) -> None:
-        """Adds one that ran between two marks."""
+        """Adds a collective that ran between two marks."""
         if begin is not None and end is not None:
             self._spans.append((begin, end))
 
     @contextmanager
     def timed(self) -> Iterator[None]:
-        """Adds what runs within, in the current stream."""
+        """Adds the collective that runs in the context, in the current stream."""
         begin = self.mark()
         yield
         self.add(begin, self.mark())
 
     def read(self) -> float:
-        """Returns the seconds in which at least one ran, waiting for other ranks included, and forgets them."""
+        """Returns the seconds with at least one collective running, including waits for other ranks, and resets."""
         spans, self._spans = self._spans, []
         for _, end in spans:
             wait(end)
@@ -51,11 +51,11 @@ class Collectives:
 
 
 COLLECTIVES = Collectives()
-"""Those of this process: operations of torch.library, which are among them, take no objects."""
+"""Collectives of this process. Global, because operations of torch.library accept no Python objects."""
 
 
 class _AllGather(DefaultAllGather):
-    """FSDP's."""
+    """FSDP's all-gather, measured."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Gathers a layer's weights."""
@@ -64,12 +64,12 @@ class _AllGather(DefaultAllGather):
 
 
 class _ReduceScatter(DefaultReduceScatter):
-    """FSDP's, and the sum over replicas that follows it in a stream of its own (HSDP)."""
+    """FSDP's reduce-scatter, and the all-reduce over replicas that follows in a separate stream (HSDP), measured."""
 
     _last: Mark | None = None
 
     def allocate(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Returns the memory of its input, and later of its result; then it begins."""
+        """Allocates the input, and later the result, which is the start of the collective."""
         self._last = COLLECTIVES.mark()
         return super().allocate(*args, **kwargs)
 
@@ -81,12 +81,12 @@ class _ReduceScatter(DefaultReduceScatter):
         return work
 
     def summed(self, _: Tensor) -> None:
-        """Follows the sum over replicas."""
+        """Hook after the all-reduce over replicas."""
         COLLECTIVES.add(self._last, COLLECTIVES.mark())
 
 
 def observe(module: FSDPModule, replicated: bool) -> None:
-    """Makes the collectives of a sharded module known to `COLLECTIVES`."""
+    """Records the collectives of a sharded module in `COLLECTIVES`."""
     reduce_scatter = _ReduceScatter()
     module.set_custom_all_gather(_AllGather())
     module.set_custom_reduce_scatter(reduce_scatter)

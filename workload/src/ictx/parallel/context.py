@@ -1,8 +1,8 @@
 """Context parallelism: the ranks of a group hold consecutive parts of the same windows.
 
-Attention is DeepSpeed-Ulysses (arXiv:2309.14509) for latents: what is gathered of all tokens is the latent and the
-rotary key, 576 columns instead of the 16 × 320 of keys and values, and each rank expands its own heads from them.
-Queries and results change hands by all-to-all: tokens ↔ heads.
+Attention is DeepSpeed-Ulysses (arXiv:2309.14509) for latents: the latents and rotary keys of all tokens are gathered,
+576 columns instead of the 16 × 320 of keys and values, and each rank expands its own heads from them. Queries and
+results are exchanged by all-to-all: tokens ↔ heads.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from ictx.parallel.exchange import GROUPS, Heads, gather, scatter_sum
 
 @dataclass(frozen=True)
 class Context:
-    """The ranks among which windows are shared out."""
+    """The ranks of a group that share each window."""
 
     name: str
-    """The process group's in `GROUPS`."""
+    """Key of the process group in `GROUPS`."""
     rank: int
-    """Place of this rank's tokens."""
+    """Index of this rank's part of a window."""
     count: int
-    """Ranks of the group."""
+    """Number of ranks in the group."""
 
     @classmethod
     def of(cls, group: dist.ProcessGroup) -> Context:
-        """Returns a process group's."""
+        """Returns the context of a process group."""
         GROUPS[group.group_name] = group
         return cls(group.group_name, group.rank(), group.size())
 
@@ -41,7 +41,7 @@ class Context:
         return gather(x_bs, GROUPS[self.name])
 
     def own(self, x_bt: Tensor) -> Tensor:
-        """Returns this rank's columns of those of a window."""
+        """Returns this rank's columns of a whole window."""
         return x_bt.chunk(self.count, 1)[self.rank]
 
     def mean(self, x: Tensor) -> Tensor:
@@ -51,12 +51,12 @@ class Context:
         return x / self.count
 
     def attend(self, q_bshd: Tensor, latent_bse: Tensor, weight: Tensor, scale: float, packing: Packing) -> Tensor:
-        """Returns what this rank's queries attend to, (batch, sequence, heads, value width); differentiable.
+        """Returns attention of this rank's queries, (batch, sequence, heads, value width); differentiable.
 
         Args:
             q_bshd: this rank's queries.
             latent_bse: latents and rotary keys of the same tokens.
-            weight: that expands latents, [heads × (width without position + value width), latent width].
+            weight: projection that expands latents, [heads × (width without position + value width), latent width].
             scale: factor on the scores.
             packing: documents of the whole windows.
         """
@@ -73,7 +73,7 @@ class Context:
 def operation(
     q: Tensor, latent: Tensor, weight: Tensor, scale: float, first: Tensor, end: Tensor, equal: int, group: str
 ) -> tuple[Tensor, Tensor]:
-    """`Context.attend` as one operation, which torch.compile and selective recompute see.
+    """`Context.attend` as one operation, so that torch.compile and selective recompute can refer to it.
 
     Returns the attended values, and the log-sum-exp of the scores of this rank's heads, [heads, tokens of the windows].
     """
@@ -97,14 +97,14 @@ def operation_backward(
     grad: Tensor, q: Tensor, latent: Tensor, weight: Tensor, out: Tensor, lse: Tensor, scale: float, first: Tensor,
     end: Tensor, equal: int, group: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Returns the gradients of q, latent and weight; that of the weight is this rank's heads' alone, 0 elsewhere.
+    """Returns the gradients of q, latent and weight; the weight's is nonzero only for this rank's heads.
 
-    Latents are gathered and expanded again: kept would be 2 × T × 576 bytes a layer, on every rank.
+    Latents are gathered and expanded again: keeping them would take 2 × T × 576 bytes per layer on every rank.
     """
     heads, packing = Heads(q, latent, weight, group), Packing(first, end, equal)
     d_q, d_weight = torch.empty_like(q), torch.zeros_like(weight)
     d_own = d_weight.view_as(heads.weight)[heads.rank]
-    # Summed over heads, part by part, and over ranks: bfloat16 would round each sum.
+    # Accumulated in float32 over parts of the heads and over ranks: bfloat16 would round each sum.
     d_latent = torch.zeros(len(heads.latent_nc), latent.shape[-1], dtype=lse.dtype, device=q.device)
     for part, arrived in heads.arriving(grad, q, out):
         k, v = heads.keys_values(part)

@@ -1,7 +1,8 @@
-"""What the ranks of a context send each other: latents to all, and queries and results by all-to-all, tokens ↔ heads.
+"""Communication of context-parallel ranks: all-gather of latents, all-to-all of queries and results (tokens ↔ heads).
 
-Heads go in parts: while one attends, the next one's queries arrive and the last one's results leave, in a stream of
-their own. Where windows are so long that memory counts, and exchanges do not, one comes after the other.
+Heads are exchanged in parts: during the attention of one part, the next part's queries and the previous part's results
+are transferred in a separate stream. For windows so long that memory is scarce and exchange time negligible, parts do
+not overlap.
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ from torch import Tensor
 from ictx.parallel.communication import COLLECTIVES
 
 AT_ONCE = 1 << 20
-"""Tokens × heads whose keys and values exist at once: all heads up to 65,536 tokens, one at a million (3 GB)."""
-# Names of PyTorch 2.13, which warns of the older ones.
+"""Maximum tokens × heads with expanded keys and values: all heads up to 65,536 tokens, one at a million (3 GB)."""
+# PyTorch 2.13 deprecates the older names.
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 _reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
 GROUPS: dict[str, dist.ProcessGroup] = {}
-"""By name: operations of torch.library take no groups."""
+"""Process groups by name: operations of torch.library accept no groups."""
 _streams: dict[torch.device, torch.cuda.Stream] = {}
 
 
@@ -43,21 +44,21 @@ def scatter_sum(x_bt: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def overlapped(heads: int, tokens: int) -> bool:
-    """Whether a part of a rank's heads is exchanged while another attends: where all could attend at once."""
+    """Whether exchange and attention of parts overlap: if all heads of a rank would fit in memory at once."""
     return heads * tokens <= AT_ONCE
 
 
 def heads_at_once(heads: int, tokens: int) -> int:
-    """Returns how many of a rank's heads attend at once: as `AT_ONCE` allows, and half of them at most."""
+    """Returns the number of a rank's heads per part: as `AT_ONCE` allows, and at most half of them."""
     return max(min(AT_ONCE // tokens, -(-heads // 2)), 1)
 
 
 class Exchange:
-    """An all-to-all under way: part r of a tensor goes to rank r."""
+    """A running all-to-all: part r of a tensor goes to rank r."""
 
     def __init__(self, parts: Tensor, group: dist.ProcessGroup) -> None:
-        """Begins when the current stream gets here; what that does later runs beside it on a GPU."""
-        # Both are kept until the result is taken: their memory belongs to the current stream.
+        """Starts after the work queued in the current stream; on a GPU, later work of that stream overlaps with it."""
+        # Keep references until the result is taken: the memory was allocated in the current stream.
         self._sent, self._result = parts.contiguous(), torch.empty(parts.shape, dtype=parts.dtype, device=parts.device)
         if not parts.is_cuda:
             self._run(group)
@@ -76,14 +77,14 @@ class Exchange:
             dist.all_to_all_single(self._result, self._sent, group=group)
 
     def take(self) -> Tensor:
-        """Returns what every rank has for this one; the current stream waits for it."""
+        """Returns the received parts, one per rank; the current stream waits for them."""
         if self._sent.is_cuda:
             torch.cuda.current_stream(self._sent.device).wait_event(self._over)
         return self._result
 
 
 class Heads:
-    """What a call attends with: latents of all tokens, and this rank's heads in parts."""
+    """State of an attention call: latents of all tokens, and this rank's heads in parts."""
 
     def __init__(self, q_bshd: Tensor, latent_bse: Tensor, weight: Tensor, group: str) -> None:
         self.group = GROUPS[group]
@@ -101,9 +102,9 @@ class Heads:
         self._leaving: tuple[Exchange, slice, Tensor] | None = None
 
     def arriving(self, *tensors_bshd: Tensor) -> Iterator[tuple[slice, list[Exchange]]]:
-        """Yields this rank's heads in parts, and for each tensor, which has all heads, what arrives of a part.
+        """Yields each part of this rank's heads, with the exchange that receives it for each tensor of all heads.
 
-        That is as `taken` returns it. The next part is on its way while one is at work.
+        `taken` returns the result of an exchange. The next part is transferred while one is processed.
         """
         step = heads_at_once(self.heads, len(self.latent_nc))
         parts = [slice(first, min(first + step, self.heads)) for first in range(0, self.heads, step)]
@@ -115,11 +116,11 @@ class Heads:
             yield part, now
 
     def taken(self, arrived: Exchange) -> Tensor:
-        """Returns all tokens, [tokens, heads of the part, width]."""
+        """Returns the received tensor, [tokens of all ranks, heads of the part, width]."""
         return arrived.take().transpose(0, 1).flatten(0, 2)
 
     def leave(self, x_nhd: Tensor, part: slice, out_bshd: Tensor) -> None:
-        """Sends all tokens of some heads; later they are put into a tensor that has this rank's tokens, all heads."""
+        """Sends all tokens of a part of the heads; `out_bshd`, this rank's tokens with all heads, is filled later."""
         x_brshd = x_nhd.view(self.batch, self.ranks, self.tokens, *x_nhd.shape[1:])
         leaving = Exchange(x_brshd.transpose(0, 1), self.group), part, out_bshd
         self.settle()
@@ -128,7 +129,7 @@ class Heads:
             self.settle()
 
     def settle(self) -> None:
-        """Puts in what has left last."""
+        """Waits for the last `leave` and writes its result."""
         if self._leaving:
             exchange, part, out_bshd = self._leaving
             self._by_rank(out_bshd)[:, :, :, part] = exchange.take().permute(1, 2, 0, 3, 4)

@@ -1,6 +1,6 @@
-"""Linear layers that multiply in fp8 (formats: arXiv:2209.05433), by torchao's float8 training.
+"""Linear layers with products in fp8 (formats: arXiv:2209.05433), using torchao's float8 training.
 
-Weights, gradients and checkpoints stay what they are; both factors of a product are scaled and cast just before it.
+The dtypes of weights, gradients and checkpoints do not change; both factors of a product are scaled and cast before it.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from ictx.kernels import dispatch
 from ictx.model import Transformer
 
 LOWEST = {"tensorwise": 89, "rowwise": 90, "rowwise_with_gw_hp": 90}
-"""Lowest compute capability by torchao's names: one scale a tensor, or a row; the last computes gradients of weights in
-bfloat16."""
+"""Lowest compute capability by torchao's recipe: one scale per tensor, or per row; the last one computes gradients of
+weights in bfloat16."""
 RECIPES = tuple(LOWEST)
 TORCHAO = "0.18.0"
-"""Version that requirements/cuda-fp8.txt locks, tried with the PyTorch that is locked."""
+"""Version pinned in requirements/cuda-fp8.txt, tested with the pinned PyTorch."""
 
 
 def check(recipe: str, device: torch.device) -> None:
-    """Raises UserError where a recipe cannot be used on a device: in one line, before anything is loaded."""
+    """Raises UserError if a device does not support a recipe, or torchao is missing; called before loading anything."""
     lowest, found, setting = LOWEST[recipe], dispatch.capability(device), f"train.fp8 is {recipe}"
     remedy = "or --set train.fp8=none"
     if found < lowest:
         here = f"this GPU has {found / 10}" if found else "there is no NVIDIA GPU here"
-        raise UserError(f"{setting}: it needs compute capability {lowest / 10}, {here}: another GPU, {remedy}")
+        raise UserError(f"{setting}: it needs compute capability {lowest / 10}, {here}: use another GPU, {remedy}")
     try:
         version: str | None = importlib.metadata.version("torchao")
     except importlib.metadata.PackageNotFoundError:
@@ -40,13 +40,13 @@ def check(recipe: str, device: torch.device) -> None:
 
 
 def convert(model: Transformer, recipe: str, *, emulated: bool = False) -> None:
-    """Replaces the linear layers of all layers, in place; names, shapes and sharding of weights stay.
+    """Replaces the linear modules of all layers, in place; names, shapes and sharding of weights do not change.
 
-    Not the head, routers and routed experts, nor layers whose widths are no multiples of 16. Where the product is not
-    the module's own it stays in bfloat16: `kv_b_proj` under context parallelism, feed-forward layers of many tokens.
+    Excludes the head, routers, routed experts, and modules whose widths are not multiples of 16. Products outside the
+    module's forward stay in bfloat16: `kv_b_proj` under context parallelism, feed-forward layers of many tokens.
 
     Args:
-        emulated: compute with what fp8 would hold, on any device.
+        emulated: emulate fp8 values, on any device.
     """
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 

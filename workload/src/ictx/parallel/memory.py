@@ -1,6 +1,6 @@
-"""What a rank takes of its GPU's memory in a step, computed from the configuration, and what must be computed again.
+"""Estimates a rank's GPU memory in a step from the configuration, and selects the recompute mode of each layer.
 
-The formulas count what PyTorch keeps; docs/training.md has what they come to beside what was measured.
+The formulas count the tensors that PyTorch keeps; docs/training.md compares the estimates with measurements.
 """
 
 from __future__ import annotations
@@ -16,54 +16,54 @@ from ictx.model.transformer import Layer, Transformer
 from ictx.parallel.exchange import heads_at_once, overlapped
 
 SPARE = 4e9
-"""Bytes that stay free: gaps that the allocator holds (measured: 1.8 to 3.1 GB) and NCCL's buffers."""
+"""Bytes to leave free: allocator fragmentation (measured: 1.8 to 3.1 GB) and NCCL's buffers."""
 STATE = {"weights": 4, "optimizer": 8, "gradients": 4}
-"""Bytes of a parameter among all ranks that shard it: float32, and AdamW's two moments (Muon has one)."""
+"""Bytes per parameter, summed over the ranks that shard it: float32, and AdamW's two moments (Muon has one)."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a rank does at once."""
+    """The work of a rank in a forward and backward pass."""
 
     tokens: int
-    """Tokens of a rank in a forward and backward."""
+    """Tokens per rank."""
     shards: int
     """Ranks that shard the weights."""
     cp: int = 1
-    """Ranks that share out each window."""
+    """Context-parallel ranks per window."""
     size: int = 2
-    """Bytes of an activation: 2 in bfloat16."""
+    """Bytes per activation value: 2 in bfloat16."""
     compiled: bool = False
-    """Whether torch.compile makes the kernels of dense layers."""
+    """Whether dense layers are compiled with torch.compile."""
     accumulate: bool = False
-    """Whether gradients of earlier batches are there while the next is computed."""
+    """Whether gradients of earlier batches are held during the next one."""
     reduce_once: bool = False
-    """Whether these are of all weights."""
+    """Whether those gradients are unsharded, since they are reduced once per step."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What each layer does, and what a rank then takes."""
+    """The recompute mode of each layer, and the resulting memory of a rank."""
 
     modes: tuple[str, ...]
-    """A mode of `MODES` for each layer, those of the further prediction last."""
+    """A mode of `MODES` for each layer, MTP layers last."""
     parts: dict[str, float] = field(default_factory=dict)
-    """Bytes at the peak."""
+    """Bytes at the peak, by purpose."""
 
     @property
     def need(self) -> float:
-        """Bytes at the peak, all together."""
+        """Total bytes at the peak."""
         return sum(self.parts.values())
 
     def __str__(self) -> str:
-        """Returns the modes, and the sum."""
+        """Returns the modes, the total and its parts."""
         modes = ", ".join(f"{mode} in {count}" for mode, count in Counter(self.modes).items())
         parts = " + ".join(f"{name} {size / 1e9:.1f}" for name, size in self.parts.items())
         return f"{modes} of {len(self.modes)} layers takes {self.need / 1e9:.1f} GB ({parts})"
 
 
 def kept(layer: Layer, work: Work, mode: str) -> float:
-    """Returns the bytes that a layer keeps for its backward."""
+    """Returns the bytes that a layer keeps for its backward pass."""
     config, tokens = layer.self_attn.config, work.tokens
     hidden, heads, rope = config.hidden_size, config.num_attention_heads, config.qk_rope_head_dim
     nope, value, latent = config.qk_nope_head_dim, config.v_head_dim, config.kv_lora_rank
@@ -74,20 +74,20 @@ def kept(layer: Layer, work: Work, mode: str) -> float:
         return float(tokens * (hidden * work.size + result))
     # Input, its norm, the low ranks with their norms, queries, …
     columns = 2 * hidden + 2 * (config.q_lora_rank or 0) + heads * (nope + rope) + 2 * latent + rope
-    # … latents with rotated keys, or keys and values as they were projected, and keys with both parts, …
+    # … latents with rotated keys, or the projected keys and values, and keys with both parts, …
     columns += latent + rope if work.cp > 1 else heads * (nope + value) + heads * (nope + rope)
-    # … and what the feed-forward layer reads, before and after its norm.
+    # … and the feed-forward layer's input, before and after its norm.
     columns += 2 * hidden
     moe = config.moe if isinstance(layer.mlp, MoeFeedForward) else None
     if tokens <= AT_ONCE // _width(layer):
-        # Gate, up and product; a compiled layer computes the activated gate again.
+        # Gate, up and product; a compiled layer recomputes the activated gate.
         columns += (3 if work.compiled and not moe else 4) * _width(layer)
     routed = _routed(hidden, moe, work.size) if moe else 0
     return float(tokens * (columns * work.size + result + routed))
 
 
 def _width(layer: Layer) -> int:
-    """Returns the width of what every token goes through."""
+    """Returns the width of the feed-forward layer that processes every token (with experts: the shared ones)."""
     config, moe = layer.self_attn.config, layer.self_attn.config.moe
     if isinstance(layer.mlp, MoeFeedForward) and moe:
         return moe.n_shared_experts * moe.moe_intermediate_size
@@ -95,13 +95,13 @@ def _width(layer: Layer) -> int:
 
 
 def _routed(hidden: int, moe: MoeConfig, size: int) -> int:
-    """Returns the bytes that a token keeps for its experts: inputs, gates and products, results, scores."""
+    """Returns the bytes kept per token for its experts: inputs, gates and products, results, scores."""
     experts = moe.num_experts_per_tok * (2 * hidden + 4 * moe.moe_intermediate_size)
     return experts * size + 4 * (hidden + 4 * moe.n_routed_experts)
 
 
 def plan(model: Transformer, work: Work, modes: tuple[str, ...]) -> Plan:
-    """Returns what a rank takes at the peak of a step; the model may be on the meta device."""
+    """Returns the memory of a rank at the peak of a step; the model may be on the meta device."""
     layers = [module for module in model.modules() if isinstance(module, Layer)]
     config, tokens, size = model.config, work.tokens, work.size
     weights = sum(weight.numel() for weight in model.parameters())
@@ -111,21 +111,21 @@ def plan(model: Transformer, work: Work, modes: tuple[str, ...]) -> Plan:
     vocabulary = config.vocab_size * config.hidden_size
     largest = max(sum(weight.numel() for weight in layer.parameters()) for layer in layers)
     held = [kept(layer, work, mode) for layer, mode in zip(layers, modes, strict=True)]
-    # The last norm's input and result; the further prediction's norms, projection and gradients of the head.
+    # The last norm's input and result; MTP's norms, projection and gradients of the head.
     held.append(tokens * config.hidden_size * size * 2)
     held.append(len(model.mtp) * (tokens * config.hidden_size * size * 8 + vocabulary * size))
-    # Logits, the head's gradient in float32 and as it is passed on, and that of what it reads.
+    # Logits, the head's gradient in float32 and in the output dtype, and the gradient of its input.
     head = LOGITS * size + vocabulary * (4 + size) + tokens * config.hidden_size * size
-    # A layer's weights and the next one's, their gradient, and the same in float32 for the sum over ranks.
+    # The weights of a layer and the next one, a gradient, and its float32 copy for the reduction over ranks.
     gathered = largest * (2 * size + size + 4) + vocabulary * size
-    # What is computed again is at its peak in the last layer that does so, when later ones have freed theirs.
+    # Recompute peaks in the last layer that recomputes, when later layers have freed their activations.
     again = [number for number, mode in enumerate(modes) if mode != "none"]
     begun = again[-1] + 1 if again else 0
     most = {"head": float(head)} if head > gathered else {"gathered layer": float(gathered)}
     in_head = {"activations": sum(held)} | most
     in_layer = {"activations": sum(held[:begun]), "layer at work": _at_work(layers, work, begun) + gathered}
     early = dict(states) if work.accumulate else {name: states[name] for name in ("weights", "optimizer")}
-    # At the end gradients are there, but for those of embedding and head, which are about to be summed in float32.
+    # At the end all gradients exist, except those of embedding and head, which are being reduced in float32.
     own = states["gradients"] / weights
     ending = states | {"embedding and head": 2 * vocabulary * (2 * size + 4 - own)}
     whole = {"embedding and head": float(2 * vocabulary * size)}
@@ -134,12 +134,13 @@ def plan(model: Transformer, work: Work, modes: tuple[str, ...]) -> Plan:
 
 
 def _at_work(layers: list[Layer], work: Work, begun: int) -> float:
-    """Returns the bytes of the layer of the first `begun` ones that takes most while it is computed again."""
+    """Returns the peak bytes of recomputing a layer, the maximum over the first `begun` layers."""
     config, tokens = layers[0].self_attn.config, work.tokens
     window = tokens * work.cp
     attention = feed_forward = 0
     if work.cp > 1:
-        # Of some heads keys, values and gradients, and what is on its way; the window's latents, theirs in float32.
+        # Keys, values and gradients of a part of the heads, and tensors in transfer; the window's latents, and their
+        # gradient in float32.
         columns = 2 * config.qk_head_dim + 3 * config.v_head_dim + config.qk_nope_head_dim
         own = config.num_attention_heads // work.cp
         columns += 2 * (config.qk_head_dim + 2 * config.v_head_dim) * overlapped(own, window)
@@ -152,7 +153,7 @@ def _at_work(layers: list[Layer], work: Work, begun: int) -> float:
 
 
 def plans(count: int) -> Iterator[tuple[str, ...]]:
-    """Yields modes for so many layers, the fastest first: none, selective in ever more of them, then full."""
+    """Yields modes for `count` layers, the fastest first: none, selective in more and more layers, then full."""
     for number in range(count + 1):
         yield ("selective",) * number + ("none",) * (count - number)
     for number in range(1, count + 1):
@@ -160,7 +161,7 @@ def plans(count: int) -> Iterator[tuple[str, ...]]:
 
 
 def choose(model: Transformer, work: Work, budget: float) -> Plan:
-    """Returns the fastest plan that takes at most so many bytes; the last one where none does."""
+    """Returns the fastest plan that needs at most `budget` bytes; the last one if none fits."""
     count = sum(isinstance(module, Layer) for module in model.modules())
     for modes in plans(count):
         found = plan(model, work, modes)

@@ -1,4 +1,4 @@
-"""`parallelize`: one model on many devices (FSDP2, arXiv:2304.11277)."""
+"""`parallelize`: shards a model over devices (FSDP2, arXiv:2304.11277)."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ def parallelize(
 ) -> Transformer:
     """Shards a model's weights over the devices of a mesh, layer by layer, and returns it.
 
-    Over a mesh of two axes they are replicated along the first and sharded along the second (HSDP).
+    Over a mesh of two axes, weights are replicated along the first and sharded along the second (HSDP).
 
     Args:
-        model: on the meta device; it takes memory when `to_empty` is called, on each device for its own shards.
-        dtype: what is computed in; the weights' own unless given. Gradients are summed over devices in float32.
-        mode: what backward computes again, one of `MODES`, or one for each layer, those of the further prediction last.
-        layers: layers that do so, the first ones, whose backward comes last; all of them unless given.
-        compiled: whether torch.compile makes the kernels of each layer without experts, whose work depends on the data.
-        context: ranks that share out the windows.
-        offload: whether what the backward keeps of each layer waits in the host's memory.
+        model: on the meta device; `to_empty` then allocates each device's shards.
+        dtype: dtype of the computation; default: that of the weights. Gradients are reduced in float32.
+        mode: recompute mode, one of `MODES`, or one per layer, MTP layers last.
+        layers: number of layers that recompute, the first ones, whose backward pass comes last; default: all.
+        compiled: compile dense layers with torch.compile; the work of layers with experts depends on the data.
+        context: context-parallel ranks.
+        offload: keep saved activations of each layer in host memory.
     """
     prepare(model, mode=mode, layers=layers, compiled=compiled, context=context, offload=offload)
     policy = MixedPrecisionPolicy(
@@ -61,7 +61,7 @@ def prepare(
     context: Context | None,
     offload: bool,
 ) -> None:
-    """Does all of `parallelize` but the sharding."""
+    """Does everything in `parallelize` except sharding."""
     for module in model.modules():
         if isinstance(module, Transformer | LatentAttention | MoeFeedForward):
             module.context = context

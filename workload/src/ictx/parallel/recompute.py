@@ -1,4 +1,4 @@
-"""What a layer's backward computes again instead of keeping it: activations are most of a long sequence's memory."""
+"""Activation recompute: activations take most of the memory for long sequences."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ictx.model.transformer import Layer
 from ictx.parallel import context, offload
 
 MODES = ("none", "selective", "full")
-"""Nothing is computed again; all but attention's result is; all is."""
+"""Recompute nothing; everything except attention's result; everything."""
 ATEN = torch.ops.aten
 KEPT = {
     attention.OPERATION,
@@ -32,7 +32,7 @@ KEPT = {
     ATEN._scaled_dot_product_flash_attention.default,
     ATEN._scaled_dot_product_flash_attention_for_cpu.default,
 }
-"""Operations whose results stay in selective mode: at 32k a fifth of the forward's time, in 4 kB a token and layer."""
+"""Operations whose results selective mode keeps: at 32k a fifth of the forward time, for 4 kB per token and layer."""
 
 Contexts = tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
 
@@ -42,13 +42,13 @@ def _policy(_: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPoli
 
 
 def selective_contexts() -> Contexts:
-    """Returns what torch.utils.checkpoint takes as `context_fn` for selective mode."""
+    """The `context_fn` of torch.utils.checkpoint for selective mode."""
     return cast(Contexts, create_selective_checkpoint_contexts(_policy))  # type: ignore[no-untyped-call]
 
 
 @contextmanager
 def _uncounted(routers: list[Router], inner: AbstractContextManager[Any]) -> Iterator[None]:
-    """Tokens that are routed within do not count: they did when their layer ran first."""
+    """Disables counting of routed tokens: they were counted in the first forward pass."""
     for router in routers:
         router.counts = False
     try:
@@ -60,17 +60,17 @@ def _uncounted(routers: list[Router], inner: AbstractContextManager[Any]) -> Ite
 
 
 def recompute(layer: Layer, mode: str, offloaded: bool = False) -> None:
-    """Makes a layer's backward compute again what a mode of `MODES` selects.
+    """Makes a layer recompute activations in the backward pass, according to a mode of `MODES`.
 
-    Replaces the layer's `forward`, not the layer: names of weights stay, and hooks of sharding stay around it.
+    Replaces the layer's `forward`, not the layer, so that weight names and sharding hooks are preserved.
 
     Args:
-        offloaded: whether what is kept, the layer's input among it, waits in the host's memory; not for torch.compile.
+        offloaded: keep saved tensors, including the layer's input, in host memory; not supported by torch.compile.
     """
     if mode == "none":
         return
     forward = layer.forward
-    # Only an adapter's dropout draws random numbers (`ictx.train.lora`): both times the same ones.
+    # Only an adapter's dropout draws random numbers (`ictx.train.lora`), which must be the same in both passes.
     random = any(getattr(module, "dropout", 0) for module in layer.modules())
     run = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=random)
     routers = [module for module in layer.modules() if isinstance(module, Router)]
@@ -79,7 +79,7 @@ def recompute(layer: Layer, mode: str, offloaded: bool = False) -> None:
         keeping = functools.partial(offload.contexts, KEPT.__contains__)
 
     def selective(*args: Any) -> Any:
-        # Made here: torch.compile takes no context_fn from outside.
+        # Created here: torch.compile does not accept a context_fn from an outer scope.
         return run(forward, *args, context_fn=functools.partial(create_selective_checkpoint_contexts, _policy))
 
     def full(*args: Any) -> Any:
@@ -90,7 +90,7 @@ def recompute(layer: Layer, mode: str, offloaded: bool = False) -> None:
             first, again = keeping() if mode == "selective" else (nullcontext(), nullcontext())
             return first, _uncounted(routers, again)
 
-        # Of what the checkpoint saves itself, its inputs, these hooks see all; what it runs has its own.
+        # These hooks apply to the checkpoint's saved inputs; the function that it runs has separate hooks.
         with offload.hooks() if offloaded else nullcontext():
             return run(forward, *args, context_fn=contexts)
 

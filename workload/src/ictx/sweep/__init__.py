@@ -1,1 +1,1 @@
-"""Sweeps: many short runs of one stage, whose settings Optuna chooses; any number of workers on any nodes."""
+"""Sweeps: short runs of one stage with settings selected by Optuna; any number of workers on any nodes."""

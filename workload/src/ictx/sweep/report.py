@@ -28,7 +28,7 @@ class Parent:
     """The MLflow run of a sweep."""
 
     def __init__(self, sweep: Sweep) -> None:
-        """Continues or creates it; the caller must hold the sweep's lock."""
+        """Continues or creates the run; the caller must hold the sweep's lock."""
         self.sweep = sweep
         with explained():
             self.tracker = Tracker(
@@ -50,7 +50,7 @@ class Parent:
         if result.exists() and json.loads(result.read_text())["trials"] == len(sweep.trials()):
             return
         if best is None or best.value is None:
-            raise UserError(f"no trial of {sweep.config.name} went to its end: see {sweep.folder}/trial-*/log")
+            raise UserError(f"no trial of {sweep.config.name} completed: see {sweep.folder}/trial-*/log")
         write_best(sweep, best)
         plot(sweep, sweep.folder / "sweep.png")
         write_whole(sweep.folder / "trials.txt", table(sweep) + "\n")
@@ -62,7 +62,7 @@ class Parent:
             self.tracker.client.log_metric(self.run_id, f"best_{sweep.config.metric}", best.value)
             self.tracker.finish("FINISHED")
         except MlflowException as error:
-            print(f"MLflow has no report of the sweep ({self.tracker.reason(error)}): {sweep.folder}", flush=True)
+            print(f"cannot report to MLflow ({self.tracker.reason(error)}): see {sweep.folder}", flush=True)
         outcome: dict[str, Any] = {
             "trials": len(sweep.trials()),
             "best_trial": best.number,
@@ -91,7 +91,7 @@ def write_best(sweep: Sweep, best: FrozenTrial) -> None:
 
 
 def table(sweep: Sweep) -> str:
-    """Returns a table of the trials: number, state, last value, last step, restarts, settings."""
+    """Returns a table of the trials: number, state, last value, last step, crashes, settings."""
     rows = [("trial", "state", sweep.config.metric, "step", "crashes", "settings")]
     for trial in sweep.trials():
         value = "" if trial.value is None else f"{trial.value:.6g}"

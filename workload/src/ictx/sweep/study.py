@@ -1,8 +1,9 @@
 """The trials of a sweep, shared by its workers: Optuna's journal on shared storage, and locks of trials.
 
-A worker keeps a lock on its trial's folder, and so does the training that it starts. The system releases it when both
-have ended, however they did, also with their node: a running trial whose folder is free has lost its worker. The next
-worker goes on with it from its last checkpoint; Optuna's own heartbeat needs a database server, and starts anew.
+A worker and the training process that it starts hold a lock on the trial's folder. The kernel releases it when both
+have ended for any reason, including a failure of the node: a running trial with a free lock has lost its worker. The
+next worker resumes it from its last checkpoint. Optuna's heartbeat is not used: it requires a database server and
+restarts trials from the beginning.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from ictx.folder import write_whole
 from ictx.sweep.config import Range, SweepConfig
 
 STOPPED_FILE = "stopped"
-"""File in a trial's folder: its worker was signalled to stop, so that this does not count as a failure."""
+"""File in a trial's folder: its worker received SIGTERM, which does not count as a failure."""
 CRASHES = "crashes"
 """Attribute of a trial: number of failed starts."""
 DEFINITION = ("stage", "config", "settings", "space", "metric", "direction")
@@ -53,7 +54,7 @@ class Sweep:
     """A sweep's folder."""
 
     def __init__(self, config: SweepConfig, reading: bool = False) -> None:
-        """Opens or creates it. Raises UserError if it belongs to another sweep, unless `reading`."""
+        """Opens or creates the folder. Raises UserError if it belongs to another sweep, unless `reading`."""
         assert config.dir
         self.config, self.folder = config, config.dir.resolve()
         self.folder.mkdir(mode=0o755, parents=True, exist_ok=True)
@@ -87,8 +88,8 @@ class Sweep:
         for name in DEFINITION:
             if before.get(name) != now[name]:
                 raise UserError(
-                    f"{name} is {now[name]}, but the sweep in {self.folder} began with {before.get(name)}: give that, "
-                    "or another dir"
+                    f"{name} is {now[name]}, but the sweep in {self.folder} started with {before.get(name)}: use that "
+                    "value, or another dir"
                 )
 
     def trials(self) -> list[FrozenTrial]:
@@ -128,14 +129,14 @@ class Sweep:
         try:
             (claim.folder / STOPPED_FILE).unlink()
         except FileNotFoundError:
-            print(f"trial {frozen.number}: its worker is lost", flush=True)
+            print(f"trial {frozen.number}: its worker was lost", flush=True)
             if not self.crashed(claim.trial):
                 claim.release()
                 return None
         return claim
 
     def crashed(self, trial: Trial) -> bool:
-        """Records a failed start of a trial; returns whether to start it again; otherwise the trial has failed."""
+        """Records a failed start of a trial; returns whether to restart it, or False once the trial has failed."""
         crashes = trial.user_attrs.get(CRASHES, 0) + 1
         trial.set_user_attr(CRASHES, crashes)
         if crashes <= self.config.retries:

@@ -1,4 +1,4 @@
-"""A worker: trains trials, each in a separate process, reports their metrics, and prunes bad ones."""
+"""A worker: trains trials, each in a separate process, reports their metrics to Optuna, and prunes bad ones."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from ictx.track.records import read_records
 
 POLL_SECONDS = 0.2
 IDLE_SECONDS = 120.0
-"""Seconds to wait for a training whose worker was lost; longer than it needs to save a checkpoint."""
+"""Seconds to wait for trials of lost workers; longer than a run needs to save a checkpoint."""
 BAD_INPUT, STOPPED = 2, 75
 """Exit statuses of `ictx train`: invalid settings or data; interrupted after saving a checkpoint."""
 PR_SET_PDEATHSIG = 1
-"""linux/prctl.h"""
+"""From linux/prctl.h."""
 
 
 def training(config: SweepConfig, folder: Path, values: Mapping[str, Any], parent: str) -> list[str]:
@@ -65,9 +65,9 @@ class Worker:
         self.told_to_stop = False
 
     def work(self) -> int:
-        """Returns 0, or 75 when it was signalled to stop: the next worker goes on with its trial.
+        """Runs trials. Returns 0, or 75 after SIGTERM: the next worker then resumes the trial.
 
-        Raises UserError when the first trial's settings or data are wrong: those of the others are too.
+        Raises UserError if a trial fails because of its settings or data before any trial has reported a metric.
         """
         signal.signal(signal.SIGTERM, self._stop)
         while claim := self._next():
@@ -116,7 +116,7 @@ class Worker:
                 reason = _last_line(claim.folder / "log") if status else f"no {self.config.metric} in its metrics.jsonl"
                 print(say, f"failed: {reason}", flush=True)
                 if not any(each.intermediate_values for each in self.sweep.trials()):
-                    raise UserError(f"no trial has got anywhere: {reason} ({claim.folder / 'log'})")
+                    raise UserError(f"no trial has reported a metric: {reason} ({claim.folder / 'log'})")
             else:
                 print(say, f"ended with status {status}: {_last_line(claim.folder / 'log')}", flush=True)
                 if self.sweep.crashed(trial):
@@ -131,7 +131,7 @@ class Worker:
                 command,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                # A training whose worker is lost saves a checkpoint and ends; until then the trial is not free.
+                # If the worker is lost, the run saves a checkpoint and ends; until then it keeps the trial locked.
                 preexec_fn=_end_with_parent,
                 pass_fds=[claim.lock],
             )

@@ -1,7 +1,7 @@
 """This model as components of torchtune 0.6.1, for `tune run full_finetune_single_device --config torchtune/tiny.yaml`.
 
-torchtune is not maintained any more, and requires a torchao of its time: `scripts/bootstrap torchtune` makes an
-environment for it. The maintained way is `ictx train sft`.
+torchtune is no longer maintained and requires an old version of torchao: `scripts/bootstrap torchtune` creates an
+environment for it. `ictx train sft` is the maintained alternative.
 """
 
 from ictx.torchtune.checkpointer import Checkpointer

@@ -1,4 +1,4 @@
-"""The model, called as torchtune calls its own."""
+"""The model with torchtune's calling convention."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ictx.model.transformer import Transformer
 
 
 class TuneTransformer(Transformer):
-    """The model with torchtune's names of arguments."""
+    """The model with torchtune's argument names."""
 
     def forward(  # type: ignore[override]
         self, tokens: Tensor, *, mask: Tensor | None = None, input_pos: Tensor | None = None, **_: Any
@@ -21,13 +21,13 @@ class TuneTransformer(Transformer):
 
         Args:
             tokens: integers of shape (batch, sequence), padded on the right.
-            mask: given where rows hold several samples (`packed`); what it allows follows from `input_pos`.
-            input_pos: place of each token in its sample.
+            mask: given if rows hold several samples (`packed`); its content is derived from `input_pos`.
+            input_pos: position of each token in its sample.
         """
         samples = None if mask is None or input_pos is None else (input_pos == 0).cumsum(1)
         return super().forward(tokens, input_pos, document_ids=samples)
 
 
 def model(checkpoint_dir: str) -> TuneTransformer:
-    """Returns a model of the sizes of an export, whose weights the recipe then loads. Raises UserError."""
+    """Returns a model with an export's configuration; the recipe loads the weights. Raises UserError."""
     return TuneTransformer(read_hf_config(Path(checkpoint_dir))[0])

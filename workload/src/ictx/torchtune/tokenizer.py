@@ -11,14 +11,14 @@ from ictx.data.chat.tokens import encoded, numbers
 from ictx.infer.vocabulary import Vocabulary
 
 ROLES = {"ipython": "tool"}
-"""torchtune's names that templates do not have."""
+"""torchtune's role names, mapped to those of chat templates."""
 
 
 class ChatTokenizer:
-    """Encodes conversations; what the template does not mark as an answer is masked."""
+    """Encodes conversations; tokens that the template does not mark as an answer are masked."""
 
     def __init__(self, path: str, max_seq_len: int | None = None) -> None:
-        """Args: `path` is an export's folder. Raises UserError for one without tokenizer or template."""
+        """Args: `path` is an export's folder. Raises UserError if it has no tokenizer or no template."""
         vocabulary = Vocabulary.load(Path(path))
         self._tokenizer, self._template = vocabulary.tokenizer, vocabulary.template()
         self.max_seq_len = max_seq_len
@@ -36,7 +36,7 @@ class ChatTokenizer:
         return numbers(found).tolist(), (found < 0).tolist()
 
     def __call__(self, sample: Mapping[str, Any], inference: bool = False) -> Mapping[str, Any]:
-        """Returns a sample with `tokens` and `mask` in place of `messages`."""
+        """Returns a sample with `tokens` and `mask` instead of `messages`."""
         tokens, mask = self.tokenize_messages(sample["messages"])
         rest = {name: value for name, value in sample.items() if name != "messages"}
         return rest | {"tokens": tokens, "mask": mask}
