@@ -232,7 +232,7 @@ def break_index(saved: Path) -> None:
         (cut_header, r"model-00001-of-\d+.safetensors is truncated or not a safetensors file"),
         (break_header, r"model-00001-of-\d+.safetensors is corrupt: its header is not JSON"),
         (flip_bit, r"model-00001-of-\d+.safetensors is corrupt: tensor model\.\S+ has checksum .*: expected"),
-        (drop_tensor, r"model-00001-of-\d+.safetensors: tensor model.embed_tokens.weight is missing, though"),
+        (drop_tensor, r"model-00001-of-\d+.safetensors: tensor model.embed_tokens.weight is missing, but"),
         (drop_tensor_and_its_entry, r"saved: tensor model.embed_tokens.weight is missing"),
         (reshape, r"tensor model.embed_tokens.weight has shape \(97, 47\): expected \(97, 48\)"),
         (add_tensor, r"tensor model.layers.0.self_attn.q_norm.weight does not belong to a model with this config.json"),
