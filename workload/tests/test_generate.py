@@ -219,9 +219,7 @@ def test_a_report_names_the_step_and_what_compiling_took() -> None:
     report.ready_seconds = 6.25
     assert str(report).endswith("; before that 6.2 s to compile and load kernels, decode step captured")
     report.uncaptured = uncaptured(small(moe=MOE), LatentCache(small(moe=MOE).config, 1, 8))
-    assert str(report).endswith(
-        "decode step not captured (experts: the host needs the number of tokens of each)"
-    )
+    assert str(report).endswith("decode step not captured (experts: the host needs the number of tokens of each)")
     dense = small()
     assert uncaptured(dense, LatentCache(dense.config, 1, 8)) == "device cpu has no CUDA graphs"
 
