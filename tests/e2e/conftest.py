@@ -1,4 +1,4 @@
-"""What the end-to-end tests share."""
+"""Fixtures of the end-to-end tests."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import pytest
 from lab import STATE, Lab, wait_for
 from serving import Client
 
-# The lab's network is known to the program that made it, and podman's own default may be another one.
+# `make lab` selects podman's network back end in this file; podman's default may be another one.
 os.environ.setdefault("CONTAINERS_CONF", str(STATE / "containers.conf"))
 
 
 @pytest.fixture(scope="session")
 def lab() -> Lab:
-    """The lab that `make lab` left running."""
+    """The running lab that `make lab` provisioned."""
     assert (STATE / "ssh" / "config").exists(), f"no lab in {STATE}: run `make lab` first"
     return Lab()
 
@@ -29,9 +29,9 @@ def steady() -> Iterator[Client]:
 
 @pytest.fixture(autouse=True)
 def no_job_left(request: pytest.FixtureRequest) -> Iterator[None]:
-    """A drill that failed leaves no job in the queue, which the next one would meet."""
+    """Cancels the jobs that a failed drill left in the queue, before the next drill starts."""
     yield
     if request.node.get_closest_marker("drill") and (STATE / "ssh/config").exists():
-        # Again and again: a job whose node is lost meanwhile goes back to the queue.
+        # Repeated, since a job is requeued if its node is lost meanwhile.
         cancel = "scancel --user=researcher; squeue --noheader --user=researcher"
         wait_for("an empty queue", lambda: Lab().run("ctl", cancel).stdout == "", 300)

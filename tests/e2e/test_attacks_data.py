@@ -1,4 +1,4 @@
-"""Mallory prepares the corpus that researcher trains on next, with tokens of his own."""
+"""One user prepares a corpus with manipulated tokens; another user trains on that corpus next."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lab import Lab
 
 pytestmark = pytest.mark.lab
 
-# Writes another token in every place, and checksums that match.
+# Replaces every token and writes checksums that match.
 OVERWRITE = """
 import hashlib, json, pathlib, sys
 folder = pathlib.Path(sys.argv[1])
@@ -27,14 +27,14 @@ for entry in meta["splits"]["train"]:
 
 @dataclass
 class Corpus:
-    """A corpus in the shared directory, and the folders with it prepared."""
+    """A corpus in the shared directory, and the folders of its prepared data."""
 
     lab: Lab
     path: str
     made: set[str] = field(default_factory=set)
 
     def prepare(self, user: str) -> tuple[str, str]:
-        """Prepares it as a user's job; returns the folder and all that was printed."""
+        """Prepares it in a job of the user; returns the folder and the output."""
         settings = "--set data.min_bytes=1 --set data.vocab_size=300 --set model.vocab_size=300"
         command = f"/opt/ictx/bin/ictx data prepare --config pretrain/tiny.yaml --corpus {self.path} --out /shared/data"
         done = self.lab.run("ctl", f"{command} {settings}", user=user)

@@ -1,4 +1,4 @@
-"""Mallory's jobs write into their folders what may harm the exporter of SLURM, or make it expose what others wrote."""
+"""Jobs write files that attack SLURM's exporter: to disable it, or to make it expose files of other users."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lab import Lab, wait_for
 pytestmark = pytest.mark.lab
 
 SECRET = f"secret-{uuid.uuid4().hex}"
-# What researcher's job does: its metrics must be there, and its other file is nobody else's.
+# Researcher's job: its metrics must be exposed, and its other file must not.
 HONEST = f"""
 import os
 folder = f"/shared/runs/researcher/{{os.environ['SLURM_JOB_ID']}}"
@@ -21,7 +21,7 @@ os.mkdir(folder)
 open(f"{{folder}}/metrics.jsonl", "w").write('{{"step": 3, "loss": 1.5}}\\n')
 open(f"{{folder}}/notes", "w").write("{SECRET}")
 """
-# What a task of mallory's array does; NOTES is researcher's file, which the exporter's account may read.
+# A task of mallory's array; NOTES is researcher's file, which the exporter's account can read.
 EVIL = """
 import os
 task = int(os.environ["SLURM_ARRAY_TASK_ID"])
@@ -46,7 +46,7 @@ TASKS = 6
 
 
 def submit(lab: Lab, user: str, script: str, *options: str) -> str:
-    """Submits a small job that runs a script of Python; returns its number."""
+    """Submits a small job with a Python script; returns its number."""
     encoded = base64.b64encode(script.encode()).decode()
     small = "--parsable --chdir=/tmp --output=/dev/null --time=2 --mem=50"
     command = f"sbatch {small} {' '.join(options)} --wrap 'echo {encoded} | base64 --decode | python3'"
@@ -57,14 +57,14 @@ def submit(lab: Lab, user: str, script: str, *options: str) -> str:
 
 @pytest.fixture(scope="module")
 def exposed(lab: Lab) -> Iterator[tuple[str, str, str]]:
-    """Returns researcher's job, mallory's, and what node_exporter exposes when all have ended."""
+    """Yields researcher's job, mallory's job, and the metrics of node_exporter after the end of both."""
     honest = submit(lab, "researcher", HONEST)
     notes = f"/shared/runs/researcher/{honest}/notes"
     evil = submit(lab, "mallory", EVIL.replace("NOTES", notes), f"--array=0-{TASKS - 1}")
-    # Names that are in the queue while the exporter looks.
+    # Names in the queue while the exporter reads it.
     forged = rf"x\\n{honest}|{honest}|researcher|2001|batch|RUNNING|9|0|0|None|n1|forged"
     names = [f'--job-name="$(printf "{name}")"' for name in (forged, r"\\377\\033[31m")]
-    # SLURM takes no longer one; each of an array counts.
+    # The longest name that SLURM accepts, for every task of an array.
     names.append("--array=0-899 --job-name=$(printf %01000d 0)")
     jobs = f"{honest},{evil}"
     try:

@@ -1,4 +1,4 @@
-"""What users can do to MLflow and to what is promoted in it, tried on the lab with their own passwords."""
+"""Attacks of users on MLflow and on promoted versions, in the lab, with the users' own passwords."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class Account:
     password: str = field(repr=False)
 
     def call(self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None) -> tuple[int, str]:
-        """Returns status and text of a request; a body that is not bytes is sent as JSON."""
+        """Returns status and text of the response; a body that is not bytes is sent as JSON."""
         data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.uri + path, method=method, data=data)
         token = base64.b64encode(f"{self.name}:{self.password}".encode()).decode()
@@ -84,13 +84,13 @@ class Account:
             return error.code, error.read().decode(errors="replace")
 
     def get(self, path: str) -> Any:
-        """Returns the JSON of an answer that must be 200."""
+        """Returns the JSON of a response, whose status must be 200."""
         status, text = self.call("GET", f"/api/2.0/mlflow{path}")
         assert status == 200, text
         return json.loads(text)
 
     def bytes(self, path: str) -> bytes:
-        """Returns an artifact."""
+        """Returns the content of an artifact."""
         request = urllib.request.Request(f"{self.uri}/api/2.0/mlflow-artifacts/artifacts/{path}")
         token = base64.b64encode(f"{self.name}:{self.password}".encode()).decode()
         request.add_header("Authorization", f"Basic {token}")
@@ -102,17 +102,17 @@ class Account:
 
 @dataclass(frozen=True)
 class Target:
-    """The version that is served."""
+    """The served version."""
 
     version: str
     run: str
     experiment: str
     folder: str
-    """Of its artifacts, below the server's root."""
+    """Folder of its artifacts, below the server's root."""
 
     @classmethod
     def find(cls, admin: Account) -> Target:
-        """Looks it up."""
+        """Returns the served version, from the registry."""
         found = admin.get(f"/registered-models/alias?name={MODEL}&alias={ALIAS}")["model_version"]
         folder = found["source"].removeprefix("mlflow-artifacts:").strip("/")
         experiment = admin.get(f"/runs/get?run_id={found['run_id']}")["run"]["info"]["experiment_id"]
@@ -120,7 +120,7 @@ class Target:
 
 
 def of_person(lab: Lab, name: str) -> Account:
-    """Returns a person's account as the person finds it on a compute node."""
+    """Returns the account that a user has on a compute node."""
     done = lab.run("n1", f"cat /etc/ictx/mlflow/{name}.env", user=name)
     assert done.returncode == 0, done.stderr
     values = dict(re.findall(r"^(\w+)=(.*)$", done.stdout, re.MULTILINE))
@@ -141,19 +141,19 @@ def mallory(lab: Lab) -> Account:
 
 @pytest.fixture(scope="module")
 def researcher(lab: Lab) -> Account:
-    """A promoter, who trained the model that is served."""
+    """A promoter, who trained the served model."""
     return of_person(lab, "researcher")
 
 
 @pytest.fixture(scope="module")
 def serving(admin: Account) -> Account:
-    """The account with which pods fetch models."""
+    """The account with which pods download models."""
     return Account(admin.uri, "serving", (STATE / "secrets/mlflow_user_serving").read_text().strip())
 
 
 @pytest.fixture
 def target(admin: Account) -> Iterator[Target]:
-    """The version that is served; it is the same after the test."""
+    """The served version, which must be unchanged after the test."""
     before = Target.find(admin)
     tags = admin.get(f"/model-versions/get?name={MODEL}&version={before.version}")["model_version"].get("tags")
     yield before
@@ -163,7 +163,7 @@ def target(admin: Account) -> Iterator[Target]:
 
 
 def run_ictx(account: Account, *words: object) -> subprocess.CompletedProcess[str]:
-    """Runs Python with the workload's package, as the account."""
+    """Runs Python with the workload's package and the account's credentials."""
     environment = {
         "MLFLOW_TRACKING_URI": account.uri,
         "MLFLOW_TRACKING_USERNAME": account.name,
@@ -215,7 +215,7 @@ def changes(target: Target) -> list[tuple[str, str, Any]]:
 
 
 def grants(name: str) -> list[tuple[str, Any]]:
-    """Returns requests by which a user gives himself rights: path, body."""
+    """Returns requests that grant a user permissions: path, body."""
     everything = {"resource_type": "registered_model", "resource_pattern": "*", "permission": "MANAGE"}
     mine = {"username": name, "resource_type": "registered_model", "resource_id": MODEL, "permission": "MANAGE"}
     return [
@@ -245,7 +245,7 @@ def test_mlflow_speaks_tls_of_the_platforms_authority_only(admin: Account) -> No
 def test_a_request_of_a_stranger_takes_no_more_than_its_share_of_memory(admin: Account) -> None:
     stranger = Account(admin.uri, "stranger", "wrong")
     for path in ("/api/2.0/mlflow/runs/create", "/graphql", "/nothing"):
-        # What was sent when the answer came may be lost with the connection.
+        # The server may close the connection before the whole body was sent.
         try:
             status = stranger.call("POST", path, b"x" * (17 << 20))[0]
         except (ConnectionError, urllib.error.URLError):
@@ -283,7 +283,7 @@ def test_no_other_way_of_writing_the_request_moves_the_alias(mallory: Account, t
         mallory.call("POST", "/graphql", {"query": "mutation { setRegisteredModelAlias { alias } }"}),
     ):
         assert status in {200, 400, 403, 404, 405}
-    # What counts is the fixture's comparison afterwards.
+    # The fixture compares the version afterwards.
 
 
 @MOVES
@@ -294,7 +294,7 @@ def test_what_is_checked_and_what_is_deleted_are_named_in_one_place(
     for account, name in ((mallory, "of-mallory"), (researcher, "of-researcher")):
         assert account.call("POST", f"{api}/create", {"name": name})[0] == 200
     try:
-        # MLflow alone checks the one in the query, and deletes the one in the body.
+        # MLflow without the chart's middleware checks the name in the query, and deletes the one in the body.
         body = json.dumps({"name": "of-researcher"}).encode()
         for kind in ("text/plain", "application/x-www-form-urlencoded", "application/octet-stream"):
             headers = {"Content-Type": kind}
@@ -328,7 +328,7 @@ def test_a_request_that_names_two_runs_changes_neither(mallory: Account, admin: 
         assert run["info"]["lifecycle_stage"] == "active"
         assert run["info"]["run_name"] != "of mallory"
         assert {"key": "ictx.git_commit", "value": "x"} not in run["data"]["tags"]
-        # The names that are checked are those of the query where the body is no object of JSON.
+        # If the body is not a JSON object, the names in the query are checked.
         query = f"/api/3.0/mlflow/datasets/create?experiment_ids={experiment}"
         inner = json.dumps({"name": "of-mallory", "experiment_ids": [target.experiment]})
         assert mallory.call("POST", query, inner.encode(), {"Content-Type": "text/plain"})[0] == 403
@@ -374,7 +374,7 @@ def test_a_user_promotes_not_even_his_own_model(mallory: Account, admin: Account
             assert "only promoters" in text
         assert mallory.call("POST", f"{api}/model-versions/set-tag", {**this, **promoted})[0] == 403
         assert mallory.call("POST", f"{api}/model-versions/transition-stage", {**this, "stage": "Production"})[0] == 403
-        # Nor does she change or remove it once somebody has promoted it.
+        # Nor can mallory change or remove it after its promotion.
         assert admin.call("POST", f"{api}/registered-models/alias", {**this, "alias": ALIAS})[0] == 200
         assert mallory.call("DELETE", f"{api}/registered-models/alias", {"name": name, "alias": ALIAS})[0] == 403
         assert mallory.call("DELETE", f"{api}/model-versions/delete", this)[0] == 403
@@ -454,7 +454,7 @@ def test_a_file_that_changed_after_the_promotion_is_refused_by_name(
         return run_ictx(serving, "-m", "ictx", "pull", uri, "--promoted", "--to", tmp_path / folder)
 
     try:
-        # The writer of the version may write its files; a space more changes no JSON.
+        # The version's owner can write its files; an additional space does not change the JSON's meaning.
         assert researcher.call("PUT", artifact, before + b" ")[0] == 200
         done = pull("changed")
         assert done.returncode == 2, done.stdout

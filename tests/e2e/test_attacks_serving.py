@@ -1,4 +1,4 @@
-"""Attacks on the served model, through the node port as anybody on the network reaches it."""
+"""Attacks on the served model through the node port, which anybody on the network can reach."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def core() -> client.CoreV1Api:
 
 @pytest.fixture(scope="module")
 def pod(core: client.CoreV1Api) -> Any:
-    """The pod that serves."""
+    """The serving pod."""
     pods = core.list_namespaced_pod(NAMESPACE, label_selector=SERVER).items
     (found,) = [pod for pod in pods if not pod.metadata.deletion_timestamp]
     return found
@@ -65,7 +65,7 @@ def test_metrics_are_not_reached_from_outside(core: client.CoreV1Api, pod: Any, 
     curl = "curl -s -w '%{http_code}' --max-time 5 --cacert /etc/ictx/tls/ca.crt"
     reply = lab.run("n1", f"{curl} {endpoint()}/metrics", user="mallory").stdout
     assert reply.endswith("401")
-    # No route leads there; the network that surrounds the lab may answer in its own words.
+    # There is no route; a proxy outside of the lab may respond with a page of its own.
     reply += lab.run("n1", f"{curl} http://{pod.status.pod_ip}:9100/metrics", user="mallory").stdout
     assert "vllm:" not in reply
     for service in core.list_namespaced_service(NAMESPACE).items:
@@ -76,7 +76,7 @@ def test_metrics_are_not_reached_from_outside(core: client.CoreV1Api, pod: Any, 
 
 
 def test_prometheus_scrapes_all_the_same(core: client.CoreV1Api, pod: Any) -> None:
-    """As Prometheus does, which is outside of Kubernetes: through the API server."""
+    """Through the API server, as Prometheus does, which runs outside of Kubernetes."""
     name = f"{pod.metadata.name}:{pod.metadata.annotations['prometheus.io/port']}"
     assert "vllm:num_requests_running" in core.connect_get_namespaced_pod_proxy_with_path(name, NAMESPACE, "metrics")
     service = "ictx-serving-metrics:metrics"
@@ -99,13 +99,13 @@ def test_the_key_is_in_no_argument_and_no_variable(core: client.CoreV1Api, pod: 
 
 
 def inside(core: client.CoreV1Api, pod: Any, *command: str) -> str:
-    """Returns what a command prints in the container of vLLM."""
+    """Returns the output of a command in vLLM's container."""
     run = partial(stream, core.connect_get_namespaced_pod_exec, stderr=True, stdin=False, stdout=True, tty=False)
     return str(run(pod.metadata.name, NAMESPACE, command=list(command), container="vllm"))
 
 
 def test_no_port_but_those_two_listens_on_the_pods_address(core: client.CoreV1Api, pod: Any) -> None:
-    """What vLLM opens for its own processes stays on the loopback address, whatever the NetworkPolicy does."""
+    """Ports of vLLM's own processes are bound to the loopback address, regardless of the NetworkPolicy."""
     lines = inside(core, pod, "cat", "/proc/net/tcp", "/proc/net/tcp6").splitlines()
     sockets = [line.split()[1] for line in lines if " 0A " in line]
     loopback = ("0100007F", "00000000000000000000000001000000", "0000000000000000FFFF00000100007F")
@@ -122,7 +122,7 @@ def test_no_port_but_those_two_listens_on_the_pods_address(core: client.CoreV1Ap
 def test_the_namespace_admits_restricted_pods_only(core: client.CoreV1Api) -> None:
     labels = core.read_namespace(NAMESPACE).metadata.labels
     assert labels["pod-security.kubernetes.io/enforce"] == "restricted"
-    # Namespaces that are shared with what is not ours stay as they are.
+    # Namespaces that are shared with other applications are not changed.
     assert "pod-security.kubernetes.io/enforce" not in (core.read_namespace("default").metadata.labels or {})
 
 
@@ -137,7 +137,7 @@ def test_the_endpoint_speaks_https_by_the_platforms_authority(lab: Lab) -> None:
     address = lab.address("kube1")
     plain = f"curl -s -o /dev/null -w '%{{http_code}}' --max-time 10 http://{address}:30800/health"
     assert lab.run("n1", plain, user="mallory").stdout == "000"
-    # Authorities that everybody trusts have not signed it.
+    # The system's authorities do not verify it.
     with pytest.raises(OSError, match="CERTIFICATE_VERIFY_FAILED"):
         ssl.get_server_certificate((address, 30800), ca_certs=ssl.get_default_verify_paths().cafile)
     certificate = ssl.get_server_certificate((address, 30800), ca_certs=str(AUTHORITY))
@@ -151,14 +151,14 @@ def test_the_endpoint_speaks_https_by_the_platforms_authority(lab: Lab) -> None:
     now="running pods read the new key, accept both during the overlap, then reject the old one",
 )
 def test_a_key_is_rotated_under_steady_clients(core: client.CoreV1Api, pod: Any) -> None:
-    """Both keys are accepted for a while, no request is lost, no pod restarts; then the old one opens nothing."""
+    """Both keys are accepted for a while, then only the new one; no request is lost, and no pod restarts."""
     old, new = key(), "rotated" + key()[::-1]
 
     def give(now: str, previous: str) -> None:
         keys = {"api-key": now, "api-key-previous": previous}
         data = {name: base64.b64encode(value.encode()).decode() for name, value in keys.items()}
         core.patch_namespaced_secret("ictx-serving-clients", NAMESPACE, {"data": data})
-        # kubelet looks at a Secret within a minute and a half; at once when anything about the pod changes.
+        # kubelet updates a Secret within 90 s, or immediately when the pod's metadata changes.
         mark = {"metadata": {"annotations": {"ictx/keys": str(time.time())}}}
         core.patch_namespaced_pod(pod.metadata.name, NAMESPACE, mark)
 

@@ -1,4 +1,4 @@
-"""Mallory's jobs try to become root, or bob, on the nodes where both compute; bob's jobs must not notice."""
+"""A user's jobs (mallory) try to become root or another user (bob) on shared nodes, without an effect on bob's jobs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lab import Lab, wait_for
 pytestmark = pytest.mark.lab
 
 IMAGE = "/shared/images/training/current"
-# What mallory's jobs begin with.
+# The start of mallory's scripts.
 START = f"""
 import glob, json, os, subprocess, sys, time
 job, node, user = os.environ["SLURM_JOB_ID"], os.environ["SLURMD_NODENAME"], os.environ["USER"]
@@ -68,7 +68,7 @@ open(proof, "a").close()
 
 
 def submitted(lab: Lab, user: str, *options: str, script: str = "", node: str = "n1") -> str:
-    """Submits a small job of a user, of a Python script if given; returns its number."""
+    """Submits a small job of a user, with a Python script if given; returns its number."""
     if script:
         program, _, arguments = script.partition("\0")
         encoded = base64.b64encode(program.encode()).decode()
@@ -84,14 +84,14 @@ def submitted(lab: Lab, user: str, *options: str, script: str = "", node: str = 
 
 
 def ended(lab: Lab, job: str) -> str:
-    """Waits until a job is over; returns its log."""
+    """Waits for the end of a job; returns its log."""
     wait_for(f"the end of job {job}", lambda: not lab.run("ctl", f"squeue --noheader --jobs={job}").stdout.strip(), 120)
     return lab.run("ctl", f"cat /shared/runs/*/{job}.log").stdout
 
 
 @pytest.fixture
 def secret(lab: Lab) -> Iterator[str]:
-    """A file of root's on n1."""
+    """A file on n1 that only root can read."""
     lab.run("n1", "umask 077; echo roots-secret >/root/of-root")
     yield "/root/of-root"
     lab.run("n1", "rm -f /root/of-root")
@@ -103,7 +103,7 @@ def bobs(lab: Lab) -> Iterator[str]:
     command = (
         "bundle=/shared/bundles/bob/$SLURM_JOB_ID; "
         f"/opt/ictx/bin/ictx-bundle --image {IMAGE} --output $bundle && "
-        # PID 1 of a container ignores signals without a handler: its end would take KillWait.
+        # PID 1 of a container ignores signals without a handler: the job's end would take KillWait.
         'SECRET=of-bob srun --container=$bundle sh -c "trap exit TERM; sleep 120 & wait"'
     )
     job = submitted(lab, "bob", f"--wrap='{command}'")
@@ -126,7 +126,7 @@ def test_a_hook_in_a_containers_state_does_not_run_as_root(lab: Lab) -> None:
     print(ended(lab, job))
     proof = f"/shared/runs/mallory/proof-{job}"
     ran_as = lab.run("ctl", f"stat --format=%u {proof}; cat {proof}").stdout.split()
-    assert ran_as, "the hook was not started: the attack is not what it was"
+    assert ran_as, "the hook was not started, so the attack was not attempted"
     assert set(ran_as) == {"2003"}
     assert lab.run("ctl", f"find /shared/runs/mallory -newer {proof} -uid 0").stdout == ""
 
@@ -325,7 +325,7 @@ def test_the_epilog_of_one_job_leaves_another_of_the_user_alone(lab: Lab, bobs: 
 
 @pytest.fixture
 def mail(lab: Lab) -> Iterator[str]:
-    """A program for mail on the controller, which notes what it was called with."""
+    """Installs a mail program on the controller that records its arguments."""
     log = "/tmp/mails"
     text = f"printf '#!/bin/sh\\necho \"$@\" >>{log}\\n' >/usr/bin/mail; chmod 755 /usr/bin/mail"
     assert lab.run("ctl", f"test ! -e /usr/bin/mail && {text} && install -m 0666 /dev/null {log}").returncode == 0

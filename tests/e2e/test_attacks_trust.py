@@ -1,4 +1,4 @@
-"""What a compromised node can do with the certificate that the platform gave it; and what is known about the images."""
+"""A compromised node cannot certify other hosts with its own certificate; each image has a list of its contents."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lab import SHARED, STATE, Lab
 
 pytestmark = pytest.mark.lab
 
-# Root of n1 signs a certificate for the registry with the node's own key and certificate.
+# As root, n1 signs a certificate for the registry with its own key and certificate.
 FORGE = """set -e
 cd $(mktemp -d)
 openssl req -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -keyout key -subj /CN=svc1 -out csr 2>/dev/null

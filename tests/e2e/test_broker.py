@@ -1,4 +1,4 @@
-"""A node of SLURM and of Kubernetes: maintained in both, lent from one to the other; acceptance of all nodes."""
+"""A node of both SLURM and Kubernetes: maintenance, and lending from one to the other; acceptance of all nodes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NODE = ["-e", "nodes=kube1"]
 
 @pytest.fixture(scope="module")
 def both(lab: Lab) -> Iterator[str]:
-    """The lab's Kubernetes node, which runs slurmd too; SLURM forgets it afterwards."""
+    """Adds the lab's Kubernetes node to SLURM, and removes it afterwards."""
     played(*BOTH, "playbooks/add-node.yml")
     yield "kube1"
     played(*BOTH, "playbooks/resume.yml", *NODE)
@@ -30,7 +30,7 @@ def both(lab: Lab) -> Iterator[str]:
 
 
 def kubernetes(node: str) -> tuple[bool, str]:
-    """Returns whether a node is cordoned, and why."""
+    """Returns whether a node is cordoned, and the reason."""
     command = ["kubectl", f"--kubeconfig={STATE}/kubeconfig", "get", "node", node, "--output=json"]
     found: dict[str, Any] = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
     annotations = found["metadata"].get("annotations", {})
@@ -38,7 +38,7 @@ def kubernetes(node: str) -> tuple[bool, str]:
 
 
 def slurm_reason(lab: Lab, node: str) -> str:
-    """Returns why a node is drained."""
+    """Returns the reason of a drained node."""
     return lab.run("ctl", f"scontrol --oneliner show node {node} | grep -o 'Reason=.*'").stdout.strip()
 
 
@@ -58,7 +58,7 @@ def test_a_node_of_both_is_maintained_out_of_both_and_one_that_fails_stays_out(l
     assert cordoned
     assert reason.startswith("maintain.yml failed: the pod is Failed: ")
 
-    # The same command again goes on where that run ended.
+    # The same command resumes where that run failed.
     played(*maintain)
     assert (states(lab)[both], kubernetes(both)) == ("idle", (False, ""))
 
@@ -71,7 +71,7 @@ def test_a_node_is_lent_back_and_forth_and_serves_one_at_a_time(lab: Lab, both: 
     assert states(lab)[both] == "drained"
     assert kubernetes(both) == (False, "")
     assert changed(lend("kubernetes")) == 0
-    # Nobody's resume makes it serve both.
+    # playbooks/resume.yml does not put a lent node into service of both.
     assert changed(played(*BOTH, "playbooks/resume.yml", *NODE)) == 0
     assert changed(lend("slurm", "--check")) > 0
     assert (states(lab)[both], kubernetes(both)) == ("drained", (False, ""))

@@ -1,4 +1,4 @@
-"""What the charts render is what the lab's own API server takes: every object, as if it were made."""
+"""The lab's API server accepts every object that the charts render, in a dry run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lab import STATE
 
 pytestmark = [pytest.mark.lab, pytest.mark.full]
 
-# Kinds of operators that the lab does not run; their manifests are checked against nothing but Helm's lint.
+# Kinds of operators that the lab does not run; only Helm's lint checks their manifests.
 CUSTOM = {"ServiceMonitor", "PodMonitor", "ScaledObject", "HTTPRoute"}
 
 
@@ -28,9 +28,9 @@ def test_the_api_server_takes_every_object(case: str, cluster: DynamicClient) ->
     assert documents
     for document in documents:
         resource = cluster.resources.get(api_version=document["apiVersion"], kind=document["kind"])
-        # A name of its own: what is installed already would be a conflict.
+        # Another name, since an installed object of the same name would be a conflict.
         body = {**document, "metadata": {**document["metadata"], "name": f"dry-{document['metadata']['name']}"[:60]}}
-        if document["kind"] == "Pod":  # admitted only with an account that is there; a dry run makes none
+        if document["kind"] == "Pod":  # admission requires an existing service account, and a dry run creates none
             body["spec"] = {**document["spec"], "serviceAccountName": "default"}
         try:
             resource.create(body=body, namespace="default", query_params=[("dryRun", "All")])

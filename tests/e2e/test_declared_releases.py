@@ -1,4 +1,4 @@
-"""A canary of the lab from the inventory: declared, measured, deleted from the list, removed with what was its own."""
+"""A canary that the inventory declares: its share of requests, and its removal with all of its objects."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SHARED = {"ictx-serving-registry", "ictx-serving-clients", "ictx-serving-tls"}
 
 
 def serve(*releases: dict[str, Any]) -> str:
-    """Runs the playbook with these further releases; returns its output."""
+    """Runs the playbook with these additional releases; returns its output."""
     given = json.dumps({"ictx_serving_releases": releases})
     command = [str(ROOT / ".venv/bin/ansible-playbook"), "playbooks/serving.yml", "--extra-vars", given]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
@@ -33,7 +33,7 @@ def serve(*releases: dict[str, Any]) -> str:
 
 
 def answered_by(_: int) -> str:
-    """Returns the release that answers a request."""
+    """Returns the release that responds to a request."""
     status, answer, served_by = send("/v1/completions", {"model": MODEL, "prompt": "def f(", "max_tokens": 1})
     assert status == 200, answer
     return served_by
@@ -59,8 +59,8 @@ def secrets() -> set[str]:
 
 @pytest.fixture
 def canary() -> Iterator[dict[str, Any]]:
-    """The served version once more, with a tenth of the requests; removed at the end in any case."""
-    assert its_own() == [], f"a run before left these: run playbooks/serving.yml with {REMOVED}"
+    """Declares the served version again, with a tenth of the requests; always removed at the end."""
+    assert its_own() == [], f"objects of an earlier run: run playbooks/serving.yml with {REMOVED}"
     try:
         yield {"name": NAME, "version": int(values()["model"]["version"]), "weight": 10}
     finally:
@@ -75,13 +75,13 @@ def test_a_canary_is_declared_measured_and_removed(canary: dict[str, Any], recor
         shares = Counter(pool.map(answered_by, range(100)))
     record_property("requests", dict(shares))
     print(f"100 requests at 90/10: {dict(shares)}")
-    # Each of the address's pods counts for itself.
+    # Each pod behind the address divides its own requests.
     assert 6 <= shares[f"{NAME}-serving"] <= 14, shares
     assert set(shares) == {"ictx-serving", f"{NAME}-serving"}
 
     text = serve()
     assert f"{NAME}: installed by an earlier run, not in ictx_serving_releases, and still running" in text
-    assert json.loads(helm("list", "--filter", f"^{NAME}$", "--output=json")), "what is not declared stays"
+    assert json.loads(helm("list", "--filter", f"^{NAME}$", "--output=json")), "undeclared releases stay"
     assert f"{NAME}-serving" not in {answered_by(0) for _ in range(20)}
 
     text = serve(REMOVED)
@@ -90,5 +90,5 @@ def test_a_canary_is_declared_measured_and_removed(canary: dict[str, Any], recor
     wait_for("the end of its pods", lambda: not [name for name in its_own() if name.startswith("pod ")], seconds=120)
     assert its_own() == []
     assert secrets() >= SHARED
-    assert not {"canary", "router"} & set(values()), "the address passes nothing on"
+    assert not {"canary", "router"} & set(values()), "the address forwards nothing"
     assert f"{NAME}-serving" not in {answered_by(0) for _ in range(20)}

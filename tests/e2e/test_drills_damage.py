@@ -1,4 +1,4 @@
-"""Drills of stored data: a damaged image layer, a damaged model file, a Kubernetes node lost with its volumes."""
+"""Drills of damaged or lost data: an image layer, a model file, a Kubernetes node with its volumes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from test_rotation import secret, status
 from test_serving import Registry, core, last_words
 
 __all__ = ["backed_up", "core"]
-"""Fixtures of other drills."""
+"""Fixtures that other modules of drills define."""
 
 pytestmark = [pytest.mark.lab, pytest.mark.full]
 
@@ -43,7 +43,7 @@ def base_layer(lab: Lab) -> str:
 
 
 def pull(lab: Lab, image: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    """Returns what podman on this machine did, which has none of the image's layers."""
+    """Pulls an image on this machine, with none of its layers in podman's storage."""
     certificates = folder / "certificates"
     certificates.mkdir()
     shutil.copy(STATE / "ca/ca.crt", certificates)
@@ -51,7 +51,7 @@ def pull(lab: Lab, image: str, folder: Path) -> subprocess.CompletedProcess[str]
     login = ["podman", "login", "--cert-dir", certificates, "--authfile", folder / "auth.json", "--username", "ictx"]
     subprocess.run([*login, "--password-stdin", registry], input=secret("registry_password"), text=True, check=True)
     options = ["--cert-dir", certificates, "--authfile", folder / "auth.json", "--quiet"]
-    # podman takes no --runroot of more than 50 characters, as pytest's folders have.
+    # podman limits --runroot to 50 characters, and pytest's folders are longer.
     with tempfile.TemporaryDirectory(prefix="run-") as run:
         words = ["podman", "--root", folder / "root", "--runroot", run, "pull", *options, f"{registry}/{image}"]
         done = subprocess.run(words, capture_output=True, text=True, check=False)
@@ -66,7 +66,7 @@ def pull(lab: Lab, image: str, folder: Path) -> subprocess.CompletedProcess[str]
 )
 def test_a_damaged_layer_is_refused_and_replaced(lab: Lab, steady: Client, drill: Drill, tmp_path: Path) -> None:
     job, before, layer = waiting(lab, "n1", GO), images(), base_layer(lab)
-    # The time in the header of gzip: the layer can be unpacked, and is another one.
+    # Changes the time in gzip's header: the layer still unpacks, but has another digest.
     on(lab, "svc1", f"printf DRIL | dd of={file_of(layer)} bs=1 seek=4 conv=notrunc status=none")
     refused = pull(lab, f"ictx/training@{before['training']}", tmp_path)
     assert refused.returncode != 0
@@ -112,7 +112,7 @@ def test_a_damaged_model_file_is_refused_and_restored(
     files = [line.split(maxsplit=1)[1] for line in on(lab, "kube1", find).splitlines() if before["files"][name] in line]
     assert files
     for file in map(shlex.quote, files):
-        # One byte, and neither size nor time.
+        # Changes one byte, but neither size nor time.
         damage = f"printf X | dd of={file} bs=1 seek=100000 conv=notrunc status=none"
         on(lab, "kube1", f"touch -r {file} /tmp/then && {damage} && touch -r /tmp/then {file}")
     kubectl("rollout", "restart", "deployment/ictx-serving")
@@ -149,7 +149,7 @@ spec:
 
 
 def elsewhere(folder: Path) -> None:
-    """Makes a claim for backups on the shared directory, and has MLflow use it."""
+    """Creates a volume claim for backups on the shared directory, and configures MLflow to use it."""
     file = folder / "elsewhere.yml"
     file.write_text(ELSEWHERE.replace("NAMESPACE", NAMESPACE))
     kubectl("apply", f"--filename={file}")
@@ -158,7 +158,7 @@ def elsewhere(folder: Path) -> None:
 
 @pytest.fixture
 def backed_up_elsewhere(lab: Lab, tmp_path: Path) -> Iterator[Path]:
-    """MLflow with a backup that was made just now and is not on the Kubernetes node; afterwards without backups."""
+    """Makes a backup of MLflow outside of the Kubernetes node; disables backups afterwards."""
     on(lab, "kube1", "install -d -o 10001 -g 10001 -m 0700 /shared/drill-backup")
     elsewhere(tmp_path)
     backup(tmp_path, "drill-elsewhere")
@@ -181,7 +181,7 @@ def test_a_kubernetes_node_that_is_lost_with_its_volumes_is_restored(
 ) -> None:
     before = Registry().run(TRACKED, MODEL)
     command("podman", "rm", "--force", "--time=5", f"{PREFIX}-kube1")
-    # What the kubelet mounted there.
+    # Mounts of the kubelet.
     mounts = [line.split()[1] for line in Path("/proc/mounts").read_text().splitlines()]
     for mount in sorted((each for each in mounts if each.startswith(f"{STATE}/kube1/")), reverse=True):
         command("umount", "--lazy", mount)

@@ -1,4 +1,4 @@
-"""Drills of services that are lost and restored, each by one documented command, while jobs run."""
+"""Drills of lost services, each restored by one documented command while jobs run."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ NODES = ("ctl", "n1", "n2", "svc1", "kube1")
 
 
 def accounted(lab: Lab) -> set[str]:
-    """Returns a line of the accounts for every job that has ended, and for every account."""
+    """Returns the accounting records of ended jobs, and the accounts, one line each."""
     ended = "--state=BF,CA,CD,F,NF,OOM,TO --starttime=2020-01-01 --endtime=now"
     jobs = f"sacct --allusers --noheader --allocations --parsable2 --format=jobid,user,state,exitcode {ended}"
-    # The database answers a moment after it was started.
+    # The database accepts connections a moment after its start.
     accounts = on(lab, "ctl", "timeout 60 sh -c 'until sacctmgr --noheader --parsable2 list account; do sleep 1; done'")
     return {*on(lab, "ctl", jobs).splitlines(), *accounts.splitlines()}
 
@@ -78,14 +78,14 @@ def test_a_lost_queue_is_restored_while_a_job_runs(lab: Lab, drill: Drill) -> No
 
 
 def images() -> dict[str, str]:
-    """Returns the digest of each image that jobs and pods use."""
+    """Returns the digest of each image that jobs or pods use."""
     files = {name: STATE / f"images/{name}.json" for name in ("mlflow", "serving")}
     files["training"] = SHARED / "images/training/current/image.json"
     return {name: json.loads(file.read_text())["digest"] for name, file in files.items()}
 
 
 def kept(lab: Lab) -> dict[str, bool]:
-    """Returns for each of these images whether the registry has it."""
+    """Returns whether the registry has each of these images."""
     accept = "Accept: application/vnd.docker.distribution.manifest.v2+json"
     ask = f"curl --silent --head --fail --cacert /etc/ictx/tls/ca.crt --header '{accept}'"
     user = f"--user ictx:{secret('registry_password')} https://{lab.address('svc1')}:5000/v2/ictx"
@@ -112,7 +112,7 @@ def test_a_lost_registry_gets_its_images_again(lab: Lab, steady: Client, drill: 
 
 
 def expired(certificate: x509.Certificate) -> bytes:
-    """Returns a certificate of the lab's authority that differs from another in nothing but that it ended yesterday."""
+    """Returns a copy of a certificate of the lab's authority that expired yesterday."""
     authority = serialization.load_pem_private_key((STATE / "ca/ca.key").read_bytes(), None)
     yesterday = datetime.datetime.now().astimezone() - datetime.timedelta(days=1)
     made = x509.CertificateBuilder(
@@ -139,7 +139,7 @@ def test_an_expired_certificate_is_refused_and_issued_anew(lab: Lab, drill: Dril
         return status(url, basic("ictx", secret("registry_password")))
 
     current = x509.load_pem_x509_certificate(on(lab, "svc1", f"cat {file}").encode())
-    # In place: the file keeps its owner and mode.
+    # Written in place to keep owner and mode.
     on(lab, "svc1", f"cat >{file} <<'PEM'\n{expired(current).decode()}PEM")
     on(lab, "svc1", "systemctl restart docker-registry")
     time.sleep(3)
@@ -150,14 +150,14 @@ def test_an_expired_certificate_is_refused_and_issued_anew(lab: Lab, drill: Dril
 
 
 def command(*words: object) -> str:
-    """Returns what a command prints; it must succeed."""
+    """Returns the output of a command, which must succeed."""
     done = subprocess.run([str(word) for word in words], capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 0, f"{words}: {done.stdout[-4000:]}{done.stderr[-2000:]}"
     return done.stdout
 
 
 def kubectl(*words: str) -> str:
-    """Returns what kubectl prints."""
+    """Returns the output of kubectl."""
     return command("kubectl", f"--kubeconfig={STATE}/kubeconfig", f"--namespace={NAMESPACE}", *words)
 
 
@@ -171,7 +171,8 @@ def upgrade(*settings: str) -> None:
 def backup(folder: Path, job: str) -> None:
     """Runs MLflow's backup now.
 
-    As `kubectl create job --from=cronjob/ictx-mlflow-backup`, which knows no CronJob of the lab's Kubernetes 1.20.
+    Equivalent to `kubectl create job --from=cronjob/ictx-mlflow-backup`, which does not support CronJobs of the lab's
+    Kubernetes 1.20.
     """
     template = json.loads(kubectl("get", "cronjob", "ictx-mlflow-backup", "--output=json"))["spec"]["jobTemplate"]
     file = folder / f"{job}.json"
@@ -183,7 +184,7 @@ def backup(folder: Path, job: str) -> None:
 
 @pytest.fixture
 def backed_up(tmp_path: Path) -> Iterator[None]:
-    """MLflow with a backup that was made just now; afterwards without backups, as the lab's inventory has it."""
+    """Enables and makes a backup of MLflow; disables backups afterwards, as in the lab's inventory."""
     upgrade("backup.enabled=true", "backup.size=5Gi")
     backup(tmp_path, "drill-backup")
     yield
@@ -251,7 +252,7 @@ def test_a_kubernetes_node_is_made_anew_on_its_volumes(lab: Lab, drill: Drill) -
         command(ROOT / "scripts/lab")
         wait_for("an answer", serves, 600)
     found = Registry().run(TRACKED, MODEL)
-    # `make lab` evaluates the model again: one more run, and tags of the version that name it.
+    # `make lab` evaluates the model again, which adds a run and changes tags of the version.
     assert all(run in found["runs"] for run in before["runs"])
     assert [version[:3] for version in found["versions"]] == [version[:3] for version in before["versions"]]
     assert (found["aliases"], found["files"]) == (before["aliases"], before["files"])

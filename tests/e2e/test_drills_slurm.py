@@ -1,4 +1,4 @@
-"""Drills of SLURM's tier: a partition, a wrong clock, damaged and full storage. Nothing of a job is lost."""
+"""Drills of SLURM: a network partition, a wrong clock, damaged and full storage. No work of a job is lost."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ GO = "/shared/runs/researcher/drill-go"
 
 
 def on(lab: Lab, node: str, command: str) -> str:
-    """Returns what a command of root prints on a node; it must succeed."""
+    """Returns the output of a command that root runs on a node; it must succeed."""
     done = lab.run(node, command)
     assert done.returncode == 0, f"{node}: {command}: {done.stderr}{done.stdout}"
     return done.stdout
@@ -29,7 +29,7 @@ def on(lab: Lab, node: str, command: str) -> str:
 
 @contextmanager
 def cut_off(lab: Lab, node: str) -> Iterator[None]:
-    """No packet of a node reaches the controller until this ends; both run on."""
+    """Drops all packets from a node to the controller until the block ends; both keep running."""
     route = f"blackhole {lab.address('ctl')}/32"
     on(lab, node, f"ip route add {route}")
     try:
@@ -39,7 +39,7 @@ def cut_off(lab: Lab, node: str) -> Iterator[None]:
 
 
 def state(lab: Lab, job: str) -> str:
-    """Returns the state of a job in the queue; empty for one that is not there."""
+    """Returns the state of a job in the queue; empty if it is not in the queue."""
     return lab.user(f"squeue --me --noheader --format='%i %T' | sed -n 's/^{job} //p'")
 
 
@@ -49,7 +49,7 @@ def patience(lab: Lab) -> int:
 
 
 def end(lab: Lab, job: str) -> None:
-    """Lets a job end that waits for the file."""
+    """Ends a job that waits for the file."""
     lab.user(f"touch {GO}")
     wait_for("the job's end", lambda: lab.accounts(job, "State,ExitCode") == "COMPLETED|0:0", 180)
 
@@ -77,11 +77,11 @@ def test_a_short_partition_costs_nothing(lab: Lab, drill: Drill) -> None:
 )
 def test_a_long_partition_requeues_the_job_and_leaves_one_copy(lab: Lab, drill: Drill) -> None:
     job = waiting(lab, "n2", GO)
-    # Of the step's process, not of the srun that started it.
+    # The pattern excludes the srun that started the step.
     copies = f"pgrep --count --full '^[^ ]*sh -c until .* -e {GO}' || true"
     with cut_off(lab, "n2"):
         wait_for("n2 down", lambda: states(lab)["n2"].startswith("down"), 600)
-        assert int(on(lab, "n2", copies)) > 0, "the job went on where nobody could reach it"
+        assert int(on(lab, "n2", copies)) > 0, "the job keeps running behind the partition"
     with drill.recovery():
         wait_for("the job again", lambda: state(lab, job) == "RUNNING" and lab.restarts(job) == 1, 600)
         wait_for("one copy", lambda: int(on(lab, "n2", copies)) == 1, 120)
@@ -89,7 +89,7 @@ def test_a_long_partition_requeues_the_job_and_leaves_one_copy(lab: Lab, drill: 
     wait_for("n2 in service", lambda: states(lab)["n2"] == "idle", 120)
 
 
-# A container's clock is its host's: what counts for SLURM is MUNGE's.
+# A container shares its host's clock. SLURM depends on MUNGE's clock, so only that one is changed.
 CLOCK = "/run/systemd/system/munge.service.d/clock.conf"
 AHEAD = "LD_PRELOAD=/usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1 FAKETIME=+1h FAKETIME_DONT_FAKE_MONOTONIC=1"
 
@@ -121,7 +121,7 @@ def test_a_clock_that_jumps_is_refused_and_harms_no_job(lab: Lab, drill: Drill) 
 
 
 def training(lab: Lab, *options: str) -> str:
-    """Submits a short job of training that registers nothing; returns its number."""
+    """Submits a short training job that registers nothing; returns its number."""
     return lab.submit(*options, "pretrain/tiny.yaml", *SHORT)
 
 
@@ -155,9 +155,9 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(lab: Lab, 
 
 @pytest.fixture
 def small(lab: Lab) -> Iterator[str]:
-    """On n1, researcher's runs lie on a file system of their own, which a test can fill; yields the folder."""
+    """Mounts a small file system for researcher's runs on n1, which a test can fill; yields the folder."""
     folder = "/shared/runs/researcher"
-    # A container does not hand new mounts on to units that run.
+    # In a container, new mounts are not propagated to running units.
     on(lab, "n1", f"mount -t tmpfs -o size=400M,uid=2001,mode=0750 drill {folder} && systemctl restart slurmd")
     yield folder
     lab.run("ctl", "scancel --user=researcher")

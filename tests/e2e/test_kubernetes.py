@@ -1,4 +1,4 @@
-"""The lab's Kubernetes as a chart sees it: images of the registry, Services, names, volumes, and a reboot."""
+"""The lab's Kubernetes with an ordinary chart: images from the registry, Services, DNS, volumes, and a reboot."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ pytestmark = [pytest.mark.lab, pytest.mark.full]
 KUBECONFIG = STATE / "kubeconfig"
 NAMESPACE = "proof"
 TEXT = "served from a volume"
-# Of the whole machine: kubelet would write 1, 10 and 1 if it could.
+# Settings of the whole machine, which kubelet would set to 1, 10 and 1.
 SYSCTLS = ["/proc/sys/vm/overcommit_memory", "/proc/sys/kernel/panic", "/proc/sys/kernel/panic_on_oops"]
 
 
 def run(*command: object) -> str:
-    """Returns what a command prints; it must succeed."""
+    """Returns the output of a command, which must succeed."""
     done = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
     return done.stdout
 
 
 def helm(*arguments: object) -> str:
-    """Returns what helm prints."""
+    """Returns the output of helm."""
     return run(program(), *arguments, "--kubeconfig", KUBECONFIG, "--namespace", NAMESPACE)
 
 
 @pytest.fixture(scope="module")
 def core() -> client.CoreV1Api:
-    """Returns the API with the kubeconfig that people get."""
+    """Returns a client of the API with the users' kubeconfig."""
     config.load_kube_config(str(KUBECONFIG))
     return client.CoreV1Api()
 
@@ -63,7 +63,7 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def url(image: str, core: client.CoreV1Api, lab: Lab) -> Iterator[str]:
-    """Installs the chart and yields the address of its page; removes the release and its volume afterwards."""
+    """Installs the chart and yields the URL of its page; removes the release and its volume afterwards."""
     values = ["--set", f"image={image}", "--set", f"text={TEXT}"]
     chart = ROOT / "tests/e2e/proof-chart"
     helm("upgrade", "--install", "proof", chart, *values, "--create-namespace", "--wait", "--timeout", "5m")
@@ -79,12 +79,12 @@ def url(image: str, core: client.CoreV1Api, lab: Lab) -> Iterator[str]:
 
 
 def ours(volume: Any) -> bool:
-    """Returns whether a volume is the release's."""
+    """Returns whether a volume belongs to the release."""
     return bool(volume.spec.claim_ref.namespace == NAMESPACE)
 
 
 def page(url: str) -> str:
-    """Returns the page's text, or why it cannot be read."""
+    """Returns the page's text, or the error."""
     try:
         with urllib.request.urlopen(url, timeout=5) as answer:
             text: str = answer.read().decode()
@@ -104,7 +104,7 @@ def test_pods_find_each_other_by_name(url: str) -> None:
 
 
 def test_the_machine_is_not_touched(url: str, lab: Lab) -> None:
-    # Files of the node's own lie over the kernel's: kubelet reads what it needs and can write nothing else.
+    # The node has files mounted over these: kubelet reads the values that it needs and cannot write the kernel's.
     for file in SYSCTLS:
         assert lab.run("kube1", f"mountpoint --quiet {file}").returncode == 0, file
     assert lab.run("kube1", "cat " + " ".join(SYSCTLS)).stdout.split() == ["1", "10", "1"]

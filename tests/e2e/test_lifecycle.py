@@ -1,4 +1,4 @@
-"""Nodes come, go and die while jobs run: the lifecycle playbooks on the running lab."""
+"""The lifecycle playbooks on the running lab: nodes are added, removed and lost while jobs run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PREFIX = os.environ.get("ICTX_LAB_NAME", "ictx")
 
 
 def played(*arguments: str, status: int = 0) -> str:
-    """Runs ansible-playbook as a user does; returns what it printed."""
+    """Runs ansible-playbook as a user does; returns its output."""
     command = [ROOT / ".venv/bin/ansible-playbook", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == status, done.stdout[-4000:] + done.stderr[-1000:]
@@ -30,7 +30,7 @@ def played(*arguments: str, status: int = 0) -> str:
 
 
 def changed(output: str) -> int:
-    """Returns how many tasks changed something."""
+    """Returns the number of changed tasks."""
     return sum(int(number) for number in re.findall(r" changed=(\d+) ", output))
 
 
@@ -41,7 +41,7 @@ def states(lab: Lab) -> dict[str, str]:
 
 
 def waiting(lab: Lab, node: str, file: str) -> str:
-    """Submits a job that takes one core of a node until a file is there; returns its number when it runs."""
+    """Submits a job that occupies one core of a node until a file exists; returns its number when it runs."""
     command = f"srun sh -c 'until [ -e {file} ]; do sleep 1; done'"
     job = lab.user(
         f"cd /tmp && rm -f {file} && sbatch --parsable --nodelist={node} --ntasks=1 --mem=100 --output=/dev/null "
@@ -52,7 +52,7 @@ def waiting(lab: Lab, node: str, file: str) -> str:
 
 
 def scraped() -> set[str]:
-    """Returns the nodes whose metrics Prometheus is to gather."""
+    """Returns the nodes that Prometheus scrapes."""
     return {series["metric"]["node"] for series in dashboards.Prometheus.of_lab().instant('up{job="node"}')}
 
 
@@ -73,7 +73,7 @@ def test_a_node_is_drained_and_resumed_and_the_second_time_nothing_changes(lab: 
 
 @pytest.fixture
 def third(lab: Lab) -> Iterator[str]:
-    """A third machine, which is no part of the cluster yet; it is gone afterwards, also from SLURM and Prometheus."""
+    """Starts a third machine, not yet part of the cluster; removes it afterwards, also from SLURM and Prometheus."""
     played(*THIRD, "playbooks/lab.yml")
     yield "n3"
     lab.run("ctl", "scancel --user=researcher")
@@ -89,13 +89,13 @@ def test_a_node_is_added_and_removed_while_jobs_run(lab: Lab, third: str) -> Non
 
     assert third in re.findall(r"new nodes: (\w+)", played(*THIRD, "playbooks/add-node.yml"))
     assert states(lab)[third] == "idle"
-    # Of root, whose jobs users do not see.
+    # As root, since users do not see root's jobs.
     validated = "sacct --allusers --noheader --allocations --format=nodelist%20,state --name=ictx-validate"
     assert [third, "COMPLETED"] in [line.split() for line in lab.run("ctl", validated).stdout.splitlines()]
     wait_for("the node in Prometheus", lambda: third in scraped(), 90)
     on_third = waiting(lab, third, f"{GO}-{third}")
 
-    # The inventory without the node: its job is in the way, whoever runs SLURM's playbook.
+    # With the inventory without the node, slurm.yml refuses while the node has a job.
     refused = " ".join(played("playbooks/slurm.yml", status=2).split())
     assert f"SLURM has jobs there ({on_third}): run playbooks/remove-node.yml, which waits for them" in refused
     assert third in states(lab)
@@ -118,7 +118,7 @@ def test_a_node_is_added_and_removed_while_jobs_run(lab: Lab, third: str) -> Non
 
 @pytest.fixture
 def dead(lab: Lab) -> Iterator[str]:
-    """n2, whose machine does not answer any more."""
+    """Pauses n2, so that it does not respond."""
     node = f"{PREFIX}-n2"
     subprocess.run(["podman", "pause", node], check=True, capture_output=True)
     yield "n2"
@@ -146,11 +146,11 @@ def test_site_goes_on_without_a_node_that_is_dead(lab: Lab, dead: str) -> None:
 
 @pytest.fixture
 def later(lab: Lab) -> Iterator[str]:
-    """Debian's next release among the apt sources of SLURM's nodes, which takes nothing from it by itself."""
+    """Adds Debian's next release to the apt sources of SLURM's nodes, with a priority that installs nothing from it."""
     source = "/etc/apt/sources.list.d/later.list"
     nodes = ("ctl", "n1", "n2")
     for node in nodes:
-        # From the mirror that the node has its own packages from.
+        # From the mirror of the node's own packages.
         lab.run(node, f"sed -n 's/ bookworm main/ trixie main/p' /etc/apt/sources.list >{source}")
         lab.run(
             node, "printf 'Package: *\\nPin: release n=trixie\\nPin-Priority: 100\\n' >/etc/apt/preferences.d/later"

@@ -1,4 +1,4 @@
-"""The first hour as its page has it: every marked code block, in order, in a fresh clone."""
+"""Runs every marked code block of docs/first-hour.md, in order, in a fresh clone."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ pytestmark = [pytest.mark.lab, pytest.mark.full]
 
 @pytest.fixture
 def back(lab: Lab) -> Iterator[None]:
-    """The lab's own model is served again afterwards."""
+    """Serves the lab's own model again afterwards."""
     yield
     if STATE.exists():
         played("playbooks/serving.yml")
 
 
 def test_the_page_works_as_it_stands(lab: Lab, tmp_path: Path, back: None) -> None:
-    """The last block, which removes the lab, only runs with ICTX_TEST_DOWN=1."""
+    """The last block, which removes the lab, runs only with ICTX_TEST_DOWN=1."""
     folder = tmp_path
-    # A reader of the page has no virtual environment of this test's.
+    # A reader of the page has no active virtual environment.
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("VIRTUAL_ENV", "ANSIBLE_"))}
     for who, block in marked(ROOT / "docs/first-hour.md"):
         if who == "down" and os.environ.get("ICTX_TEST_DOWN") != "1":

@@ -1,4 +1,4 @@
-"""The chain of stages in the lab: each a job on what the one before registered, whatever happens; nothing twice."""
+"""The pipeline in the lab: each stage is a job on the version of the stage before, recovers, and repeats no work."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ TRAINING = ("pretrain", "extend", "sft", "dpo")
 STAGES = (*TRAINING, "eval", "judge", "promote")
 COMPUTE = ("n1", "n2")
 MODEL = "ictx-tiny"
-"""What the lab's stages register; other models may be trained less than the gate of `promote` requires."""
+"""The model that the lab's stages register. Others may be trained too briefly for the gate of `promote`."""
 SHORT = ("train.steps=40", "train.checkpoint_every=5", "train.validate_every=40", "train.validation_windows=8")
 
 
 @pytest.fixture(scope="module")
 def stages(lab: Lab) -> dict[str, dict[str, Any]]:
-    """The stages that the lab's inventory has, by name."""
+    """The stages of the lab's inventory, by name."""
     content = json.loads(lab.user("cat /opt/ictx/jobs/stages.json"))
     return {about["name"]: about for about in content["stages"]}
 
@@ -52,11 +52,11 @@ def pretrained(lab: Lab) -> str:
 
 
 class Chain:
-    """A pipeline of this test's own with short stages; its versions, if any, are of another model.
+    """A pipeline of this test with short stages, which registers no versions of MODEL.
 
     Args:
-        origin: the version that the first stage takes.
-        model: of the registry; empty: nothing is registered.
+        origin: the version from which the first stage starts.
+        model: the name to register versions under; empty: nothing is registered.
     """
 
     def __init__(self, lab: Lab, first: str, last: str, origin: str = "", model: str = "") -> None:
@@ -69,7 +69,7 @@ class Chain:
         self.jobs = {name: self.record(name)["job"] for name in names}
 
     def record(self, stage: str) -> dict[str, Any]:
-        """Returns what the pipeline's folder keeps of a stage."""
+        """Returns the pipeline's record of a stage."""
         file = SHARED / "runs/researcher/pipelines" / self.name / f"{stage}.json"
         content: dict[str, Any] = json.loads(file.read_text())
         return content
@@ -79,39 +79,39 @@ class Chain:
         return [int(record["step"]) for record in self.lab.records(self.jobs[stage])]
 
     def samples(self, stage: str) -> list[str]:
-        """Returns the samples that a stage has finished, each with its evaluation."""
+        """Returns the finished samples of a stage, each with the name of its evaluation."""
         files = sorted(self.lab.folder(self.jobs[stage]).glob("evals/*/samples.jsonl"))
         return [
             f"{file.parent.name} {json.loads(line)['key']}" for file in files for line in file.read_text().splitlines()
         ]
 
     def checkpoints(self, stage: str) -> int:
-        """Returns how many checkpoints a stage has."""
+        """Returns the number of checkpoints of a stage."""
         return len(list(self.lab.folder(self.jobs[stage]).glob("checkpoints/step-????????")))
 
     def under_way(self, stage: str) -> bool:
-        """Returns whether a stage has something that its next start must not make again."""
+        """Returns whether a stage has results that its next start must reuse."""
         return bool(self.checkpoints(stage) if stage in TRAINING else self.samples(stage) or stage == "promote")
 
 
 def ranks(job: str) -> str:
-    """Returns a pattern of what computes on a node for a job, or promotes; not of srun and the shells around it."""
+    """Returns a pattern for the processes of a job that compute or promote, without srun and shells."""
     own = f"run[.]dir=/shared/runs/[a-z]+/{job} "
     return f"^[^ ]*python[^ ]* ((-u -m ictx train|[^ ]*/ictx eval) .*{own}|[^ ]*/ictx promote )"
 
 
 def stop(lab: Lab, job: str, _: str) -> None:
-    """What the controller sends some time before the limit, and to a job that is preempted."""
+    """Sends the signal that the controller sends before the time limit and on preemption."""
     lab.user(f"scancel --batch --signal=TERM {job}")
 
 
 def kill(lab: Lab, job: str, node: str) -> None:
-    """A rank dies."""
+    """Kills a rank."""
     assert lab.run(node, f"pkill --signal KILL --full '{ranks(job)}'").returncode == 0
 
 
 def lose(lab: Lab, _: str, node: str) -> None:
-    """A node is lost."""
+    """Kills slurmd, so that the controller loses the node."""
     assert lab.run(node, "systemctl kill --signal=KILL slurmd").returncode == 0
 
 
@@ -145,7 +145,7 @@ FAULTS = [
 
 @contextmanager
 def frozen(lab: Lab, job: str) -> Iterator[None]:
-    """Lets a held job go that takes seconds, and stops what it computes as it begins, until this ends."""
+    """Releases a held job of a few seconds, and suspends its processes as they start, until the block ends."""
     stopping = f"until pkill --signal STOP --full '{ranks(job)}'; do sleep 0.05; done"
     with ThreadPoolExecutor() as pool:
         for node in COMPUTE:
@@ -159,15 +159,15 @@ def frozen(lab: Lab, job: str) -> Iterator[None]:
 
 
 def harm(chain: Chain, stage: str, fault: Callable[[Lab, str, str], None]) -> None:
-    """Does harm to a stage, on its last node, once it is under way."""
+    """Injects a fault into a stage, on its last node, after the stage has produced results."""
     lab, job = chain.lab, chain.jobs[stage]
     with frozen(lab, job) if stage == "promote" else nullcontext():
-        # The stages before are done, or this one waits.
+        # The stage starts only after the stages before it.
         wait_for(f"{stage}, job {job}, under way", lambda: chain.under_way(stage), 900)
         wait_for(f"a node of {stage}", lambda: bool(nodes(lab, job)), 900)
         node = nodes(lab, job)[-1]
         found = lab.run(node, f"timeout 300 sh -c \"until pgrep --full '{ranks(job)}' >/dev/null; do sleep 0.1; done\"")
-        assert found.returncode == 0, f"nothing computes on {node}: {lab.folder(job).with_suffix('.log').read_text()}"
+        assert found.returncode == 0, f"no rank of the job on {node}: {lab.folder(job).with_suffix('.log').read_text()}"
         fault(lab, job, node)
 
 
@@ -184,7 +184,7 @@ def waits(lab: Lab, job: str) -> bool:
 def check_the_chain_ends_well(
     chain: Chain, *faults: Callable[[Lab, str, str], None], drill: Drill | None = None
 ) -> None:
-    """Does harm to each stage; each goes on under its number, and what waits for it too."""
+    """Injects the faults into each stage; each stage and its dependents complete under their job numbers."""
     lab, drill = chain.lab, drill or Drill()
     if "promote" in chain.jobs:
         lab.user(f"scontrol hold {chain.jobs['promote']}")
@@ -227,7 +227,7 @@ def test_a_dry_run_shows_the_chain_and_submits_nothing(lab: Lab, stages: dict[st
     assert [line.split(".sbatch")[0].rsplit("/", 1)[-1] for line in lines] == list(stages)
     for line, about in zip(lines, stages.values(), strict=True):
         assert f"afterok:JOB-OF-{about['after']} " in line or not about["after"]
-    # SLURM forgets ended jobs meanwhile (MinJobAge).
+    # SLURM removes ended jobs from the queue meanwhile (MinJobAge).
     after = lab.user("squeue --me --states=all --noheader --format=%i")
     assert set(after.split()) <= set(before.split())
     assert not (SHARED / "runs/researcher/pipelines/dry").exists()
@@ -235,7 +235,7 @@ def test_a_dry_run_shows_the_chain_and_submits_nothing(lab: Lab, stages: dict[st
 
 @pytest.mark.parametrize("parent", ["../mallory/990001", "990001"])
 def test_a_folder_of_another_user_is_no_parent(lab: Lab, parent: str) -> None:
-    """What stands there would be loaded."""
+    """Files in that folder would be loaded, and its owner can change them."""
     theirs, link = "/shared/runs/mallory/990001", "/shared/runs/researcher/990001"
     lab.run("ctl", f"mkdir -p -m 755 {theirs}; echo '{{}}' >{theirs}/result.json", user="mallory")
     lab.user(f"ln -sfn {theirs} {link}")
@@ -284,14 +284,14 @@ def test_a_chain_ends_though_nodes_die_again_and_again(lab: Lab, whole: str, pre
     print(f"seed {seed}")
     draw, last, deaths = random.Random(seed), chain.jobs["dpo"], 0
     until = time.monotonic() + 5400
-    # slurmdbd has a record of the job some seconds after its submission.
+    # slurmdbd records a job some seconds after its submission.
     while (lab.accounts(last, "State") or "PENDING").split()[0] not in ("COMPLETED", "FAILED", "CANCELLED"):
         assert time.monotonic() < until, "the chain did not end within 90 minutes"
         time.sleep(180)
         node = draw.choice(COMPUTE)
         with drill.recovery():
             power(node, "kill", "--signal=KILL")
-            # A container has its host's boot time, by which slurmctld detects reboots: stay off until it is missed.
+            # slurmctld detects a reboot by the boot time, which a container shares with its host: wait for the timeout.
             wait_for(f"{node} down", lambda node=node: states(lab)[node].startswith("down"), 120)
             power(node, "start")
             wait_for(f"{node} in service", lambda node=node: states(lab)[node] in ("idle", "mixed", "allocated"), 300)
@@ -322,7 +322,7 @@ def test_a_stage_that_fails_ends_the_chain_and_the_next_run_completes_it(lab: La
 
 @pytest.fixture(scope="module")
 def whole(lab: Lab) -> str:
-    """What `make pipeline` prints, which ends well: all is done, the judge is there."""
+    """The output of a successful `make pipeline`: all stages are complete, and the judge is available."""
     done = subprocess.run([ROOT / "scripts/pipeline"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
     print(done.stdout[-500:])
@@ -342,7 +342,7 @@ def test_the_whole_chain_ends_in_a_served_version_and_a_second_run_does_nothing(
 
 
 def check_lineage(lab: Lab, versions: dict[str, str]) -> None:
-    """Every version names its stage and its parent; the last one has its evaluations and is the champion."""
+    """Every version has its stage and parent as tags; the last one has evaluations and the alias `champion`."""
     script = """
 import json, sys
 from mlflow import MlflowClient

@@ -1,4 +1,4 @@
-"""The provisioned lab: unchanged by a second run, and clear about what is wrong."""
+"""The provisioned lab: a second run changes nothing, and errors name their cause."""
 
 from __future__ import annotations
 

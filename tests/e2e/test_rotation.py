@@ -1,4 +1,4 @@
-"""Secrets are replaced while clients and jobs go on: `playbooks/rotate-secrets.yml` on the running lab."""
+"""`playbooks/rotate-secrets.yml` replaces secrets on the running lab without an effect on clients and jobs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ dashboards = loaded(ROOT / "scripts/dashboards")
 
 
 def rotated(*arguments: str) -> str:
-    """Runs the playbook and returns what it printed, which has no secret; it must succeed."""
+    """Runs the playbook, which must succeed, and returns its output, which must contain no secret."""
     before = {path.read_text().strip() for path in SECRETS.iterdir()}
     command = [ROOT / ".venv/bin/ansible-playbook", "playbooks/rotate-secrets.yml", "--diff"]
     for argument in arguments:
@@ -42,7 +42,7 @@ def secret(name: str) -> str:
 
 
 def status(url: str, authorization: str) -> int:
-    """Returns the status of an answer; 0 for none."""
+    """Returns the status of a response; 0 without a response."""
     request = urllib.request.Request(url, headers={"Authorization": authorization})
     context = ssl.create_default_context(cafile=str(STATE / "ca/ca.crt"))
     try:
@@ -55,13 +55,13 @@ def status(url: str, authorization: str) -> int:
 
 
 def basic(user: str, password: str) -> str:
-    """Returns the header of a user's password."""
+    """Returns the Authorization header of a user and password."""
     return "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()
 
 
 @contextmanager
 def steady(ask: Callable[[], int]) -> Iterator[list[int]]:
-    """Queries again and again until the block ends; yields the statuses that were not 200."""
+    """Sends requests until the block ends; yields the statuses other than 200."""
     refused: list[int] = []
     asked, ended = threading.Event(), threading.Event()
 
@@ -83,7 +83,7 @@ def steady(ask: Callable[[], int]) -> Iterator[list[int]]:
 
 
 def models(key: str) -> int:
-    """Returns the status of the served model's list with a key."""
+    """Returns the status of a request for the list of models with a key."""
     return status(f"{loaded(ROOT / 'scripts/ask').endpoint()}/v1/models", f"Bearer {key}")
 
 
@@ -108,7 +108,7 @@ def test_a_serving_key_is_replaced_without_a_lost_request_and_the_database_passw
         assert models(old) == 401
     assert refused == []
     assert [name for name in ("serving_api_key", "slurmdbd_password") if (SECRETS / f"{name}.previous").exists()] == []
-    # The accounts are read by slurmdbd, which logs in to the database with the new password.
+    # sacct queries slurmdbd, which logs in to the database with the new password.
     assert lab.run("ctl", "sacct --noheader --allocations").returncode == 0
     assert f"StoragePass={secret('slurmdbd_password')}\n" in lab.run("ctl", "cat /etc/slurm/slurmdbd.conf").stdout
 
@@ -153,11 +153,11 @@ def test_mlflow_passwords_are_replaced_under_a_steady_client(lab: Lab) -> None:
     old = {name: secret(name) for name in ("mlflow_admin_password", "mlflow_user_researcher")}
     with (
         steady(lambda: administrator(old["mlflow_admin_password"])) as keeping,
-        # As playbooks do: the password is read when it is needed.
+        # Read the password at each request, as playbooks do.
         steady(lambda: administrator(secret("mlflow_admin_password"))) as reading,
     ):
         rotated("rotate=mlflow_admin_password,mlflow_users")
-        assert status(f"{url}researcher", basic("researcher", old["mlflow_user_researcher"])) == 200, "jobs that run"
+        assert status(f"{url}researcher", basic("researcher", old["mlflow_user_researcher"])) == 200, "of running jobs"
     assert (keeping, reading) == ([], [])
     with steady(lambda: administrator(secret("mlflow_admin_password"))) as refused:
         rotated("finish=mlflow_admin_password,mlflow_users")
@@ -244,7 +244,7 @@ def test_backups_open_with_another_password_and_keep_what_they_have(lab: Lab) ->
 def test_the_authority_is_replaced_while_clients_verify(lab: Lab) -> None:
     first = (STATE / "ca/current.crt").read_text()
     key = secret("serving_api_key")
-    # A client reads ca.crt when it connects, as programs on the nodes do.
+    # The client reads ca.crt at each connection, as programs on the nodes do.
     with steady(lambda: models(key)) as refused:
         rotated("rotate=authority")
         assert (STATE / "ca/current.crt").read_text() == first

@@ -1,6 +1,6 @@
-"""Two pods of the lab's model behind the router: who computes what, who is refused, and what is lost when one goes.
+"""Two pods of the lab's model behind the router: routing by prefix, refused paths, and loss of a pod.
 
-Without GPUs vLLM caches no prefixes of latent attention: this measures where requests go, not the time that it saves.
+Without GPUs vLLM caches no prefixes of latent attention, so these tests check the routing, not the saved time.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ ROUTER = SERVER.replace("component=server", "component=router")
 
 
 def helm(*arguments: object) -> str:
-    """Returns what helm prints."""
+    """Returns the output of helm."""
     words = [program(), *arguments, "--kubeconfig", STATE / "kubeconfig", "--namespace", NAMESPACE]
     done = subprocess.run([str(word) for word in words], capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -47,7 +47,7 @@ def core() -> client.CoreV1Api:
 
 @pytest.fixture(scope="module", autouse=True)
 def replicated() -> Iterator[None]:
-    """The lab's release with two pods; as the inventory wants it again at the end."""
+    """Scales the lab's release to two pods; restores the release of the inventory at the end."""
     upgrade(replicaCount=2)
     try:
         yield
@@ -57,13 +57,13 @@ def replicated() -> Iterator[None]:
 
 
 def pods(core: client.CoreV1Api, selector: str) -> list[str]:
-    """Returns the pods that stay."""
+    """Returns the pods that are not terminating."""
     found = core.list_namespaced_pod(NAMESPACE, label_selector=selector).items
     return [pod.metadata.name for pod in found if not pod.metadata.deletion_timestamp]
 
 
 def routed(core: client.CoreV1Api, metric: str, label: str) -> Counter[str]:
-    """Returns a counter of both routers by one of its labels."""
+    """Returns the sum of both routers' counters by a label."""
     total: Counter[str] = Counter()
     for pod in pods(core, ROUTER):
         text = core.connect_get_namespaced_pod_proxy_with_path(f"{pod}:29000", NAMESPACE, "metrics")
@@ -73,7 +73,7 @@ def routed(core: client.CoreV1Api, metric: str, label: str) -> Counter[str]:
 
 
 def test_a_beginning_stays_on_one_pod(core: client.CoreV1Api) -> None:
-    """The second to the last of ten prompts with one beginning go where the first went."""
+    """Ten prompts with a common prefix are routed to the same pod."""
     decisions, outcomes = "vllm_router_policy_decisions_total", "vllm_router_prefix_routing_decisions_total"
     before = routed(core, decisions, "worker"), routed(core, outcomes, "outcome")
     for number in range(10):
@@ -115,7 +115,7 @@ def test_a_pod_that_is_killed_costs_no_request(core: client.CoreV1Api) -> None:
 
 
 def ready(core: client.CoreV1Api) -> list[str]:
-    """Returns the addresses that the headless Service lists."""
+    """Returns the addresses of the headless Service."""
     subsets = core.read_namespaced_endpoints("ictx-serving-replicas", NAMESPACE).subsets or []
     return [address.ip for subset in subsets for address in subset.addresses or []]
 

@@ -1,4 +1,4 @@
-"""No secret lies in logs, command lines, facts, images, bundles or SLURM's state: all of them are searched for each."""
+"""Searches logs, command lines, facts, images, bundles and SLURM's state for the value of every secret."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lab import STATE
 
 pytestmark = [pytest.mark.lab, pytest.mark.full]
 
-# The values come on standard input: an argument would be in the list of processes. Only names of files are printed.
+# Values are read from standard input, since arguments are in the list of processes. Only file names are printed.
 SEARCH = """set -eu
 values=$(mktemp)
 trap 'rm -f "$values"' EXIT
@@ -31,7 +31,7 @@ PLACES = {
 
 
 def secrets() -> list[str]:
-    """Returns the values of all secrets, line by line: passwords, tokens, and the bodies of keys."""
+    """Returns the lines of all secrets: passwords, tokens, and the bodies of keys."""
     keys = [*(STATE / "ca").glob("**/*.key"), STATE / "ssh/id_ed25519"]
     files = [path for path in [*(STATE / "secrets").iterdir(), *keys] if path.is_file()]
     lines = [line.strip() for path in files for line in path.read_text().splitlines()]
@@ -39,7 +39,7 @@ def secrets() -> list[str]:
 
 
 def found(command: list[str | Path], places: str) -> str:
-    """Returns the files that have a secret, as a shell on a machine finds them."""
+    """Returns the files that contain a secret; the command is a shell on the machine to search."""
     script = SEARCH.replace("PLACES", places)
     done = subprocess.run([*command, script], input="\n".join(secrets()), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

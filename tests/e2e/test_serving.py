@@ -1,4 +1,4 @@
-"""From the registry to an answer: what was trained is served, rolls lose no request, failures are reported."""
+"""From the registry to a response: trained versions are served, rolls lose no request, failures are reported."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from serving import MODEL, NAMESPACE, RELEASE, SERVER, Client, complete, key
 
 pytestmark = pytest.mark.lab
 
-# Versions that are made to fail, or are the served one once more: no evaluation covers them.
+# These versions fail on purpose or copy the served one, and no evaluation covers them.
 PROMOTE = f"/opt/ictx/bin/ictx promote {{}} --alias champion --model {MODEL} --force --reason 'end-to-end tests'"
 
 
 def run(*command: object, status: int = 0) -> str:
-    """Returns what a command prints, errors included."""
+    """Returns the output of a command, with its errors."""
     done = subprocess.run([str(word) for word in command], capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == status, f"{command}: {done.stdout}{done.stderr}"
     return done.stdout + done.stderr
@@ -44,7 +44,7 @@ def core() -> client.CoreV1Api:
 
 
 def server(core: client.CoreV1Api) -> Any:
-    """Returns the pod that serves; of two in a roll, the one that stays."""
+    """Returns the serving pod; during a roll, the one that is not terminating."""
     pods = core.list_namespaced_pod(NAMESPACE, label_selector=SERVER).items
     (pod,) = [pod for pod in pods if not pod.metadata.deletion_timestamp]
     return pod
@@ -56,7 +56,7 @@ def pods(core: client.CoreV1Api, labels: str) -> set[str]:
 
 
 def last_words(core: client.CoreV1Api, namespace: str) -> list[str]:
-    """Returns what the init containers that failed printed at their end."""
+    """Returns the termination messages of the init containers that failed."""
     pods = core.list_namespaced_pod(namespace, label_selector=SERVER).items
     states = [state for pod in pods for state in pod.status.init_container_statuses or []]
     ends = [end for state in states for end in (state.state.terminated, state.last_state.terminated) if end]
@@ -68,7 +68,7 @@ class Registry:
     """The lab's MLflow server, through its own client."""
 
     def run(self, script: str, *arguments: str) -> Any:
-        """Returns the JSON that a Python script prints last; `client` is an MlflowClient of the administrator."""
+        """Returns the JSON in the last line of a Python script; `client` is an MlflowClient of the administrator."""
         begin = "import json, sys\nfrom mlflow import MlflowClient\nclient = MlflowClient()\n"
         done = subprocess.run(
             [ROOT / ".venv-workload/bin/python", "-c", begin + script, *arguments],
@@ -81,12 +81,12 @@ class Registry:
         return json.loads(done.stdout.splitlines()[-1])
 
     def alias(self, name: str) -> str:
-        """Returns the version that an alias of the model stands for."""
+        """Returns the version of an alias of the model."""
         script = "print(json.dumps(str(client.get_model_version_by_alias(sys.argv[1], sys.argv[2]).version)))"
         return str(self.run(script, MODEL, name))
 
     def register(self, change: str) -> str:
-        """Registers the served model anew with `change` (Python; `folder` is its path) made; returns the version."""
+        """Registers the served model again after `change` (Python; `folder` is its path); returns the version."""
         script = f"""
 import pathlib, tempfile
 from mlflow.artifacts import download_artifacts
@@ -110,7 +110,7 @@ def registry() -> Registry:
 
 @pytest.fixture(scope="module", autouse=True)
 def served(lab: Lab, registry: Registry) -> str:
-    """The version that is served: the newest that a job of the lab registered, trained first if need be."""
+    """The served version: the newest that a job of the lab registered; trains one if there is none."""
     results = [json.loads(path.read_text()) for path in SHARED.glob("runs/researcher/*/result.json")]
     if not any(result.get("model_version") and result.get("mlflow_run_id") for result in results):
         status, output = lab.follow(lab.submit())
@@ -224,7 +224,7 @@ file.write_text(file.read_text().replace('"kv_lora_rank": 512', '"kv_lora_rank":
     reason = "has kv_lora_rank 256: vLLM serves latent attention with kv_lora_rank 512 only"
     lab.user(PROMOTE.format(bad))
     try:
-        # Far within the time that the release has: a container that fails again and again is not waited for.
+        # Much faster than the release's timeout: the playbook does not wait for a container that fails repeatedly.
         printed = playbook("playbooks/serving.yml", status=2)
     finally:
         lab.user(PROMOTE.format(good))
@@ -320,7 +320,7 @@ def test_by_hand_as_the_readme_says(core: client.CoreV1Api) -> None:
         by_hand("rollback", "ictx", "1", "--wait")
     finally:
         by_hand("uninstall", "ictx", "--wait")
-    assert core.list_namespaced_persistent_volume_claim("default").items == [], "the model volume is an emptyDir"
+    assert core.list_namespaced_persistent_volume_claim("default").items == [], "the model's volume is an emptyDir"
 
 
 @pytest.mark.full
@@ -348,7 +348,7 @@ def test_a_training_loses_no_metric_when_mlflow_goes_away(
     logged = registry.run(script, lab.result(job)["mlflow_run_id"])
     assert logged == [[record["step"], record["loss"]] for record in lab.records(job)]
     assert [step for step, _ in logged] == list(range(1, steps + 1))
-    assert "MLflow does not answer" in output, "the pod was gone between two checkpoints: nothing was tried"
+    assert "MLflow does not answer" in output, "no request was sent while the pod was down"
 
 
 def test_people_log_as_themselves_with_a_password_that_root_keeps(lab: Lab) -> None:

@@ -1,4 +1,4 @@
-"""Beside the lab's model: an adapter that comes and goes without a roll, a second model, a canary that is measured."""
+"""In addition to the lab's model: an adapter, loaded and unloaded without a roll; a second model; a canary."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from test_router import helm, pods, upgrade
 pytestmark = [pytest.mark.lab, pytest.mark.full]
 
 ADAPTER, PROMPT = "ictx-tiny-test-adapter", [5, 250, 17, 99, 301, 4]
-# An adapter on the version that is served, as a run of ours writes it, and what transformers and PEFT compute.
+# Writes an adapter for the served version, as a run does, and computes references with transformers and PEFT.
 MAKE = """
 import json, sys
 from pathlib import Path
@@ -63,7 +63,7 @@ print(json.dumps([plain, scores(PeftModel.from_pretrained(base, folder / "adapte
 
 
 def send(path: str, body: object = None) -> tuple[int, Any, str]:
-    """Returns status, answer, and the release that answered."""
+    """Returns the status, the response, and the release that responded."""
     content = None if body is None else json.dumps(body).encode()
     headers = {"Authorization": f"Bearer {key()}", "Content-Type": "application/json"}
     request = urllib.request.Request(endpoint() + path, content, headers)
@@ -85,7 +85,7 @@ def listed() -> set[str]:
 
 
 def scores(model: str) -> list[float]:
-    """Returns the log probabilities of the prompt's tokens, but the first one's."""
+    """Returns the log probabilities of the prompt's tokens without the first."""
     body = {"model": model, "prompt": PROMPT, "max_tokens": 1, "prompt_logprobs": 0, "temperature": 0}
     status, answer, _ = send("/v1/completions", body)
     assert status == 200, answer
@@ -107,7 +107,7 @@ def core() -> client.CoreV1Api:
 
 @pytest.fixture(scope="module", autouse=True)
 def as_before() -> Iterator[None]:
-    """The release as the inventory wants it, at the end."""
+    """Restores the release of the inventory at the end."""
     try:
         yield
     finally:
@@ -117,7 +117,7 @@ def as_before() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def adapter(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> list[list[float]]:
-    """A promoted adapter in the registry; returns what transformers computes without it, and PEFT with it."""
+    """Registers and promotes an adapter; returns the log probabilities of transformers without it and PEFT with it."""
     folder = tmp_path_factory.mktemp("adapter")
     environment = {**os.environ, **lab.tracking()}
 
@@ -140,26 +140,26 @@ def test_an_adapter_is_loaded_used_and_unloaded_without_a_roll(
     core: client.CoreV1Api, adapter: list[list[float]]
 ) -> None:
     without, with_it = adapter
-    assert max(abs(a - b) for a, b in zip(without, with_it, strict=True)) > 0.01, "it does something"
+    assert max(abs(a - b) for a, b in zip(without, with_it, strict=True)) > 0.01, "the adapter has an effect"
     upgrade(**{"adapters.enabled": True, "adapters.seconds": 2})
     before = pods(core, SERVER)
     with Client() as steady:
         upgrade(**{"adapters.serve": [{"name": "support", "model": f"models:/{ADAPTER}@champion"}]})
         wait_for("the adapter", lambda: "support" in listed(), seconds=240)
         assert scores("support") == pytest.approx(with_it, abs=1e-3)
-        assert scores(MODEL) == pytest.approx(without, abs=1e-3), "the model is what it was"
+        assert scores(MODEL) == pytest.approx(without, abs=1e-3), "the base model is unchanged"
         status, _, _ = send("/v1/load_lora_adapter", {"lora_name": "x", "lora_path": "/models"})
-        assert status == 404, "clients load nothing"
+        assert status == 404, "clients cannot load adapters"
         upgrade(**{"adapters.serve": []})
         wait_for("its end", lambda: "support" not in listed(), seconds=240)
         assert send("/v1/completions", {"model": "support", "prompt": "x", "max_tokens": 1})[0] == 404
     assert steady.failures == []
-    assert pods(core, SERVER) == before, "no pod rolled"
+    assert pods(core, SERVER) == before, "no pod was replaced"
 
 
 @pytest.fixture(scope="module")
 def second(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A second release, whose model has another name; returns its values."""
+    """A second release with another model name; yields the file of its values."""
     mine = values() | {"service": {"type": "ClusterIP"}, "adapters": {"enabled": False}}
     mine["tls"] = {**mine["tls"], "existingSecret": ""}
     mine["model"] = {**mine["model"], "servedName": "ictx-second"}
@@ -204,4 +204,4 @@ def test_a_canary_gets_a_tenth_of_a_thousand_requests(second: Path, record_prope
     with Client() as steady:
         upgrade(canary={"service": "next-serving", "weight": 0})
         wait_for("nothing goes there", lambda: {release(0) for _ in range(20)} == {"ictx-serving"}, seconds=300)
-    assert steady.failures == [], "rolled back without a request lost"
+    assert steady.failures == [], "the rollback loses no request"

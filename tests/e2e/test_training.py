@@ -1,4 +1,4 @@
-"""A job from sbatch to the registered model, and what becomes of it when a node or its time is lost."""
+"""A job from sbatch to the registered model, and its recovery from a lost node and from the time limit."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def trained(lab: Lab) -> str:
     contents = {path.parent.name: json.loads(path.read_text()) for path in results}
     pretrained = {job: about for job, about in contents.items() if about.get("stage", "pretrain") == "pretrain"}
     registered = [job for job, about in pretrained.items() if about["model_name"]]
-    # Folders outlive the accounts of a lab that was made anew.
+    # The folders of a previous lab remain, but not its accounting records.
     known = [job for job in registered if lab.accounts(job, "State") == "COMPLETED"]
     if known:
         return known[-1]
@@ -41,7 +41,7 @@ def trained(lab: Lab) -> str:
 
 @pytest.fixture(scope="session")
 def registry(trained: str, lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The job's MLflow run and registered version with its files, as the server gives them to MLflow's own client."""
+    """The job's MLflow run and registered version with its files, read with MLflow's client."""
     artifacts = tmp_path_factory.mktemp("artifacts")
     script = """
 import json, sys
@@ -124,7 +124,7 @@ def test_a_job_that_loses_a_node_resumes_and_its_curve_goes_on(lab: Lab, trained
     assert status == 0, output[-3000:]
     assert lab.restarts(job) >= 1
     assert_resumed(lab, job)
-    # The node came back by itself: the second start ran on it, and so does what is sent to it now.
+    # The node returned without help: the second start ran on it, and it accepts new jobs.
     assert lab.accounts(job, "NodeList") == "n[1-2]"
     assert lab.user("srun --nodelist=n2 --immediate=120 hostname") == "n2"
 
@@ -142,7 +142,7 @@ def test_a_cancelled_job_does_not_start_again(lab: Lab, trained: str) -> None:
 
 
 def assert_resumed(lab: Lab, job: str) -> None:
-    """The run went on from a checkpoint: every step is there once, and the loss goes on falling."""
+    """The run resumed from a checkpoint: every step is recorded once, and the loss continues to fall."""
     assert 0 < lab.result(job)["resumed_from_step"] < STEPS_OF_A_SHORT_RUN
     records = lab.records(job)
     steps = [int(record["step"]) for record in records]
