@@ -1,4 +1,4 @@
-"""The key of an apt repository is trusted by its fingerprint, not because it came first."""
+"""The key of an apt repository is trusted by its fingerprint, not on first use."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 def fingerprints(file: Path) -> list[str]:
     """Returns the fingerprints that the role reads from a file."""
-    # gpg ends where its home is not there, as on a node that has no /nonexistent: it is the folder that the role makes.
+    # gpg fails without its home folder, which the role creates on nodes.
     with tempfile.TemporaryDirectory() as home:
         command = VARS["_apt_key_show"].replace("{{ _apt_key_folder.path }}", home)
         assert f"--homedir {home} " in command
@@ -92,7 +92,7 @@ def test_another_key_is_refused_with_both_fingerprints(keys: tuple[Path, Path], 
     assert install(keys[0]).returncode == 0
     assert fingerprints(installed) == expected
     assert "changed=0" in install(keys[0]).stdout
-    # One that somebody has replaced is replaced again, and never by another.
+    # A key that somebody replaced is restored, and never replaced with another.
     installed.write_bytes(keys[1].read_bytes())
     assert install(keys[1]).returncode != 0
     assert install(keys[0]).returncode == 0

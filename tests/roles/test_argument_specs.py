@@ -1,4 +1,4 @@
-"""Every role documents and checks its variables: its argument specs have all of them, and nothing else."""
+"""Every role documents and validates its variables: its argument specs list all of them, and no others."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ROLES = sorted(path for path in (ROOT / "roles").iterdir() if path.is_dir())
 
 
 def load(file: Path) -> dict[str, Any]:
-    """Returns the content of a YAML file of a role, empty when it does not have it."""
+    """Returns the content of a YAML file, empty if it does not exist."""
     return (yaml.safe_load(file.read_text()) if file.exists() else None) or {}
 
 
@@ -35,7 +35,7 @@ def test_every_default_has_an_option(role: Path) -> None:
 
 
 def test_every_optional_option_has_a_default_or_belongs_to_hosts(role: Path) -> None:
-    # The lab's volumes and ports are read through hostvars, where no default of a role is seen.
+    # The lab's volumes and ports are read through hostvars, which do not include defaults of roles.
     through_hostvars = {"lab": {"lab_volumes", "lab_publish"}}
     without = {name for name, option in options(role).items() if not option.get("required")}
     assert without - set(load(role / "defaults/main.yml")) == through_hostvars.get(role.name, set())

@@ -1,4 +1,4 @@
-"""Images of the lock, through real registries: fetched by digest, pushed into ours, found there by who runs them."""
+"""Images of the lock, with real registries: fetched by digest, pushed into ours, and pulled from there by roles."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PATH = "team/tool"
 
 
 def free_port() -> int:
-    """Returns a port that nobody listens on."""
+    """Returns an unused port."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         return int(found.getsockname()[1])
@@ -34,7 +34,10 @@ def free_port() -> int:
 
 @pytest.fixture
 def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., str]]:
-    """Returns what starts Debian's registry with TLS and gives its address; with a password where a user is given."""
+    """Returns a function that starts Debian's registry with TLS, with a password if a user is given.
+
+    The function returns the registry's address.
+    """
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setenv("PATH", f"{Path(program('skopeo')).parent}:{os.environ['PATH']}")
     subject = ["-subj", "/CN=test", "-addext", "subjectAltName=IP:127.0.0.1", "-days", "2"]
@@ -128,7 +131,7 @@ def test_an_image_goes_from_its_publisher_through_the_mirror_into_our_registry(
     publisher, ours = registry(), registry("ictx")
     digest = publish(publisher, tmp_path, tmp_path / "ca.crt")
     lock(tmp_path, f"{publisher}/{PATH}", digest)
-    # A publisher's certificate is one that this host trusts: so requests and skopeo are configured.
+    # This host trusts a publisher's certificate, so requests and skopeo are configured to trust it.
     with monkeypatch.context() as trusting:
         trusting.setenv("REQUESTS_CA_BUNDLE", f"{tmp_path}/ca.crt")
         trusting.setenv("SSL_CERT_FILE", f"{tmp_path}/ca.crt")
@@ -146,7 +149,7 @@ def test_an_image_goes_from_its_publisher_through_the_mirror_into_our_registry(
     assert run(monkeypatch, tmp_path, *login, f"{tmp_path}/password") == 0
     assert capsys.readouterr().out.startswith("already there tool v1\n")
 
-    # And the role that runs one finds it by its digest, in the first registry that has it.
+    # The role that runs an image finds it by its digest, in the first registry that has it.
     variables = {
         "kube_state_metrics_digest": f"sha256:{digest}",
         "kube_state_metrics_repository": PATH,

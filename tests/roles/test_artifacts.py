@@ -1,4 +1,4 @@
-"""What the mirror takes from outside: resumed, verified, bundled; what is wrong is one line, and nothing half-done."""
+"""Downloads of the mirror: resumed, verified, bundled. An error is one line, and leaves no partial file."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ YESTERDAY = date.today() - timedelta(days=1)
 
 
 class Publisher(SimpleHTTPRequestHandler):
-    """Serves a folder, with ranges; `fault` decides how it fails."""
+    """Serves a folder, with ranges; `fault` selects a failure."""
 
     fault: ClassVar[str] = ""
     ranges: ClassVar[list[str]] = []
 
     def do_GET(self) -> None:
-        """Answers; with ranges only where a download goes on."""
+        """Sends the file, or a range of it if a download is resumed."""
         wanted = self.headers.get("Range", "")
         file = Path(self.translate_path(self.path))
         if not file.is_file() or wanted == "bytes=0-0":
@@ -65,17 +65,17 @@ class Publisher(SimpleHTTPRequestHandler):
         return None
 
     def log_message(self, format: str, *arguments: object) -> None:
-        """Logs nothing."""
+        """Suppresses the log of requests."""
 
 
 @pytest.fixture
 def publisher(tmp_path: Path) -> Iterator[tuple[Path, str, type[Publisher]]]:
-    """Serves a folder; yields it, its address, and the handler whose `fault` may be set."""
+    """Serves a folder; yields it, its address, and the handler, whose `fault` can be set."""
     folder = tmp_path / "published"
     folder.mkdir()
     handler = type("Faulty", (Publisher,), {"fault": "", "ranges": []})
     with ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(handler, directory=str(folder))) as server:
-        # Clients that hang up are what some tests are about.
+        # Some tests disconnect on purpose.
         server.handle_error = lambda *_: None
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield folder, f"http://127.0.0.1:{server.server_address[1]}", handler
@@ -87,7 +87,7 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 
 @pytest.fixture
 def artifacts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Returns what runs the program on a lock of some entries, with the mirror in tmp_path/mirror."""
+    """Returns a function that runs the program on a lock of some entries, with the mirror in tmp_path/mirror."""
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
 
     def run(entries: list[dict[str, Any]], *words: str, mirror: Path = tmp_path / "mirror") -> Any:
@@ -117,7 +117,7 @@ def entry(url: str, **fields: Any) -> dict[str, Any]:
 
 
 def one_line(done: subprocess.CompletedProcess[str], *words: str) -> None:
-    """Asserts that a run failed with one line of an error, which has the words."""
+    """Asserts that a run failed with one line on stderr, which contains the words."""
     assert done.returncode == 1, done.stdout + done.stderr
     lines = [line for line in done.stdout.splitlines() if line.startswith("FAILED")] + done.stderr.splitlines()
     assert len(lines) == 1, lines
@@ -126,7 +126,7 @@ def one_line(done: subprocess.CompletedProcess[str], *words: str) -> None:
 
 
 def left(mirror: Path) -> list[str]:
-    """Returns the files of a mirror but its manifest."""
+    """Returns the files of a mirror without its manifest."""
     return sorted(
         str(file.relative_to(mirror)) for file in mirror.rglob("*") if file.is_file() and file.name != "manifest.json"
     )
@@ -183,7 +183,7 @@ def test_a_mirror_that_goes_down_in_mid_run_is_reported(publisher: Any, artifact
     assert left(tmp_path / "mirror") == ["tools/1.0/tool.part"]
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small disk")
+@pytest.mark.skipif(os.geteuid() != 0, reason="requires root, to mount a small file system")
 @pytest.mark.parametrize("fault", ["", "no length"])
 def test_a_full_disk_is_reported_and_nothing_is_left(
     publisher: Any, artifacts: Run, tmp_path: Path, fault: str
@@ -195,7 +195,7 @@ def test_a_full_disk_is_reported_and_nothing_is_left(
     disk.mkdir()
     done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=512k", "none", disk], capture_output=True, check=False)
     if done.returncode != 0:
-        pytest.skip("this machine may not mount")
+        pytest.skip("mounts are not permitted")
     try:
         fetched = artifacts([entry(url)], "fetch", mirror=disk)
         one_line(fetched, f"the disk of {disk}/tools/1.0 is full", "free some space")
@@ -237,7 +237,7 @@ def test_a_bundle_carries_what_the_mirror_has(publisher: Any, artifacts: Run, tm
     assert "1 entries, 1 files" in artifacts([entry(url)], "export", str(bundle)).stdout
     assert artifacts([entry(url)], "import", str(bundle), mirror=there).stdout == "imported: tool\n"
     assert (there / "tools/1.0/tool").read_bytes() == CONTENT
-    # There, the entry is cached, whoever publishes it.
+    # In that mirror the entry is cached, so the publisher is not contacted.
     (row,) = json.loads(artifacts([entry("http://127.0.0.1:1")], "table", "--json", mirror=there).stdout)
     assert (row["cached"], row["verified"], row["reachable"]) == ("yes", "sha256", "no connection")
 
@@ -307,7 +307,7 @@ def test_wheels_are_for_the_platforms_of_images(architecture: str, machine: str)
     role = yaml.safe_load((ROOT / "roles/image_bake/vars/main.yml").read_text())
     templar = Templar(DataLoader(), variables={"image_bake_architecture": machine})
     assert wheels.platforms(architecture) == templar.template(trusted(role["_image_bake_platforms"]))
-    # nvidia-nccl-cu13 is for 2.18: pip knows no tag as older than another when it is given them.
+    # nvidia-nccl-cu13 has the tag 2_18. pip accepts only the tags that it is given, not older ones.
     assert {f"manylinux_2_{minor}_{machine}" for minor in (5, 17, 18, 28, 35)} <= set(wheels.platforms(architecture))
 
 
@@ -329,7 +329,7 @@ needs_apt = pytest.mark.skipif(not (shutil.which("gpg") and shutil.which("dpkg-d
 
 @pytest.fixture(scope="module")
 def signer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], tuple[dict[str, str], str]]]:
-    """Returns what makes a key: its environment of gpg, and its fingerprint."""
+    """Returns a function that makes a key and returns gpg's environment for it, and its fingerprint."""
     homes = []
 
     def key(name: str) -> tuple[dict[str, str], str]:

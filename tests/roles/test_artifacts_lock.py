@@ -1,4 +1,4 @@
-"""The lock of what comes from outside: complete, and the same as the roles' defaults."""
+"""The lock of external artifacts is complete, and equal to the roles' defaults."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def defaults(role: str) -> dict[str, Any]:
 
 
 def address(value: str, mirror: str = "") -> str:
-    """Returns what a role's default address is, with and without a mirror."""
+    """Returns an address of a role's defaults, with or without a mirror."""
     found = re.fullmatch(r"\{\{ artifacts_mirror ~ '(.+)' if artifacts_mirror \| default\(''\) else '(.+)' \}\}", value)
     assert found, value
     return mirror + found[1] if mirror else found[2]
@@ -34,7 +34,7 @@ def test_an_entry_tells_what_one_wants_to_know_of_it(entry: dict[str, Any]) -> N
     assert entry["licence"]
     assert isinstance(entry["looked_at"], datetime.date)
     assert entry["end_of_life"] is None or isinstance(entry["end_of_life"], datetime.date)
-    # Why ours is not the newest.
+    # The reason, if ours is not the newest.
     assert bool(entry["why"]) == (str(entry["newest"]) != str(entry["version"]))
     assert re.fullmatch("[0-9a-f]{64}", entry.get("sha256") or 64 * "0")
 

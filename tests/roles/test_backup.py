@@ -1,7 +1,7 @@
-"""The program that makes backups: with the distribution's restic, on folders and databases, and when something fails.
+"""The backup program with the distribution's restic: folders, databases, and failures.
 
-MariaDB's two programs are stood in for here: a database is a file, and its dump ends as a real one does. The scenario
-`default` of molecule saves and restores a real one.
+MariaDB's two programs are stubs: a database is a file, and its dump ends as a real one does. molecule/default saves
+and restores a real database.
 """
 
 from __future__ import annotations
@@ -64,19 +64,19 @@ class Site:
         }
 
     def __call__(self, *words: str) -> int:
-        """Runs the program, which reads its settings where the environment points; returns its status."""
+        """Runs the program with the settings of this site; returns its status."""
         (self.etc / "settings.json").write_text(json.dumps(self.settings))
         status: int = loaded(PROGRAM).main(words)
         return status
 
     def exposed(self) -> dict[str, float]:
-        """Returns when each backup was last good, as exposed to Prometheus."""
+        """Returns the time of each backup's last success, as exposed to Prometheus."""
         lines = [line for file in self.metrics.glob("*.prom") for line in file.read_text().splitlines()]
         found = [line.rsplit(" ", 1) for line in lines if line.startswith(METRIC)]
         return {name.removeprefix(f'{METRIC}{{what="').removesuffix('"}'): float(value) for name, value in found}
 
     def snapshots(self) -> list[str]:
-        """Returns what the repository has, oldest first."""
+        """Returns the repository's snapshots, oldest first."""
         made = loaded(PROGRAM).Backup(self.settings)
         asked = subprocess.run(
             ["restic", "snapshots", "--json"], env=made.environment, capture_output=True, text=True, check=True
@@ -84,18 +84,18 @@ class Site:
         return [snapshot["tags"][0] for snapshot in sorted(json.loads(asked.stdout), key=lambda one: one["time"])]
 
     def drafts(self) -> list[Path]:
-        """Returns what is left of dumps."""
+        """Returns the files that remain of dumps."""
         return [*Path(self.settings["staging_dir"]).glob("dumps/*")]
 
 
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Returns an empty repository, made once: its key costs time by design."""
+    """Returns an empty repository, made once, since its key derivation is slow by design."""
     folder = tmp_path_factory.mktemp("backup")
     with pytest.MonkeyPatch.context() as patch:
         site = Site(folder, patch)
         assert site("init") == 0
-        assert site("init") == 0, "one that is there stays"
+        assert site("init") == 0, "an existing repository is kept"
     return site.repository
 
 
@@ -133,7 +133,7 @@ def test_a_dump_that_fails_keeps_its_old_time_and_the_rest_goes_on(
     assert f"ictx-backup: accounting: {'the dump ' if fault == 'cut' else ''}{words}" in capfd.readouterr().err
     assert site.exposed()["accounting"] == 1000
     assert site.exposed()["state"] > 1000
-    assert site.snapshots() == ["state"], "half a dump is no snapshot"
+    assert site.snapshots() == ["state"], "an incomplete dump is not saved"
     assert site.drafts() == []
 
 

@@ -1,4 +1,4 @@
-"""Of what a node sends, only its public key gets into a certificate; and the authority certifies no other authority."""
+"""A certificate takes only the public key from a node's request; the authority certifies no other authority."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def request(key: Any = KEY, subject: str = "", *extensions: x509.ExtensionType, 
 
 
 def issue(ca: Path, csr: str = "", names: tuple[str, ...] = ("n1", "10.0.0.1"), **options: Any) -> tuple[Any, str, str]:
-    """Returns a certificate, its text and why it is new."""
+    """Returns a certificate, its text and the reason of its renewal."""
     given = {"usages": ["serverAuth"], "present": "", "valid_days": 397, "renew_days": 30, **options}
     text, reason = MODULE.issue(ca, csr or request(), names, **given)
     return x509.load_pem_x509_certificate(text.encode()), text, reason
@@ -94,7 +94,7 @@ AUTHORITY = [
 
 
 def text_of(certificate: x509.Certificate) -> str:
-    """Returns everything that the certificate's extensions and subject have."""
+    """Returns the text of the certificate's subject and extensions."""
     return f"{certificate.subject.rfc4514_string()} {[e.value for e in certificate.extensions]}"
 
 
@@ -142,7 +142,7 @@ def test_a_chain_below_a_node_does_not_verify(ca: Path, tmp_path: Path) -> None:
         capture_output=True,
         text=True,
     )
-    # A strict verifier requires a key identifier of the authority itself too; that is the role's to add, below.
+    # A strict verifier also requires a key identifier in the authority's certificate, which the role adds; see below.
     assert b"error 20" not in node_alone.stderr
     assert below.returncode != 0
     assert "invalid CA certificate" in below.stderr
@@ -285,7 +285,7 @@ PLAYBOOK: list[dict[str, Any]] = [
 
 @pytest.fixture
 def converge(tmp_path: Path) -> Callable[..., str]:
-    """Returns a function that runs the role on this machine, as its own control host, and returns what it printed."""
+    """Returns a function that runs the role on this machine, as its own control host, and returns the output."""
     playbook = tmp_path / "playbook.yml"
     playbook.write_text(yaml.safe_dump(PLAYBOOK))
 
@@ -347,7 +347,7 @@ def test_the_role_is_idempotent_and_follows_names_and_authority(converge: Callab
     assert "restarted" in converge(names="[kube2]")
     assert crt.read_text() != before
 
-    # The authority is replaced: clients trust both until the one before is removed.
+    # The authority is replaced: clients trust both until the previous one is removed.
     (folder / "current.crt").rename(folder / "previous.crt")
     (folder / "ca.key").unlink()
     old = crt.read_text()

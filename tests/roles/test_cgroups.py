@@ -1,4 +1,4 @@
-"""What follows from the version of a machine's cgroups, and from who tracks the processes of jobs."""
+"""Settings that depend on the machine's cgroup version and on SLURM's process tracking."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from cluster import ROOT, Cluster
 
 
 def variables(cluster: Cluster, host: str, playbook: str, name: str) -> dict[str, Any]:
-    """Returns what a role of a playbook sees on a host."""
+    """Returns the variables of a playbook's role on a host."""
     role, play = next((role, play) for role, play, _ in cluster.uses(playbook) if role.get_name() == name)
     return cluster.variables(host, play, role)
 
@@ -64,5 +64,5 @@ def test_cgroups_enforce_what_a_job_may_use_and_slurm_finds_out_their_version(
         for name in ("slurm", "cgroup")
     )
     assert expected <= set(conf)
-    # No plug-in is named: nodes of version 1 and 2 have the same file.
+    # The plug-in is detected, so nodes with cgroup versions 1 and 2 have the same file.
     assert set(cgroup[1:]) == {f"Constrain{what}=yes" for what in ("Cores", "Devices", "RAMSpace", "SwapSpace")}

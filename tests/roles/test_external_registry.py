@@ -1,4 +1,4 @@
-"""A registry that somebody else runs: what pushes or pulls has its authority and its users, or needs none."""
+"""An external registry: clients get its authority and credentials, where it has them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ REGISTRY = "harbor.example.org"
 
 
 def rendered(tmp_path: Path, external: dict[str, str]) -> dict[str, Any]:
-    """Returns what the builder and a node of Kubernetes have of it."""
+    """Returns the registry's settings of the builder and of a Kubernetes node."""
     for name in ("pull", "push"):
         (tmp_path / name).write_text(f"{name}-secret\n")
     (tmp_path / "ca.crt").touch()

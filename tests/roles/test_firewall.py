@@ -1,4 +1,4 @@
-"""The firewall lets in what playbooks/vars/ports.yml has and nothing else; nft itself reads the rules."""
+"""The firewall allows the ports of playbooks/vars/ports.yml and no others; nft validates the rules."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ PORTS = yaml.safe_load((ROOT / "playbooks/vars/ports.yml").read_text())["open_po
 
 @cache
 def example() -> tuple[Cluster, Any, Any]:
-    """Returns the example, and the role with its play."""
+    """Returns the example inventory, and the role with its play."""
     cluster = Cluster(ROOT / "inventories/example", {"ictx_state_dir": "/nonexistent"})
     role, play, _ = next(cluster.uses("playbooks/firewall.yml"))
     return cluster, role, play
 
 
 def rules(host: str, **variables: Any) -> str:
-    """Returns the rules of a host of the example where the firewall is on."""
+    """Returns the rules of a host of the example inventory with the firewall enabled."""
     cluster, role, play = example()
     known = {**cluster.variables(host, play, role), "firewall_enabled": True, **variables}
     return cluster.render(ROOT / "roles/firewall/templates/ictx.nft.j2", known)
@@ -69,7 +69,7 @@ def test_only_tables_of_its_own_are_touched() -> None:
     text = rules("gpu1") + (ROOT / "roles/firewall/templates/ictx-firewall.service.j2").read_text()
     assert "flush ruleset" not in text
     assert set(re.findall(r"(?m)^(?:delete )?table (\w+ \w+)", text)) == {"inet ictx"}
-    assert re.findall(r"hook (\w+)", text) == ["input"], "what is forwarded to containers and pods is theirs"
+    assert re.findall(r"hook (\w+)", text) == ["input"], "forwarded traffic of pods is not filtered"
 
 
 @pytest.mark.parametrize("host", ["gpu1", "ctl1", "nas1", "infra1", "db1"])

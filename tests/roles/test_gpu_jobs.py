@@ -1,4 +1,4 @@
-"""Which jobs have which GPU, as dcgm-exporter reads it: a file a GPU, a job a line."""
+"""The mapping of GPUs to jobs that dcgm-exporter reads: one file per GPU, one job per line."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ JOBS = loaded(PROGRAM)
 
 @pytest.fixture(autouse=True)
 def _driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lays out a driver whose device files are numbered otherwise than the PCI bus."""
+    """Lays out a driver whose device files are not numbered in the order of the PCI bus."""
     for address, minor in (("0000:07:00.0", 1), ("0000:47:00.0", 0)):
         (tmp_path / "driver" / address).mkdir(parents=True)
         (tmp_path / "driver" / address / "information").write_text(f"Model: \t A100\nDevice Minor: \t {minor}\n")

@@ -1,4 +1,4 @@
-"""ECC and MIG of GPUs become what the inventory declares; nvidia-smi is a program here that keeps their state."""
+"""ECC and MIG of GPUs are set as the inventory declares; nvidia-smi is a stub that keeps their state."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Node:
         (folder / "nvidia-smi").symlink_to(SMI)
 
     def apply(self, ecc: str = "keep", *mig: dict[str, Any]) -> tuple[str, list[str]]:
-        """Returns what went wrong, and what was changed."""
+        """Returns the error, and the changes."""
         (self.folder / "modes.json").write_text(json.dumps({"ecc": ecc, "mig": mig}))
         command = [sys.executable, str(PROGRAM), f"--config={self.folder}/modes.json"]
         environment = {"PATH": f"{self.folder}:/usr/bin", "STAND_IN_GPUS": str(self.state)}
@@ -39,7 +39,7 @@ class Node:
         return [gpu["devices"] for gpu in json.loads(self.state.read_text())]
 
     def restart(self) -> None:
-        """Does to the GPUs what a restart does: what is pending is in force, and there are no instances."""
+        """Simulates a restart: pending modes take effect, and all instances are removed."""
         gpus = json.loads(self.state.read_text())
         for gpu in gpus:
             gpu.pop("busy", None)

@@ -1,4 +1,4 @@
-"""roles/helm_release and what playbooks/serving.yml does with releases, on a real Kubernetes API with the real helm."""
+"""roles/helm_release and the release tasks of playbooks/serving.yml, with helm and a real Kubernetes API."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MAP = "apiVersion: v1\nkind: ConfigMap\nmetadata: {name: {{ .Release.Name }}-own
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder with an API server's kubeconfig, and a chart that needs no node, of which two releases are installed."""
+    """A folder with an API server's kubeconfig, and a chart that needs no node, with two installed releases."""
     made = tmp_path_factory.mktemp("helm")
     (made / "serving/templates").mkdir(parents=True)
     (made / "serving/Chart.yaml").write_text("apiVersion: v2\nname: serving\nversion: 1.2.3\n")
@@ -34,7 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def played(folder: Path, *tasks: dict[str, Any], **variables: Any) -> tuple[int, str]:
-    """Runs tasks as playbooks/serving.yml does; returns how many changed something, and the output."""
+    """Runs tasks as playbooks/serving.yml does; returns the number of changed tasks, and the output."""
     server = {"ansible.builtin.add_host": {"name": "kube1", "groups": "k3s_server"}, "changed_when": False}
     done = play(folder, [server, *tasks], {"ictx_state_dir": str(folder), **variables})
     assert done.returncode == 0, done.stdout + done.stderr
@@ -42,7 +42,7 @@ def played(folder: Path, *tasks: dict[str, Any], **variables: Any) -> tuple[int,
 
 
 def installed(folder: Path, *names: str) -> None:
-    """Installs releases as playbooks/tasks/serving_release.yml does: with a Secret of their own, and shared ones."""
+    """Installs releases as playbooks/tasks/serving_release.yml does: each with its own Secret, and shared ones."""
     variables = {
         "helm_release_name": "{{ item }}",
         "helm_release_chart": str(folder / "serving"),

@@ -1,5 +1,5 @@
-"""What ictx-pipeline submits, and what it prints about it. SLURM's commands are stand-ins here: the real chain runs in
-tests/e2e/test_pipeline.py."""
+"""The jobs that ictx-pipeline submits, and its output. SLURM's commands are stubs; tests/e2e/test_pipeline.py runs the
+real pipeline."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from cluster import ROOT
 
 PROGRAM = ROOT / "roles/slurm_jobs/files/ictx-pipeline"
 STAGES = {"pretrain": "", "extend": "pretrain", "sft": "extend", "dpo": "sft", "probe": "pretrain"}
-# A queue in a file: `JOB STATE` a line. Each sbatch adds a job that waits.
+# The queue is a file with lines `JOB STATE`. Each sbatch adds a pending job.
 SBATCH = """#!/bin/sh
 number=$(($(wc -l <queue) + 11))
 echo "$number PENDING" >>queue
@@ -33,7 +33,7 @@ while read -r number state; do echo "$number|$state|00:01:00"; done <old
 
 
 class Queue:
-    """A folder with stand-ins for SLURM's commands, and the runs of this user."""
+    """A folder with stubs of SLURM's commands, and the runs of this user."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -65,7 +65,7 @@ class Queue:
         return lines
 
     def ends(self, job: int, state: str, **result: Any) -> None:
-        """Lets a job end, with a result if there is one."""
+        """Ends a job, with a result if given."""
         lines = [line for line in (self.folder / "queue").read_text().splitlines() if line.split()[0] != str(job)]
         (self.folder / "queue").write_text("".join(f"{line}\n" for line in [*lines, f"{job} {state}"]))
         if result:
@@ -108,7 +108,7 @@ def test_a_stage_that_failed_is_submitted_again_with_its_settings_and_then_what_
     queue.ends(12, "FAILED")
     queue.ends(13, "CANCELLED")
     assert queue("run", "--to", "sft").returncode == 0
-    # Pretraining is done: there is nothing to wait for.
+    # Pretraining is complete, so there is no dependency.
     assert queue.submitted() == [
         "--parsable extend.sbatch train.steps=9 init=job:11",
         "--parsable --dependency=afterok:14 --kill-on-invalid-dep=yes sft.sbatch init=job:14",
@@ -130,7 +130,7 @@ def test_a_chain_begins_with_a_version_that_exists_already(queue: Queue) -> None
     assert "sft comes after extend, which is not started" in done.stderr
     assert queue("run", "--from", "sft", "--to", "sft", "--set", "sft.init=models:/ictx-1b/7").returncode == 0
     assert queue.submitted() == ["--parsable sft.sbatch init=models:/ictx-1b/7"]
-    # What comes before it is not made up for.
+    # Earlier stages are not submitted.
     queue.ends(11, "COMPLETED", model_name="ictx-1b", model_version="8")
     (queue.folder / "stages.json").write_text(
         json.dumps(
@@ -197,7 +197,7 @@ def test_waiting_ends_with_the_last_job_and_its_status_says_how(queue: Queue) ->
     queue("run", "--to", "pretrain")
     queue.ends(11, "COMPLETED", model_name="m", model_version="1")
     assert queue("run", "--to", "pretrain", "--wait").returncode == 0
-    # The queue's stand-in does not end jobs by itself.
+    # The stub of squeue does not end jobs by itself.
     (queue.folder / "squeue").write_text("#!/bin/sh\necho '12|FAILED|1:00|(NonZeroExitCode)'\n")
     assert queue("run", "--from", "pretrain", "--to", "pretrain", "--wait").returncode == 1
 

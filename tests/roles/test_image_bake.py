@@ -1,4 +1,4 @@
-"""Which kernels an image holds follows the inventory, and an image is baked again when they change."""
+"""The inventory determines the kernels in an image, and an image is rebuilt when they change."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ BUILT_WITH_KERNELS = ("training", "serving")
 
 
 def images(inventory: str, state: Path, **extra: Any) -> dict[str, dict[str, Any]]:
-    """Returns what the role makes of its variables for each image of an inventory."""
+    """Returns the role's evaluated variables for each image of an inventory."""
     cluster = Cluster(
         ROOT / "inventories" / inventory, {"ictx_state_dir": str(state), "lab_state_dir": str(state), **extra}
     )
@@ -58,7 +58,7 @@ def test_other_gpus_make_another_image(tmp_path: Path) -> None:
 
 
 def play(tasks: str, variables: dict[str, Any], folder: Path) -> subprocess.CompletedProcess[str]:
-    """Runs some of the role's tasks on this machine; programs in the folder come first."""
+    """Runs some of the role's tasks on this machine; programs in the folder take precedence."""
     run = [{"ansible.builtin.include_role": {"name": "image_bake", "tasks_from": tasks}}]
     file = folder / "play.yml"
     start = {"hosts": "localhost", "connection": "local", "gather_facts": False, "vars": variables, "tasks": run}
@@ -98,13 +98,13 @@ def test_triton_reads_the_folder_that_the_build_fills(name: str) -> None:
     module, _, wanted = manager.partition(":")
     tree = ast.parse((ROOT / "workload/src" / f"{module.replace('.', '/')}.py").read_text())
     assert wanted in {node.name for node in tree.body if isinstance(node, ast.ClassDef)}
-    # Which kernels there are follows the configs: they come before the build.
+    # The configs determine the kernels, so they are copied before the build.
     assert text.index("COPY configs /opt/ictx/configs") < text.index("kernels build")
 
 
 @pytest.mark.parametrize("name", BUILT_WITH_KERNELS)
 def test_an_image_holds_what_its_version_names(name: str, tmp_path: Path) -> None:
-    """The commit, and the lock files where `ictx.version` looks for them; the build's own line runs here."""
+    """The commit, and the lock files where `ictx.version` reads them; the test runs the Dockerfile's line."""
     text = (ROOT / "images" / name / "Dockerfile").read_text()
     (line,) = re.findall(r"for lock in \$\{REQUIREMENTS\}; do install .*", text)
     locks = ROOT / "workload/requirements"
@@ -137,7 +137,7 @@ def digest(number: int) -> str:
 
 @pytest.fixture
 def shared(tmp_path: Path) -> Path:
-    """A shared directory with six layouts that are between 60 and 66 days old, 0 the oldest, which is current."""
+    """A shared directory with six layouts that are 60 to 66 days old; 0 is the oldest, and current."""
     layouts = tmp_path / "images/training"
     for number in range(6):
         folder = layouts / digest(number)
@@ -149,7 +149,7 @@ def shared(tmp_path: Path) -> Path:
 
 
 def bundle(shared: Path, path: str, number: int) -> None:
-    """Makes a bundle of a layout."""
+    """Creates a bundle of a layout."""
     file = shared / path / "config.json"
     file.parent.mkdir(parents=True)
     file.write_text(f'{{"root": {{"path": "{shared}/images/training/{digest(number)}/rootfs"}}}}')
@@ -165,7 +165,7 @@ def bundle(shared: Path, path: str, number: int) -> None:
 def test_the_current_image_and_those_of_jobs_are_not_removed(shared: Path, answers: bool) -> None:
     bundle(shared, "bundles/bob/17", 1)  # in the queue
     bundle(shared, "runs/bob/18/bundle", 2)  # in the queue, of an earlier release
-    bundle(shared, "bundles/bob/16", 3)  # over
+    bundle(shared, "bundles/bob/16", 3)  # ended
     (shared / "squeue").write_text("#!/bin/sh\necho 17\necho 18\n" if answers else "#!/bin/sh\nexit 1\n")
     (shared / "squeue").chmod(0o755)
     variables = {

@@ -1,4 +1,4 @@
-"""The module install_files: one run for a role's files, and nothing half done."""
+"""The module install_files installs all files of a role in one run, all or none."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ OWN = {"owner": str(os.getuid()), "group": str(os.getgid())}
 
 
 class Place:
-    """A folder in which the module works, with the result of its last run."""
+    """A folder for the module to work in, with the result of its last run."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.root, self.results = folder, folder / "root", folder / "results.json"
@@ -27,7 +27,7 @@ class Place:
         (folder / "templates/loud.j2").write_text("{% if loud %}\nHELLO {{ name }}\n{% endif %}\n")
 
     def run(self, *wanted: dict[str, Any]) -> list[dict[str, Any]]:
-        """Returns what the module returns for each of the arguments, in one play; `root/` in paths is this folder."""
+        """Runs the module for each argument in one play and returns the results; `root/` in paths is this folder."""
         tasks: list[dict[str, Any]] = []
         for number, arguments in enumerate(wanted):
             given, check = dict(arguments), arguments.get("check", False)
@@ -47,13 +47,13 @@ class Place:
         return found
 
     def paths(self) -> list[str]:
-        """Returns what is there, from the place's folder on."""
+        """Returns the paths that exist, relative to the folder."""
         return sorted(str(path.relative_to(self.root)) for path in self.root.rglob("*"))
 
 
 @pytest.fixture
 def place(tmp_path: Path) -> Iterator[Place]:
-    # A site's own umask decides nothing.
+    # The modes must not depend on the site's umask.
     before = os.umask(0o077)
     yield Place(tmp_path)
     os.umask(before)
@@ -77,7 +77,7 @@ def wanted(**changes: str) -> dict[str, Any]:
 def test_makes_what_is_listed_and_then_nothing(place: Place) -> None:
     (place.root / "old").touch()
     planned, done, again = place.run(wanted() | {"check": True}, wanted(), wanted())
-    assert planned["changes"] == done["changes"], "a check run finds what a run does, and changes nothing"
+    assert planned["changes"] == done["changes"], "a check run reports the same changes"
     assert [path.removeprefix(f"{place.root}/") for path in done["changes"]] == [
         *("etc/one", "etc/secret", "etc/one/a", "etc/secret/key", "old")
     ]
@@ -88,7 +88,7 @@ def test_makes_what_is_listed_and_then_nothing(place: Place) -> None:
 
 
 def test_the_journal_has_paths_and_no_texts(place: Place) -> None:
-    """A module of this name stands in for the log of the machine."""
+    """A module of this name replaces the machine's log."""
     log = place.folder / "log"
     keeps = f"def syslog(_, text): print(text, file=open({str(log)!r}, 'a'))\ndef openlog(*_): pass\n"
     (place.folder / "syslog.py").write_text(f"LOG_INFO = LOG_USER = 0\n{keeps}")
@@ -110,11 +110,11 @@ def test_repairs_what_differs_and_replaces_nothing_unless_all_is_valid(place: Pl
     place.run(wanted())
     key, greeting = place.root / "etc/secret/key", place.root / "etc/one/a"
     key.chmod(0o644)
-    # A link is replaced, not followed: what it points to is somebody else's.
+    # A link is replaced, not followed, since its target belongs to somebody else.
     greeting.unlink()
     (place.root / "other").write_text("mine")
     greeting.symlink_to(place.root / "other")
-    # Nobody writes into this one: whoever reads it waits for ever.
+    # A read of this FIFO would block forever.
     os.mkfifo(place.root / "pipe")
     (place.root / "latin").write_bytes(b"caf\xe9")
     odd = [{"content": "text\n", "dest": f"root/{name}"} for name in ("pipe", "latin")]

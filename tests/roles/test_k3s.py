@@ -1,4 +1,4 @@
-"""Which Kubernetes is chosen, and why; and clusters that the role k3s refuses."""
+"""Selection of the Kubernetes distribution, and clusters that the role k3s rejects."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ NOWHERE = "http://127.0.0.1:1/k3s"
 
 
 class Quiet(SimpleHTTPRequestHandler):
-    """Serves a folder and logs nothing."""
+    """Serves a folder without logging."""
 
     def log_message(self, format: str, *arguments: object) -> None:
-        """Logs nothing."""
+        """Suppresses the log of requests."""
 
 
 @pytest.fixture(scope="module")
 def mirror(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Serves a mirror that has the release's list of checksums; yields its address."""
+    """Serves a mirror with the release's list of checksums; yields its address."""
     folder = tmp_path_factory.mktemp("mirror")
     (folder / VERSION).mkdir()
     (folder / VERSION / "sha256sum-amd64.txt").write_text("")
@@ -38,7 +38,7 @@ def mirror(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 def choose(folder: Path, wanted: str, mirror: str, *, lab: bool, **variables: str) -> tuple[bool, str]:
-    """Returns whether a choice was made, and what was printed."""
+    """Returns whether a distribution was selected, and the output."""
     given = {
         "_kubernetes_wanted": wanted,
         "_kubernetes_is_lab": lab,
@@ -116,7 +116,7 @@ def test_a_release_without_checksums_is_refused(tmp_path: Path) -> None:
 
 
 def first_server(tmp_path: Path, have: list[str], *others: dict[str, Any]) -> tuple[int, str]:
-    """Returns status and output of preflight on the first of three servers, of which some have a cluster."""
+    """Returns status and output of preflight on the first of three servers, some of which already have a cluster."""
     for name in have:
         (tmp_path / name / "server/db").mkdir(parents=True)
     role = {

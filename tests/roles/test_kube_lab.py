@@ -1,4 +1,4 @@
-"""What the programs of the role kube_lab make: names, volumes, certificates."""
+"""The programs of the role kube_lab: DNS records, volumes, certificates."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_a_service_has_its_own_address_and_a_headless_one_those_of_its_pods(addo
 
 
 def claim(uid: str, **spec: str) -> dict[str, Any]:
-    """Returns a claim of the class `fast` whose pod has been scheduled to the node `here`."""
+    """Returns a claim of the class `fast`, whose pod is scheduled to the node `here`."""
     return {
         "metadata": {
             "name": "data",
@@ -96,7 +96,7 @@ def test_only_released_volumes_of_our_own_are_removed(addons: Any) -> None:
 
 
 def pki(folder: Path, *arguments: str) -> list[str]:
-    """Runs kube-lab-pki and returns what it reports that it makes."""
+    """Runs kube-lab-pki and returns the certificates that it reports as created."""
     done = subprocess.run(
         [FILES / "kube-lab-pki", *arguments],
         env={**os.environ, "KUBE_LAB_PKI": str(folder)},
@@ -107,7 +107,7 @@ def pki(folder: Path, *arguments: str) -> list[str]:
     return done.stdout.split()
 
 
-@pytest.mark.skipif(not shutil.which("openssl"), reason="nodes have openssl; this machine has not")
+@pytest.mark.skipif(not shutil.which("openssl"), reason="openssl is not installed")
 def test_certificates_are_made_once_and_anew_only_for_another_address(tmp_path: Path) -> None:
     node = ("kube1", "192.0.2.41", "10.96.0.1")
     planned = pki(tmp_path, "--check", *node)

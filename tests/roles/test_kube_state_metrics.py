@@ -1,4 +1,4 @@
-"""kube-state-metrics: what is made in Kubernetes is valid and restricted, and reads what it lists and nothing else."""
+"""kube-state-metrics: its objects in Kubernetes are valid and restricted, and may read only what it exposes."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_it_may_list_what_it_exposes_and_no_secret(objects: dict[str, Any]) -> N
     listed = next(word for word in container["args"] if word.startswith("--resources="))
     assert set(listed.partition("=")[2].split(",")) == may
     rules = (ROOT / "roles/prometheus/templates/rules/kubernetes.yml").read_text()
-    # What the alerts read: kube_pod_init_container_… is about pods.
+    # Metrics in alerts: the second word is the kind, e.g. kube_pod_init_container_… belongs to pods.
     kinds = {name.split("_")[1] for name in re.findall(r"\bkube_\w+(?=[{ ])", rules)}
     assert kinds <= {resource.removesuffix("s") for resource in may}
     assert len(kinds) == 6

@@ -1,4 +1,4 @@
-"""Of a node's kubeconfig the control host takes the certificates only."""
+"""The control host takes only the certificates from a node's kubeconfig."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ USER = {"client-certificate-data": "Y2VydA==", "client-key-data": "a2V5"}
 
 
 def config(cluster: Any, user: Any) -> str:
-    """Returns a kubeconfig as K3s writes it."""
+    """Returns a kubeconfig in K3s' format."""
     named = {"clusters": [{"name": "default", "cluster": cluster}], "users": [{"name": "default", "user": user}]}
     return yaml.safe_dump({"apiVersion": "v1", "kind": "Config", **named, "current-context": "default"})
 

@@ -1,6 +1,6 @@
-"""What the lab requires of its machine: containers that live by the kernel's word, and disk, where its caches count.
+"""The lab's requirements: containers are running only if their process exists, and caches count as disk space.
 
-Process folders here are laid out as procfs does."""
+Process folders are laid out as in procfs."""
 
 from __future__ import annotations
 
@@ -40,28 +40,28 @@ def contained(folder: Path, container: str) -> Path:
 
 
 def test_a_container_whose_process_lives_runs(module: ModuleType, tmp_path: Path) -> None:
-    """Podman's word stands when the process is the container's own."""
+    """Podman's state is correct if the process belongs to the container."""
     assert module.state(CONTAINER, contained(tmp_path, CONTAINER["Id"])) == "running"
 
 
 def test_a_container_without_its_process_is_dead(module: ModuleType, tmp_path: Path) -> None:
-    """A machine that was cut off leaves a record that still reads running."""
+    """After a power loss, podman's record still has the state running."""
     assert module.state(CONTAINER, tmp_path) == "dead"
 
 
 def test_a_process_id_that_another_has_by_now_is_not_the_container(module: ModuleType, tmp_path: Path) -> None:
-    """Process ids are reused, also by the next lab's nodes."""
+    """Process IDs are reused, also by the nodes of the next lab."""
     assert module.state(CONTAINER, contained(tmp_path, "f1c5de176718a695")) == "dead"
 
 
 def test_a_process_of_this_machine_with_the_id_is_not_the_container(module: ModuleType, tmp_path: Path) -> None:
-    """What podman mounts for a container stays mounted on this machine, where every process sees it."""
+    """A container's mounts remain on this machine after it ended, and are visible to every process."""
     shared_memory = f"/var/lib/containers/storage/overlay-containers/{CONTAINER['Id']}/userdata/shm"
     assert module.state(CONTAINER, procfs(tmp_path, "/", shared_memory)) == "dead"
 
 
 def test_a_container_that_ended_is_what_podman_says(module: ModuleType, tmp_path: Path) -> None:
-    """The process of an ended container is not queried."""
+    """The process of an ended container is not checked."""
     assert module.state(CONTAINER | {"State": "exited"}, contained(tmp_path, CONTAINER["Id"])) == "exited"
 
 
@@ -73,8 +73,8 @@ def disk(folder: Path, **wishes: int) -> dict[str, object]:
 def test_what_the_caches_hold_is_not_asked_for_again(
     module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A second run needs only what the first one did not bring; else a machine could run the lab just once."""
-    # A kilobyte stands for a gigabyte, and the disk has 19.5 of them.
+    """A second run needs disk only for what the first did not download; else a machine could run the lab only once."""
+    # 1 kB stands for 1 GB, and the disk has 19.5 kB.
     monkeypatch.setattr(module, "GB", 1e3)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=19_500))
     (tmp_path / "cache").mkdir()
@@ -87,14 +87,14 @@ def test_what_the_caches_hold_is_not_asked_for_again(
 
 
 def test_even_warm_caches_need_some_free_disk(module: ModuleType, tmp_path: Path) -> None:
-    """However much is cached, a full disk is reported before anything runs."""
+    """A full disk is reported before anything runs, regardless of the caches."""
     problems = module.disk_problems(disk(tmp_path, min_disk_gb=0, min_free_gb=10**12))
     assert len(problems) == 1
     assert str(tmp_path) in problems[0]
 
 
 def test_a_bridge_that_a_lab_left_is_named_with_its_remedy(module: ModuleType, tmp_path: Path) -> None:
-    """Podman forgets a network whose lab was cut off; its bridge keeps the address."""
+    """After a power loss podman has no record of the network, but its bridge keeps the address."""
     for device in ("podman3", "podman4"):
         (tmp_path / device / "brif").mkdir(parents=True)
     (tmp_path / "podman4/brif/veth0").mkdir()

@@ -1,4 +1,4 @@
-"""drain.yml, resume.yml and lend.yml on a node of both: a real Kubernetes API, programs that stand for SLURM's."""
+"""drain.yml, resume.yml and lend.yml on a node of SLURM and Kubernetes, with a real Kubernetes API and SLURM stubs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from kubernetes_api import api_server, kubectl
 
 pytestmark = pytest.mark.full
 
-# SLURM's nodes and jobs are files of a folder.
+# SLURM's nodes and jobs are files in a folder.
 SCONTROL = """#!/bin/sh
 cd {folder}
 case "$*" in
@@ -38,7 +38,7 @@ esac
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder with an API server's kubeconfig, an inventory of one node, and SLURM's programs."""
+    """A folder with an API server's kubeconfig, an inventory of one node, and stubs of SLURM's programs."""
     made = tmp_path_factory.mktemp("lending")
     groups: dict[str, Any] = {"slurm_compute": {"GPU1": None}, "k3s_agent": {"GPU1": None}, "k3s_server": {}}
     groups |= {"slurm_controller": {"ctl": None}}
@@ -54,7 +54,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def applied(folder: Path, *objects: dict[str, Any]) -> None:
-    """Makes objects as they are."""
+    """Creates or replaces objects."""
     for each in objects:
         text = json.dumps(each)
         subprocess.run([*kubectl(folder), "replace", "--force", "-f-"], input=text, text=True, check=True)
@@ -62,7 +62,7 @@ def applied(folder: Path, *objects: dict[str, Any]) -> None:
 
 @pytest.fixture
 def node(folder: Path) -> Path:
-    """A node that serves both, is ready, and runs a pod of a ReplicaSet."""
+    """A ready node of both schedulers, which runs a pod of a ReplicaSet."""
     for name, text in {"state": "MIXED", "reason": "", "jobs": ""}.items():
         (folder / name).write_text(text)
     status = {"conditions": [{"type": "Ready", "status": "True", "reason": "x", "message": "x"}]}
@@ -71,7 +71,7 @@ def node(folder: Path) -> Path:
 
 
 def pod(folder: Path, name: str, **metadata: Any) -> None:
-    """Runs a pod on the node, as the API reports."""
+    """Creates a running pod on the node."""
     container = {"name": "x", "image": "x"}
     spec = {"nodeName": "gpu1", "containers": [container], "terminationGracePeriodSeconds": 0}
     about = {"name": name, "namespace": "default", **metadata}
@@ -90,7 +90,7 @@ def pods(folder: Path) -> list[str]:
 
 
 def kubernetes(folder: Path) -> tuple[bool, str]:
-    """Returns whether the node is cordoned, and why."""
+    """Returns whether the node is cordoned, and the reason."""
     done = subprocess.run([*kubectl(folder), "get", "node", "gpu1", "-ojson"], check=True, capture_output=True)
     found = json.loads(done.stdout)
     return found["spec"].get("unschedulable", False), found["metadata"].get("annotations", {}).get(
@@ -104,7 +104,7 @@ def slurm(folder: Path) -> tuple[str, str]:
 
 
 def played(folder: Path, playbook: str, *words: str, status: int = 0, **variables: Any) -> tuple[int, str]:
-    """Runs a playbook on the node; returns how many tasks changed something, and what was printed."""
+    """Runs a playbook on the node; returns the number of changed tasks, and the output."""
     values = {"nodes": "GPU1", "lifecycle_evict_seconds": 20, **variables}
     file = playbook if playbook.endswith(".yml") else f"playbooks/{playbook}.yml"
     done = subprocess.run(
@@ -148,9 +148,9 @@ def test_a_node_is_lent_back_and_forth_and_never_serves_both(node: Path) -> None
     assert slurm(node) == ("IDLE+DRAIN", "lend.yml: lent to Kubernetes")
     assert kubernetes(node) == (False, "")
     assert played(node, "lend", to="kubernetes")[0] == 0
-    assert played(node, "resume")[0] == 0, "resume.yml leaves a node to what it is lent to"
+    assert played(node, "resume")[0] == 0, "resume.yml does not change a lent node"
 
-    # A job that does not end keeps the node where it is; here the other way: pods leave before jobs may come.
+    # In the other direction, pods are evicted before jobs are admitted. A job that does not end blocks the return.
     pod(node, "served", **OWNER)
     assert played(node, "lend", "--check", to="slurm")[0] > 0
     assert (pods(node), kubernetes(node)) == (["pod/served"], (False, ""))
@@ -164,7 +164,7 @@ def test_a_node_is_lent_back_and_forth_and_never_serves_both(node: Path) -> None
     (node / "jobs").write_text("12\n")
     refused = played(node, "lend", to="kubernetes", wait_minutes=0.05, status=2)[1]
     assert "jobs 12 have not ended within 0.05 minutes" in refused
-    assert kubernetes(node) == (True, "lend.yml: lent to SLURM"), "jobs run there still"
+    assert kubernetes(node) == (True, "lend.yml: lent to SLURM"), "jobs still run there"
     (node / "jobs").write_text("")
     played(node, "lend", to="kubernetes")
     assert (slurm(node)[0], kubernetes(node)) == ("IDLE+DRAIN", (False, ""))
@@ -195,7 +195,7 @@ PLAY = """
 
 
 def ends(folder: Path, phase: str) -> None:
-    """Stands for the kubelet: ends the pod that validates the node, when it comes."""
+    """Ends the pod that validates the node, as the kubelet would."""
     server = yaml.safe_load((folder / "kubeconfig").read_text())["clusters"][0]["cluster"]["server"]
     status = (
         {"phase": phase, "containerStatuses": [], "message": "no device"} if phase == "Failed" else {"phase": phase}
@@ -231,7 +231,7 @@ def test_a_node_is_validated_by_a_pod_and_a_job_and_kept_out_of_both_when_one_fa
     assert kubernetes(node) == (True, "maintain.yml failed: the pod is Failed: no device")
     assert not (node / "job").exists()
 
-    # A run of the same playbook goes on from there.
+    # Another run of the playbook resumes from there.
     with ThreadPoolExecutor() as other:
         other.submit(ends, node, "Succeeded")
         played(node, playbook)

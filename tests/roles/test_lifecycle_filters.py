@@ -1,4 +1,4 @@
-"""What the lifecycle playbooks make of SLURM's answers, and what they run then."""
+"""The lifecycle playbooks: parsing of SLURM's output, and the commands that follow from it."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_hosts_are_upgraded_together_or_not_at_all() -> None:
     assert problems[2] == "apt would remove slurmd"
 
 
-# The states of nodes and the jobs there, in files of the test; what is run is noted.
+# Reads the states of nodes and their jobs from files of the test, and records the commands.
 FAKE = """#!/bin/sh
 cd {folder}
 echo $(basename "$0") "$*" >>calls
@@ -119,7 +119,7 @@ esac
 def run(
     folder: Path, tasks: str, *, states: str, jobs: str = "", srun: int = 0, **variables: Any
 ) -> tuple[Any, list[str]]:
-    """Runs a file of playbooks/tasks beside programs that stand for SLURM's; returns the run and what changed SLURM."""
+    """Runs a file of playbooks/tasks with stubs of SLURM's programs; returns the run and the changing commands."""
     for name, text in {"states": states, "jobs": jobs, "status": str(srun), "calls": ""}.items():
         (folder / name).write_text(text)
     for name in ("scontrol", "squeue", "srun", "timeout"):
@@ -133,7 +133,7 @@ def run(
 
 
 def state(name: str, flags: str, reason: str = "") -> str:
-    """Returns a node as scontrol shows it."""
+    """Returns a node in scontrol's format."""
     shown = f"Reason={reason} [root@x]" if reason else ""
     return f"NodeName={name} Version=24.11.5 State={flags} Partitions=batch,urgent  {shown}\n"
 
@@ -197,7 +197,7 @@ def test_a_node_is_resumed_for_our_job_alone_and_drained_when_it_fails(tmp_path:
 
 
 def kubernetes(name: str, cordoned: bool = False, reason: str = "", ready: str = "True") -> dict[str, Any]:
-    """Returns a node as Kubernetes' API has it."""
+    """Returns a node in the format of Kubernetes' API."""
     annotations = {"ictx/out-of-service": reason} if reason else {}
     return {
         "metadata": {"name": name, **({"annotations": annotations} if reason else {})},
@@ -261,7 +261,7 @@ def test_a_node_of_one_of_both_is_put_back_there_alone() -> None:
         (("IDLE", ""), {"n1": None}, ""),
         (("IDLE", ""), {"n1": "lend.yml: lent to SLURM"}, ""),
         (("MIXED+DRAIN", "lend.yml: lent to Kubernetes"), {"n1": None}, ""),
-        # A run that was cut off between the two.
+        # A run that was interrupted between the two.
         (("IDLE+DRAIN", "lend.yml: x"), {"n1": "lend.yml: x"}, ""),
         (("IDLE+DRAIN", "a fan"), {"n1": None}, "n1 is IDLE+DRAIN in SLURM (a fan)"),
         (("DOWN*+NOT_RESPONDING", ""), {"n1": None}, "n1 is DOWN+NOT_RESPONDING in SLURM (no reason)"),

@@ -1,4 +1,4 @@
-"""playbooks/measure-nodes.yml writes what answers into the inventory, and nothing the second time."""
+"""playbooks/measure-nodes.yml writes the reachable nodes into the inventory; a second run changes nothing."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ REPORT = (
 
 
 def measure(folder: Path, status: int = 4) -> str:
-    """Runs the playbook; returns what was printed."""
+    """Runs the playbook; returns its output."""
     command = [
         "ansible-playbook",
         "-i",
@@ -28,7 +28,7 @@ def measure(folder: Path, status: int = 4) -> str:
     ]
     environment = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    # 4: a host cannot be reached.
+    # 4: a host is unreachable.
     assert done.returncode == status, done.stdout + done.stderr
     return done.stdout
 

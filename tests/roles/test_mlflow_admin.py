@@ -1,4 +1,4 @@
-"""The administrator's password where the server starts, and where something else answers."""
+"""The administrator's password with a server that is starting, and with an unexpected response."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from programs import play
 
 @contextmanager
 def answering(status: int) -> Iterator[str]:
-    """Yields the address of a server that answers every request with the status."""
+    """Yields the address of a server that responds to every request with the status."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:

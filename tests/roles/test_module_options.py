@@ -1,4 +1,4 @@
-"""Tasks give modules only options that the locked Ansible has: an unknown one fails only on the node."""
+"""Tasks use only module options of the locked Ansible; an unknown option would fail only on the node."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ COLLECTIONS = ("ansible.", "community.", "containers.", "kubernetes.", "grafana.
 
 
 def calls(tasks: Any) -> Iterator[tuple[str, set[str]]]:
-    """Yields module and names of options of each task, at any depth."""
+    """Yields the module and its options of each task, at any depth."""
     for task in tasks if isinstance(tasks, list) else []:
         for name, options in task.items():
             if name in NESTED:
@@ -39,7 +39,7 @@ def test_every_option_of_a_module_is_known_to_the_locked_ansible() -> None:
     described = json.loads(done.stdout)
     unknown = []
     for module, uses in found.items():
-        # An action that takes any option (set_fact), or that Ansible does itself, describes none.
+        # Actions with arbitrary options (set_fact), and Ansible's built-in ones, describe no options.
         known = described.get(module, {}).get("doc", {}).get("options", {})
         names = {*known, *(alias for option in known.values() for alias in option.get("aliases", []))}
         free = not known or module.split(".")[-1] in ("set_fact", "command", "shell", "add_host")
@@ -50,7 +50,7 @@ def test_every_option_of_a_module_is_known_to_the_locked_ansible() -> None:
 
 
 def documentation() -> Iterator[tuple[str, str]]:
-    """Yields the name and the text of each DOCUMENTATION, EXAMPLES and RETURN of our own plugins."""
+    """Yields the name and text of each DOCUMENTATION, EXAMPLES and RETURN of our plug-ins."""
     for file in sorted([*ROOT.glob("playbooks/plugins/*/*.py"), *ROOT.glob("roles/*/library/*.py")]):
         for node in ast.parse(file.read_text()).body:
             if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant):
@@ -60,5 +60,5 @@ def documentation() -> Iterator[tuple[str, str]]:
 
 @pytest.mark.parametrize("text", [pytest.param(text, id=name) for name, text in documentation()])
 def test_documentation_of_our_plugins_is_yaml(text: str) -> None:
-    """ansible-doc shows nothing of a plugin whose documentation it cannot parse."""
+    """ansible-doc cannot show a plug-in whose documentation it cannot parse."""
     assert yaml.safe_load(text)

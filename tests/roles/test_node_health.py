@@ -1,6 +1,6 @@
-"""The health check of a compute node: what it finds, and which nodes it drains and resumes.
+"""The health check of a compute node: the problems that it finds, and the nodes that it drains and resumes.
 
-`scontrol` and `nvidia-smi` are stand-ins here, with what SLURM 22.05 and the driver print; molecule/default runs it on
+`scontrol` and `nvidia-smi` are stubs with the output of SLURM 22.05 and of the driver; molecule/default runs it on
 a node.
 """
 
@@ -31,13 +31,13 @@ def health() -> Any:
 
 
 def stand_in(folder: Path, name: str, script: str) -> None:
-    """Puts a program into the folder."""
+    """Creates a program in the folder."""
     (folder / name).write_text(f"#!/bin/sh\n{script}\n")
     (folder / name).chmod(0o755)
 
 
 def run(folder: Path, node: str, *arguments: str, **config: Any) -> tuple[subprocess.CompletedProcess[str], list[str]]:
-    """Runs the program where scontrol shows this of a node. Returns also what it had scontrol change."""
+    """Runs the program with this output of scontrol; returns the process and the updates sent to scontrol."""
     (folder / "shown").write_text(node)
     (folder / "updates").write_text("")
     stand_in(folder, "scontrol", f'[ "$2" = show ] && exec cat {folder}/shown; printf "%s\\n" "$*" >>{folder}/updates')
@@ -55,7 +55,7 @@ def run(folder: Path, node: str, *arguments: str, **config: Any) -> tuple[subpro
 
 
 def shown(state: str, reason: str = "") -> str:
-    """Returns what `scontrol --oneliner show node` prints."""
+    """Returns the output of `scontrol --oneliner show node`."""
     text = f"NodeName=n1 Arch=x86_64 CPUTot=8 State={state} ThreadsPerCore=1 BootTime=2026-11-27T05:00:00"
     return f"{text} Reason={reason} [root@2026-11-27T06:26:01] Comment=a b\n" if reason else f"{text}\n"
 
@@ -71,18 +71,18 @@ DRAIN = f"update nodename=n1 state=drain reason={OURS}"
         (shown("IDLE"), {}, []),
         (shown("IDLE"), SICK, [DRAIN]),
         (shown("DOWN*", "Not responding"), SICK, [DRAIN]),
-        # The same again, and another reason of its own.
+        # The same problem again, and another one.
         (shown("IDLE+DRAIN", OURS), SICK, []),
         (shown("MIXED+DRAIN", "ictx-health: the clock is not synchronised"), SICK, [DRAIN]),
-        # What it has drained it resumes; a node that is down besides stays down.
+        # It resumes nodes that it drained, but a node that is also down stays down.
         (shown("IDLE+DRAIN", OURS), {}, ["update nodename=n1 state=undrain"]),
         (shown("DOWN+DRAIN", OURS), {}, ["update nodename=n1 state=undrain"]),
-        # What others have drained, or set down, is theirs.
+        # It never resumes nodes that others drained or set down.
         (shown("IDLE+DRAIN", "new disk"), SICK, []),
         (shown("IDLE+DRAIN", "new disk"), {}, []),
         (shown("IDLE+DRAIN", f"was {OURS}"), {}, []),
         (shown("DOWN", OURS), {}, []),
-        # The controller does not answer.
+        # The controller does not respond.
         ("", SICK, []),
     ],
 )
@@ -162,19 +162,19 @@ def test_errors_of_the_driver_that_need_a_reset(health: Any, tmp_path: Path, mon
     assert health.look(CONFIG | {"gpus": 1}) == ["Xid 79 of GPU 0000:07:00: reset it, or reboot"]
 
 
-@pytest.mark.skipif(os.getuid() != 0, reason="starts a process of another user")
+@pytest.mark.skipif(os.getuid() != 0, reason="requires root, to start a process of another user")
 def test_processes_of_users_without_a_job(health: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(health, "MARKS", tmp_path)
-    # Its name is the user's: no part of it may stand in the reason, which root gives to scontrol.
+    # The user chooses the process name, so no part of it may be in the reason, which root passes to scontrol.
     process = subprocess.Popen(["bash", "-c", "exec -a 'x state=idle' sleep 60"], user=65534, start_new_session=True)
     try:
         config = CONFIG | {"stray_users": ["nobody"]}
-        assert health.look(config) == [], "just begun: its job's epilog may still run"
+        assert health.look(config) == [], "a new process is ignored, as its job's epilog may still run"
         monkeypatch.setattr(health, "SETTLED_SECONDS", -1)
         assert health.look(config) == [f"1 processes of nobody without a job, e.g. {process.pid}"]
         assert health.look(CONFIG) == []
         (tmp_path / "65534").mkdir()
-        assert health.look(config) == [], "a job of this user is here"
+        assert health.look(config) == [], "the user has a job on this node"
     finally:
         process.kill()
         process.wait()
@@ -209,5 +209,5 @@ def test_what_is_looked_at_follows_from_the_inventory() -> None:
     }
     lab = health_json("lab", "n1")
     assert (lab["gpus"], lab["clock"], lab["stray_users"], lab["runtime"]) == (0, False, [], "runc")
-    # GPUs of the lab that do not exist have no device files.
+    # The lab's simulated GPUs have no device files.
     assert health_json("lab", "n1", lab_fake_gpus=2)["gpus"] == 0

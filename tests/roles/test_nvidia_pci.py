@@ -1,4 +1,4 @@
-"""GPUs are found by what sysfs exposes of them; the folders here are laid out as the kernel does."""
+"""GPUs are found in sysfs; the tests lay out folders as the kernel does."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_the_generation_decides_which_kernel_modules_run(module: ModuleType, ids
 
 
 def preflight(folder: Path, modules: list[str], **variables: Any) -> tuple[bool, str]:
-    """Returns whether the driver's checks of a node with GPUs that such modules run passed, and what was reported."""
+    """Returns whether the driver's checks pass on a node whose GPUs such modules support, and the output."""
     tasks = yaml.safe_load((ROOT / "roles/nvidia_driver/tasks/preflight.yml").read_text())
     check = next(task for task in tasks if task["name"] == "Validate that the driver supports every GPU of the node")
     known = {"_nvidia_driver_pci": {"kernel_modules": modules}, "nvidia_driver_gpus": ["0000:07:00.0"]}

@@ -1,5 +1,5 @@
-"""What a task's container gets: its own rank, root and GPUs, and nothing that others could have changed. No SLURM here:
-the runtime and scontrol are stand-ins."""
+"""A task's container gets its own rank, root and GPUs, and nothing that other users can change. The runtime and
+scontrol are stubs."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from oci_owner import trusted  # noqa: E402
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A folder of the user's own; pytest's lies below one of a name that anybody may have made."""
+    """A folder in the user's own space: pytest's is below a folder that another user could have created."""
     tmp_path.chmod(0o700)
     return tmp_path
 
 
 def run(folder: Path, step: dict[str, str], local: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    """Runs ictx-oci-run on node n2, for the bundle that SLURM made of image's, in the folder's `rootfs`."""
+    """Runs ictx-oci-run on node n2, for the bundle that SLURM made from the image's, in the folder's `rootfs`."""
     image, bundle, rootfs = folder / "image", folder / "bundle", folder / "rootfs"
     for place in (image, bundle, rootfs):
         place.mkdir(exist_ok=True)
@@ -58,7 +58,7 @@ def run(folder: Path, step: dict[str, str], local: dict[str, str]) -> subprocess
 def started(
     folder: Path, step: dict[str, str], local: dict[str, str]
 ) -> tuple[dict[str, str], dict[str, Any], list[str]]:
-    """Returns the container's variables, its configuration, and the runtime's arguments."""
+    """Returns the container's environment, its configuration, and the runtime's arguments."""
     done = run(folder, step, local)
     assert done.returncode == 0, done.stderr
     config = json.loads((folder / "bundle/config.json").read_text())
@@ -101,7 +101,7 @@ def test_the_variables_are_gone_when_the_container_has_started(folder: Path) -> 
 
 
 def loosen(folder: Path, what: str) -> None:
-    """Makes one thing of the bundle or the image another user's, or his to change."""
+    """Gives another user ownership of, or write access to, one part of the bundle or image."""
     match what:
         case "bundle of another":
             os.chown(folder / "image/config.json", 65534, -1)
@@ -124,7 +124,7 @@ def loosen(folder: Path, what: str) -> None:
             (folder / "image/config.json").symlink_to(folder / "theirs.json")
 
 
-@pytest.mark.skipif(os.getuid() != 0, reason="gives files to another user")
+@pytest.mark.skipif(os.getuid() != 0, reason="requires root, to change owners")
 @pytest.mark.attack(
     "C2",
     "a user starts a bundle or image that another user owns or can write to",
@@ -151,7 +151,7 @@ def test_what_another_user_could_change_is_not_run(folder: Path, what: str) -> N
     done = run(folder, {}, {})
     assert done.returncode == 1
     assert "PermissionError" in done.stderr
-    assert done.stdout == "", "the runtime was not started"
+    assert done.stdout == "", "the runtime must not start"
 
 
 MODES = st.integers(min_value=0o700, max_value=0o777)

@@ -1,4 +1,4 @@
-"""The callback `preload` loads what the playbooks use, in the process that workers are forked from."""
+"""The callback `preload` loads the plug-ins that the playbooks use before Ansible forks its workers."""
 
 from __future__ import annotations
 
@@ -45,11 +45,11 @@ def test_every_filter_of_a_collection_and_every_lookup_in_use_is_loaded_beforeha
     text = "\n".join(path.read_text() for path in SOURCES)
     collections = {name.rsplit(".", 1)[0] for name in re.findall(r"\|\s*([a-z]+\.[a-z]+\.[a-z_]+)", text)}
     for collection in sorted(collections - {"ansible.builtin"}):
-        assert f'"{collection}.' in PLUGIN, f"FILTERS of the callback has none of {collection}"
+        assert f'"{collection}.' in PLUGIN, f"add the filters of {collection} to FILTERS of the callback"
     lookups = set(re.findall(r"(?:lookup|query)\('(?:ansible\.builtin\.)?([a-z]+)'", text))
     assert {"env", "file"} <= lookups
     for lookup in sorted(lookups):
-        assert f'"{lookup}"' in PLUGIN, f"LOOKUPS of the callback has no {lookup}"
+        assert f'"{lookup}"' in PLUGIN, f"add {lookup} to LOOKUPS of the callback"
 
 
 def test_a_task_imports_no_filter(tmp_path: Path) -> None:

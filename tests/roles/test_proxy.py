@@ -1,4 +1,4 @@
-"""A site behind a proxy: what is outside is reached through it, what is inside without it, by every program."""
+"""A site behind a proxy: every program uses it for external hosts, and connects directly to internal ones."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ OUTSIDE = "mirror.invalid"  # a name that only the proxy resolves
 
 @contextmanager
 def serving(answer: Any) -> Iterator[tuple[int, list[str]]]:
-    """Yields the port of a server on this machine, and the requests it got."""
+    """Yields the port of a server on this machine, and its received requests."""
     asked: list[str] = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -49,7 +49,7 @@ def serving(answer: Any) -> Iterator[tuple[int, list[str]]]:
 
 @pytest.fixture
 def site() -> Iterator[dict[str, Any]]:
-    """Yields a mirror on this machine, a proxy that finds it under a name outside, and the requests that each got."""
+    """Yields a local mirror, a proxy that resolves an external name to it, and the received requests of each."""
     pages = {"/debian/./Packages": b"", "/simple/nothing/": b"<a href='nothing-1.0-py3-none-any.whl'>x</a>"}
     with serving(lambda path: (200, pages[path]) if path in pages else (404, b"")) as (inside, asked):
 
@@ -67,7 +67,7 @@ def site() -> Iterator[dict[str, Any]]:
 
 
 def environment(proxy: dict[str, Any], **hosts: str) -> dict[str, str]:
-    """Returns the variables of a cluster of some hosts and their addresses."""
+    """Returns the proxy variables of a cluster with these hosts and addresses."""
     cluster = Cluster(ROOT / "inventories/lab", {"ictx_proxy": proxy})
     variables = {
         "ictx_proxy": proxy,
@@ -106,7 +106,7 @@ def test_apt_goes_out_through_the_proxy_and_stays_inside_without(site: dict[str,
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"http://{OUTSIDE}/debian/./Packages" in site["through"]
     assert site["asked"].count("/debian/./Packages") == 2
-    assert not [url for url in site["through"] if OUTSIDE not in url], "the inside is not reached through the proxy"
+    assert not [url for url in site["through"] if OUTSIDE not in url], "no internal host through the proxy"
 
 
 def test_pip_goes_out_through_the_proxy_and_stays_inside_without(site: dict[str, Any]) -> None:
@@ -126,7 +126,7 @@ def test_pip_goes_out_through_the_proxy_and_stays_inside_without(site: dict[str,
         clean = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
         subprocess.run([sys.executable, *command, *where], env={**clean, **variables}, capture_output=True, check=False)
     assert f"http://{OUTSIDE}/simple/nothing/" in site["through"]
-    assert not [url for url in site["through"] if OUTSIDE not in url], "the inside is not reached through the proxy"
+    assert not [url for url in site["through"] if OUTSIDE not in url], "no internal host through the proxy"
     assert site["asked"].count("/simple/nothing/") == 2
 
 
@@ -141,7 +141,7 @@ def test_hosts_of_the_cluster_and_its_networks_are_reached_directly() -> None:
 
 
 def given(role: str, host: str, cluster: Cluster, name: str, playbook: str) -> Any:
-    """Returns a role's variable as its play gives it."""
+    """Returns a role's variable as its play passes it."""
     used, play = next((r, p) for r, p, _ in cluster.uses(playbook) if r.get_name() == role)
     variables = cluster.variables(host, play, used)
     return Templar(cluster.loader, variables=variables).template(trusted(f"{{{{ {name} }}}}"))
@@ -157,7 +157,7 @@ def test_every_program_that_goes_out_has_the_proxy() -> None:
         assert given(role, "infra1", cluster, f"{role}_proxy", f"playbooks/{playbook}.yml") == whole, role
     for host in ("k3s1", "kgpu1"):
         assert given("k3s", host, cluster, "k3s_proxy", "playbooks/k3s.yml") == whole
-    # A list for each of many compute nodes would have all of them.
+    # The list has no single compute nodes, of which there can be many.
     apt = given("common", "gpu1", cluster, "common_proxy", "playbooks/common.yml")
     assert apt["http_proxy"] == PROXY["http"]
     assert "192.0.2.24" not in apt["no_proxy"]
@@ -196,7 +196,7 @@ def test_a_build_has_it_and_the_image_does_not_keep_it() -> None:
         arguments = Templar(cluster.loader, variables=variables).template(trusted(text))
         assert arguments == [f"--build-arg={name}={value}" for name, value in proxy.items()]
     for file in ROOT.glob("images/*/Dockerfile"):
-        assert "proxy" not in file.read_text().lower(), "predefined arguments alone stay out of an image's history"
+        assert "proxy" not in file.read_text().lower(), "other build arguments remain in an image's history"
 
 
 def test_lines_of_a_unit_are_what_systemd_reads() -> None:

@@ -1,4 +1,4 @@
-"""A support bundle has none of the platform's secrets, whatever they stand in; its time grows as the text does."""
+"""A support bundle contains no secret of the platform, in any notation; redaction takes linear time."""
 
 from __future__ import annotations
 
@@ -190,7 +190,7 @@ PARTS += [
 @M3
 @pytest.mark.parametrize("part", PARTS)
 def test_the_time_grows_with_the_length(part: str) -> None:
-    """Four times the text takes about four times as long; a pattern that goes back takes sixteen times, or for ever."""
+    """Four times the text takes about four times as long; a pattern that backtracks takes 16 times, or never ends."""
 
     def seconds(size: int) -> float:
         text = (part * size)[:size]

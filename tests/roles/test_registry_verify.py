@@ -1,4 +1,4 @@
-"""ictx-registry-verify with a real registry: damaged blobs are found and removed, and can be pushed again."""
+"""ictx-registry-verify with a real registry: it finds and removes damaged blobs, which can be pushed again."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ CONFIG = (
 
 
 def digest_of(content: bytes) -> str:
-    """Returns a digest as registries write it."""
+    """Returns the digest of a blob in the registry's notation."""
     return f"sha256:{hashlib.sha256(content).hexdigest()}"
 
 
 class Registry:
-    """A registry on this machine, with clients' requests."""
+    """A registry on this machine, and requests of clients."""
 
     def __init__(self, folder: Path) -> None:
         self.storage = folder / "storage"
@@ -39,7 +39,7 @@ class Registry:
         self.file.write_text(CONFIG % self.storage + f"http: {{addr: '127.0.0.1:{self.port}'}}\n")
 
     def start(self) -> None:
-        """Starts it; it has forgotten which blobs it has seen."""
+        """Starts it with an empty cache of blobs."""
         self.process = subprocess.Popen([program("docker-registry"), "serve", self.file])
         for _ in range(100):
             try:
@@ -55,7 +55,7 @@ class Registry:
         self.process.wait()
 
     def call(self, method: str, path: str, body: bytes | None = None, **headers: str) -> tuple[int, bytes, str]:
-        """Returns status, body and Location of an answer."""
+        """Returns status, body and Location of a response."""
         url = path if path.startswith("http") else f"http://127.0.0.1:{self.port}/v2/{path}"
         request = urllib.request.Request(url, body, headers, method=method)
         try:
@@ -65,7 +65,7 @@ class Registry:
             return error.code, b"", ""
 
     def push(self, name: str, content: bytes) -> dict[str, object]:
-        """Pushes a blob that is not there yet, as clients do; returns its descriptor."""
+        """Pushes a blob unless it exists, as clients do; returns its descriptor."""
         digest = digest_of(content)
         if self.call("HEAD", f"{name}/blobs/{digest}")[0] == 404:
             place = self.call("POST", f"{name}/blobs/uploads/", b"")[2]
@@ -82,7 +82,7 @@ class Registry:
         return digest_of(content)
 
     def has(self, name: str, reference: str) -> bool:
-        """Returns whether a client finds an image."""
+        """Returns whether a client can fetch a manifest."""
         return self.call("HEAD", f"{name}/manifests/{reference}", Accept=MANIFEST)[0] == 200
 
     def data(self, content: bytes) -> Path:
@@ -91,14 +91,14 @@ class Registry:
         return found
 
     def verify(self, *words: str) -> list[str]:
-        """Returns what the program reports."""
+        """Returns the program's report, line by line."""
         command = [sys.executable, ROOT / "roles/registry/files/ictx-registry-verify", *words, self.storage]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
 
 
 @pytest.fixture
 def registry(tmp_path: Path) -> Iterator[Registry]:
-    """A registry with two images of a common layer, and one without it."""
+    """A registry with two images that share a layer, and one without it."""
     made = Registry(tmp_path)
     made.start()
     made.image("ictx/training", "abc", b"base", b"training")
@@ -149,7 +149,7 @@ def test_what_was_verified_today_is_not_read_again(registry: Registry) -> None:
     about = file.stat()
     record = json.loads((registry.storage / "verified.json").read_text())
     assert record[digest_of(b"base")][1:4] == [about.st_dev, about.st_ino, about.st_size]
-    # As if the disk had changed a bit by itself: nothing but the content differs.
+    # Silent corruption of the disk: only the content differs.
     file.write_bytes(b"ba5e")
     changed = file.stat()
     record[digest_of(b"base")][4:] = [changed.st_mtime_ns, changed.st_ctime_ns]

@@ -1,4 +1,4 @@
-"""What is in an image is listed as CycloneDX, the same each time, and pushed beside it in the registry."""
+"""The contents of an image are listed as CycloneDX, reproducibly, and attached to it in the registry."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def load(name: str) -> ModuleType:
 
 
 def listed(**options: Any) -> str:
-    """Returns the list of an image."""
+    """Returns the CycloneDX document of an image."""
     given = {"name": "ictx/training", "digest": DIGEST, "created": "2026-01-02T03:04:05.678Z", "locks": [], **options}
     return load("image_sbom").list_image(given)
 
@@ -82,7 +82,7 @@ def test_the_same_image_gives_the_same_list() -> None:
 
 
 class Handler(BaseHTTPRequestHandler):
-    """As much of a registry as a push needs: https://distribution.github.io/distribution/spec/api/."""
+    """The part of a registry that a push needs: https://distribution.github.io/distribution/spec/api/."""
 
     blobs: ClassVar[dict[str, bytes]] = {}
     manifests: ClassVar[dict[str, bytes]] = {}
@@ -94,7 +94,7 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
 
     def do_HEAD(self) -> None:
-        """Answers whether something is there."""
+        """Returns whether a blob or manifest exists."""
         kind, name = self.path.split("/")[-2:]
         content = {"blobs": self.blobs, "manifests": self.manifests}[kind].get(name)
         if content is None:
@@ -102,11 +102,11 @@ class Handler(BaseHTTPRequestHandler):
         return self._answer(200, Docker_Content_Digest=f"sha256:{hashlib.sha256(content).hexdigest()}")
 
     def do_POST(self) -> None:
-        """Begins an upload."""
+        """Starts an upload."""
         self._answer(202, Location="/v2/ictx/training/blobs/uploads/7?_state=x")
 
     def do_PUT(self) -> None:
-        """Takes a blob or a manifest, which names only blobs that are there."""
+        """Stores a blob, or a manifest whose blobs all exist."""
         content = self.rfile.read(int(self.headers["Content-Length"]))
         address = urlsplit(self.path)
         if "uploads" in address.path:
@@ -120,12 +120,12 @@ class Handler(BaseHTTPRequestHandler):
         self._answer(201)
 
     def log_message(self, *_: Any) -> None:
-        """Prints nothing."""
+        """Suppresses the log of requests."""
 
 
 @pytest.fixture
 def registry(tmp_path: Path) -> Iterator[tuple[str, Path]]:
-    """Runs a registry; returns its address and its authority's certificate."""
+    """Runs a registry; yields its address and its authority's certificate."""
     certify(tmp_path)
     _, text, _ = issue_certificate(tmp_path, certificate_request(), names=("localhost",))
     (tmp_path / "host.crt").write_text(text)

@@ -1,6 +1,6 @@
-"""Accounts, users and limits become what the inventory has, with commands for what differs only.
+"""Accounts, users and limits are set as in the inventory, with commands only for differences.
 
-What sacctmgr shows is as SLURM 22.05 printed it; molecule/default runs the module against a real database.
+The output of sacctmgr is that of SLURM 22.05; molecule/default runs the module against a real database.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ USERS = {"alice": {"Def Acct": "ictx", "Admin": "None"}, "ictx-metrics": {"Def A
 
 
 def shown(table: Mapping[str, Any], **columns: str) -> dict[str, str]:
-    """Returns a row of sacctmgr's of which nothing else is set."""
+    """Returns a row of sacctmgr with only these columns set."""
     unset = {"Priority": "", "Share": "1", "GraceTime": "00:00:00", "PreemptMode": "cluster", "UsageFactor": "1.000000"}
     return {setting.column: unset.get(setting.column, "") for setting in table.values()} | columns
 

@@ -1,4 +1,4 @@
-"""What a user gives as --mail-user is an address, or no mail is sent."""
+"""Mail is sent only if the user's --mail-user is an address."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from cluster import ROOT
 
 
 def sent(folder: Path, recipient: str, subject: str = "Slurm Job_id=7 Name=x Began") -> list[str]:
-    """Returns what the host's program for mail was called with, nothing if it was not."""
+    """Returns the arguments of the host's mail program, empty if it was not called."""
     mail, log = folder / "mail", folder / "log"
     mail.write_text(f"#!/bin/sh\nprintf '%s\\n' \"$@\" >{log}\n")
     mail.chmod(0o755)

@@ -1,4 +1,4 @@
-"""The prolog makes the folder of a user's containers, and gives nobody what was there before."""
+"""The prolog creates the folder of a user's containers, and never changes the owner of existing files."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from tempfile import TemporaryDirectory
 import pytest
 from cluster import ROOT
 
-pytestmark = pytest.mark.skipif(os.getuid() != 0, reason="gives folders to another user, as root does")
+pytestmark = pytest.mark.skipif(os.getuid() != 0, reason="requires root, to change owners")
 
 NOBODY = 65534
 
 
 @pytest.fixture
 def state(tmp_path: Path) -> Path:
-    """Returns the folder that the prolog makes."""
+    """Returns the folder that the prolog creates."""
     return tmp_path / "oci/nobody"
 
 
@@ -91,7 +91,7 @@ def test_a_full_folder_does_not_take_the_node_out_of_service(state: Path) -> Non
     state.parent.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "nr_inodes=4", "tmpfs", str(state.parent)]
     if subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("nothing can be mounted here")
+        pytest.skip("mounts are not permitted")
     try:
         for name in (".steps", "mallory", "mallory/1"):
             (state.parent / name).mkdir()
@@ -116,7 +116,7 @@ def test_a_full_folder_does_not_take_the_node_out_of_service(state: Path) -> Non
     ],
 )
 def test_the_path_is_also_that_of_what_is_run(name: str) -> None:
-    # SLURM gives a prolog or an epilog no PATH: `timeout` would look for a program in /bin and /usr/bin only.
+    # SLURM runs prologs and epilogs without PATH, and `timeout` then searches only /bin and /usr/bin.
     lines = (ROOT / "roles/slurm" / name).read_text().splitlines()
     assert "export PATH=/usr/sbin:/usr/bin:/sbin:/bin" in lines
 
@@ -161,7 +161,7 @@ def test_slurmd_forgets_which_jobs_had_a_prolog_when_a_boot_removed_what_it_made
 
 @pytest.fixture
 def left() -> Iterator[Path]:
-    """Returns the folder of oci.conf: steps 17.0 and 18.0 were killed, 17.1 has a slurmstepd. Its user can enter it."""
+    """Yields the folder of oci.conf: steps 17.0 and 18.0 were killed, 17.1 runs. Its user can enter it."""
     with TemporaryDirectory() as place:
         yield fill(Path(place))
 
@@ -183,14 +183,14 @@ def fill(top: Path) -> Path:
 
 @pytest.fixture
 def slurmstepd() -> Iterator[None]:
-    """A process by the name that root's slurmstepd of step 17.1 has."""
+    """A process with the name of the slurmstepd of step 17.1."""
     with subprocess.Popen(["slurmstepd: [17.1]", "60"], executable="/bin/sleep") as process:
         yield
         process.kill()
 
 
 def clean(top: Path, *job: str) -> list[str]:
-    """Runs ictx-oci-clean; returns the steps that have a folder then, and containers those that have a state."""
+    """Runs ictx-oci-clean; returns the steps whose folders remain, which are also those whose state remains."""
     subprocess.run(["sh", ROOT / "roles/slurm/files/ictx-oci-clean", top, *job], check=True)
     steps = sorted(path.name for path in (top / ".steps").iterdir())
     assert sorted(path.name for path in (top / "nobody").iterdir()) == [f"n1.nobody.{step}.0" for step in steps]

@@ -1,4 +1,4 @@
-"""The shared directory that something else mounts."""
+"""The shared directory, mounted by other means than the role."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from programs import play
 def test_any_mount_counts_and_a_plain_folder_does_not(tmp_path: Path, trailing: str) -> None:
     role = {"include_role": {"name": "storage", "tasks_from": "preflight"}}
     variables = {"storage_type": "external", "storage_allow_suid": True}
-    # No file system with a device behind it, and none that facts list.
+    # A file system without a device, which Ansible's facts do not list.
     done = play(tmp_path, [role], {**variables, "storage_shared_dir": f"/proc{trailing}"})
     assert done.returncode == 0, done.stdout + done.stderr
     done = play(tmp_path, [role], {**variables, "storage_shared_dir": f"{tmp_path}{trailing}"})
@@ -23,7 +23,7 @@ def test_any_mount_counts_and_a_plain_folder_does_not(tmp_path: Path, trailing: 
     assert f"nothing is mounted at {tmp_path}" in " ".join((done.stdout + done.stderr).split())
 
 
-@pytest.mark.skipif(os.getuid() != 0, reason="gives folders to other users, as root does")
+@pytest.mark.skipif(os.getuid() != 0, reason="requires root, to change owners")
 def test_only_folders_that_differ_are_changed_and_one_of_somebody_else_is_refused(tmp_path: Path) -> None:
     role = {"include_role": {"name": "storage", "tasks_from": "folders"}}
     variables = {

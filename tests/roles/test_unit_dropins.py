@@ -1,4 +1,4 @@
-"""A site's own settings of units: on the hosts that have them, and nothing that systemd would ignore."""
+"""A site's settings of systemd units: on the hosts with these units, and none that systemd would ignore."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_what_systemd_would_ignore_is_not_written(
 
 
 def test_every_unit_that_a_role_runs_may_have_settings() -> None:
-    """But those of the lab's own Kubernetes, and what is started and stopped with another."""
+    """Except units of the lab's Kubernetes, and units that another unit starts and stops."""
     named = set()
     for file in ROOT.glob("roles/*/tasks/*.yml"):
         for line in (
@@ -91,7 +91,7 @@ def test_every_unit_that_a_role_runs_may_have_settings() -> None:
             named.add(name.partition(":")[2].strip())
     fixed = {SYSTEMD.whole_name(name) for name in named if name and "{{" not in name}
     assert fixed >= {"slurmctld.service", "prometheus.service", "ictx-backup.timer"}
-    # systemd-run makes this one, for a minute.
+    # systemd-run creates this one for a minute.
     assert fixed - {"ictx-firewall-undo.timer"} <= UNITS.keys()
     groups = {group for listed in UNITS.values() for group in listed}
     assert groups <= {*SCHEMA["groups"], "all"}

@@ -1,4 +1,4 @@
-"""Users' keys are where users cannot put a link: root writes them."""
+"""Root writes users' keys to a folder where users cannot create links."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIJUpyrhU3cLNpn7FPVUs7WuyR7XGEIJvbs1JS
 
 
 def converge(folder: Path, users: list[dict[str, Any]]) -> str:
-    """Runs the tasks with their files in a folder; returns what was printed."""
+    """Runs the tasks with their files in a folder; returns the output."""
     tasks = yaml.safe_load((ROLE / "tasks/keys.yml").read_text())
     variables = {
         **yaml.safe_load((ROLE / "vars/main.yml").read_text()),
@@ -23,7 +23,7 @@ def converge(folder: Path, users: list[dict[str, Any]]) -> str:
         "_common_keys_dir": str(folder / "keys"),
         "_common_sshd_config": str(folder / "sshd.conf"),
     }
-    # There may be no sshd here that could validate it.
+    # sshd, which validates the file, may not be installed.
     (sshd,) = variables["_common_keys_sshd"]
     variables["_common_keys_sshd"] = [{"template": str(ROLE / "templates/sshd.conf.j2"), "dest": sshd["dest"]}]
     handlers = [{"name": "Reload sshd", "ansible.builtin.debug": {"msg": "reloaded"}}]
@@ -53,7 +53,7 @@ def test_root_writes_keys_to_a_folder_of_its_own(tmp_path: Path) -> None:
     assert match == "Match User alice,carol"
     assert place.split() == ["AuthorizedKeysFile", f"{tmp_path}/keys/%u"]
     converge(tmp_path, [{**user, "state": "absent" if user["name"] == "alice" else "present"} for user in users[:3]])
-    assert [file.name for file in (tmp_path / "keys").iterdir()] == ["carol"], "who is gone has no keys"
+    assert [file.name for file in (tmp_path / "keys").iterdir()] == ["carol"], "keys of absent users are removed"
     converge(tmp_path, [{"name": "bob", "uid": 2002}])
     assert not (tmp_path / "sshd.conf").exists()
 

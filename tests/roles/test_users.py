@@ -1,4 +1,4 @@
-"""Users who come and go: `state` present and absent, in every part of the platform."""
+"""Users with `state` present and absent, in every part of the platform."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ bob:x:2002:
     assert changed(accounts) == []
     assert changed("--\nictx:x:2000:\n--") == ["alice", "bob"]
     assert changed("--\n--") == ["alice", "bob"]
-    # carol is gone from the inventory, not from the node.
+    # carol is absent in the inventory, but still on the node.
     assert changed("carol:x:2003:2003::/home/carol:/bin/bash\n" + accounts) == ["carol"]
     for before, after in [
         ("alice:x:2001:2001:", "alice:x:2009:2001:"),

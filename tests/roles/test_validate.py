@@ -1,4 +1,4 @@
-"""playbooks/validate.yml: what it measures on a node, what passes, and its report."""
+"""playbooks/validate.yml: measurements on a node, thresholds, and the report."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ KERNELS = {
 
 
 def report(thresholds: dict[str, Any] | None = None, **changed: Any) -> dict[str, Any]:
-    """Returns the report of three nodes that are well, but for what has changed."""
+    """Returns the report of three healthy nodes, with changes."""
     job = {"links": LINKS, "kernels": KERNELS, "problem": "", "out": {}} | changed.pop("job", {})
     found: dict[str, Any] = ACCEPTANCE.acceptance(
         changed.get("measured", NODES), job, changed.get("pods", {"kgpu1": ""}), thresholds or {}
@@ -77,7 +77,7 @@ def slow_pair() -> dict[str, Any]:
         ({"inside_gb_s": 405}, {}, "gpu2: all-reduce inside: 400 GB/s, threshold ≥ 405 GB/s"),
         ({"clock_ms": 0.5}, {}, "gpu3: clock, beside gpu2's: 1 ms, threshold ≤ 0.5 ms (± 1.000 ms)"),
         ({"product_tflop_s": 800}, {}, "gpu2-0: product: 700 TFLOP/s, threshold ≥ 800 TFLOP/s (NVIDIA H100)"),
-        # Less than 0.7 of the median of pairs, without any number in the inventory.
+        # Less than 0.7 of the median of all pairs, without a threshold in the inventory.
         ({}, {"job": {"links": slow_pair()}}, "gpu2 gpu4: all-reduce of the pair: 100 GB/s, threshold ≥ 234.5 GB/s"),
         (
             {},
@@ -110,7 +110,7 @@ def test_what_is_below_a_threshold_or_does_not_work_is_one_line(
     assert failure in found["failures"]
     assert found["passed"] is False
     same = {line.split(": ", 1)[1] for line in found["failures"] if line.split(": ")[1] == failure.split(": ")[1]}
-    assert len(same) == len({line.split(": ", 1)[1] for line in found["failures"]}), "nothing else failed"
+    assert len(same) == len({line.split(": ", 1)[1] for line in found["failures"]}), "nothing else fails"
 
 
 def test_what_the_job_left_is_read_and_a_job_that_failed_has_its_reason() -> None:
@@ -189,7 +189,7 @@ def test_fio_measures_where_it_is_and_a_full_disk_is_not_filled(
 ) -> None:
     program = tmp_path / "bin/fio"
     program.parent.mkdir()
-    # What fio 3.33 prints, shortened; it notes before its report what it changes.
+    # The output of fio 3.33, shortened; notes about changed options precede the report.
     program.write_text(
         "#!/bin/sh\necho 'note: both iodepth >= 1 and synchronous I/O engine are selected'\n"
         'echo \'{"jobs": [{"write": {"bw_bytes": 111}, "read": {"bw_bytes": 222}}]}\'\n'
