@@ -1,4 +1,4 @@
-"""Code blocks of the documentation that a test runs: those below a comment `<!-- run -->` or `<!-- run: WHO -->`."""
+"""Code blocks of the documentation that a test runs: those after a comment `<!-- run -->` or `<!-- run: WHO -->`."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pathlib import Path
 
 
 def marked(page: Path) -> Iterator[tuple[str, str]]:
-    """Yields each marked block of a page in order: who runs it (empty: whoever reads the page), and its text.
+    """Yields each marked block of a page in order: the user who runs it (empty: the reader), and its text.
 
-    Raises ValueError for a mark that no code block follows.
+    Raises ValueError for a mark without a code block after it.
     """
     parts = re.split(r"^<!-- run(?:: (\w+))? -->\n", page.read_text(), flags=re.MULTILINE)
     for who, rest in zip(parts[1::2], parts[2::2], strict=True):

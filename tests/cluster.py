@@ -1,4 +1,4 @@
-"""An inventory as Ansible sees it: its hosts, their variables, and what a role's templates make of them."""
+"""An inventory as Ansible evaluates it: its hosts, their variables, and the rendered templates of roles."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ init_plugin_loader()
 
 ROOT = Path(__file__).resolve().parents[1]
 FACTS: dict[str, Any] = yaml.safe_load((ROOT / "tests/facts.yml").read_text())
-# What `slurmd -C` prints there.
+# The output of `slurmd -C` on such a node.
 REPORT = """\
 NodeName=gpu1 CPUs=128 Boards=1 SocketsPerBoard=2 CoresPerSocket=32 ThreadsPerCore=2 RealMemory=515842
 UpTime=1-02:03:04
@@ -32,7 +32,7 @@ UpTime=1-02:03:04
 
 
 def trusted(text: str) -> str:
-    """Marks text of the repository as a template; before ansible-core 2.19 all text was one."""
+    """Marks text of the repository as a trusted template, as ansible-core 2.19 and later require."""
     try:
         from ansible.template import trust_as_template
     except ImportError:
@@ -45,8 +45,8 @@ class Cluster:
 
     Args:
         inventory: folder or file of the inventory.
-        extra: variables that stand above all others, as with `ansible-playbook --extra-vars`.
-        facts: whether the hosts answered.
+        extra: variables that override all others, as with `ansible-playbook --extra-vars`.
+        facts: whether the hosts are reachable and have facts.
     """
 
     def __init__(self, inventory: Path, extra: Mapping[str, Any] | None = None, facts: bool = True) -> None:
@@ -77,13 +77,13 @@ class Cluster:
                 yield role, play, hosts
 
     def variables(self, host: str, play: Play, role: Role | None = None) -> dict[str, Any]:
-        """Returns what a task of the role sees on the host: defaults, inventory and the play's variables."""
+        """Returns the variables of the role's tasks on the host: defaults, inventory and the play's variables."""
         task = Task.load({"ansible.builtin.debug": {}}, role=role, loader=self.loader, variable_manager=self.manager)
         known = self.inventory.get_host(host)
         return {**self.manager.get_vars(play=play, host=known, task=task), "ansible_managed": "managed"}
 
     def render(self, template: Path, variables: Mapping[str, Any]) -> str:
-        """Returns the template as `ansible.builtin.template` would write it; a variable that is missing is an error."""
+        """Returns the template as `ansible.builtin.template` renders it; a missing variable is an error."""
         templar = Templar(self.loader, variables=dict(variables)).copy_with_new_env(searchpath=[str(template.parent)])
         return templar.template(trusted(template.read_text()), preserve_trailing_newlines=True, convert_data=False)
 

@@ -1,4 +1,4 @@
-"""What the platform's tests share. Ansible reads its settings when it is first imported, so they are made here."""
+"""Fixtures of the platform's tests. Ansible reads its settings on its first import, so they are set here."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ ROOT = Path(__file__).resolve().parents[1]
 
 os.environ |= {
     "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"),
-    # The facts of the lab's nodes stay what they are.
+    # Do not change the cached facts of the lab's nodes.
     "ANSIBLE_CACHE_PLUGIN": "memory",
     "ANSIBLE_NOCOLOR": "1",
 }
 
-# The quick suite draws the same examples each time; the full suite draws many new ones.
+# The quick suite generates the same examples each time; the full suite generates many new ones.
 settings.register_profile("quick", max_examples=50, deadline=None, derandomize=True)
 settings.register_profile("full", max_examples=1000, deadline=None, print_blob=True)
 settings.load_profile("full" if os.environ.get("ICTX_SUITE") == "full" else "quick")
@@ -33,7 +33,7 @@ def root() -> Path:
 
 @pytest.fixture
 def drill(request: pytest.FixtureRequest) -> recovery.Drill:
-    """The clock of a drill's test: its times are recorded with the marker."""
+    """Measures the recovery times of a drill, which are recorded with its marker."""
     return request.node.stash.setdefault(DRILL, recovery.Drill())
 
 
@@ -44,7 +44,7 @@ DRILL = pytest.StashKey[recovery.Drill]()
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Records a drill that ran, or whose fixtures failed."""
+    """Records a drill that ran or whose fixtures failed."""
     report = yield
     faults = [mark.args[0] for mark in item.iter_markers("drill")]
     if faults and (report.when == "call" or report.failed) and not report.skipped:

@@ -1,4 +1,4 @@
-"""Renders the charts with the real helm, and finds the pods in what comes out."""
+"""Renders the charts with helm, and finds the pods in the rendered objects."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ CHARTS = {"serving": ROOT / "charts" / "serving", "mlflow": ROOT / "charts" / "m
 CI = {f"{name}/{file.stem}": (name, file) for name, chart in CHARTS.items() for file in sorted(chart.glob("ci/*.yaml"))}
 KUBERNETES = "1.37.0"
 NAMESPACE = "ictx"
-# libyaml's loader, where it is there, is ten times as fast.
+# libyaml's loader, if available, is ten times as fast.
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 Document = dict[str, Any]
 
 
 class HelmError(Exception):
-    """What helm printed when it refused."""
+    """Helm's error output."""
 
 
 @dataclass(frozen=True)
 class Pod:
-    """A pod, or the template of one, and the object that it comes from."""
+    """A pod or pod template, and the object that contains it."""
 
     owner: str
     labels: dict[str, str]
@@ -40,7 +40,7 @@ class Pod:
 
     @property
     def containers(self) -> list[Document]:
-        """Returns all containers, those that run first included."""
+        """Returns all containers, with init containers."""
         return [*self.spec.get("initContainers", []), *self.spec["containers"]]
 
     def container(self, name: str) -> Document:
@@ -49,15 +49,15 @@ class Pod:
 
 
 def program() -> str:
-    """Returns helm: that of this Python's environment, else the one on PATH."""
+    """Returns the path of helm: from this Python's environment, else from PATH."""
     beside = Path(sys.executable).parent / "helm"
     found = str(beside) if beside.exists() else shutil.which("helm")
-    assert found, "helm is missing: scripts/bootstrap test installs it"
+    assert found, "helm is missing: run `scripts/bootstrap test`"
     return found
 
 
 def helm(*arguments: str) -> str:
-    """Returns what helm prints."""
+    """Returns the output of helm."""
     done = subprocess.run([program(), *arguments], capture_output=True, text=True, check=False)
     if done.returncode:
         raise HelmError(done.stdout + done.stderr)
@@ -76,7 +76,7 @@ def _documents(chart: Path, file: Path | None, values: str, kubernetes: str) -> 
 def render(
     chart: Path, file: Path | None = None, values: Document | None = None, kubernetes: str = KUBERNETES
 ) -> list[Document]:
-    """Returns the objects of a chart (not to be changed); `values` go by dotted path and win over the file."""
+    """Returns the objects of a chart (cached: do not change them); `values`, by dotted path, override the file."""
     return _documents(chart, file, json.dumps(values or {}, sort_keys=True), kubernetes)
 
 

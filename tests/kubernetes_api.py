@@ -1,4 +1,4 @@
-"""A Kubernetes API server of one test, with its store: objects are kept, and no controller acts on them."""
+"""A Kubernetes API server with its store for one test: it keeps objects, and no controller acts on them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from programs import CACHE, program
 
 
 def free_port() -> int:
-    """Returns a port that nothing listens on."""
+    """Returns an unused port."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         return int(probe.getsockname()[1])
 
@@ -29,7 +29,7 @@ def kubectl(folder: Path) -> list[str]:
 
 @contextlib.contextmanager
 def api_server(folder: Path) -> Iterator[None]:
-    """Runs the server that the lab's Kubernetes was built with, and leaves `folder/kubeconfig` of its administrator."""
+    """Runs the lab's build of the API server, and writes its administrator's `folder/kubeconfig`."""
     client, peer, port = free_port(), free_port(), free_port()
     key = folder / "accounts.key"
     subprocess.run(["openssl", "genrsa", "-out", key, "2048"], check=True, capture_output=True)

@@ -1,4 +1,4 @@
-"""The running lab, as its users reach it."""
+"""The running lab, with its users' access."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Lab:
         return match[1]
 
     def tracking(self) -> dict[str, str]:
-        """Returns the environment in which MLflow's client reaches the lab's server as its administrator."""
+        """Returns the environment for MLflow's client as the administrator of the lab's server."""
         return {
             "MLFLOW_TRACKING_URI": f"https://{self.address('kube1')}:30500",
             "MLFLOW_TRACKING_SERVER_CERT_PATH": str(STATE / "ca/ca.crt"),
@@ -38,20 +38,20 @@ class Lab:
         }
 
     def run(self, node: str, command: str, user: str = "root") -> subprocess.CompletedProcess[str]:
-        """Returns what a command did on a node, whatever its exit status."""
+        """Runs a command on a node and returns the completed process, also if it failed."""
         if user != "root":
             command = f"runuser -l {user} -c {shlex.quote(command)}"
         return subprocess.run(
             ["ssh", "-F", str(STATE / "ssh" / "config"), node, "--", command],
             capture_output=True,
             text=True,
-            # Names of jobs may be any bytes.
+            # Names of jobs can be arbitrary bytes.
             errors="backslashreplace",
             check=False,
         )
 
     def user(self, command: str) -> str:
-        """Returns what a command prints that an ordinary user runs on the controller; it must succeed."""
+        """Returns the output of a command that an ordinary user runs on the controller; it must succeed."""
         done = self.run("ctl", command, user="researcher")
         assert done.returncode == 0, f"{command}: {done.stderr}{done.stdout}"
         return done.stdout.strip()
@@ -65,13 +65,13 @@ class Lab:
         )
 
     def follow(self, job: str) -> tuple[int, str]:
-        """Follows a job to its end; returns the follower's exit status and what it printed."""
+        """Follows a job to its end; returns the follower's exit status and output."""
         done = self.run("ctl", f"/opt/ictx/bin/ictx-follow {job}", user="researcher")
         print(done.stdout, done.stderr)
         return done.returncode, done.stdout
 
     def wait_in(self, job: str, what: str, condition: Callable[[], bool]) -> None:
-        """Waits for something that a job does; fails with the job's log when the job ends without it."""
+        """Waits for a condition on a running job; fails with the job's log if the job ends before."""
 
         def reached() -> bool:
             if condition():
@@ -83,15 +83,15 @@ class Lab:
         wait_for(what, reached)
 
     def accounts(self, job: str, field: str) -> str:
-        """Returns a field of the job's last start from the accounts."""
+        """Returns a field of the job's last start from the accounting records."""
         return self.user(f"sacct --noheader --allocations --parsable2 --jobs={job} --format={field}")
 
     def restarts(self, job: str) -> int:
-        """Returns how often the controller has put the job back into the queue."""
+        """Returns the number of times that the job was requeued."""
         return int(self.user(f"scontrol --oneliner show job {job} | grep -o 'Restarts=[0-9]*' | cut -d= -f2"))
 
     def folder(self, job: str) -> Path:
-        """Returns the job's folder as this machine sees it."""
+        """Returns the job's folder on this machine."""
         return SHARED / "runs" / "researcher" / job
 
     def result(self, job: str) -> dict[str, Any]:
@@ -106,7 +106,7 @@ class Lab:
 
 
 def wait_for(what: str, condition: Callable[[], bool], seconds: float = 600) -> None:
-    """Waits until the condition holds; fails naming `what` when it does not."""
+    """Waits until the condition holds; fails with `what` after the timeout."""
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, f"{what} did not happen within {seconds:.0f} s"

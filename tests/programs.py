@@ -1,4 +1,4 @@
-"""Programs that the platform runs: this machine's, else the distribution's, unpacked; and our own, as modules."""
+"""Programs of the platform: from this machine, or unpacked from the distribution's packages; and ours as modules."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PACKAGES = {
 
 
 def program(name: str) -> str:
-    """Returns the path of a program. Nothing is installed: packages are unpacked into the cache (`libraries`)."""
+    """Returns the path of a program; unpacks missing packages into the cache, without installation (`libraries`)."""
     found = shutil.which(name)
     if found:
         return found
@@ -47,16 +47,16 @@ def program(name: str) -> str:
 
 
 def libraries(path: str) -> dict[str, str]:
-    """Returns the environment in which a program that was unpacked with its libraries finds them."""
+    """Returns the environment in which an unpacked program finds its libraries."""
     found = [str(folder) for folder in Path(path).parents[1].glob("lib/*-linux-gnu")]
     return {**os.environ, "LD_LIBRARY_PATH": ":".join(found)} if str(CACHE) in path else {**os.environ}
 
 
 def loaded(path: Path) -> types.ModuleType:
-    """Returns a Python program of ours as a module, executed anew; its name has no suffix to import it by."""
+    """Executes a Python program of ours and returns it as a module; its name has no suffix for an import."""
     loader = SourceFileLoader(path.name.replace("-", "_"), str(path))
     module = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))
-    # Dataclasses look for the module that they are defined in.
+    # Dataclasses need their module in sys.modules.
     sys.modules[loader.name] = module
     written, sys.dont_write_bytecode = sys.dont_write_bytecode, True
     try:
@@ -69,7 +69,7 @@ def loaded(path: Path) -> types.ModuleType:
 def play(
     folder: Path, tasks: list[dict[str, Any]], variables: dict[str, Any], **keywords: Any
 ) -> subprocess.CompletedProcess[str]:
-    """Runs tasks on this machine, in a play with these keywords."""
+    """Runs tasks on this machine in a play with these keywords."""
     file = folder / "play.yml"
     given = {**variables, "ansible_python_interpreter": sys.executable}
     start = {"hosts": "localhost", "connection": "local", "gather_facts": False, "vars": given, "tasks": tasks}

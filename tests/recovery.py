@@ -1,7 +1,7 @@
-"""What a drill records: `@pytest.mark.drill(fault, keeps=…, acts=…)` on a test, and the fixture `drill` in it.
+"""Records of drills: tests with `@pytest.mark.drill(fault, keeps=…, acts=…)` and the fixture `drill`.
 
-The marker names the fault, what must not be lost, and who acts: "nobody", or one documented command. The fixture
-measures the time to recover. Each run of such a test appends a line to RECORDS; `scripts/drills` makes a page of them.
+The marker gives the fault, the data that must be kept, and the repair: "nobody" (automatic) or one documented command.
+The fixture measures the recovery time. Each test appends a line to RECORDS, from which `scripts/drills` writes a page.
 """
 
 from __future__ import annotations
@@ -21,27 +21,27 @@ RECORDS = Path(os.environ.get("ICTX_CACHE", Path.home() / ".cache/ictx")) / "sui
 
 @dataclass
 class Drill:
-    """The clock of a drill."""
+    """Measures the recovery times of a drill."""
 
     seconds: list[float] = field(default_factory=list)
-    """Each time from a fault to the recovery."""
+    """Seconds from each fault to the recovery."""
 
     @contextmanager
     def recovery(self) -> Iterator[None]:
-        """Measures: from the fault, at the beginning of the block, to the service that is back, at its end."""
+        """Measures the time from the fault, at the start of the block, to the recovery of the service, at its end."""
         began = time.monotonic()
         yield
         self.seconds.append(time.monotonic() - began)
 
 
 def commit() -> str:
-    """Returns the commit that is tested, marked where the tree differs from it."""
+    """Returns the tested commit, with a mark if the tree differs from it."""
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
     return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
 
 
 def record(file: Path, faults: list[str], passed: bool, seconds: list[float]) -> None:
-    """Appends a line for each fault of a test that ran; of several times the longest counts."""
+    """Appends a line for each fault of a test, with the longest of its recovery times."""
     file.parent.mkdir(parents=True, exist_ok=True)
     about = {
         "passed": passed,

@@ -1,4 +1,4 @@
-"""The served model of the lab, as its clients reach it: through the node port, verified by the platform's authority."""
+"""The lab's served model, with its clients' access: through the node port, verified by the platform's authority."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def key() -> str:
 
 
 def complete(secret: str, **more: Any) -> tuple[int, str]:
-    """Returns status and text of a request for a completion."""
+    """Requests a completion; returns status and text."""
     asked = {"model": MODEL, "prompt": "def f(", "max_tokens": 8, "temperature": 0, "ignore_eos": True, **more}
     body = json.dumps(asked).encode()
     request = urllib.request.Request(endpoint() + "/v1/completions", body, {"Content-Type": "application/json"})
@@ -45,7 +45,7 @@ def complete(secret: str, **more: Any) -> tuple[int, str]:
 
 
 def serves(secret: Callable[[], str] = key) -> bool:
-    """Returns whether the served model answers."""
+    """Returns whether the served model responds."""
     try:
         return complete(secret())[0] == 200
     except OSError:
@@ -54,9 +54,9 @@ def serves(secret: Callable[[], str] = key) -> bool:
 
 @dataclass
 class Client:
-    """Sends requests, as fast as answers come, until it is left; remembers every failure.
+    """Sends requests without pause until its block ends, and records every failure.
 
-    It starts once the model answers: the test before may have restarted the node.
+    It starts when the model responds, since the previous test may have restarted the node.
     """
 
     secret: Callable[[], str] = key

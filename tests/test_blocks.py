@@ -1,4 +1,4 @@
-"""Marked code blocks are found as they stand on the page."""
+"""Marked code blocks are found in the order of the page."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ TOOLS = Path(sys.executable).parent
         ("{{ a | in_url }}", "{{ a | ictx.platform.in_url }}"),
         ("{{ a|in_url|lower }}", "{{ a|ictx.platform.in_url|lower }}"),
         ("{{ a | map('in_url') | list }}", "{{ a | map('ictx.platform.in_url') | list }}"),
-        # Neither names of variables nor what only begins like one.
+        # Neither names of variables nor keys that only begin with a module's name.
         ("install_files_done: true\nin_url: x", "install_files_done: true\nin_url: x"),
         ("{{ a | in_urls }} || in_url", "{{ a | in_urls }} || in_url"),
         ("{{ a | ictx.platform.in_url }}", "{{ a | ictx.platform.in_url }}"),
@@ -93,7 +93,7 @@ def test_a_play_of_another_repository_uses_the_installed_collection(tmp_path: Pa
     subprocess.run(verified, check=True, capture_output=True)
     roles = tmp_path / "installed/ansible_collections/ictx/platform/roles"
     assert "| `registry_port` | int | `5000` | Port" in (roles / "registry/README.md").read_text()
-    # Every role can be found and parsed, not only those of the play.
+    # Every role can be found and parsed, not only the roles of the play.
     parse = [{"hosts": "localhost", "tasks": [
         {"ansible.builtin.import_role": {"name": f"ictx.platform.{role.name}"}, "when": False}
         for role in sorted(roles.iterdir())

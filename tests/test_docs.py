@@ -31,7 +31,7 @@ def code(page: Path) -> Iterator[tuple[int, str]]:
 
 
 def words(line: str) -> list[str]:
-    """Returns the words of a command, without its comment; none where it is no shell."""
+    """Returns the words of a command, without its comment; none if it is not shell syntax."""
     try:
         return shlex.split(line, comments=True)
     except ValueError:
@@ -47,7 +47,7 @@ COMMANDS = [
 
 
 def grammar() -> argparse.ArgumentParser:
-    """Returns the grammar of `ictx`, which needs none of the workload's packages."""
+    """Returns the argument parser of `ictx`, which needs none of the workload's packages."""
     sys.path.insert(0, str(ROOT / "workload/src"))
     try:
         from ictx.cli import parser
@@ -63,14 +63,14 @@ def below(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]
 
 
 def unknown_of_ictx(arguments: list[str]) -> list[str]:
-    """Returns what `ictx` would refuse: commands and options that it does not have."""
+    """Returns the commands and options that `ictx` does not have."""
     parser = grammar()
     while arguments and (commands := below(parser)):
         name, *arguments = arguments
         if name.startswith("-"):
             break
         if name not in commands:
-            # An area in upper case stands for any.
+            # A name in upper case is a placeholder.
             return [] if name.isupper() or name == "…" or "|" in name else [name]
         parser = commands[name]
     options = {option for action in parser._actions for option in action.option_strings}
@@ -88,7 +88,7 @@ def test_a_documented_command_exists(line: str) -> None:
 
 
 def check(command: list[str]) -> None:
-    """Fails where a command names something that is not in the repository."""
+    """Fails if a command names something that is not in the repository."""
     targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     if command[:1] == ["make"] and len(command) > 1 and re.fullmatch(r"[a-z-]+", command[1]):
         assert command[1] in targets

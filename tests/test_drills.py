@@ -1,4 +1,4 @@
-"""A drill leaves a record, and the page of drills is made of markers and records alone."""
+"""Each drill writes a record, and the page of drills is generated from markers and records."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_parameter(fault): pass
 
 @pytest.fixture
 def records(tmp_path: Path) -> Path:
-    """The records of a run of TESTS with this folder's conftest.py."""
+    """The records of a run of TESTS with tests/conftest.py."""
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests/test_some.py").write_text(TESTS)
     command = [sys.executable, "-m", "pytest", "-q", "--rootdir", ROOT, "-c", ROOT / "pyproject.toml"]
@@ -86,7 +86,7 @@ def test_the_page_has_the_newest_record_of_each_drill(
     assert page.main() == 0
     page.PAGE.write_text(text.replace("71 s", "7 s"))
     assert page.main() == 1
-    # An older record of this machine does not replace a newer one that is kept.
+    # An older record of this machine does not replace a newer stored one.
     page.RESULTS.write_text(json.dumps({"a node dies": {"date": "2999-01-01"}}))
     assert page.newest(json.loads(page.RESULTS.read_text()), page.marked())["a node dies"] == {"date": "2999-01-01"}
 

@@ -1,4 +1,4 @@
-"""What Ansible found on a host in an earlier run decides nothing in the next one."""
+"""Facts of an earlier run of Ansible are not reused in the next one."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from programs import play
 
 
 def test_facts_are_gathered_afresh_on_each_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("ANSIBLE_CACHE_PLUGIN")  # the value in ansible.cfg counts
+    monkeypatch.delenv("ANSIBLE_CACHE_PLUGIN")  # use the value of ansible.cfg
     fact = tmp_path / "mounted.fact"
-    # As a play gathers them, which with `gathering = smart` trusts a cache.
+    # Gathered by a play, which would use a cache with `gathering = smart`.
     tasks = [{"ansible.builtin.debug": {"msg": "mounted: {{ ansible_facts.ansible_local.mounted }}"}}]
     for found in ("no", "yes"):
         fact.write_text(f'"{found}"')

@@ -1,4 +1,4 @@
-"""Every program in scripts/ has a help with an example, and prints it before it does anything."""
+"""Every program in scripts/ has a help text with an example, and prints it before any other action."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ WITHOUT_ARGUMENTS = ["down", "lab", "lint", "pipeline", "typecheck"]
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Runs a script in a folder without playbooks and inventory: one that ignored its arguments could harm nothing."""
+    """Runs a script in a folder without playbooks and inventory, where ignoring its arguments does no harm."""
     shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
     for room in ("docs", "roles", "tests"):
         (tmp_path / room).symlink_to(ROOT / room)

@@ -1,4 +1,4 @@
-"""Pictures for README and documentation: of a terminal from a log, and of pages behind a password."""
+"""Pictures for README and documentation: a terminal session from a log, and pages that require a password."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_the_picture_is_svg_with_every_line() -> None:
 
 @pytest.fixture
 def guarded() -> Iterator[str]:
-    """A server that answers to one name and password."""
+    """A server that accepts one user name and password."""
 
     class Guarded(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -66,7 +66,7 @@ def guarded() -> Iterator[str]:
         server.shutdown()
 
 
-@pytest.mark.skipif(not Path(AUTHORITY).exists(), reason="no authorities on this machine")
+@pytest.mark.skipif(not Path(AUTHORITY).exists(), reason="no CA bundle on this machine")
 def test_chromium_needs_no_password_where_the_proxy_has_it(guarded: str) -> None:
     with pictures.signed_in(guarded, "admin", "secret", AUTHORITY) as url:
         with urllib.request.urlopen(f"{url}/page?a=1") as answer:

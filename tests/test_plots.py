@@ -1,4 +1,4 @@
-"""The documentation's plots are drawn from the tables beside them."""
+"""The documentation's plots are up to date with the tables on the same pages."""
 
 from __future__ import annotations
 

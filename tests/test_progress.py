@@ -1,4 +1,4 @@
-"""`scripts/progress`: one line on a terminal, every line elsewhere, and what failed by the log."""
+"""`scripts/progress`: one line on a terminal, every line elsewhere, and the cause of a failure from the log."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_the_cause_of_a_failed_playbook_is_its_host_task_and_message(tmp_path: P
         f"ansible-playbook -i localhost, -c local {tmp_path / 'play.yml'} 2>&1 | {PROGRAM} --log {log} 'the playbook'"
     )
     done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2, "that of the playbook"
+    assert done.returncode == 2, "the playbook's exit status"
     assert "here" in done.stdout, "without a terminal everything is printed"
     why = subprocess.run([PROGRAM, "--log", log, "--why", "the playbook"], capture_output=True, text=True, check=True)
     lines = [line.split(maxsplit=1) for line in why.stdout.splitlines()]

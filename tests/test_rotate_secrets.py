@@ -1,4 +1,4 @@
-"""Rotation of secrets: what a run plans, that nothing else changes, and that a run that was cut off is completed."""
+"""Rotation of secrets: a run changes only the planned secrets, and the next run completes an interrupted one."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FILES = {"munge.key": 0.0, "mlflow_user_alice": 0.0, "mlflow_user_serving": 8640
 
 
 def plan(rotate: object = "", finish: object = "", **more: float) -> dict[str, Any]:
-    """Returns the plan for a few secrets, ten days after the first was made."""
+    """Returns the plan for a few secrets, ten days after the first was generated."""
     found: dict[str, Any] = rotation.rotation(SECRETS, FILES | more, rotate, finish, 864000.0)
     return found
 
@@ -31,11 +31,11 @@ def test_every_generated_secret_can_be_rotated() -> None:
     sources = [*(ROOT / "playbooks").glob("*.yml"), *(ROOT / "roles").glob("*/*/*.yml")]
     text = "\n".join(path.read_text() for path in sources)
     page = (ROOT / "docs/security.md").read_text()
-    assert [name for name in SECRETS if f"`{name}`" not in page] == [], "the page has every secret"
+    assert [name for name in SECRETS if f"`{name}`" not in page] == [], "document every secret in docs/security.md"
     generated = {
         name.removesuffix(".previous") for name in re.findall(r"(?:/secrets|_secrets ~ ')/([a-z0-9_.]+)", text)
     }
-    # Of K3s: docs/security.md has the commands.
+    # Secrets of K3s, whose commands are in docs/security.md.
     generated -= {"k3s_token", "k3s_agent_token"}
     assert {"munge.key", "serving_api_key", "mlflow_admin_password"} <= generated
     patterns = "|".join(secret["files"] for secret in SECRETS.values())
@@ -48,7 +48,7 @@ def test_what_a_secret_needs_exists() -> None:
         assert all((ROOT / "playbooks" / f"{playbook}.yml").exists() for playbook in secret["playbooks"]), name
     text = (ROOT / "playbooks/rotate-secrets.yml").read_text()
     for name in (name for name, secret in SECRETS.items() if secret.get("overlap")):
-        assert re.search(rf"^          {name}: .*\n?.*", text, re.M), f"{name}: how it is finished is not reported"
+        assert re.search(rf"^          {name}: .*\n?.*", text, re.M), f"{name}: completion is not described"
     assert set(re.findall(r"'(\w+)' \| rotated_playbook", text)) == {
         playbook for secret in SECRETS.values() for playbook in secret["playbooks"]
     }
@@ -95,7 +95,7 @@ def test_a_secret_that_a_run_has_changed_is_not_changed_again() -> None:
     assert made["drop"] == {"first": [], "last": ["munge.key.previous"]}
     assert [one["file"] for one in plan("munge", **{"munge.key.previous": 0.0, "munge.key.next": 0.0})["generate"]] == [
         "munge.key"
-    ], "the previous one was kept, the next not used yet"
+    ], "the previous secret is kept, and the next one is not used yet"
 
 
 def test_an_overlap_lasts_until_it_is_finished() -> None:
@@ -129,7 +129,7 @@ def test_no_choice_is_a_traceback_or_takes_a_secret_that_was_not_chosen(
 
 
 class Site:
-    """A control host with secrets, and the hosts that a test gives it."""
+    """A control host with secrets, and the hosts of a test."""
 
     def __init__(self, folder: Path) -> None:
         self.secrets, self.inventory = folder / "secrets", folder / "inventory.yml"
@@ -165,7 +165,7 @@ class Site:
 
 @pytest.fixture
 def site(tmp_path: Path) -> Site:
-    """Returns a control host without any other."""
+    """Returns a control host without other hosts."""
     return Site(tmp_path)
 
 
@@ -192,7 +192,7 @@ def test_a_host_that_cannot_be_reached_keeps_every_secret_as_it_is(site: Site) -
 
 def test_a_playbook_that_fails_leaves_the_previous_secret_and_the_next_run_completes_it(site: Site) -> None:
     site.write("slurmdbd_password", "old")
-    # Refused by the role before it changes anything on the host.
+    # The role rejects this before it changes anything on the host.
     database = {
         "ansible_connection": "local",
         "ansible_python_interpreter": sys.executable,
@@ -247,7 +247,7 @@ def test_the_authority_is_trusted_before_it_issues_and_dropped_after(
     folder = site.secrets.parent / "ca"
 
     def subjects() -> tuple[str, list[str]]:
-        """Returns what issues and what is trusted, as the public keys' digests."""
+        """Returns digests of the public keys of the issuing authority, and of the trusted authorities."""
         issues = subprocess.run(
             ["openssl", "pkey", "-in", folder / "ca.key", "-pubout"], capture_output=True, text=True, check=True
         ).stdout
@@ -267,7 +267,7 @@ def test_the_authority_is_trusted_before_it_issues_and_dropped_after(
     first = subprocess.run(
         ["openssl", "pkey", "-in", folder / "ca.key", "-pubout"], capture_output=True, text=True, check=True
     ).stdout
-    assert site(*finish).returncode == 0, "nothing to end"
+    assert site(*finish).returncode == 0, "there is nothing to finish"
     assert subjects() == (first, [first])
     for repeated in range(2):
         done = site(*rotate)
@@ -278,8 +278,8 @@ def test_the_authority_is_trusted_before_it_issues_and_dropped_after(
             assert len(trusted) == 2
             second = trusted[1]
             assert second != first
-            assert site(*finish).returncode == 2, "it issues nothing yet"
-            # A run that ended early is completed before the next step.
+            assert site(*finish).returncode == 2, "the new authority does not issue yet"
+            # An interrupted run is completed before the next step.
             (folder / "next/trusted").unlink()
             assert site(*rotate).returncode == 0
             assert subjects() == (first, [first, second])

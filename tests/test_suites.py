@@ -1,4 +1,4 @@
-"""Every test is in one of the two suites."""
+"""Every test is part of one of the two suites."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ suite = loaded(ROOT / "scripts/suite")
 
 
 def selections(place: str) -> list[Expression]:
-    """Returns the markers that the suites' pytest commands over a folder select."""
+    """Returns the marker expressions of the suites' pytest commands for a folder."""
     commands = [shlex.split(step.command) for steps in suite.SUITES.values() for step in steps]
     return [
         Expression.compile(words[words.index("-m", words.index("pytest")) + 1] if "-m" in words[3:] else "")
@@ -38,7 +38,7 @@ def test_whatever_its_markers_a_test_is_in_a_suite(place: str) -> None:
 @pytest.mark.parametrize("name", suite.SUITES)
 @pytest.mark.parametrize("place", ["tests", "workload/tests"])
 def test_pytest_starts_in_every_suite(name: str, place: str) -> None:
-    """Both folders choose the number of Hypothesis' examples by the suite's name."""
+    """In both folders the number of Hypothesis' examples depends on the suite's name."""
     command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {place!r}); import conftest"]
     done = subprocess.run(
         command, cwd=ROOT, env=os.environ | {"ICTX_SUITE": name}, capture_output=True, text=True, check=False
@@ -54,7 +54,7 @@ def test_every_scenario_of_molecule_is_in_the_full_suite() -> None:
 
 
 def test_no_scenario_of_molecule_takes_the_lab_for_its_own() -> None:
-    """Without these variables a scenario has the lab's names, network and state."""
+    """Without these variables a scenario would use the lab's names, network and state."""
     lab = ROOT / "inventories/lab/group_vars/all/lab.yml"
     for inventory in (ROOT / "molecule").glob("*/inventory/hosts.yml"):
         assert (inventory.parent / "group_vars/all/lab.yml").resolve() == lab, inventory

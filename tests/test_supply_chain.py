@@ -1,4 +1,4 @@
-"""What is downloaded has a hash in a lock, and what is known about locked packages is reported."""
+"""Every downloaded package has a hash in a lock, and known vulnerabilities of locked packages are reported."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_every_locked_package_has_a_hash(lock: Path) -> None:
 def test_every_installer_asks_for_hashes_or_no_index() -> None:
     files = [ROOT / "scripts/bootstrap", *ROOT.glob("images/*/Dockerfile"), *ROOT.glob("roles/*/tasks/*.yml")]
     for file in [*files, ROOT / "roles/image_bake/vars/main.yml"]:
-        # One command a line, also where it is written in several.
+        # Join commands that span several lines.
         text = re.sub(r"\\\n|\n\s+(?=-)", " ", file.read_text())
         for line in text.splitlines():
             if re.search(r"\bpip[\w\"']* (install|wheel|download)\b", line) and not line.lstrip().startswith("#"):

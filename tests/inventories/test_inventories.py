@@ -1,4 +1,4 @@
-"""Both inventories run the same playbooks and have the same groups and variables of the cluster."""
+"""Both inventories work with the same playbooks, groups and cluster variables."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ def test_site_yml_parses(inventory: str) -> None:
 def test_every_role_of_the_platform_is_in_site_yml() -> None:
     tasks = playbook("-i", "inventories/example", "--list-tasks", "site.yml")
     listed = set(re.findall(r"^ {6}(\w+) : ", tasks, re.MULTILINE))
-    # A role that others include is part of them.
+    # Roles that other roles include need no play.
     tasks = "".join(file.read_text() for file in (ROOT / "roles").glob("*/tasks/*.yml"))
     included = set(re.findall(r"(?:include|import)_role:\n +name: (\w+)", tasks))
-    # The lab's machines are made by playbooks/lab.yml: other inventories bring their own.
-    # A mirror (playbooks/artifacts.yml) is made before a site.
+    # playbooks/lab.yml creates the lab's machines; other inventories have existing ones.
+    # playbooks/artifacts.yml fills a mirror before site.yml runs.
     assert listed | included == {path.name for path in (ROOT / "roles").iterdir()} - {"lab", "artifacts"}
 
 
@@ -66,7 +66,7 @@ def test_the_example_is_the_cluster_that_it_says_it_is() -> None:
 
 def test_the_schema_has_every_cluster_variable_that_playbooks_use_and_no_other() -> None:
     files = [ROOT / "site.yml", *(ROOT / "playbooks").glob("*.yml"), *(ROOT / "playbooks/vars").glob("*.yml")]
-    # A group that preflight makes.
+    # A group that preflight creates.
     used = set(re.findall(r"\bictx_\w+", "\n".join(file.read_text() for file in files))) - {"ictx_skipped"}
     assert used == {name for name in SCHEMA["variables"] if name.startswith("ictx_")}
 
@@ -74,7 +74,7 @@ def test_the_schema_has_every_cluster_variable_that_playbooks_use_and_no_other()
 def test_no_role_knows_the_cluster_or_its_groups() -> None:
     known = re.compile(r"\bictx_[a-z]+_?\w*|\bgroup_names\b|\bgroups\[")
     for file in sorted((ROOT / "roles").glob("*/*/**/*.y*ml")) + sorted((ROOT / "roles").glob("*/templates/**/*.j2")):
-        # Rules of Prometheus, and files for it, name metrics, not variables.
+        # Prometheus' rules and textfiles contain names of metrics, not variables.
         metrics = file.parent.name == "rules" or file.name.endswith(".prom.j2")
         if file.relative_to(ROOT).parts[1] != "lab" and not metrics:
             assert not known.findall(re.sub(r"(?m)^\s*#.*$", "", file.read_text())), file

@@ -1,4 +1,4 @@
-"""The program that gathers SLURM's metrics, as a module, and what its tests look at."""
+"""SLURM's exporter as a module, and functions for its tests."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ FILES = ROOT / "roles/slurm_exporter/files"
 
 
 def expand(nodes: str) -> list[str]:
-    """Stands in for ClusterShell's, which is a package of the node: these tests have one range at most."""
+    """Replaces ClusterShell's function, a package of the nodes, for names with at most one range."""
     found = re.fullmatch(r"(\w+)\[(\d+)-(\d+)\]", nodes)
     return [f"{found[1]}{n}" for n in range(int(found[2]), int(found[3]) + 1)] if found else [nodes]
 
 
 def program() -> types.ModuleType:
-    """Returns the program as a module; its parts are its attributes `slurm` and `training`."""
+    """Returns the program as a module, with its parts as the attributes `slurm` and `training`."""
     folder = types.ModuleType("ClusterShell")
     folder.NodeSet = types.ModuleType("ClusterShell.NodeSet")
     folder.NodeSet.expand = expand
@@ -38,7 +38,7 @@ PROGRAM = program()
 
 
 def written(metrics: Any, folder: Path) -> str:
-    """Returns the file that the program writes; it is valid, and nothing but printable lines."""
+    """Returns the file that the program writes, which must be valid and consist of printable lines."""
     file = folder / "slurm.prom"
     metrics.write(str(file), PROGRAM.SOURCES)
     text = file.read_bytes().decode()
@@ -59,7 +59,7 @@ def values(metrics: Any) -> dict[str, float]:
 
 
 def skipped(metrics: Any, folder: Path) -> dict[str, int]:
-    """Returns how many rows of each source were left out, without those that are 0."""
+    """Returns the number of skipped rows of each source, without zeros."""
     written(metrics, folder)
     found = re.findall(r'ictx_slurm_skipped_rows\{source="(\w+)"\} ([\d.]+)', (folder / "slurm.prom").read_text())
     return {source: int(float(count)) for source, count in found if float(count)}

@@ -1,6 +1,6 @@
-"""Alerts on their whole way in the lab: a fault → Prometheus → Alertmanager → a webhook, and back again.
+"""Alerts in the lab, end to end: a fault → Prometheus → Alertmanager → a webhook, and the end of the fault.
 
-The faults begin together and end together, so that the waiting (each alert's own `for`) is shared.
+All faults start and end together, so that the delays (each alert's `for`) overlap.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ CONFIG = "/etc/prometheus/alertmanager.yml"
 
 @pytest.fixture(scope="module")
 def lab() -> Lab:
-    """The lab that `make lab` left running."""
+    """The running lab that `make lab` provisioned."""
     assert (STATE / "ssh" / "config").exists(), f"no lab in {STATE}: run `make lab` first"
     return Lab()
 
 
 @pytest.fixture(scope="module")
 def notifications(lab: Lab) -> Iterator[list[dict[str, Any]]]:
-    """Returns the alerts that Alertmanager sends to a webhook of the test; its configuration is put back at the end."""
+    """Yields the alerts that Alertmanager sends to the test's webhook; restores the configuration at the end."""
     received: list[dict[str, Any]] = []
 
     class Webhook(BaseHTTPRequestHandler):
@@ -58,7 +58,7 @@ def notifications(lab: Lab) -> Iterator[list[dict[str, Any]]]:
     }
     try:
         text = json.dumps(config).replace("'", "'\\''")
-        # In place: the file keeps its owner and mode.
+        # Written in place to keep owner and mode.
         done = lab.run(
             "svc1", f"cp -p {CONFIG} {CONFIG}.kept && printf %s '{text}' >{CONFIG} && amtool check-config {CONFIG}"
         )
@@ -71,7 +71,7 @@ def notifications(lab: Lab) -> Iterator[list[dict[str, Any]]]:
 
 
 def wait_for(received: list[dict[str, Any]], status: str, seconds: float, **labels: str) -> dict[str, Any]:
-    """Returns the first alert that was sent with this status and these labels; fails when none comes in time."""
+    """Returns the first alert with this status and these labels; fails if there is none in time."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         for alert in list(received):
@@ -83,7 +83,7 @@ def wait_for(received: list[dict[str, Any]], status: str, seconds: float, **labe
 
 
 def kubectl(lab: Lab, command: str) -> None:
-    """Runs kubectl as the administrator; it must succeed."""
+    """Runs kubectl as the administrator, which must succeed."""
     done = subprocess.run(
         [
             "ssh",
@@ -102,17 +102,17 @@ def kubectl(lab: Lab, command: str) -> None:
 
 
 FULL = "/mnt/alert-test"
-# A file system of its own: the lab's nodes share the machine's disk.
+# A separate file system, since the lab's nodes share the machine's disk.
 FILL = f"""set -e
 truncate --size=64M {FULL}.img; mkfs.ext4 -q -m 0 {FULL}.img; mkdir -p {FULL}; mount -o loop {FULL}.img {FULL}
 dd if=/dev/zero of={FULL}/checkpoint bs=1M status=none || df --output=pcent {FULL} | grep -E '9[6-9]|100'
 # A machine hands new mounts on to units that run; a container does not.
 systemctl restart prometheus-node-exporter"""
-# The monitoring sees the space come back before the file system goes.
+# Prometheus must scrape the free space before the file system is removed.
 EMPTY = f"rm -f {FULL}/checkpoint"
 REMOVE = f"umount {FULL}; rm -rf {FULL} {FULL}.img"
 
-# What is broken: labels of the alert, the start of its description.
+# Fault: labels of the alert, and the start of its description.
 FAULTS: dict[str, tuple[dict[str, str], str]] = {
     "slurmd stops": ({"alertname": "SlurmNodeUnavailable", "node": "n2", "severity": "critical"}, "n2 accepts no jobs"),
     "a disk is full": (
@@ -125,7 +125,7 @@ FAULTS: dict[str, tuple[dict[str, str], str]] = {
 
 @pytest.fixture(scope="module")
 def broken(lab: Lab, notifications: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
-    """Returns the notifications after all faults have begun; whatever happens, they end."""
+    """Yields the notifications after all faults were injected; always removes the faults."""
     try:
         for node, command in (("n2", "systemctl stop slurmd"), ("n1", FILL)):
             done = lab.run(node, command)
@@ -151,7 +151,7 @@ def test_a_fault_is_reported(broken: list[dict[str, Any]], fault: str) -> None:
 
 @pytest.fixture(scope="module")
 def repaired(lab: Lab, broken: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Returns the notifications after all faults have ended."""
+    """Returns the notifications after all faults were removed."""
     for node, command in (("n2", "systemctl start slurmd"), ("n1", EMPTY)):
         assert lab.run(node, command).returncode == 0
     kubectl(lab, "scale deployment ictx-serving --replicas=1")

@@ -1,4 +1,4 @@
-"""Dashboards: their JSON is what the code makes, is what Grafana reads, and every panel has what a reader needs."""
+"""Dashboards: their JSON is up to date with the code, Grafana can read it, and every panel has its description."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_panels_have_their_own_numbers_and_do_not_overlap(dashboard: dict[str, A
         assert place["x"] + place["w"] <= 24, panel["title"]
         for x in range(place["x"], place["x"] + place["w"]):
             for y in range(place["y"], place["y"] + place["h"]):
-                assert (x, y) not in taken, f"{panel['title']} lies over {taken[x, y]}"
+                assert (x, y) not in taken, f"{panel['title']} overlaps {taken[x, y]}"
                 taken[x, y] = panel["title"]
 
 

@@ -34,7 +34,7 @@ def test_no_two_hosts_or_users_have_the_same_hash_of_a_password() -> None:
     hashes = [made for users in hosts for made in users.values()]
     assert len(set(hashes)) == 4
     assert all(bcrypt.checkpw(b"secret", made.encode()) for made in hashes)
-    assert hosts[0] == FILTERS.web_users({"metrics": "secret", "admin": "secret"}, "salt", "n1"), "the same each time"
+    assert hosts[0] == FILTERS.web_users({"metrics": "secret", "admin": "secret"}, "salt", "n1"), "reproducible"
 
 
 def test_targets_are_the_hosts_addresses_with_their_names() -> None:

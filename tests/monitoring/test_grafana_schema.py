@@ -1,7 +1,7 @@
-"""The dashboards' JSON follows Grafana's published schema.
+"""The dashboards' JSON is valid by Grafana's published schema.
 
-Grafana publishes the schema as TypeScript types, one package for each version. npm installs what the lock in
-grafana-schema/ pins, once, into the cache, and ts-json-schema-generator makes a JSON schema of them.
+Grafana publishes the schema as TypeScript types, one package per version. npm installs the packages pinned in
+grafana-schema/ once, into the cache, and ts-json-schema-generator generates a JSON schema from the types.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from programs import CACHE
 PACKAGE = Path(__file__).parent / "grafana-schema"
 DASHBOARDS = sorted((ROOT / "roles/grafana/files/dashboards").glob("*.json"))
 PANELS = {"stat": "StatPanelCfg", "table": "TablePanelCfg", "timeseries": "TimeSeriesPanelCfg"}
-# What the Foundation SDK writes beside the schema: a data source's own field, and fields of another kind of variable.
+# Fields that the Foundation SDK writes but the schema does not have: of a data source, and of another kind of variable.
 BESIDE = {"annotations": {"expr"}, "templating": {"auto", "auto_count", "auto_min"}}
 
 
@@ -34,13 +34,13 @@ NPM = NODE / "lib/node_modules/npm/bin/npm-cli.js"
 
 
 def run(program: Path, *arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """Returns what a program for Node.js did."""
+    """Runs a Node.js program and returns the completed process."""
     command = [NODE / "bin/node", program, *arguments]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
 
 
 def installed() -> Path:
-    """Returns the folder of the packages that the lock names; made once."""
+    """Returns the folder with the packages of the lock; installs them once."""
     lock = (PACKAGE / "package-lock.json").read_bytes()
     folder = CACHE / "packages" / f"grafana-schema-{hashlib.sha256(lock).hexdigest()[:12]}"
     if not folder.exists():
@@ -70,7 +70,7 @@ Check = Callable[[dict[str, Any]], list[str]]
 
 @pytest.fixture(scope="module")
 def problems() -> Check:
-    """Returns what finds the places of a dashboard that the schema does not allow."""
+    """Returns a function that lists the violations of the schema in a dashboard."""
     whole = jsonschema.Draft7Validator(schema("dashboard/x/dashboard", "Dashboard"))
     options = {
         kind: jsonschema.Draft7Validator(schema(f"composable/{kind}/panelcfg/x/{name}", "Options"))

@@ -1,4 +1,4 @@
-"""How far journals are: what one host sends costs that host's metrics only."""
+"""Age of the hosts' journals: an invalid journal affects only the metrics of its own host."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from programs import loaded
 
 
 class Reader:
-    """Stands in for systemd's, which is a package of the node: a file's text is when its last line was written."""
+    """Replaces systemd's reader, a package of the nodes: the file's text is the time of the journal's last line."""
 
     def __init__(self, files: list[str]) -> None:
         self.text = "".join(Path(file).read_text() for file in files)
@@ -26,7 +26,7 @@ class Reader:
         pass
 
     def seek_tail(self) -> None:
-        """Does nothing: there is one line."""
+        """Does nothing, as there is one line."""
 
     def get_previous(self) -> dict[str, Any]:
         """Returns the line."""

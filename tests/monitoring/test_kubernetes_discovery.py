@@ -1,7 +1,7 @@
-"""Prometheus's own discovery of Kubernetes finds what our lister finds, with the same labels.
+"""Prometheus' discovery of Kubernetes finds the same targets as our lister, with the same labels.
 
-Debian builds Prometheus without kubernetes_sd: promtool gets what that discovers, in its notation, from a file, and
-applies the rules of the rendered configuration.
+Debian builds Prometheus without kubernetes_sd. promtool therefore reads the discovered targets from a file, and applies
+the relabelling rules of the rendered configuration.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ SERVICES = [METRICS, service("mlflow", name="metrics"), service("serving", name=
 
 
 def meta(kind: str, **labels: str) -> dict[str, str]:
-    """Returns labels as kubernetes_sd has them."""
+    """Returns labels in the notation of kubernetes_sd."""
     return {f"__meta_kubernetes_{kind}_{name}".replace("__name__", ""): value for name, value in labels.items()}
 
 
 def described(kind: str, thing: Any) -> dict[str, str]:
-    """Returns the labels of what pods and Services have in common."""
+    """Returns the labels that pods and Services have in common."""
     about = thing["metadata"]
     found = {"__meta_kubernetes_namespace": about["namespace"], f"__meta_kubernetes_{kind}_name": about["name"]}
     for what in ("label", "annotation"):
@@ -50,14 +50,14 @@ def described(kind: str, thing: Any) -> dict[str, str]:
 
 
 def of_node(node: Any) -> tuple[str, dict[str, str]]:
-    """Returns the target that the role node makes."""
+    """Returns the target of the role node."""
     address = next(each["address"] for each in node["status"]["addresses"] if each["type"] == "InternalIP")
     address = f"[{address}]" if ":" in address else address
     return f"{address}:10250", meta("node", name=node["metadata"]["name"])
 
 
 def of_pod(each: Any) -> list[tuple[str, dict[str, str]]]:
-    """Returns the targets that the role pod makes: one for each port of a container."""
+    """Returns the targets of the role pod, one for each port of a container."""
     ready = next((c["status"] for c in each["status"]["conditions"] if c["type"] == "Ready"), "unknown").lower()
     about = described("pod", each) | meta("pod", ready=ready, node_name=each["spec"]["nodeName"])
     about |= meta("pod", phase=each["status"].get("phase", "Pending"))
@@ -65,7 +65,7 @@ def of_pod(each: Any) -> list[tuple[str, dict[str, str]]]:
 
 
 def of_service(each: Any) -> list[tuple[str, dict[str, str]]]:
-    """Returns the targets that the role service makes: one for each port."""
+    """Returns the targets of the role service, one for each port."""
     about = described("service", each)
     ports = each["spec"]["ports"]
     return [
@@ -92,7 +92,7 @@ CASES: dict[str, tuple[list[tuple[str, dict[str, str]]], list[Any]]] = {
 
 @pytest.fixture(scope="module")
 def jobs() -> dict[str, Any]:
-    """Returns the jobs of the configuration with upstream's Prometheus, by name."""
+    """Returns the scrape jobs of the configuration for upstream's Prometheus, by name."""
     cluster = Cluster(ROOT / "inventories/example", {"ictx_state_dir": "/state", "prometheus_source": "upstream"})
     about = {"name": "c", "api_server": f"https://{API}", "namespaces": ["ictx", "ictx-monitoring"]}
     for role, play, hosts in cluster.uses("playbooks/monitoring.yml"):
@@ -122,7 +122,7 @@ def test_discovery_finds_what_the_lister_finds(jobs: dict[str, Any], name: str, 
         done = subprocess.run([program("promtool"), *look], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         kept = [each["labels"] for each in json.loads(done.stdout) if each["labels"]]
-        # Prometheus itself keeps no series from labels of that name.
+        # Prometheus drops labels with this prefix.
         kept = [{name: value for name, value in labels.items() if name != "__tmp_path"} for labels in kept]
         return {json.dumps({"instance": labels["__address__"], **labels}, sort_keys=True) for labels in kept}
 

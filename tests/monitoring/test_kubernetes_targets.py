@@ -1,4 +1,4 @@
-"""What Prometheus finds in Kubernetes: the program on objects as the API lists them, and when nobody answers."""
+"""Prometheus' targets in Kubernetes: the program on objects of the API, and without a response."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_kube_state_metrics_is_a_target_without_the_labels_of_its_pod() -> None:
     gone = {**state, "status": {"phase": "Failed"}}
     (found,) = targets.state_targets({"items": [pod(), gone, state]}, API)
     path = "/api/v1/namespaces/ictx-monitoring/pods/ksm-0:8080/proxy/metrics"
-    # One that does not get ready is not silent: TargetDown.
+    # A pod that is not ready stays a target, so that TargetDown fires.
     assert found == {"targets": [API], "labels": {"__metrics_path__": path, "instance": "ksm-0:8080"}}
 
 
@@ -141,22 +141,22 @@ OBJECTS: dict[str, Any] = {
 
 
 class Api(BaseHTTPRequestHandler):
-    """Answers as the API does for a token that may read; another is refused."""
+    """Responds as the API does to an authorized token; rejects any other."""
 
     def do_GET(self) -> None:
-        """Answers."""
+        """Sends the list, or an error."""
         allowed = self.headers["Authorization"] == "Bearer secret"
         self.send_response(200 if allowed else 403)
         self.end_headers()
         self.wfile.write(json.dumps(OBJECTS[self.path] if allowed else {}).encode())
 
     def log_message(self, *words: object) -> None:
-        """Logs nothing."""
+        """Suppresses the log of requests."""
 
 
 @pytest.fixture
 def api() -> Iterator[str]:
-    """Returns the address of such an API."""
+    """Yields the address of such an API."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Api)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"

@@ -1,4 +1,4 @@
-"""The monitoring of the lab: who may read what, and what leaves it in a support bundle."""
+"""The lab's monitoring: access control, and the contents of a support bundle."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ SECRETS = {
     for path in (STATE / "secrets").glob("*")
     if path.name != "web_salt"
 }
-# What is not searched: kernel and packages, layers of images, and pods' volumes, in folders that only root may enter.
+# Not searched: kernel and packages, layers of images, and pods' volumes, which are in folders that only root can enter.
 SKIPPED = (
     "/proc /sys /dev /usr /var/lib/containerd /var/lib/docker /var/lib/kubelet/pods /run/containerd /shared/images"
 )
-# The values come by stdin: no secret stands on a command line.
+# Values are read from stdin, so that no secret is on a command line.
 SEARCH = f"""umask 077; cat >/run/secret-values
 find / \\( {" -o ".join(f"-path {path}" for path in SKIPPED.split())} \\) -prune -o -type f -perm /0037 -print0 |
   xargs -0 grep --no-messages --fixed-strings --files-with-matches --file=/run/secret-values
@@ -41,7 +41,7 @@ rm -f /run/secret-values"""
 
 @pytest.fixture(scope="module")
 def lab() -> Lab:
-    """The lab that `make lab` left running."""
+    """The running lab that `make lab` provisioned."""
     assert (STATE / "ssh" / "config").exists(), f"no lab in {STATE}: run `make lab` first"
     return Lab()
 
@@ -75,7 +75,7 @@ def test_no_two_hosts_have_the_same_hash_of_a_password(lab: Lab) -> None:
     assert len(set(found)) == len(NODES)
 
 
-# Units that start containers or users' jobs: tests/templates/test_units.py has the reasons.
+# Units that start containers or users' jobs; tests/templates/test_units.py gives the reasons.
 OPEN = {"slurmd", "kubelet", "kube-proxy", "kube-lab-prepare", "kube-lab-addons", "kube-lab-dns"}
 
 
@@ -84,7 +84,7 @@ def test_units_of_ours_are_shut_in_as_systemd_sees_them(lab: Lab, node: str) -> 
     ours = "grep -l 'Ansible managed' /etc/systemd/system/*.service /etc/systemd/system/*.service.d/*.conf"
     units = set(re.findall(r"/system/([\w@-]+)\.service", lab.run(node, ours).stdout)) - OPEN
     assert "prometheus-node-exporter" in units
-    # A template's instance is rated like any other.
+    # systemd rates an instance of a template unit.
     names = " ".join(f"{unit}x.service" if unit.endswith("@") else f"{unit}.service" for unit in units)
     rated = lab.run(node, f"for unit in {names}; do systemd-analyze security --no-pager $unit | tail -n 1; done").stdout
     levels = dict(re.findall(r"level for (\S+): ([\d.]+)", rated))
@@ -117,7 +117,7 @@ def test_prometheus_may_read_kubernetes_and_do_nothing_there(lab: Lab) -> None:
     settings = json.loads(lab.run("svc1", "cat /etc/prometheus/kubernetes/lab.json").stdout)
 
     def status(path: str, method: str = "GET") -> str:
-        # For curl's own name the API server prints prettily, at which Kubernetes 1.20 built with Go 1.19 crashes.
+        # The API server indents its output for curl's user agent, which crashes Kubernetes 1.20 built with Go 1.19.
         ask = "curl --user-agent test --silent --output /dev/null --write-out '%{http_code}'"
         key = f"--cacert {settings['ca_file']} --header \"Authorization: Bearer $(cat {settings['token_file']})\""
         return lab.run("svc1", f"{ask} --request {method} {key} {settings['api_server']}{path}").stdout
@@ -141,7 +141,7 @@ def test_a_line_of_a_compute_node_is_in_the_central_logs(lab: Lab) -> None:
 @M3
 def test_a_support_bundle_has_every_node_and_no_secret(lab: Lab, tmp_path: Path) -> None:
     planted = uuid.uuid4().hex
-    # What stands in one line of a log; logger takes `<` at its beginning for a priority.
+    # Secrets in lines of a log; logger parses `<` at the start of a line as a priority.
     lines = [
         line.replace("§", planted) for line in LINES if "\n  " not in line and ":  " not in line and line[0] != "<"
     ]

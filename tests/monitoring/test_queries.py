@@ -1,6 +1,6 @@
-"""Every query of every panel and rule returns data: from the lab, or from recorded metrics, with the reason.
+"""Every query of every panel and rule returns data from the lab, or from recorded metrics for a documented reason.
 
-The recorded metrics are served to a Prometheus of the test's own, with the platform's rules, as exporters would.
+A Prometheus of the test with the platform's rules scrapes the recorded metrics.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ dashboards = loaded(ROOT / "scripts/dashboards")
 
 
 def queries() -> dict[str, tuple[str, bool]]:
-    """Returns where each query stands → its text, and whether it is evaluated over time."""
+    """Returns location of each query → its text, and whether it is evaluated over time."""
     found = {}
     for title, panel in dashboards.panels():
         for target in panel["targets"]:
-            # Some dashboards have a number and a graph of the same title.
+            # Some dashboards have two panels with the same title.
             key = f"{title}: {panel['title']} ({panel['type']}) {target['refId']}"
             found[key] = (dashboards.filled(target["expr"], "lab"), panel["type"] == "timeseries")
     for file in RULES:
@@ -65,26 +65,26 @@ def jobs_of(query: str) -> set[str]:
 
 
 def absent(query: str) -> str:
-    """Returns why the lab has no data for a query, empty where it must have some."""
+    """Returns the reason for which the lab has no data for a query, empty if it must have data."""
     read = names(query) | jobs_of(query)
     return next((why for name in read for start, why in ABSENT.items() if name.startswith(start)), "")
 
 
 def comparable(query: str) -> str:
-    """Returns an alert's condition without its comparisons with constants: one that holds nowhere has no data."""
+    """Returns an alert's condition without comparisons with constants, since a false comparison returns no data."""
     parts = re.split(r"(\{[^}]*\})", query)
     for number, part in enumerate(parts):
         if not part.startswith("{"):
             part = re.sub(r"\boffset \w+", " ", part)
             part = re.sub(r"(==|!=|>=|<=|>|<)\s*(bool\s+)?(Inf|[\d.]+)(\s*\*\s*[\d.]+)*", " ", part)
-            # Two sides that both have data, whichever is larger.
+            # Both sides must have data, whichever is larger.
             part = re.sub(r"==|!=|>=|<=|>|<", "+", part)
             parts[number] = re.sub(r"\bunless\b", "or", part)
     return "".join(parts)
 
 
 def metrics_of(prometheus: Any) -> set[str]:
-    """Returns the names of all metrics that a Prometheus has."""
+    """Returns the names of all metrics in a Prometheus."""
     return set(prometheus.get("label/__name__/values"))
 
 
@@ -92,7 +92,7 @@ class Exporter(BaseHTTPRequestHandler):
     """Exposes the recorded metrics."""
 
     def do_GET(self) -> None:
-        """Answers every request with all of them."""
+        """Responds to every request with all metrics."""
         text = "\n".join(file.read_text() for file in RECORDED)
         self.send_response(200)
         self.send_header("Content-Type", "text/plain; version=0.0.4")
@@ -100,12 +100,12 @@ class Exporter(BaseHTTPRequestHandler):
         self.wfile.write(text.encode())
 
     def log_message(self, *words: object) -> None:
-        """Logs nothing."""
+        """Suppresses the log of requests."""
 
 
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """Returns a Prometheus that has scraped the recorded metrics and evaluated the rules."""
+    """Yields a Prometheus that has scraped the recorded metrics and evaluated the rules."""
     folder = tmp_path_factory.mktemp("prometheus")
     exporter = ThreadingHTTPServer(("127.0.0.1", 0), Exporter)
     threading.Thread(target=exporter.serve_forever, daemon=True).start()
@@ -121,7 +121,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     ]
     scrapes[0]["honor_labels"] = True
     for scrape in scrapes[1:]:
-        # Of these it matters only that they answer.
+        # Only whether these targets are up matters.
         scrape["metric_relabel_configs"] = [{"source_labels": ["__name__"], "regex": ".+", "action": "drop"}]
     config = {
         "global": {"scrape_interval": "1s", "scrape_timeout": "1s", "evaluation_interval": "1s"},
@@ -140,7 +140,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         end = time.monotonic() + 90
         while time.monotonic() < end:
             try:
-                # The last of the recording rules that build on others.
+                # This recording rule depends on others, so it is evaluated last.
                 if "job:gpu_utilisation:avg" in metrics_of(prometheus) and prometheus.instant(
                     "job:training_progressing"
                 ):
@@ -157,14 +157,14 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 
 def has_data(prometheus: Any, query: str, over_time: bool) -> bool:
-    """Returns whether a query finds series; an alert's condition is looked at without its limits."""
+    """Returns whether a query returns series, for an alert without the comparisons of its condition."""
     if over_time:
         return bool(prometheus.range(query, seconds=7200))
     return bool(prometheus.instant(query) or prometheus.instant(comparable(query)))
 
 
 EXPOSED = {name for file in RECORDED for name in re.findall(r"^([a-zA-Z_:][\w:]*)", file.read_text(), re.MULTILINE)}
-# Whether something answers is queried by its job.
+# Every target has these metrics; their queries select a job.
 EXPOSED -= {"up", "probe_success"}
 RECORDS = {
     rule["record"]: rule["expr"]
@@ -176,11 +176,11 @@ RECORDS = {
 
 
 def all_recorded(query: str) -> bool:
-    """Returns whether all metrics of a query are recorded, those of rules by what they are made of."""
+    """Returns whether all metrics of a query are recorded, or computed by rules from recorded ones."""
     return all(name in EXPOSED or (name in RECORDS and all_recorded(RECORDS[name])) for name in names(query))
 
 
-# Those that the lab cannot answer, and without a lab at least those whose exporters were recorded.
+# Queries without data in the lab, and, since there may be no lab, all whose metrics were recorded.
 WITH_RECORDED = [key for key, (query, _) in QUERIES.items() if absent(query) or (names(query) and all_recorded(query))]
 
 

@@ -1,4 +1,4 @@
-"""Rules: valid, each alert fires with its cause and is silent without, and names the remedy."""
+"""Rules are valid; each alert fires with its cause, is silent without it, and names a remedy."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_an_alert_has_a_runbook(alert: str) -> None:
     parts = re.findall(r"^## (.+)$", text, re.MULTILINE)
     assert text.startswith(f"# {alert}\n")
     assert parts == ["Meaning", "Confirm", "Resolve"]
-    assert "```" in text or "    " in text, "a runbook names commands"
+    assert "```" in text or "    " in text, "a runbook must contain commands"
 
 
 def test_there_is_no_runbook_without_an_alert() -> None:

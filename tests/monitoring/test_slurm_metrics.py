@@ -1,4 +1,4 @@
-"""The exporter of SLURM: on what SLURM's own programs print, and when they do not answer."""
+"""SLURM's exporter: on the output of SLURM's programs, and when they fail."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ MARK = "0123456789abcdef"
 
 
 def node_line(*cells: str) -> str:
-    """Returns a line as sinfo prints it."""
+    """Returns a line of sinfo."""
     return "".join(cell.ljust(width) for cell, width in zip(cells, slurm.NODE_COLUMNS.values(), strict=True))
 
 
 def squeue(*rows: str, mark: str = MARK) -> str:
-    """Returns what squeue prints for rows of `|` (the name may hold any)."""
+    """Returns the output of squeue for rows separated by `|` (the name can contain it)."""
     return "".join(f"{mark}:" + f"{mark},".join(row.split("|", 11)) + "\n" for row in rows)
 
 
 def with_jobs(*rows: str) -> Any:
-    """Returns the metrics of a queue."""
+    """Returns the metrics of a queue with these rows."""
     metrics = PROGRAM.declared()
     slurm.gather_jobs(metrics, slurm.jobs_of(metrics, squeue(*rows), MARK))
     return metrics
@@ -71,7 +71,7 @@ def test_nodes_that_take_no_jobs_are_reported_with_the_reason() -> None:
     assert found['slurm_node_allocated_gpus{node="n1"}'] == 1
     assert found['slurm_node_total_memory_bytes{node="n1"}'] == 4096 * 2**20
     assert found['slurm_node_available{node="n2"}'] == 0
-    assert found['slurm_node_available{node="n4"}'] == 1, "it is kept free for a job that starts soon"
+    assert found['slurm_node_available{node="n4"}'] == 1, "the node is reserved for a job that starts soon"
     since = 'slurm_node_unavailable_since_seconds{node="n3",state="drained",reason="disk, by alice"}'
     assert found[since] == 1700000005
 
@@ -160,7 +160,7 @@ def test_names_that_users_choose_are_cut_by_squeue() -> None:
 
 
 def accounts(*lines: str) -> Any:
-    """Returns the metrics of lines of sacct."""
+    """Returns the metrics for these lines of sacct."""
     metrics = PROGRAM.declared()
     slurm.gather_accounts(metrics, slurm.ended_jobs(metrics, "\n".join(lines).replace("|", MARK), MARK))
     return metrics
@@ -246,7 +246,7 @@ def test_output_that_is_no_utf_8_costs_nothing(tmp_path: Path, monkeypatch: pyte
 
 
 def test_no_name_is_one_of_schedmd_s() -> None:
-    # Of src/plugins/metrics/openmetrics/openmetrics.c, SLURM 26.05; users and accounts have prefixes.
+    # From src/plugins/metrics/openmetrics/openmetrics.c of SLURM 26.05; names of users and accounts are prefixes.
     theirs = set((ROOT / "tests/monitoring/recorded/schedmd-metrics.txt").read_text().split())
     assert {"slurm_jobs", "slurm_node_cpus", "slurm_node_gpus", "slurm_node_memory_bytes"} <= theirs
     ours = {metric.name for metric in PROGRAM.declared().registry.collect()}

@@ -1,4 +1,4 @@
-"""The exporter of SLURM on what jobs write about themselves: honest folders, and folders made to harm it or others."""
+"""SLURM's exporter on the files that jobs write: valid folders, and folders that attack it or other users."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ INFO = "ictx_training_info{" + WHO
 
 
 def run_of(number: str = "7", user: str = "ann", uid: int = ME, running: bool = True) -> Any:
-    """Returns a job as SLURM reports it."""
+    """Returns a job in the exporter's representation."""
     return training.Run(number, user, uid, running)
 
 
 def gathered(runs: Path, *jobs: Any) -> Any:
-    """Returns the metrics of the folders of some jobs: ann's number 7 unless others are given."""
+    """Returns the metrics of the folders of these jobs, by default ann's job 7."""
     metrics = PROGRAM.declared()
     training.gather(metrics, runs, jobs or (run_of(),))
     return metrics
@@ -36,7 +36,7 @@ def gathered(runs: Path, *jobs: Any) -> Any:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Returns the folder of ann's job 7, with a record of it, in the folder `runs`."""
+    """Returns the folder of ann's job 7, with one record, in the folder `runs`."""
     made = tmp_path / "runs/ann/7"
     made.mkdir(parents=True)
     (made / "metrics.jsonl").write_text('{"step": 1, "loss": 2.5}\n')
@@ -45,7 +45,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def runs(folder: Path) -> Path:
-    """Returns the folder of all users' runs. Beside ann's job 7 it has an honest one: number 8 of ben."""
+    """Returns the folder of all users' runs, with ann's job 7 and ben's valid job 8."""
     honest = folder.parents[1] / "ben/8"
     honest.mkdir(parents=True)
     (honest / "metrics.jsonl").write_text('{"step": 1, "loss": 4.5}\n')
@@ -53,7 +53,7 @@ def runs(folder: Path) -> Path:
 
 
 def with_honest(runs: Path) -> Any:
-    """Returns the metrics of ann's job and of ben's, whose metrics are there whatever ann does."""
+    """Returns the metrics of ann's and ben's jobs; ben's metrics must always exist."""
     metrics = gathered(runs, run_of(), run_of("8", "ben"))
     assert values(metrics)['ictx_training_loss{job_id="8",user="ben",stage=""}'] == 4.5
     return metrics
@@ -113,19 +113,19 @@ def test_a_job_without_a_folder_is_no_training_job(runs: Path, tmp_path: Path) -
 
 
 def plant(content: str | bytes) -> Callable[[Path], None]:
-    """Returns what writes a file."""
+    """Returns a function that writes a file."""
     return lambda path: path.write_bytes(content.encode() if isinstance(content, str) else content) and None
 
 
 def sparse(path: Path) -> None:
-    """Makes a file of one TB that takes no space."""
+    """Creates a sparse file of 1 TB."""
     with path.open("wb") as file:
         file.truncate(2**40)
 
 
 def listening(path: Path) -> None:
-    """Makes a socket."""
-    # A path is 108 bytes at most.
+    """Creates a socket."""
+    # A socket's path has at most 108 bytes.
     here = Path.cwd()
     os.chdir(path.parent)
     try:
@@ -324,7 +324,7 @@ def test_a_folder_that_may_not_be_entered_costs_that_job(runs: Path, tmp_path: P
             raise PermissionError(13, "Permission denied", name)
         return real(name, *arguments, **named)
 
-    # Root, who runs this test, may enter every folder.
+    # This test may run as root, who can enter every folder.
     monkeypatch.setattr(training.os, "open", refused)
     assert skipped(with_honest(runs), tmp_path) == {"training": 1}
 

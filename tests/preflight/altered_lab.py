@@ -1,4 +1,4 @@
-"""The lab's inventory with other variables and hosts, and what preflight finds there."""
+"""Preflight on the lab's inventory with other variables and hosts."""
 
 from __future__ import annotations
 

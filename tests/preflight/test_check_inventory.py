@@ -1,4 +1,4 @@
-"""Each fault of an inventory is reported in one line, which names the variable or group and what is allowed."""
+"""Each error of an inventory is reported in one line with the variable or group and the allowed values."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Check = Callable[..., list[str]]
 
 
 def problems(inventory: Path, extra: dict[str, Any] | None = None, playbook: Path = ROOT / "site.yml") -> list[str]:
-    """Returns what the action plug-in finds."""
+    """Returns the problems that the action plug-in finds."""
     result = Cluster(inventory, extra).act(
         "check_inventory",
         playbook=str(playbook),
@@ -30,7 +30,7 @@ def problems(inventory: Path, extra: dict[str, Any] | None = None, playbook: Pat
 
 @pytest.fixture
 def check(tmp_path: Path) -> Check:
-    """Returns a function that checks a copy of the lab's inventory, changed by variables of a group or in its hosts."""
+    """Returns a function that validates a copy of the lab's inventory with changed group variables or hosts."""
 
     def checked(variables: str = "", group: str = "all", hosts: Callable[[Any], Any] | None = None) -> list[str]:
         copy = shutil.copytree(ROOT / "inventories/lab", tmp_path / "inventory")
@@ -218,7 +218,7 @@ def test_a_missing_variable_of_a_role_names_the_role_and_the_host(check: Check, 
 
 
 def test_variables_that_a_play_reads_from_files_are_given(tmp_path: Path) -> None:
-    """Files are found from the playbook that names them, which another one imports."""
+    """Paths of files are relative to the playbook that names them, also if another one imports it."""
     given = {"one": {"k3s_cache_dir": "/one"}, "two": {"k3s_token_file": "/two", "k3s_agent_token_file": "/three"}}
 
     def found(inventory: Path, *files: str) -> dict[str, str]:

@@ -1,5 +1,5 @@
-# ruff: noqa: E501 (values stand in tables)
-"""Values that other programs read have the form that those accept: some pass, and some would fail later."""
+# ruff: noqa: E501 (tables of values)
+"""Preflight accepts values in the format of the programs that read them, and rejects values that would fail later."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Preflight accepts no value that changes another line of a file, or another word of a command, and never raises."""
+"""Preflight rejects values that would change other lines of a file or other words of a command, and never raises."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ M2 = pytest.mark.attack(
 
 
 def arguments() -> dict[str, str]:
-    """Returns the action's arguments, as playbooks/preflight.yml has them."""
+    """Returns the action's arguments in playbooks/preflight.yml."""
     plugins = ROOT / "playbooks/plugins"
     return {
         "playbook": str(ROOT / "site.yml"),
@@ -44,13 +44,13 @@ def arguments() -> dict[str, str]:
 
 
 def load_plugin() -> ModuleType:
-    """Returns the action plug-in, for its functions."""
+    """Returns the action plug-in as a module."""
     file = ROOT / "playbooks/plugins/action/check_inventory.py"
     spec = importlib.util.spec_from_file_location("check_inventory", file)
     assert spec
     assert spec.loader
     loaded = importlib.util.module_from_spec(spec)
-    # Its named tuples look for their module.
+    # Its named tuples need their module in sys.modules.
     sys.modules["check_inventory"] = loaded
     spec.loader.exec_module(loaded)
     return loaded
@@ -66,7 +66,7 @@ def lab() -> Cluster:
 
 
 def problems(**variables: Any) -> list[str]:
-    """Returns what preflight finds when these variables stand above the lab's."""
+    """Returns the problems of the lab's inventory with these variables overridden."""
     lab().manager._extra_vars = variables
     result = lab().act("check_inventory", **arguments())
     assert not result.get("failed"), result
@@ -84,7 +84,7 @@ OPTIONS = options()
 
 
 def refused(name: str, value: Any) -> list[str]:
-    """Returns what is wrong with the value of one variable, as the action finds it."""
+    """Returns the problems that the action finds in the value of one variable."""
     found = PLUGIN.Problems(["here"])
     PLUGIN.check_values({"here": {name: value}}, OPTIONS, PLUGIN.Formats(FORMATS), found)
     assert all(line.isprintable() and line.startswith(f"{name} (here): ") for line in found.lines())
@@ -212,13 +212,13 @@ def test_a_hostile_inventory_is_refused(tmp_path: Path, hosts: str, line: str) -
 
 
 def test_every_default_of_a_role_passes() -> None:
-    """What is refused would also be refused where someone writes the default into his inventory."""
+    """Otherwise an inventory that repeats a default would be rejected."""
     defaults = {}
     for file in ROOT.glob("roles/*/defaults/main.yml"):
         if file.parts[-3] != "lab":
             defaults |= yaml.safe_load(file.read_text()) or {}
     wrong = [refused(name, value) for name, value in defaults.items() if not OPTIONS[name].get("required")]
-    # The rest holds templates, which are evaluated before they are checked.
+    # The others contain templates, which are evaluated before validation.
     assert [line for found in wrong for line in found if "{{" not in line] == []
 
 
@@ -253,7 +253,7 @@ ANYTHING: st.SearchStrategy[Any] = st.recursive(
 
 
 def format_of(path: str, kind: str) -> dict[str, Any]:
-    """Returns the format of a value, by the same rules as preflight."""
+    """Returns the format of a value by preflight's rules."""
     names = (
         rule["format"]
         for rule in FORMATS["variables"]
@@ -294,7 +294,7 @@ def values(path: str, option: dict[str, Any]) -> st.SearchStrategy[Any]:
 
 @cache
 def templates() -> dict[Path, tuple[str, dict[str, Any]]]:
-    """Returns each role's templates: text and what the play gives, and what a host sees that writes it."""
+    """Returns for each template its text with the play's variables, and the variables of a host that renders it."""
     found: dict[Path, tuple[str, dict[str, Any]]] = {}
     lab().manager._extra_vars = {"lab_state_dir": "/nonexistent", "ictx_state_dir": "/nonexistent"}
     for role, play, hosts in lab().uses("site.yml"):
@@ -302,7 +302,7 @@ def templates() -> dict[Path, tuple[str, dict[str, Any]]]:
         if files:
             seen = {**lab().variables(hosts[0], play, role), **REGISTERED.get(role.get_name(), {})}
             given = str(play.get_vars()) + str(list(role._role_params.values()))
-            # What a template loops over may be put together there.
+            # Values that a template loops over may be composed there.
             made = Path(role._role_path, "vars/main.yml")
             given += made.read_text() if made.exists() else ""
             found |= {file: (file.read_text() + given, seen) for file in files}
@@ -310,7 +310,7 @@ def templates() -> dict[Path, tuple[str, dict[str, Any]]]:
 
 
 def benign(value: Any) -> Any:
-    """Returns the value with a letter for every sign in its texts that means something to a shell, INI or YAML."""
+    """Returns the value with a letter in place of every character that is special in a shell, INI or YAML."""
     if isinstance(value, str):
         return re.sub(r"[^\w.:/-]|:$|^-", "x", value, flags=re.ASCII)
     if isinstance(value, dict):
@@ -322,7 +322,7 @@ def structure(template: Path, text: str) -> Any:
     """Returns a file's text without its values: keys of YAML or JSON, else words and settings of each line."""
     if re.search(r"\.(ya?ml|json)\.j2$", template.name):
         return shape(list(yaml.safe_load_all(text)))
-    # A time of the calendar is the rest of its line, blanks among it.
+    # A calendar time extends to the end of its line and may contain blanks.
     lines = [re.sub("^(OnCalendar=).*", r"\1x", line) for line in text.splitlines()]
     return [(len(line.split()), len(re.findall(r"(?:^|\s)[A-Za-z][\w.-]*\s*=", line))) for line in lines]
 
@@ -335,7 +335,7 @@ def shape(value: Any) -> Any:
 
 
 def rendered(name: str, value: Any) -> Iterator[tuple[Path, str | None]]:
-    """Yields the files in which the variable stands, with this value of it; `None` for one that cannot be rendered."""
+    """Yields the files that use the variable, rendered with this value; `None` if rendering fails."""
     for template, (text, variables) in templates().items():
         if not re.search(rf"\b{name}\b", text):
             continue

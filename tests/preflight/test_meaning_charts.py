@@ -1,5 +1,5 @@
-# ruff: noqa: E501 (problems stand here as people see them, in one line)
-"""Values of charts that Helm would refuse are refused by preflight; those of the charts' own tests pass."""
+# ruff: noqa: E501 (each problem is one line, as users see it)
+"""Preflight rejects chart values that Helm would reject, and accepts the values of the charts' tests."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_what_helm_takes_passes(given: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: f"{file.parts[-3]}-{file.stem}")
 def test_values_of_the_charts_own_tests_pass(file: Path) -> None:
-    # Each chart by the variable that it is of.
+    # Each chart's values by the variable that sets them.
     assert [
         line
         for line in found(**{f"ictx_{file.parts[-3]}_values": yaml.safe_load(file.read_text())})
@@ -68,7 +68,7 @@ def test_values_of_the_charts_own_tests_pass(file: Path) -> None:
 
 
 def test_a_control_host_without_the_validator_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An environment of before the lock file had it."""
+    """An environment from before the validator was in the lock file."""
     charts = loaded(ROOT / "playbooks/plugins/filter/meaning_charts.py")
     monkeypatch.setitem(sys.modules, "jsonschema.validators", None)
     site = meaning.Inventory({"k1": release(replicaCount=2)}, {"all": ["k1"]})

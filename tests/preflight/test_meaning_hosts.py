@@ -1,5 +1,5 @@
-# ruff: noqa: E501 (problems stand here as people see them, in one line)
-"""Hosts, networks, and what YAML reads as something else: what makes no sense is refused, in a line with what to do."""
+# ruff: noqa: E501 (each problem is one line, as users see it)
+"""Invalid hosts, networks, and values that YAML parses as another type are rejected in one line with the remedy."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-# ruff: noqa: E501 (problems stand here as people see them, in one line)
-"""Services, folders, releases and units that do not fit each other are refused, each in a line with what to do."""
+# ruff: noqa: E501 (each problem is one line, as users see it)
+"""Inconsistent services, folders, releases and units are rejected, each in one line with the remedy."""
 
 from __future__ import annotations
 

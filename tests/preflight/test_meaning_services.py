@@ -1,5 +1,5 @@
-# ruff: noqa: E501 (problems stand here as people see them, in one line)
-"""Hosts, ports, people, storage, backups, monitoring and Kubernetes: what would fail later is refused, what is right passes."""
+# ruff: noqa: E501 (each problem is one line, as users see it)
+"""Preflight rejects settings of hosts, ports, users, storage, backups, monitoring and Kubernetes that would fail later."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-# ruff: noqa: E501 (problems stand here as people see them, in one line)
-"""What SLURM's programs would refuse, or never start, is refused by preflight; what is next to it and right passes."""
+# ruff: noqa: E501 (each problem is one line, as users see it)
+"""Preflight rejects settings that SLURM's programs would reject or never use, and accepts valid ones close to them."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ RIGHT = {
     "files": {"slurm_jobs_pretrain_config": "pretrain/ictx-1b.yaml", "slurm_jobs_sweep_config": "sweep/tiny.yaml"},
     "own image": {"slurm_jobs_image_dir": "/shared/images/mine", "slurm_jobs_pretrain_config": "mine.yaml"},
 }  # fmt: skip
-# What stands in a problem, and the variables that it is about.
+# Text of a problem, and the variables that cause it.
 WRONG: dict[str, dict[str, Any]] = {
     "slurm_qos: high: grp_tres has gres/gpus, which neither a node nor SLURM has; did you mean gres/gpu?": qos(grp_tres={"gres/gpus": 8}),
     "slurm_qos: high: max_tres_per_user has cpus, which neither a node nor SLURM has; did you mean cpu?": qos(max_tres_per_user={"cpus": 8}),

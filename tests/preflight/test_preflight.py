@@ -1,4 +1,4 @@
-"""playbooks/preflight.yml itself, as people run it: one process, all problems, exit status, nothing changed."""
+"""playbooks/preflight.yml as users run it: one process reports all problems, sets its status and changes nothing."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ EMPTY = ("k3s_agent", "storage_server")
 
 
 def preflight(folder: Path, *arguments: str, **variables: Any) -> subprocess.CompletedProcess[str]:
-    """Runs preflight on a cluster whose only node is this machine; `gone` is one more, `groups` have other hosts."""
+    """Runs preflight on a cluster with this machine as its only node, an additional `gone`, or other `groups`."""
     inventory = {
         "all": {
             "vars": {
@@ -80,7 +80,7 @@ def test_a_system_that_is_not_supported_is_refused_with_the_reason(system: str, 
 
 
 def test_a_sound_cluster_passes(tmp_path: Path) -> None:
-    # What a play sets may be overridden on the command line, where it has an effect.
+    # Variables that a play sets may be overridden on the command line, which has an effect there.
     done = preflight(tmp_path, "--extra-vars", '{"slurm_users": []}')
     assert done.returncode == 0, done.stdout + done.stderr
     assert "changed=0" in done.stdout
@@ -129,20 +129,20 @@ def test_a_host_whose_address_cannot_be_evaluated_is_reported_with_the_rest(tmp_
     output = done.stdout + done.stderr
     assert "nothing was changed, problems: 2\n" in output
     assert "- ansible_host (gone): cannot be evaluated: 'nowhere' is undefined\n" in output
-    assert output.count("[ERROR]") == 1, "the host is reported once, and not tried"
+    assert output.count("[ERROR]") == 1, "the host is reported once, without a connection attempt"
 
 
 class Registry(BaseHTTPRequestHandler):
-    """Answers as a registry whose only user is robot$ictx."""
+    """Responds as a registry whose only user is robot$ictx."""
 
     def do_GET(self) -> None:
-        """Lets the user in."""
+        """Accepts the user's credentials and rejects all others."""
         right = base64.b64encode(b"robot$ictx:right").decode()
         self.send_response(200 if self.headers.get("Authorization") == f"Basic {right}" else 401)
         self.end_headers()
 
     def log_message(self, *_: object) -> None:
-        """Logs nothing."""
+        """Suppresses the log of requests."""
 
 
 def test_a_registry_that_somebody_else_runs_must_let_its_users_in(tmp_path: Path) -> None:
@@ -262,7 +262,7 @@ def test_passwords_in_clear_text_and_promoters_who_are_no_users_are_refused(tmp_
 
 
 def test_more_hardware_than_there_is_is_refused_and_less_is_not(tmp_path: Path) -> None:
-    """Compares with this machine itself."""
+    """Compares the inventory with this machine."""
     card = {"name": "nic", "type": "ib", "count": 2, "file": "/dev/nonexistent[0-1]"}
     group = {"name": "big", "nodes": "here", "sockets": 64, "cores_per_socket": 512, "threads_per_core": 1}
     done = preflight(tmp_path, slurm_node_groups=[{**group, "memory_mb": 1 << 30, "gres": [card]}])

@@ -1,4 +1,4 @@
-"""Hosts are reached by one address everywhere: by name alone, with IPv6, with one besides Ansible's."""
+"""Every file uses the same address of a host: a name, an IPv6 address, or one other than Ansible's."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ APART = "{ansible_host: 198.51.100.N, ictx_address: 192.0.2.N}"
 
 
 def inventory(folder: Path, address: str) -> Path:
-    """Returns a copy of the example with two Alertmanagers and other addresses; N stands for a host's number."""
+    """Returns a copy of the example with two Alertmanagers and other addresses; N is replaced with a host's number."""
     copy = shutil.copytree(ROOT / "inventories/example", folder / "inventory")
     text = (copy / "hosts.yml").read_text()
     text = re.sub(r"\{ansible_host: 192\.0\.2\.(\d+)\}", lambda found: address.replace("N", found[1]), text)
@@ -29,7 +29,7 @@ def inventory(folder: Path, address: str) -> Path:
 
 
 class Site:
-    """Renders what a host of an inventory gets."""
+    """Renders templates and expressions for a host of an inventory."""
 
     def __init__(self, path: Path, folder: Path) -> None:
         self.cluster = Cluster(path, {"ictx_state_dir": str(folder)})
@@ -40,12 +40,12 @@ class Site:
         }
 
     def variables(self, role: str, host: str) -> dict[str, Any]:
-        """Returns what a role's tasks see."""
+        """Returns the variables of a role's tasks."""
         role_of, play = self.uses[role, host]
         return self.cluster.variables(host, play, role_of)
 
     def value(self, role: str, host: str, expression: str) -> Any:
-        """Returns an expression's value in a role."""
+        """Returns the value of an expression in a role."""
         return Templar(self.cluster.loader, variables=self.variables(role, host)).template(trusted(expression))
 
     def text(self, role: str, template: str, host: str) -> str:

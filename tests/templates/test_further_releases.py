@@ -1,4 +1,4 @@
-"""`ictx_serving_releases`: what playbooks/serving.yml gives helm, rendered by the chart, and what preflight refuses."""
+"""`ictx_serving_releases`: the objects that playbooks/serving.yml installs, and the values that preflight rejects."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def templated(cluster: Cluster, variables: dict[str, Any], text: str) -> Any:
 
 
 def answer(version: int | None) -> dict[str, Any]:
-    """Returns what a task registers of the registry's answer."""
+    """Returns the registered result of a request to the registry."""
     if version is None:
         return {"status": 404, "json": {"error_code": "RESOURCE_DOES_NOT_EXIST"}}
     found = {"version": str(version), "tags": [{"key": "ictx.image_digest", "value": TRAINED}]}
@@ -41,7 +41,7 @@ def answer(version: int | None) -> dict[str, Any]:
 
 
 class Site:
-    """The example's inventory with further releases, and what the playbook has read when helm is called."""
+    """The example inventory with further releases, and the variables of the playbook when it calls helm."""
 
     def __init__(self, folder: Path, **extra: Any) -> None:
         for name, text in {
@@ -63,19 +63,19 @@ class Site:
         }
 
     def main(self) -> list[Document]:
-        """Returns the objects of the release that has the address."""
+        """Returns the objects of the main release, which has the address."""
         values = templated(self.cluster, self.variables, "{{ helm_release_values }}")
         return self.rendered("ictx", values)
 
     def rendered(self, name: str, values: Any) -> list[Document]:
-        """Returns the objects of a release, as helm makes them."""
+        """Returns the objects of a release, as helm renders them."""
         file = self.folder / f"{name}.json"
         file.write_text(json.dumps(values))
         text = helm("template", name, str(CHARTS["serving"]), "--kube-version", KUBERNETES, "--values", str(file))
         return [document for document in yaml.safe_load_all(text) if document]
 
     def further(self) -> dict[str, dict[str, Any]]:
-        """Returns what the tasks for further releases give the role, by their names."""
+        """Returns the values of the further releases, by name."""
         (block,) = yaml.safe_load((ROOT / "playbooks/tasks/serving_release.yml").read_text())
         task = next(each for each in block["block"] if each["ansible.builtin.include_role"]["name"] == "helm_release")
         wanted = ("helm_release_values", "helm_release_secrets")
@@ -93,7 +93,7 @@ class Site:
 def test_helm_gets_further_releases_and_the_address_passes_requests_on(tmp_path: Path) -> None:
     site = Site(tmp_path, ictx_serving_releases=RELEASES)
     further = site.further()
-    assert set(further) == {"large", "next"}, "what the registry does not have is left out"
+    assert set(further) == {"large", "next"}, "releases without a version in the registry are skipped"
     assert backends_of(site.main()) == (
         "90", {"https://large-serving:8000": 100, "https://next-serving:8000": 10}
     )  # fmt: skip
@@ -103,11 +103,11 @@ def test_helm_gets_further_releases_and_the_address_passes_requests_on(tmp_path:
     assert large["model"] == {"name": "ictx-large", "alias": "champion", "version": "3", "trainingImageDigest": TRAINED}
     assert large["gpu"] == {"count": 4}
     assert large["service"] == {"type": "ClusterIP", "port": 8443}
-    assert "runtimeClassName" not in large, "only a canary begins with the served model's values"
+    assert "runtimeClassName" not in large, "only a canary inherits the served model's values"
     assert canary["model"]["servedName"] == canary["model"]["name"] == own["model"]["name"]
     assert canary["model"]["version"] == "13"
     assert canary["vllm"] == own["vllm"]
-    assert canary["service"] == {"type": "ClusterIP"}, "the node port is the address's"
+    assert canary["service"] == {"type": "ClusterIP"}, "only the main release has the node port"
     for name, given in further.items():
         documents = site.rendered(name, given["helm_release_values"])
         pod = next(pods([component(documents, "Deployment", "server")]))
@@ -134,10 +134,10 @@ VERSIONS = {
 
 
 class Registry(BaseHTTPRequestHandler):
-    """Answers as MLflow's registry does."""
+    """Responds as MLflow's registry does."""
 
     def do_GET(self) -> None:
-        """Answers for the models above."""
+        """Sends the version of a model above, or an error."""
         found = answer(VERSIONS.get(self.path.partition("/api/2.0/mlflow")[2]))
         assert self.headers["Authorization"].startswith("Basic ")
         content = json.dumps(found["json"]).encode()
@@ -148,11 +148,11 @@ class Registry(BaseHTTPRequestHandler):
         self.wfile.write(content)
 
     def log_message(self, *_: object) -> None:
-        """Nothing."""
+        """Suppresses the log of requests."""
 
 
 def test_the_playbook_reports_which_version_each_release_serves(tmp_path: Path) -> None:
-    """Up to the certificate, for which there is no authority here."""
+    """Runs until the certificate is issued, for which the test has no authority."""
     for name in ("ca", "secrets"):
         (tmp_path / name).mkdir()
     authority = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=a"]

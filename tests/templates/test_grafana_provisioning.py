@@ -1,4 +1,4 @@
-"""What Grafana is given at its start is what it reads: it reports no key that it does not use."""
+"""Grafana uses every key of its provisioning files; it does not report unknown keys itself."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cluster import ROOT, Cluster
 SCHEMAS: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("grafana_provisioning.yml").read_text())
 TEMPLATES = ROOT / "roles/grafana/templates"
 FILES = ("datasources", "dashboards", "contact_points")
-# A channel whose name no identifier may have as it is.
+# The second name has characters that are not valid in an identifier.
 POINTS = [{"name": "ops", "webhook_url": "https://chat.example.org/hook?a=1&b=2"},
           {"name": "On call: team #1", "webhook_url": "https://pager.example.org/$1"}]  # fmt: skip
 ALERTMANAGERS = ["https://192.0.2.41:9093", "https://192.0.2.42:9093"]
@@ -23,7 +23,7 @@ ALERTMANAGERS = ["https://192.0.2.41:9093", "https://192.0.2.42:9093"]
 
 @cache
 def provisioned(inventory: str, file: str, *, more: bool = False) -> list[Any]:
-    """Returns the file's content of each of Grafana's hosts; `more` adds all that the role can add."""
+    """Returns the file's content for each host of Grafana; `more` enables every optional part of the role."""
     state = {"lab_state_dir": "/nowhere", "ictx_state_dir": "/nowhere"}
     cluster, contents = Cluster(ROOT / "inventories" / inventory, state), []
     for role, play, hosts in cluster.uses("playbooks/monitoring.yml"):
@@ -37,7 +37,7 @@ def provisioned(inventory: str, file: str, *, more: bool = False) -> list[Any]:
 
 
 def problems(file: str, content: Any) -> list[str]:
-    """Returns the places that Grafana does not read as they stand."""
+    """Returns the places that violate the schema."""
     schema = jsonschema.Draft202012Validator({**SCHEMAS[file], "definitions": SCHEMAS["definitions"]})
     return [f"{error.json_path}: {error.message}" for error in schema.iter_errors(content)]
 
@@ -47,7 +47,7 @@ def problems(file: str, content: Any) -> list[str]:
 @pytest.mark.parametrize("inventory", ["lab", "example"])
 def test_a_provisioning_file_is_what_grafana_reads(inventory: str, file: str, more: bool) -> None:
     contents = provisioned(inventory, file, more=more)
-    assert contents, "the role has a host"
+    assert contents, "no host has the role"
     for content in contents:
         assert problems(file, content) == []
 
@@ -60,7 +60,7 @@ def test_identifiers_are_each_one_of_a_kind() -> None:
         identifiers = [receiver["uid"] for point in content["contactPoints"] for receiver in point["receivers"]]
         assert len(identifiers) == len(set(identifiers)) == len(POINTS)
         assert [point["name"] for point in content["contactPoints"]] == [point["name"] for point in POINTS]
-        # Grafana takes the first `$` as a sign, and the second as it is.
+        # Grafana expands variables with `$`; `$$` is a literal `$`.
         assert content["contactPoints"][1]["receivers"][0]["settings"]["url"] == "https://pager.example.org/$$1"
 
 

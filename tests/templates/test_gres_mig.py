@@ -1,4 +1,4 @@
-"""Devices of MIG in gres.conf and slurm.conf: one line each, and their number."""
+"""MIG devices: one line each in gres.conf, and their number in slurm.conf."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a role writes fits what is there: the release of SLURM, another's settings of Docker, another cluster's helm."""
+"""Roles adapt to the installed release of SLURM, and keep other settings of Docker and other clusters' helm."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ HARDWARE = loaded(ROOT / "playbooks/plugins/filter/node_hardware.py")
 
 @pytest.fixture(scope="module")
 def example(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Returns a function: role, host, what tasks have registered → templar."""
+    """Returns a function: role, host, registered variables → templar."""
     cluster = Cluster(ROOT / "inventories/example", {"ictx_state_dir": str(tmp_path_factory.mktemp("state"))})
     uses = {role.get_name(): (role, play) for role, play, _ in cluster.uses("site.yml")}
 
@@ -30,7 +30,7 @@ def example(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def written(templar: Templar, role: str, template: str) -> str:
-    """Returns a role's template as it is written."""
+    """Returns the text of a role's template."""
     text = (ROOT / "roles" / role / "templates" / template).read_text()
     return str(templar.template(trusted(text), convert_data=False))
 

@@ -1,4 +1,4 @@
-"""The scripts of SLURM's jobs: what they request, and what becomes of a job whose ranks are killed or fail."""
+"""The scripts of SLURM's jobs: their requests, and the behaviour if ranks are killed or fail."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from ansible.template import Templar
 from cluster import ROOT, Cluster, trusted
 
-# Stand-ins for SLURM's commands and the bundle's: the ranks are the script `inside`, and end with `status`.
+# Stubs of SLURM's and the bundle's commands: the ranks run the script `inside`, and end with `status`.
 COMMANDS = {
     "srun": 'case "$*" in *"data prepare"*) exit 0;; esac; sh ./inside; exit "$(cat status)"',
     "scontrol": """case $1 in
@@ -27,7 +27,7 @@ esac""",
 
 @cache
 def scripts(inventory: str, host: str) -> dict[str, str]:
-    """Returns the job script of each stage, the chain of another inventory besides its own."""
+    """Returns the job script of each stage, with the stages of the other inventory too."""
     stages = {
         "promote-128k": {"kind": "promote", "after": "judge", "alias": "long", "time": "00:05:00"},
         "judge": {"config": "eval/b.yaml", "after": "eval"},
@@ -45,7 +45,7 @@ def scripts(inventory: str, host: str) -> dict[str, str]:
 
 
 def script_of(name: str, inventory: str, host: str) -> str:
-    """Renders a job script that is no stage's."""
+    """Renders a job script that does not belong to a stage."""
     cluster = Cluster(ROOT / "inventories" / inventory, {"ictx_state_dir": "/nonexistent"})
     role, play, _ = next(use for use in cluster.uses("site.yml") if use[0].get_name() == "slurm_jobs")
     return cluster.render(ROOT / f"roles/slurm_jobs/templates/{name}.sbatch.j2", cluster.variables(host, play, role))
@@ -72,7 +72,7 @@ def test_the_script_that_validates_nodes_measures_every_gpu(
 
 
 def check(file: Path, script: str) -> None:
-    """Fails where shellcheck finds something; what stands for a value of the inventory may be a constant."""
+    """Fails if shellcheck reports a problem, except conditions that are constant after rendering."""
     file.write_text(script)
     command = ["shellcheck", "--shell=bash", "--exclude=SC2050,SC2194", file]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -80,7 +80,7 @@ def check(file: Path, script: str) -> None:
 
 
 def options(script: str) -> dict[str, str]:
-    """Returns what a script requests of SLURM."""
+    """Returns the #SBATCH options of a script."""
     return dict(re.findall(r"^#SBATCH --([a-z-]+)=(\S+)", script, re.MULTILINE))
 
 
@@ -113,7 +113,7 @@ def test_every_stage_s_script_is_sound(inventory: str, host: str, tmp_path: Path
         (tmp_path / name).write_text(script)
         assert "{{" not in script
         assert "{%" not in script
-    # What stands for a value of the inventory may be a constant.
+    # Conditions may be constant after rendering.
     command = ["shellcheck", "--shell=bash", "--exclude=SC2050,SC2194", *sorted(tmp_path.iterdir())]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
@@ -123,11 +123,11 @@ def test_what_others_may_not_know_is_on_no_command_line_of_a_job_script() -> Non
     for name, script in scripts("example", "login1").items():
         assert "--master-port" not in script, name
         assert "--rdzv-id" not in script, name
-        assert not re.search(r"^[^#]*\bsource ", script, re.MULTILINE), "passwords are read inside the container"
+        assert not re.search(r"^[^#]*\bsource ", script, re.MULTILINE), "passwords must be read inside the container"
 
 
 class Job:
-    """A job of the lab's inventory on stand-ins for SLURM."""
+    """A job of the lab's inventory with stubs of SLURM."""
 
     def __init__(self, folder: Path, stage: str) -> None:
         self.folder, self.user = folder, pwd.getpwuid(os.getuid()).pw_name
@@ -142,13 +142,13 @@ class Job:
             (folder / name).chmod(0o755)
 
     def controller(self, restarts: int, state: str = "RUNNING", reason: str = "None") -> None:
-        """Sets what the controller has of the job, and of the rest of its array."""
+        """Sets the controller's record of the job, and of the rest of its array."""
         line = "JobId={} JobName=x JobState={} Reason={} Dependency=(null) Requeue=1 Restarts={} BatchFlag=1\n"
         rest = line.format(18, "PENDING", "Resources", 0)
         (self.folder / "job").write_text(rest + line.format(17, state, reason, restarts))
 
     def start(self, status: int, inside: str = "", restarts: int = 0) -> str:
-        """Starts the job, with the status of its ranks and what they do; returns `requeued` or the job's status."""
+        """Starts the job, whose ranks run `inside` and end with `status`; returns `requeued` or the job's status."""
         (self.folder / "status").write_text(str(status))
         (self.folder / "inside").write_text(f"run={self.run}\n{inside}\n")
         (self.folder / "queue").write_text("")

@@ -1,4 +1,4 @@
-"""What K3s is configured with: how a node joins, whichever server is first now, and by which interface."""
+"""Configuration of K3s: how nodes join, whichever server is first in the inventory, and the interface of pods."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SERVERS = ["k3s1", "k3s2", "k3s3"]
 
 @pytest.fixture(scope="module")
 def configured(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Returns a function: host, servers that have the cluster, its config.yaml before → config.yaml now."""
+    """Returns a function: host, servers of the cluster, previous config.yaml → new config.yaml."""
     cluster = Cluster(ROOT / "inventories/example", {"ictx_state_dir": str(tmp_path_factory.mktemp("state"))})
     uses = {role.get_name(): (role, play) for role, play, _ in cluster.uses("site.yml")}
 
@@ -35,7 +35,7 @@ def configured(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def through(config: dict[str, Any]) -> tuple[bool, str]:
-    """Returns whether a node starts a cluster, and the server that it joins through."""
+    """Returns whether a node starts a cluster, and the server through which it joins."""
     return config.get("cluster-init", False), config.get("server", "")
 
 
@@ -45,12 +45,12 @@ K3S = {name: f"https://192.0.2.{31 + number}:6443" for number, name in enumerate
 @pytest.mark.parametrize(
     ("host", "have", "before", "wanted"),
     [
-        ("k3s1", [], None, (True, "")),  # the first of all
-        ("k3s2", ["k3s1"], None, (False, "k3s1")),  # joins it
-        ("k3s1", ["k3s1", "k3s2", "k3s3"], {"cluster-init": True}, (True, "")),  # stays as it is
+        ("k3s1", [], None, (True, "")),  # the first server
+        ("k3s2", ["k3s1"], None, (False, "k3s1")),  # joins the first
+        ("k3s1", ["k3s1", "k3s2", "k3s3"], {"cluster-init": True}, (True, "")),  # is unchanged
         ("k3s2", ["k3s1", "k3s2", "k3s3"], {"server": "k3s1"}, (False, "k3s1")),
-        ("k3s1", ["k3s2", "k3s3"], {"cluster-init": True}, (False, "k3s2")),  # made anew, or put before the others
-        ("k3s1", ["k3s1", "k3s2", "k3s3"], {"server": "k3s2"}, (False, "k3s2")),  # and the run after that
+        ("k3s1", ["k3s2", "k3s3"], {"cluster-init": True}, (False, "k3s2")),  # was rebuilt, or moved to the first place
+        ("k3s1", ["k3s1", "k3s2", "k3s3"], {"server": "k3s2"}, (False, "k3s2")),  # the next run
         ("k3s2", ["k3s1", "k3s3"], {"server": "k3s3"}, (False, "k3s1")),
     ],
 )

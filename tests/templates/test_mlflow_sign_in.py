@@ -1,4 +1,4 @@
-"""`ictx_mlflow_oidc`: what playbooks/mlflow.yml gives helm, rendered by the chart."""
+"""`ictx_mlflow_oidc`: the objects that playbooks/mlflow.yml installs with helm."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FILES = {
 
 
 def given(folder: Path, **extra: Any) -> tuple[Any, Any]:
-    """Returns the Secrets and the values that the role gets for the example's inventory."""
+    """Returns the Secrets and the chart values for the example inventory."""
     for name, text in FILES.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)

@@ -1,4 +1,4 @@
-"""slurm.conf, gres.conf and Prometheus' targets follow from the inventory, whichever nodes answer."""
+"""slurm.conf, gres.conf and Prometheus' targets depend on the inventory, not on which nodes are reachable."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ A100 = {"name": "gpu", "type": "a100", "count": 4, "file": "/dev/nvidia[0-3]"}
 
 
 def report(cpus: int, sockets: int, cores: int, threads: int, memory: int) -> dict[str, Any]:
-    """Returns a registered `slurmd -C`."""
+    """Returns the registered result of `slurmd -C`."""
     shape = f"Boards=1 SocketsPerBoard={sockets} CoresPerSocket={cores} ThreadsPerCore={threads}"
     return {"stdout": f"NodeName=x CPUs={cpus} {shape} RealMemory={memory}\nUpTime=0-00:00:01"}
 
 
 def kinds(hosts: dict[str, dict[str, Any]], **given: Any) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    """Returns the kinds of some nodes by their names, and the unknown ones."""
+    """Returns the kinds of nodes by their hostlists, and the unknown nodes."""
     options = {"groups": [], "measured": [], "conf": "", "reserved_mb": 2048} | given
     found = HARDWARE.compute_nodes(list(hosts), hosts, **options)
     return {kind["nodes"]: kind for kind in found["kinds"]}, found["unknown"]
@@ -52,7 +52,7 @@ def test_a_hostlist_is_short_and_keeps_the_order(names: list[str], text: str) ->
 @pytest.mark.parametrize(
     ("reported", "topology", "memory"),
     [
-        # Eight cores with two threads and eight with one: 16 cores and 24 CPUs are no product.
+        # Eight cores with two threads and eight with one: 24 CPUs are not a multiple of 16 cores.
         (report(24, 1, 16, 2, 64000), "CPUs=24", 61952),
         (report(72, 1, 72, 1, 490000), "Sockets=1 CoresPerSocket=72 ThreadsPerCore=1", 487952),
         (report(2, 1, 2, 1, 1970), "Sockets=1 CoresPerSocket=2 ThreadsPerCore=1", 1970),
@@ -93,7 +93,7 @@ def test_a_node_that_does_not_answer_stays_as_slurm_conf_has_it() -> None:
     )
     hosts = {"gpu1": {"_slurm_reported": report(32, 2, 8, 2, 62048)}, "gpu2": {}, "gpu3": {}}
     found, unknown = kinds(hosts, conf=f"ClusterName=x\n{line}\n")
-    assert list(found) == ["gpu[1-2]"], "the reserve is not taken off twice"
+    assert list(found) == ["gpu[1-2]"], "the reserved memory is subtracted only once"
     assert unknown == ["gpu3"]
     assert HARDWARE.partition_nodes(["gpu[1-3]"], unknown) == "gpu[1-2]"
     assert HARDWARE.partition_nodes("ALL", unknown) == "ALL"
@@ -127,7 +127,7 @@ def test_measured_nodes_are_merged_and_the_second_time_is_as_the_first() -> None
     assert entries == [
         {"nodes": "gpu[1-2]", **shape, "gres": [A100]},
         {"nodes": "gpu[3-4]", "cpus": 4, "memory_mb": 8000},
-    ], "gpu9 is not in the inventory any more"
+    ], "gpu9 is no longer in the inventory"
     assert HARDWARE.measured_nodes(entries, list(hosts), hosts, ["gpu1"]) == text
     assert "\n  - nodes: gpu[1-2]\n" in text
     assert "\n    gres:\n      - name: gpu\n" in text, "yamllint of this repository requires indented lists"
@@ -245,11 +245,11 @@ SHAPE = {"sockets": 1, "cores_per_socket": 8, "threads_per_core": 2}
         ({**SHAPE, "memory_mb": 64268}, LSCPU, [("memory_mb", 64268, 64267)]),
         ({**SHAPE, "cores_per_socket": 9}, LSCPU, [("cores_per_socket", 9, 8)]),
         ({**SHAPE, "threads_per_core": 4}, LSCPU, [("threads_per_core", 4, 2)]),
-        # As many cores, which SLURM takes.
+        # The number of cores is equal, which SLURM accepts.
         ({**SHAPE, "sockets": 2, "cores_per_socket": 4}, LSCPU, []),
         ({"cpus": "17"}, LSCPU, [("cpus", 17, 16)]),
         ({"cpus": 16}, LSCPU, []),
-        # slurmd's word counts: a report of the kernel after it is not read.
+        # slurmd's report takes precedence over lscpu's.
         ({"cpus": 16}, report(8, 1, 8, 1, 1000)["stdout"] + "\n" + LSCPU, [("cpus", 16, 8)]),
         (SHAPE, report(24, 1, 16, 2, 1000)["stdout"], []),
         ({**SHAPE, "sockets": 2}, report(24, 1, 16, 2, 1000)["stdout"], [(" * ".join(SHAPE), 32, 24)]),
@@ -257,7 +257,7 @@ SHAPE = {"sockets": 1, "cores_per_socket": 8, "threads_per_core": 2}
         ({**SHAPE, "memory_mb": 10**9}, "", []),
         ({"gres": [A100]}, LSCPU, []),
         ({"gres": [A100]}, "missing /dev/nvidia3\n" + LSCPU, [("count of gpu:a100", 4, 3)]),
-        # The driver is yet to come.
+        # The driver is not installed yet.
         ({"gres": [A100]}, f"{UNDRIVEN}gpus 4\n", []),
         ({"gres": [A100]}, f"{UNDRIVEN}gpus 2\n", [("count of gpu:a100", 4, 2)]),
         ({"gres": [{"name": "gpu", "type": "fake", "count": 9}]}, LSCPU, []),

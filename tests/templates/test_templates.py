@@ -1,4 +1,4 @@
-"""Every template of every role renders for both inventories, and holds what it should."""
+"""Every template of every role renders for both inventories, with the expected content."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ansible.playbook.role import Role
 from cluster import ROOT, Cluster, trusted
 from programs import program
 
-# What a role's tasks register before they write a template.
+# Variables that a role's tasks register before they write a template.
 REGISTERED: dict[str, dict[str, Any]] = {
     "lab": {
         "_lab_host": {
@@ -26,9 +26,9 @@ REGISTERED: dict[str, dict[str, Any]] = {
         }
     },
     "k3s": {"_k3s_runtime": {"stat": {"exists": True}}},
-    # A registry, and with what it mirrors: two loops.
+    # Two loops: over registries, and over registries with what they mirror.
     "kube_lab": {"item": {"address": "192.0.2.15:5000", 0: {"address": "192.0.2.15:5000"}, 1: "docker.io"}},
-    # Targets of a job, and a cluster: two loops.
+    # Two loops: over targets of jobs, and over clusters.
     "prometheus": {
         "item": {
             "name": "node",
@@ -41,9 +41,9 @@ REGISTERED: dict[str, dict[str, Any]] = {
         "item": "/etc/systemd/system/slurmd.service.d/zz-site.conf",
         "unit_dropins_units": {"slurmd.service": {"Service": {"LimitNOFILE": 1}}},
     },
-    # A task's loop gives the name: this one has an account in every inventory.
+    # The loop variable is a user name; this account exists in every inventory.
     "mlflow_users": {"item": "serving"},
-    # A script a stage; test_job_scripts.py has all of them.
+    # One script per stage; test_job_scripts.py renders all of them.
     "slurm_jobs": {"item": trusted("{{ _slurm_jobs_stages | first }}")},
     "nvidia_driver": {
         "_nvidia_driver_pci": {
@@ -54,7 +54,7 @@ REGISTERED: dict[str, dict[str, Any]] = {
         }
     },
 }
-# The lab's containers exist in its own inventory only.
+# Only the lab's inventory has containers as hosts.
 PLAYBOOKS = {
     "lab": ["site.yml", "playbooks/artifacts.yml", "playbooks/lab.yml"],
     "example": ["site.yml", "playbooks/artifacts.yml"],
@@ -63,7 +63,7 @@ TEMPLATES = sorted(path.relative_to(ROOT) for path in ROOT.glob("roles/*/templat
 
 
 def render(cluster: Cluster, template: Path, variables: dict[str, Any]) -> str | AnsibleError:
-    """Returns the text, or what went wrong: one broken template must not hide the others."""
+    """Returns the text or the error, since one broken template must not hide others."""
     try:
         return cluster.render(template, variables)
     except AnsibleError as error:
@@ -71,7 +71,7 @@ def render(cluster: Cluster, template: Path, variables: dict[str, Any]) -> str |
 
 
 class Texts(Mapping[str, Any]):
-    """host → text of a template in an inventory; a host is rendered when it is read."""
+    """Maps a host to the text of a template in an inventory; renders it on access."""
 
     def __init__(self, cluster: Cluster, template: Path) -> None:
         self.cluster, self.template = cluster, template
@@ -92,14 +92,14 @@ class Texts(Mapping[str, Any]):
         return len(self.uses)
 
     def kinds(self) -> list[str]:
-        """Returns a host of each kind: those in the same groups differ in names and addresses only."""
+        """Returns one host of each kind: hosts in the same groups differ only in names and addresses."""
         found = {host: self.cluster.inventory.get_host(host) for host in reversed(self.uses)}
         return list({frozenset(map(str, about.get_groups())): host for host, about in found.items()}.values())
 
 
 @pytest.fixture(scope="session")
 def rendered(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[Path, Texts]]:
-    """Returns inventory → template → texts, of all templates of the roles that the playbooks run."""
+    """Returns inventory → template → texts, for all templates of the playbooks' roles."""
     state = tmp_path_factory.mktemp("state")
     result: dict[str, dict[Path, Texts]] = {}
     for name, playbooks in PLAYBOOKS.items():
@@ -161,14 +161,14 @@ def test_slurm_conf_describes_the_compute_nodes_as_slurmd_does(written: Any) -> 
 
 @cache
 def slurm_variables() -> tuple[Cluster, dict[str, Any]]:
-    """Returns the example, and what the role slurm sees on its controller."""
+    """Returns the example inventory, and the variables of the role slurm on its controller."""
     cluster = Cluster(ROOT / "inventories/example", {"ictx_state_dir": "/nonexistent"})
     role, play, _ = next(use for use in cluster.uses("playbooks/slurm.yml") if use[0].get_name() == "slurm")
     return cluster, cluster.variables("ctl1", play, role)
 
 
 def conf_of(template: str = "slurm.conf", version: str = "24.11.5-1", **variables: Any) -> list[str]:
-    """Returns the lines of a file of SLURM's for the example with other variables."""
+    """Returns the lines of a SLURM configuration file for the example with other variables."""
     cluster, known = slurm_variables()
     known = {**known, **variables, "_slurm_package": {"stdout": version}}
     return cluster.render(ROOT / f"roles/slurm/templates/{template}.j2", known).splitlines()
@@ -177,7 +177,7 @@ def conf_of(template: str = "slurm.conf", version: str = "24.11.5-1", **variable
 def test_preempted_jobs_get_a_signal_and_time(written: Any) -> None:
     conf = written("example", "slurm", "slurm.conf.j2", "ctl1")
     assert {"PreemptType=preempt/partition_prio", "PreemptMode=REQUEUE", "PriorityWeightQOS=5000"} <= set(conf)
-    # Without it a job that chose its own signal gets none when it is preempted.
+    # Without this, a job with a signal of its own gets no signal when it is preempted.
     assert "SlurmctldParameters=enable_configless,preempt_send_user_signal" in conf
     partitions = {line.split()[0]: line.split() for line in conf if line.startswith("PartitionName=")}
     assert {"PreemptMode=REQUEUE", "GraceTime=120"} <= set(partitions["PartitionName=batch"])
@@ -236,7 +236,7 @@ def test_gres_conf_names_the_device_files(written: Any) -> None:
 
 
 def test_jobs_run_in_the_runtime_that_hands_out_gpus(written: Any) -> None:
-    # Compute nodes get the controller's file, so it is the controller's variable that counts.
+    # Compute nodes get the controller's file, so the controller's variable has the effect.
     run = next(line for line in written("example", "slurm", "oci.conf.j2", "ctl1") if line.startswith("RunTimeRun="))
     assert "nvidia-container-runtime --rootless=true" in run
     run = next(line for line in written("lab", "slurm", "oci.conf.j2", "ctl") if line.startswith("RunTimeRun="))
@@ -266,7 +266,7 @@ def test_root_of_a_client_is_root_on_the_export_only_where_it_must_be(written: A
     exports = written("example", "storage", "exports.j2", "nas1")
     options = dict(re.findall(r"^/srv/ictx (\S+?)\((\S+)\)$", "\n".join(exports), re.MULTILINE))
     assert {host: "no_root_squash" in words.split(",") for host, words in options.items()} == {
-        # Two controllers, the accounting database, the image builder; and the network.
+        # Two controllers, the accounting database, the image builder, and the network.
         "192.0.2.11": True, "192.0.2.12": True, "192.0.2.13": True, "192.0.2.15": True, "192.0.2.0/24": False
     }  # fmt: skip
     for words in options.values():
@@ -289,7 +289,7 @@ def test_the_runtime_never_runs_as_root(written: Any, inventory: str, host: str)
     run = next(line for line in conf if line.startswith("RunTimeRun="))
     assert re.search(r"ictx-oci-run '%b' '%r' (runc|nvidia-container-runtime) --", run)
     assert commands == dict.fromkeys(("RunTimeQuery", "RunTimeKill", "RunTimeDelete"), as_user)
-    # What a user's bundle holds stands in no command that root's shell reads.
+    # No command of root's shell contains values from a user's bundle.
     assert not [line for line in conf if re.match("RunTime(Query|Kill|Delete)=", line) and re.search("%[bre@]", line)]
 
 
@@ -344,13 +344,13 @@ def test_prometheus_scrapes_every_host_of_the_inventory_by_its_name(written: Any
     asked = {"endpoints", "mlflow-endpoints"}
     assert set(jobs) == {"node", "mysqld", "dcgm", "blackbox", "prometheus", "alertmanager", *asked}
     assert {job["scheme"] for job in jobs.values()} == {"https"}
-    assert jobs["node"]["honor_labels"] is True, "a controller exposes metrics of other nodes"
+    assert jobs["node"]["honor_labels"] is True, "a controller exposes metrics with other nodes' labels"
     own = {"username": "prometheus", "password_file": "/etc/prometheus/own_password"}
     for name, job in jobs.items():
         exporter = {"username": "metrics", "password_file": "/etc/prometheus/metrics_password"}
         assert job["basic_auth"] == (own if name in ("prometheus", "alertmanager") else exporter)
     assert conf["alerting"]["alertmanagers"][0]["basic_auth"] == own
-    assert "insecure" not in str(conf), "certificates are always verified"
+    assert "insecure" not in str(conf), "certificates must be verified"
     assert conf["alerting"]["alertmanagers"][0]["static_configs"] == [{"targets": ["192.0.2.15:9093"]}]
 
 
@@ -368,7 +368,7 @@ def test_prometheus_scrapes_kubernetes_with_the_token_that_its_play_keeps(tmp_pa
     assert set(jobs) == {f"kubernetes-example-{kind}" for kind in kinds}
     for name, job in jobs.items():
         assert job["scheme"] == "https"
-        assert job["tls_config"] == {"ca_file": "/etc/prometheus/kubernetes/example.crt"}, "never skipped"
+        assert job["tls_config"] == {"ca_file": "/etc/prometheus/kubernetes/example.crt"}, "TLS must be verified"
         assert job["authorization"] == {"credentials_file": "/etc/prometheus/kubernetes/example.token"}
         assert job["file_sd_configs"] == [{"files": [f"/var/lib/prometheus/kubernetes/{name}.json"]}]
 
@@ -401,7 +401,7 @@ def test_native_scrape_configs_are_taken_over_as_they_are_and_validated(tmp_path
         assert done.returncode == status, done.stdout + done.stderr
     (tmp_path / "token").unlink()
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 1, "a file that is not there"
+    assert done.returncode == 1, "the CA file does not exist"
 
 
 def test_a_single_alertmanager_does_not_look_for_others(written: Any) -> None:

@@ -1,4 +1,4 @@
-"""Units of ours are shut in: `systemd-analyze security` rates each at 4.0 at most, but for those that cannot be."""
+"""Our units are sandboxed: `systemd-analyze security` rates each at most 4.0, except those in EXCEPTIONS."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from programs import loaded
 
 FILTER = loaded(ROOT / "playbooks/plugins/filter/systemd.py")
 MOST = 4.0
-# What a role's tasks register before they write a template.
+# Variables that a role's tasks register before they write a template.
 REGISTERED = {"_k3s_runtime": {"stat": {"exists": True}}}
-# What each needs, and why it is rated no better.
+# The reason of each unit for its higher rating.
 EXCEPTIONS = {
-    "k3s/k3s.service": "starts containers, with all that they may be given",
-    "slurm/slurmd.service.conf": "starts users' jobs, as each of them and with the node's devices",
+    "k3s/k3s.service": "starts containers with arbitrary rights",
+    "slurm/slurmd.service.conf": "starts jobs as any user and with the node's devices",
     "kube_lab/kubelet.service": "starts containers, as K3s does; in the lab only",
     "kube_lab/kube-proxy.service": "writes the node's packet filter; in the lab only",
     "kube_lab/kube-lab-prepare.service": "changes the node's mounts for kubelet; in the lab only",
-    "kube_lab/kube-lab-addons.service": "makes volumes for pods' users; in the lab only",
-    "kube_lab/kube-lab-dns.service": "drops its own rights when it has started; in the lab only",
+    "kube_lab/kube-lab-addons.service": "creates volumes for pods' users; in the lab only",
+    "kube_lab/kube-lab-dns.service": "drops its own rights after its start; in the lab only",
 }
-# What a drop-in's unit has from its package and counts; everything else is as if the package shut nothing in.
+# Settings in the packages' units that affect the rating; any other sandboxing of the packages is ignored.
 PACKAGED = {
     "alertmanager": "User=prometheus",
     "blackbox_exporter": "User=prometheus",
@@ -52,7 +52,7 @@ UNITS = units()
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
-    """Returns each unit as the first host of its role has it, in each inventory."""
+    """Returns each unit as rendered for the first host of its role, in each inventory."""
     state = str(tmp_path_factory.mktemp("state"))
     found: dict[str, list[str]] = {}
     for inventory in ("example", "lab"):
@@ -66,7 +66,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
 
 
 def exposure(text: str, folder: Path) -> float:
-    """Returns how exposed systemd takes a unit to be, from 0 to 10."""
+    """Returns systemd's exposure rating of a unit, from 0 to 10."""
     file = folder / "test.service"
     file.write_text(text if re.search("^ExecStart=/", text, re.M) else text + "ExecStart=\nExecStart=/bin/true\n")
     done = subprocess.run(
@@ -94,7 +94,7 @@ def test_a_unit_is_shut_in_or_named_with_a_reason(name: str, texts: dict[str, li
         if "\nDescription=" not in text:
             text = f"[Service]\n{PACKAGED[role]}\n{text}"
         elif name in ("grafana/grafana-server.service", "prometheus/prometheus.service"):
-            # Wherever they come from, the drop-in belongs to their unit.
+            # The role's drop-in applies to the unit, whichever package provides it.
             text += texts[f"{role}/unit.conf"][0]
         rated = exposure(text, tmp_path)
         assert (rated > MOST) == (name in EXCEPTIONS), f"{name}: {rated}"
