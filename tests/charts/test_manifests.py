@@ -1,4 +1,4 @@
-"""What the charts render is valid for every Kubernetes they promise, and fits together."""
+"""The charts' manifests are valid for every supported version of Kubernetes, and consistent."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 from helm import CHARTS, CI, Document, HelmError, Pod, component, helm, name_of, only, pods, render
 from kubernetes_validate import utils as schemas
 
-# Kubernetes' own schemas do not have them; what they must hold is asserted below.
+# Kubernetes' schemas do not have these kinds; the tests below assert their content.
 CUSTOM = {
     "BackendTLSPolicy": "Gateway API",
     "HTTPRoute": "Gateway API",
@@ -26,10 +26,10 @@ CUSTOM = {
 VERSIONS = [
     version for version in dict.fromkeys(schemas.all_versions()) if tuple(map(int, version.split("."))) >= (1, 29)
 ]
-# Versions of APIs that 1.20 has, and the later ones that took their fields over unchanged.
+# API versions of 1.20, and the later ones with the same fields.
 OLD = {"policy/v1beta1": "policy/v1", "batch/v1beta1": "batch/v1", "autoscaling/v2beta2": "autoscaling/v2"}
 
-# Everything that is off by default, on: what ci files leave out is rendered too.
+# Enables everything that is off by default, to render what the ci files do not.
 EVERYTHING: dict[str, Document] = {
     "serving": {
         "autoscaling.type": "hpa",
@@ -174,7 +174,7 @@ def test_secrets_are_in_secrets_only(case: str) -> None:
     for pod in pods(documents):
         for container in pod.containers:
             command = " ".join([*container.get("command", []), *container.get("args", [])])
-            assert "$(" not in command, "an expanded variable is seen in the list of processes"
+            assert "$(" not in command, "an expanded variable is visible in the list of processes"
             for entry in container.get("env", []):
                 if re.search(r"PASSWORD|SECRET|TOKEN|API_KEY$|^KEY$|ACCESS_KEY", entry["name"]):
                     assert set(entry.get("valueFrom", {})) == {"secretKeyRef"}, (pod.owner, entry)
@@ -205,7 +205,7 @@ def test_a_pod_has_what_its_containers_name(case: str) -> None:
 
 @by_case
 def test_what_is_named_is_there_or_is_the_deployers(case: str) -> None:
-    """Names without the release's are those of existing objects, which the values give."""
+    """Names without the release's name refer to existing objects, which the values set."""
     documents = documents_of(case)
     there = {name_of(document) for document in documents}
     for pod in pods(documents):
@@ -217,7 +217,7 @@ def test_what_is_named_is_there_or_is_the_deployers(case: str) -> None:
             references = [entry.get("valueFrom", {}).get("secretKeyRef") for entry in container.get("env", [])]
             named |= {f"Secret/{reference['name']}" for reference in references if reference}
         ours = {name for name in named if name.split("/")[1].startswith(("ictx-serving", "ictx-mlflow"))}
-        # Those with the registry's password are the other release's, or made by playbooks/serving.yml.
+        # Secrets with the registry's password belong to the other release, or playbooks/serving.yml creates them.
         other = {"Secret/ictx-mlflow-auth", "Secret/ictx-serving-registry"} if case.startswith("serving/") else set()
         assert ours - there <= other, pod.owner
 
@@ -227,7 +227,7 @@ def test_selectors_find_the_server_and_nothing_else(case: str) -> None:
     documents = documents_of(case)
     deployment = component(documents, "Deployment", "server")
     selector = deployment["spec"]["selector"]["matchLabels"]
-    # A change of these makes every installed release fail to upgrade.
+    # If these change, installed releases cannot be upgraded.
     chart = case.split("/")[0]
     assert selector == {
         "app.kubernetes.io/name": chart,
@@ -235,7 +235,7 @@ def test_selectors_find_the_server_and_nothing_else(case: str) -> None:
         "app.kubernetes.io/component": "server",
     }
     services = {name_of(document): document for document in documents if document["kind"] == "Service"}
-    # With a router, clients reach that one alone.
+    # With a router, clients reach only the router.
     router = {**selector, "app.kubernetes.io/component": "router"}
     through = {name for name in services if services[name]["spec"]["selector"] == router}
     routed = f"Deployment/ictx-{chart}-router" in {name_of(document) for document in documents}
@@ -263,7 +263,7 @@ def test_a_new_chart_version_alone_rolls_no_pod(chart: str, tmp_path: Path) -> N
 
 @by_case
 def test_names_are_short_enough(case: str) -> None:
-    """A CronJob's name has at most 52 characters, others 63; the longest name that the schema takes must do."""
+    """A CronJob's name has at most 52 characters, others 63, also with the longest name that the schema accepts."""
     chart, file, values = CASES[case]
     schema = json.loads((chart / "values.schema.json").read_text())
     long = {**values, "fullnameOverride": "x" * schema["properties"]["fullnameOverride"]["maxLength"]}

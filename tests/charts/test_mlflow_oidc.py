@@ -1,4 +1,4 @@
-"""Sign-in at an OpenID provider: MLflow's server with the chart's programs, and a provider that stands for a site's."""
+"""Sign-in at an OpenID provider: MLflow's server with the chart's programs, and a test provider."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ API = "/api/2.0/mlflow"
 
 
 class Browser:
-    """Follows redirects and keeps cookies, or is a program with a password."""
+    """A client that follows redirects and keeps cookies; with a password, a program's client."""
 
     def __init__(self, url: str, password: str = "") -> None:
         self.url, self.cookies = url, CookieJar()
@@ -45,13 +45,13 @@ class Browser:
             self.headers["Authorization"] = f"Basic {base64.b64encode(password.encode()).decode()}"
 
     def ask(self, path: str, body: Any = None, **headers: str) -> tuple[int, str, str]:
-        """Returns status, text and where it ended."""
+        """Sends a request; returns status, text and the final URL."""
         data = json.dumps(body).encode() if body is not None else None
         kind = {"Content-Type": "application/json"} if body is not None else {}
         return self.open(urllib.request.Request(self.url + path, data, {**self.headers, **kind, **headers}))
 
     def open(self, request: urllib.request.Request) -> tuple[int, str, str]:
-        """Returns status, text and where it ended."""
+        """Sends a request; returns status, text and the final URL."""
         try:
             with self.opener.open(request, timeout=60) as answer:
                 return answer.status, answer.read().decode(), answer.url
@@ -59,11 +59,11 @@ class Browser:
             return error.code, error.read().decode(), error.url
 
     def page(self, path: str = "/") -> tuple[int, str, str]:
-        """Opens a page, as a person does."""
+        """Opens a page, as a browser does."""
         return self.ask(path, Accept="text/html,*/*")
 
     def sign_in(self, name: str, path: str = "/") -> tuple[int, str, str]:
-        """Opens a page, and signs in at the provider that it leads to."""
+        """Opens a page, and signs in at the provider to which it redirects."""
         status, text, form = self.page(path)
         assert status == 200, text
         data = urllib.parse.urlencode({"sub": name}).encode()
@@ -91,13 +91,13 @@ def running(folder: Path, name: str, command: list[str], url: str, **environment
 
 @pytest.fixture(scope="module")
 def issuer() -> str:
-    """The provider's address; nothing is there until the fixture `provider`."""
+    """The provider's URL; the fixture `provider` starts the provider."""
     return f"http://127.0.0.1:{free_port()}"
 
 
 @pytest.fixture(scope="module")
 def mlflow(tmp_path_factory: pytest.TempPathFactory, issuer: str) -> Iterator[str]:
-    """The server as the chart runs it, with the account of alice; its address."""
+    """Runs the server as the chart does, with an account for alice; yields its URL."""
     folder, port = tmp_path_factory.mktemp("oidc"), free_port()
     url = f"http://127.0.0.1:{port}"
     documents = render(CHARTS["mlflow"], CHARTS["mlflow"] / "ci/oidc.yaml", {"server.workers": 1})
@@ -140,7 +140,7 @@ def mlflow(tmp_path_factory: pytest.TempPathFactory, issuer: str) -> Iterator[st
 
 @pytest.fixture(scope="module")
 def provider(mlflow: str, issuer: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The provider, with three people."""
+    """Runs the provider, with three users; yields its URL."""
     status, text, _ = Browser(mlflow).page()
     assert (status, text) == (502, f"the identity provider {issuer} does not answer: ConnectionError\n")
     known = [json.dumps({"sub": name, "preferred_username": name}) for name in PEOPLE]
@@ -193,7 +193,7 @@ def test_an_answer_that_nobody_asked_for_and_a_forged_cookie_are_refused(mlflow:
     forged = base64.urlsafe_b64encode(json.dumps({"ictx_user": ["alice", 9e9]}).encode()).decode()
     assert browser.ask(f"{API}/users/current", Cookie=f"ictx_mlflow={forged}.aa.aa")[0] == 401
     status, _, url = browser.sign_in("alice", "/oidc/login?next=//evil.example.org/")
-    assert (status, url) == (200, f"{mlflow}/"), "back to this server only"
+    assert (status, url) == (200, f"{mlflow}/"), "redirects to this server only"
 
 
 def test_programs_keep_their_passwords_and_a_deleted_account_its_session_not(mlflow: str, provider: str) -> None:

@@ -1,4 +1,4 @@
-"""What a repository of charts needs: maintainers, sources, an icon, notes of changes; signed archives that verify."""
+"""Metadata for a chart repository: maintainers, sources, icon, changes; and verification of signed archives."""
 
 from __future__ import annotations
 

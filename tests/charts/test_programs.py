@@ -1,4 +1,4 @@
-"""The programs that pods of the charts run: drain, test, auth settings, backup and restore; as the pods run them."""
+"""The programs in the charts' pods, run as the pods run them: drain, test, auth settings, backup and restore."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ def run(text: str, *arguments: str, **environment: str) -> subprocess.CompletedP
 
 @contextmanager
 def serve(answer: Callable[[BaseHTTPRequestHandler, Any], tuple[int, str]]) -> Iterator[int]:
-    """Answers requests on a free port with what a function of handler and body returns."""
+    """Serves the result of a function of handler and body on a free port; yields the port."""
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
-        wbufsize = -1  # an answer is one packet
+        wbufsize = -1  # a response is one packet
 
         def do_GET(self) -> None:
             size = int(self.headers.get("Content-Length", 0))
@@ -79,7 +79,7 @@ def test_pods_run_the_programs_unchanged() -> None:
     guard = only(documents, "ConfigMap")["data"]
     for name in ("ictx_guard", "ictx_bounded"):
         assert guard[f"{name}.py"].strip() == program("mlflow", name).strip()
-    assert "ictx_oidc.py" not in guard, "people sign in at a provider only where there is one"
+    assert "ictx_oidc.py" not in guard, "no sign-in at a provider unless it is configured"
     mine = only(render(CHARTS["mlflow"], CHARTS["mlflow"] / "ci/oidc.yaml"), "ConfigMap")["data"]
     assert mine["ictx_oidc.py"].strip() == program("mlflow", "ictx_oidc").strip()
     assert guard["entry_points.txt"].splitlines() == ["[mlflow.app]", "basic-auth = ictx_bounded:create_app"]
@@ -92,7 +92,7 @@ def test_pods_run_the_programs_unchanged() -> None:
     assert pre_stop[2].strip() == program("serving", "drain").strip()
 
 
-# vllm:num_requests_waiting_by_reason counts the same requests again.
+# vllm:num_requests_waiting_by_reason counts the same requests a second time.
 METRICS = """# HELP vllm:num_requests_running Number of requests in model execution batches.
 vllm:num_requests_running{{engine="0",model_name="m"}} {running}.0
 vllm:num_requests_waiting{{engine="0",model_name="m"}} {waiting}.0
@@ -140,10 +140,10 @@ def test_drain_ends_when_its_time_is_up_or_the_server_is_gone() -> None:
 def endpoint(
     refuse: bool = True, model: str = "m", stream: bool = True, opened: str = "", listed: str = "/v1/completions"
 ) -> Callable[..., tuple[int, str]]:
-    """Answers as vLLM behind the gate does, but for what a test breaks; `opened` is a method and a path."""
+    """Responds as vLLM behind the gate does, with the given faults; `opened` is a method and path without a key."""
 
     def answer(handler: BaseHTTPRequestHandler, body: Any) -> tuple[int, str]:
-        target = handler.requestline.split()[1]  # handler.path makes one slash of two
+        target = handler.requestline.split()[1]  # handler.path merges two slashes
         asked, path = f"{handler.command} {target}", target.partition("?")[0]
         known = handler.headers.get("Authorization") == "Bearer right"
         if (refuse and not known and asked not in ("GET /health", opened)) or opened == f"not {asked}":
@@ -181,7 +181,7 @@ def test_the_test_of_serving_finds_what_is_wrong(answer: Callable[..., tuple[int
         (endpoint(), ""),
         (endpoint(opened="POST /invocations"), "FAILED: POST /invocations with no key: 200"),
         (endpoint(opened="GET /metrics"), "FAILED: GET /metrics with no key: 200"),
-        # Listed by the server alone: a path that a new version brings.
+        # A path that only the server lists, such as one of a new version.
         (endpoint(opened="DELETE /v1/responses/response_id"), "FAILED: DELETE /v1/responses/response_id with no key"),
         (endpoint(opened="OPTIONS /v1/completions"), "FAILED: OPTIONS /v1/completions with no key: 200"),
         (endpoint(opened="HEAD /health"), "FAILED: HEAD /health with no key: 200"),
@@ -224,7 +224,7 @@ def test_auth_settings_are_private_and_survive_odd_passwords(tmp_path: Path) -> 
     done = run(program("mlflow", "prepare"), "auth-config", **environment)
     assert done.returncode == 0, done.stderr
     assert "p%2Fw" not in done.stdout
-    # Read as MLflow reads it.
+    # Parsed as MLflow does.
     config = configparser.ConfigParser()
     config.read(file)
     assert config["mlflow"]["database_uri"] == uri
@@ -235,7 +235,7 @@ def test_auth_settings_are_private_and_survive_odd_passwords(tmp_path: Path) -> 
 
 
 def answer_of(sent: list[int], path: str = "/api/2.0/mlflow/runs/create", method: str = "POST") -> tuple[int, int]:
-    """Returns the status for a body in pieces of these sizes, and how much of it the app behind was given."""
+    """Returns the status for a body in pieces of these sizes, and the number of bytes that reach the app."""
     module: dict[str, Any] = {"__name__": "ictx_bounded"}
     exec(program("mlflow", "ictx_bounded"), module)
     taken, answered = 0, []
@@ -250,7 +250,7 @@ def answer_of(sent: list[int], path: str = "/api/2.0/mlflow/runs/create", method
                 taken += len(message["body"])
                 if not message.get("more_body"):
                     break
-        finally:  # as Starlette answers 500
+        finally:  # as Starlette sends 500
             await send({"type": "http.response.start", "status": 200})
 
     async def receive() -> Any:
@@ -308,7 +308,7 @@ class Site:
         )
 
     def backup(self, **more: str) -> Path:
-        """Returns the folder of a new backup."""
+        """Makes a backup; returns its folder."""
         before = {path.name for path in self.backups.iterdir()}
         done = self.run("backup", **more)
         assert done.returncode == 0, done.stderr
@@ -316,7 +316,7 @@ class Site:
         return new
 
     def write(self, text: str, database: str = "mlflow") -> None:
-        """Adds a row."""
+        """Inserts a row."""
         with closing(sqlite3.connect(self.data / f"{database}.db")) as connection:
             connection.execute("PRAGMA journal_mode=WAL")
             connection.execute("CREATE TABLE IF NOT EXISTS runs (name TEXT)")
@@ -341,7 +341,7 @@ def site(tmp_path: Path) -> Site:
 
 def test_what_was_backed_up_comes_back(site: Site) -> None:
     with closing(sqlite3.connect(site.data / "mlflow.db")) as writer:
-        # A server has the file open, with a transaction that is not finished.
+        # A server has the file open, with an unfinished transaction.
         writer.execute("INSERT INTO runs VALUES ('unfinished')")
         site.backup()
     site.write("second")
@@ -356,7 +356,7 @@ def test_what_was_backed_up_comes_back(site: Site) -> None:
     assert (site.artifacts / "0" / "newer").read_text() == "stays"
     shutil.copy(site.data / "mlflow.db.before-restore", site.data / "before.db")
     assert site.read("before") == ["first", "second"]
-    # Once more does no harm, and the server can write again.
+    # A second restore is harmless, and the server can write again.
     assert site.run("restore").returncode == 0
     site.write("third")
     assert site.read() == ["first", "third"]
@@ -382,7 +382,7 @@ def test_old_backups_go_and_unchanged_artifacts_take_no_space(site: Site) -> Non
     first = site.backups / "20200102T000000Z" / "artifacts" / "0" / "model"
     assert (newest / "artifacts" / "0" / "model").samefile(first)
     assert (newest / "artifacts" / "0" / "more").read_text() == "new"
-    # A file that was replaced is copied: the older backup keeps its own.
+    # A replaced file is copied, so the older backup keeps its content.
     (site.artifacts / "0" / "model").write_text("other weights")
     newest.rename(site.backups / "20200105T000000Z")
     newest = site.backup()
@@ -403,7 +403,7 @@ def test_a_damaged_backup_changes_nothing(site: Site) -> None:
 
 
 def damage(path: Path) -> None:
-    """Flips a byte; size and time stay."""
+    """Flips a byte without a change of size and time."""
     about, content = path.stat(), bytearray(path.read_bytes())
     content[-1] ^= 1
     with open(path, "r+b") as file:
@@ -446,7 +446,7 @@ def test_a_damaged_copy_is_named_and_the_next_backup_has_a_good_one(site: Site) 
     done = site.run("backup")
     assert done.returncode == 1
     assert f"{copy} is damaged: its checksum is not the one in manifest.json" in done.stderr
-    # The older backup can be restored again, with the newer one's copy.
+    # The older backup can be restored again, with the copy of the newer one.
     (site.artifacts / "0" / "model").unlink()
     assert site.run("restore", SNAPSHOT=first.name).returncode == 0
     assert (site.artifacts / "0" / "model").read_text() == "weights"

@@ -1,4 +1,4 @@
-"""Presets of cards, the arithmetic of what fits them, and room for what is offloaded."""
+"""Presets of GPUs, the memory estimate of a context, and shared memory for offloading."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from helm import CHARTS, Document, HelmError, component, pods, render
 
 
 def argument(documents: list[Document], name: str) -> str | None:
-    """Returns what follows an argument of vLLM; None where it is not given."""
+    """Returns the value of a vLLM argument; None if it is not set."""
     args = next(pods([component(documents, "Deployment", "server")])).container("vllm")["args"]
     return args[args.index(name) + 1] if name in args else None
 
 
 def fits(**values: object) -> bool:
-    """Returns whether the chart takes a context; if not, the refusal is about its size."""
+    """Returns whether the chart accepts a context; if not, asserts that the error is about its size."""
     reason = ""
     try:
         render(CHARTS["serving"], values={name.replace("__", "."): value for name, value in values.items()})
@@ -26,7 +26,7 @@ def fits(**values: object) -> bool:
 
 
 def test_a_context_that_cannot_fit_is_refused_with_the_arithmetic() -> None:
-    """By hand, in GiB, for ictx-1b on a T4: what the message must say, and the last context that fits."""
+    """Computed by hand for ictx-1b on a T4: the message, in GiB, and the longest context that fits."""
     gib = 2**30
     usable = 14.5 * 0.9
     weights = 1_004_623_872 * 2 / gib
@@ -60,10 +60,10 @@ def test_the_arithmetic_knows_ranks_widths_and_other_models() -> None:
     assert fits(preset="h100", gpu__count=4, vllm__tensorParallelSize=4, **model)
     assert not fits(preset="t4", vllm__maxModelLen=700_000)
     assert fits(preset="t4", vllm__maxModelLen=700_000, vllm__kvCacheDtype="fp8")
-    assert fits(preset="t4", model__name="unknown", vllm__maxModelLen=1_048_576), "nothing is known of it"
+    assert fits(preset="t4", model__name="unknown", vllm__maxModelLen=1_048_576), "sizes of the model are unknown"
     documents = render(CHARTS["serving"], values={"model.name": "large", "model.sizes": large})
     probe = next(pods([component(documents, "Deployment", "server")])).container("vllm")["startupProbe"]
-    # 140 GB of weights at 100 MB/s are 23.3 minutes.
+    # 140 GB of weights at 100 MB/s take 23.3 minutes.
     assert probe["failureThreshold"] * probe["periodSeconds"] == (10 + 24) * 60
 
 

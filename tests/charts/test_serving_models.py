@@ -1,4 +1,4 @@
-"""What the serving chart makes of adapters, of several models behind one address, and of canaries."""
+"""The serving chart with adapters, several models behind one address, and canaries."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ CANARY = {"service": "next-serving", "weight": 10}
 
 
 def backends_of(documents: list[Document]) -> tuple[str, dict[str, int]]:
-    """Returns this release's weight and the others', as the router's front is given them."""
+    """Returns this release's weight and the other releases', from the router's arguments."""
     (front,) = [
         {each["name"]: each.get("value", "") for each in container["env"]}
         for pod in pods(documents)
@@ -70,7 +70,7 @@ def test_a_canary_is_divided_by_the_gateway_or_the_ingress_where_there_is_one() 
     assert {each["name"]: each["weight"] for each in rule["backendRefs"]} == {"ictx-serving": 90, "next-serving": 10}
     policies = [each for each in documents if each["kind"] == "BackendTLSPolicy"]
     assert {each["spec"]["validation"]["hostname"] for each in policies} == {"ictx-serving", "next-serving"}
-    assert not [pod for pod in pods(documents) if "router" in pod.owner], "one division is enough"
+    assert not [pod for pod in pods(documents) if "router" in pod.owner], "requests are divided only once"
 
     ingress = {"ingress": {"enabled": True, "host": "a.example.org", "annotations": {"a/b": "c"}}}
     documents = render(CHARTS["serving"], values={"canary": CANARY, **ingress})

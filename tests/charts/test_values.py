@@ -1,4 +1,4 @@
-"""The schemas refuse wrong values and name them; the READMEs are those of the values; what values do."""
+"""The schemas reject invalid values by name; the READMEs match the values; the effects of values."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from helm import CHARTS, CI, ROOT, Document, HelmError, Pod, component, helm, na
 
 LONG = "x" * 64
 
-# chart, values by dotted path, what the message must name
+# chart, values by dotted path, text in the message
 WRONG: list[tuple[str, Document, str]] = [
     ("serving", {"replicas": 2}, "replicas"),
     ("serving", {"vllm.maxModelLength": 4096}, "maxModelLength"),
@@ -211,14 +211,14 @@ def test_the_readmes_are_those_of_the_values(tmp_path: Path) -> None:
 
 
 def server(chart: str, ci: str = "", **values: Any) -> Pod:
-    """Returns the server's pod; in the names of values `__` stands for a dot."""
+    """Returns the server's pod; `__` in names of values is replaced with a dot."""
     dotted = {key.replace("__", "."): value for key, value in values.items()}
     file = CI[f"{chart}/{ci}"][1] if ci else None
     return next(pods([component(render(CHARTS[chart], file, dotted), "Deployment", "server")]))
 
 
 def option(container: Document, name: str) -> str:
-    """Returns what follows an argument."""
+    """Returns the value of an argument."""
     return container["args"][container["args"].index(name) + 1]
 
 
@@ -228,7 +228,7 @@ def services(documents: list[Document]) -> dict[str, Document]:
 
 
 def environment(container: Document) -> dict[str, Any]:
-    """Returns the environment; what comes from elsewhere is None."""
+    """Returns the environment variables, with None for values from other objects."""
     return {entry["name"]: entry.get("value") for entry in container["env"]}
 
 
@@ -317,7 +317,7 @@ def test_mlflow_takes_init_containers_where_it_has_none() -> None:
     assert [container["name"] for container in server.spec["initContainers"]] == ["check-notice"]
 
 
-# Switches on every volume and container that a server's pod may have.
+# Enables every volume and container of a server's pod.
 ALL_OF_A_POD: dict[str, Document] = {
     "serving": {"tls.enabled": True, "mlflow.caConfigMap": "ca"},
     "mlflow": {"backup.enabled": True, "metrics.annotations": True, "tls.existingSecret": "tls"},
@@ -418,7 +418,7 @@ def test_the_router_finds_servers_by_dns_and_verifies_them() -> None:
     documents = render(CHARTS["serving"], None, ROUTED)
     replicas = services(documents)["ictx-serving-replicas"]
     assert replicas["spec"]["clusterIP"] == "None"
-    assert "publishNotReadyAddresses" not in replicas["spec"], "a pod that is not ready gets no requests"
+    assert "publishNotReadyAddresses" not in replicas["spec"], "a pod that is not ready must get no requests"
     front = environment(router().container("front"))
     assert (front["ICTX_REPLICAS"], front["ICTX_REPLICAS_NAME"]) == ("ictx-serving-replicas", "ictx-serving")
     assert front["ICTX_REPLICAS_CA"] == "/etc/ictx/tls/ca.crt"
@@ -444,7 +444,7 @@ def test_the_router_gets_what_the_values_say() -> None:
     ]  # fmt: skip
     assert option(found, "--balance-abs-threshold") == "3"
     server = next(pods([component(documents, "Deployment", "server")])).container("vllm")
-    assert "--enable-scale-out" not in server["args"], "prompts are made into tokens for cache_aware alone"
+    assert "--enable-scale-out" not in server["args"], "only cache_aware tokenizes prompts"
 
 
 def policies(documents: list[Document]) -> dict[str, Document]:
@@ -471,7 +471,7 @@ def test_nobody_is_let_in_unless_named() -> None:
         "ports": [{"port": "https", "protocol": "TCP"}],
         "from": [{"podSelector": {"matchLabels": TEST_PODS}}],
     }
-    # Pods of the cluster only, in whatever namespace.
+    # Only pods of the cluster, in any namespace.
     assert metrics == {"ports": [{"port": "metrics", "protocol": "TCP"}], "from": [{"namespaceSelector": {}}]}
     peer = {"ipBlock": {"cidr": "192.0.2.0/24"}}
     values = {"networkPolicy": {"allowFrom": [peer], "metricsFrom": []}}
@@ -496,7 +496,7 @@ def test_test_pods_reach_the_server_and_nothing_else() -> None:
 
 
 def test_the_gate_is_around_the_whole_server() -> None:
-    """vLLM puts the last middleware outermost, and takes the last of several values of an option."""
+    """In vLLM the last middleware is the outermost, and the last of several values of an option is used."""
     values = {"vllm__extraArgs": ["--middleware", "some.Middleware", "--ssl-certfile", "/tmp/other.crt"]}
     for vllm in (server("serving").container("vllm"), server("serving", **values).container("vllm")):
         assert vllm["args"][-2:] == ["--middleware", "ictx.serve.gate.Gate"]
@@ -513,7 +513,7 @@ def test_the_keys_are_files_that_change_under_the_server() -> None:
     assert before == {"name": "clients", "items": [{"key": "before", "path": "api-key-previous"}], "optional": True}
     vllm = pod.container("vllm")
     (mount,) = [mount for mount in vllm["volumeMounts"] if mount["name"] == "keys"]
-    # A subPath would never change.
+    # A subPath would never be updated.
     assert mount == {"name": "keys", "mountPath": environment(vllm)["ICTX_API_KEYS"], "readOnly": True}
     assert "VLLM_API_KEY" not in environment(vllm)
 
@@ -536,7 +536,7 @@ def test_the_endpoint_speaks_https() -> None:
             test = environment(pod.containers[0])
             assert (test["URL"], test["CA"]) == ("https://ictx-serving:8000", "/etc/ictx/tls/ca.crt")
             (volume,) = [volume["secret"] for volume in pod.spec["volumes"] if volume["name"] == "ca"]
-            assert volume["items"] == [{"key": "ca.crt", "path": "ca.crt"}], "a test needs no private key"
+            assert volume["items"] == [{"key": "ca.crt", "path": "ca.crt"}], "a test must not have the private key"
     plain = server("serving", tls__enabled=False).container("vllm")
     assert "--ssl-certfile" not in plain["args"]
     assert plain["readinessProbe"]["httpGet"]["scheme"] == "HTTP"
@@ -563,7 +563,7 @@ def test_a_generated_certificate_has_the_names_of_the_service() -> None:
 
 
 def test_a_new_certificate_rolls_the_pods() -> None:
-    """vLLM's own switch for it, --enable-ssl-refresh, notices only the first change of a mounted Secret."""
+    """vLLM's --enable-ssl-refresh detects only the first change of a mounted Secret."""
     before, after = server("serving", tls__revision="1"), server("serving", tls__revision="2")
     assert before.annotations != after.annotations
 
@@ -620,7 +620,7 @@ def test_clients_in_the_cluster_verify_the_server_and_reach_nothing_else() -> No
         container = clients[owner].container(name)
         assert environment(container)["MLFLOW_TRACKING_SERVER_CERT_PATH"] == "/etc/mlflow-ca/ca.crt"
         (volume,) = [volume for volume in clients[owner].spec["volumes"] if volume["name"] == "authority"]
-        assert volume["secret"]["items"] == [{"key": "ca.crt", "path": "ca.crt"}], "the key is the server's"
+        assert volume["secret"]["items"] == [{"key": "ca.crt", "path": "ca.crt"}], "only the server has the key"
     assert "INSECURE" not in json.dumps(documents)
     assert "unverified" not in json.dumps(documents)
     (jobs,) = [document for document in documents if name_of(document) == "NetworkPolicy/ictx-mlflow-jobs"]
@@ -726,7 +726,7 @@ def test_tls_changes_probes_and_addresses() -> None:
 
 
 def notes(chart: str, tmp_path: Path, file: Path | None, values: Document) -> str:
-    """Returns NOTES.txt as helm prints it; without a cluster helm renders it only as a part of an object."""
+    """Returns NOTES.txt as helm prints it; without a cluster, helm renders it only inside of an object."""
     copy = tmp_path / chart
     shutil.copytree(CHARTS[chart], copy)
     text = (copy / "templates" / "NOTES.txt").read_text()
