@@ -1,4 +1,4 @@
-"""A corpus that every machine carries, prepared once, and the command line in processes of its own."""
+"""Fixtures: a corpus from Python's standard library, prepared once, and the command line in separate processes."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
-# The quick suite draws the same examples each time; the full suite draws many new ones.
+# The quick suite generates the same examples each time; the full suite generates many new ones.
 settings.register_profile("quick", max_examples=50, deadline=None, derandomize=True)
 settings.register_profile("full", max_examples=1000, deadline=None, print_blob=True)
 settings.load_profile("full" if os.environ.get("ICTX_SUITE") == "full" else "quick")
 
-# Only the tests of Weights & Biases start it.
+# Only the tests of Weights & Biases enable it.
 os.environ["WANDB_MODE"] = "disabled"
 
 VOCABULARY = 512
@@ -55,7 +55,7 @@ def conversation(number: int) -> dict[str, Any]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that need a GPU are left out where there is none."""
+    """Skips tests that need a GPU on machines without one."""
     import torch
 
     if not torch.cuda.is_available():
@@ -66,7 +66,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @dataclass
 class Ended:
-    """What a process left."""
+    """Status and output of an ended process."""
 
     status: int
     out: str
@@ -75,14 +75,14 @@ class Ended:
 
 @dataclass
 class Commands:
-    """Starts `ictx` with the settings above; its MLflow store is in `folder`."""
+    """Runs `ictx` with the settings above and an MLflow store in `folder`."""
 
     folder: Path
     started: list[subprocess.Popen[str]] = field(default_factory=list)
 
     @property
     def tracking_uri(self) -> str:
-        """The embedded MLflow store."""
+        """URI of the MLflow store."""
         return f"sqlite:///{self.folder}/mlflow/mlflow.db"
 
     def start(
@@ -100,7 +100,7 @@ class Commands:
         return process
 
     def end(self, process: subprocess.Popen[str]) -> Ended:
-        """Waits for the end; the limit ends what hangs, however busy the machine is."""
+        """Waits for the end of a process; the timeout, long enough for a busy machine, ends one that hangs."""
         out, err = process.communicate(timeout=900)
         return Ended(process.returncode, out, err)
 
@@ -109,16 +109,16 @@ class Commands:
         return self.end(self.start(*arguments, prefix=prefix))
 
     def pretrain(self, run: Path, data: Path, *settings: str) -> list[object]:
-        """Returns the arguments that train in `run` on `data`."""
+        """Returns the arguments of a training in the folder `run` on `data`."""
         wanted = [f"run.dir={run}", f"data.dir={data}", *settings]
         return ["train", "pretrain", "--config", self.folder / "test.yaml", *(f"--set={value}" for value in wanted)]
 
     def ranks(
         self, count: int, *arguments: object, each: Sequence[Mapping[str, str]] | None = None
     ) -> list[subprocess.Popen[str]]:
-        """Starts a command as the ranks of one job, without torchrun between, so that their statuses can be seen.
+        """Starts a command as the ranks of one job without torchrun, so that tests can read each rank's status.
 
-        `each` has further variables of every rank's environment.
+        `each` has additional environment variables for every rank.
         """
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -133,7 +133,7 @@ class Commands:
 
 @pytest.fixture(scope="session")
 def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
-    """The command line; what it started ends with the tests."""
+    """The command line; ends all processes that it started after the tests."""
     result = Commands(tmp_path_factory.mktemp("ictx"))
     (result.folder / "test.yaml").write_text(SETTINGS)
     (result.folder / "mlflow").mkdir()
@@ -145,13 +145,13 @@ def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
 
 @pytest.fixture(scope="session")
 def corpus() -> Path:
-    """Text that every Python carries."""
+    """A folder of text in Python's standard library."""
     return Path(sysconfig.get_path("stdlib"), "email")
 
 
 @pytest.fixture(scope="session")
 def prepared(commands: Commands, corpus: Path) -> Path:
-    """The corpus, prepared."""
+    """The folder of the prepared corpus."""
     out, link = commands.folder / "data", commands.folder / "prepared"
     config = commands.folder / "test.yaml"
     ended = commands.run("data", "prepare", "--config", config, "--corpus", corpus, "--out", out, "--link", link)
@@ -161,7 +161,7 @@ def prepared(commands: Commands, corpus: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def parent(commands: Commands, prepared: Path) -> Path:
-    """A run of a few steps, for stages that begin with a trained model."""
+    """A run of a few steps, as the parent of stages that need a trained model."""
     run = commands.folder / "parent"
     ended = commands.run(*commands.pretrain(run, prepared, "train.steps=30", "run.model_name="))
     assert ended.status == 0, ended.err
@@ -185,7 +185,7 @@ def chats(commands: Commands) -> Path:
 def tune(
     commands: Commands, parent: Path, chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., Path]:
-    """Fine-tunes in a folder of its own, which it returns."""
+    """Returns a function that fine-tunes in a new folder and returns the folder."""
     from ictx.train.child import main
     from ictx.train.config import read
     from ictx.train.sft import Tuning

@@ -1,4 +1,4 @@
-"""A small HTTP server with OpenAI's protocol, and fails as real ones do."""
+"""A small HTTP server with OpenAI's protocol, which can fail as real servers do."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ Answer = tuple[int, dict[str, str], bytes]
 
 
 def text(content: str) -> Answer:
-    """Returns an answer with a text, for chats and completions."""
+    """Returns a response with a text, for chats and completions."""
     choice = {"message": {"role": "assistant", "content": content}, "text": content}
     return 200, {}, json.dumps({"choices": [choice]}).encode()
 
 
 @dataclass
 class Server:
-    """What the server answers, and the requests it got."""
+    """The server's responses, and its received requests."""
 
     url: str = ""
     key: str = ""
-    """Needed where it is given."""
+    """Required in requests unless empty."""
     answer: Callable[[dict[str, Any]], Answer] = lambda body: text("")
     asked: list[dict[str, Any]] = field(default_factory=list)
     keys: list[str] = field(default_factory=list)
     failures: list[Answer] = field(default_factory=list)
-    """Given out first, one to each request for a text."""
+    """Sent first, one for each request for a text."""
     slow: float = 0.0
-    """Seconds before each answer."""
+    """Delay of each response, in seconds."""
 
 
 @contextmanager
@@ -57,7 +57,7 @@ def serving(served: Server) -> Iterator[Server]:
                 served.asked.append(body)
                 time.sleep(served.slow)
                 status, headers, content = served.failures.pop(0) if served.failures else served.answer(body)
-            # A client that waits no longer is gone.
+            # A client closes the connection after its timeout.
             with suppress(BrokenPipeError, ConnectionResetError):
                 self.send_response(status)
                 for name, value in headers.items():
@@ -68,7 +68,7 @@ def serving(served: Server) -> Iterator[Server]:
                 self.wfile.write(content)
 
         def log_message(self, *_: object) -> None:
-            """Logs nothing."""
+            """Suppresses the log of requests."""
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     served.url = f"http://127.0.0.1:{server.server_address[1]}/v1"

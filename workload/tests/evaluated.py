@@ -1,4 +1,4 @@
-"""Models small enough to be evaluated in tests, with tokenizers, and what the command line leaves."""
+"""Models small enough for evaluations in tests, with tokenizers, and the command line in this process."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CHAT = (
 
 
 def export(folder: Path, model: Transformer | None = None, **changes: object) -> Path:
-    """Writes a model that knows bytes, with its tokenizer."""
+    """Writes a model over bytes, with its tokenizer."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = Tokenizer(models.BPE({letter: number for number, letter in enumerate(alphabet)}, []))
     vocabulary.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

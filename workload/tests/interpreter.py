@@ -1,4 +1,4 @@
-"""Runs the cases of a test file that need Triton's interpreter, which a process chooses before it imports a kernel."""
+"""Runs the cases of a test file in Triton's interpreter, which must be enabled before a process imports a kernel."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from ictx.kernels import dispatch
 
 
 def passes_interpreted(file: str, summary: str, *options: str) -> None:
-    """Runs `file` in a process of its own, whose summary must hold `summary`; skips in that process."""
+    """Runs `file` in a new process, whose output must contain `summary`; skips in that process."""
     if dispatch.interpreted():
-        pytest.skip("this is that process")
+        pytest.skip("already in Triton's interpreter")
     ended = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file, *options],
         env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},

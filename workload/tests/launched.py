@@ -1,7 +1,7 @@
-"""A process that launches kernels and prints which of them Triton compiled, and which it found compiled.
+"""A process that launches kernels and prints which ones Triton compiled, and which ones it found in a cache.
 
-Arguments: one of the functions below and a compute capability, which stands for a GPU, or a real GPU's where there is
-one to launch on.
+Arguments: one of the functions below, and the compute capability of a simulated GPU, or of the real one if there is
+a GPU to launch on.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ CONFIG = replace(ModelConfig.named("ictx-1b-128k"), num_hidden_layers=2)
 
 
 def model_of(dtype: torch.dtype, device: torch.device) -> Transformer:
-    """Returns a model of the shipped widths."""
+    """Returns a model with the widths of the shipped configuration."""
     with META:
         model = Transformer(CONFIG).to(dtype).eval()
     if device != META:
@@ -37,7 +37,7 @@ def model_of(dtype: torch.dtype, device: torch.device) -> Transformer:
 
 
 def served(target: int) -> None:
-    """Prefills and decodes, at lengths, batches and counts that `ictx kernels build` does not cover."""
+    """Prefills and decodes with lengths, batches and counts other than those of `ictx kernels build`."""
     for dtype in (torch.float16, torch.bfloat16)[: 1 if target < 80 else 2]:
         model = model_of(dtype, META)
         for batch, block_size, stored in ((1, 64, None), (3, 16, None), (1, None, None), (32, 64, "int8")):
@@ -67,7 +67,7 @@ def likeliest(target: int) -> None:
 
 
 def generated(target: int) -> None:
-    """Generates on the GPU that is here."""
+    """Generates on this machine's GPU."""
     device = torch.device("cuda")
     model = model_of(torch.bfloat16 if target >= 80 else torch.float16, device)
     for cache_dtype in (None, "int8"):
@@ -75,7 +75,7 @@ def generated(target: int) -> None:
 
 
 def main() -> None:
-    """Runs the function."""
+    """Runs the function that the arguments name."""
     found: dict[str, list[str]] = {"compiled": [], "found": []}
 
     def listen(*, src: Any, cache_hit: bool, **_: Any) -> None:
@@ -89,7 +89,7 @@ def main() -> None:
         run = JITFunction.run
 
         def ready(self: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> Any:
-            """Does all but the launch."""
+            """Compiles without a launch."""
             return run(self, *arguments, grid=grid, warmup=True, **options)
 
         JITFunction.run = ready

@@ -1,4 +1,4 @@
-"""Models small enough for tests, and transformers' own with the same weights."""
+"""Models small enough for tests, and transformers' models with the same weights."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from ictx.model import ModelConfig, MoeConfig, Transformer, YarnConfig
 from ictx.model.hf import save_pretrained
 
-# Threads that wait for each other in turns are slow on a machine that does other things too.
+# Several threads synchronize slowly on a busy machine.
 torch.set_num_threads(1)
 
 SMALL: dict[str, Any] = {
@@ -34,7 +34,7 @@ MOE = MoeConfig(
 
 
 def small(**changes: Any) -> Transformer:
-    """Returns a model in evaluation mode; biases of routers are large enough to change what is chosen."""
+    """Returns a model in evaluation mode, with router biases large enough to change the selected experts."""
     settings = SMALL | {"max_position_embeddings": 256, "initializer_range": 0.1} | changes
     model = Transformer(ModelConfig(**settings))
     model.init_weights(seed=7)
@@ -45,8 +45,8 @@ def small(**changes: Any) -> Transformer:
 
 
 def reference_of(model: Transformer) -> Any:
-    """Returns transformers' model with these weights, by way of an export."""
-    from transformers import DeepseekV3ForCausalLM  # here: processes that need no reference start faster
+    """Returns transformers' model with these weights, loaded from an export."""
+    from transformers import DeepseekV3ForCausalLM  # imported here, since it slows the start of processes
 
     with tempfile.TemporaryDirectory() as folder:
         save_pretrained(model, Path(folder) / "hf")

@@ -1,9 +1,9 @@
-"""Runs a kernel's PTX on the CPU: a stand-in for a GPU that cannot be had, for tests alone.
+"""Interprets a kernel's PTX on the CPU, to test kernels for GPUs that are not available.
 
-Instructions are those that Triton writes for our kernels, as the PTX ISA describes them; another one is an error. The
-threads of a program take each instruction together, or warp after warp from barrier to barrier, so that one which is
-missing shows: the order turns at each. Programs take turns where they wait for each other. Memory is that of the
-tensors which the kernel was given, and an access outside them is an error.
+It implements the instructions that Triton generates for our kernels, as the PTX ISA defines them; any other is an
+error. The threads of a program execute each instruction together, or warp by warp from barrier to barrier, in an order
+that is reversed at each barrier, which reveals missing barriers. Programs that wait for each other alternate. Memory
+consists of the tensors passed to the kernel; an access outside of them is an error.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ COMPARE = {
     "neu": np.not_equal, "leu": lambda a, b: ~(a > b),
 }  # fmt: skip
 OPERAND = re.compile(r"\{[^}]*\}|\[[^\]]*\]|[^,\s]+")
-"""Between commas, but not those within a vector's braces."""
+"""An operand: separated by commas, except those within a vector's braces or an address."""
 POISON = 0xFF
-"""Fills shared memory: a value that was never written is no number."""
+"""Fills shared memory, so that a value that was never written is NaN."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Statement:
 
 @dataclass(frozen=True)
 class Program:
-    """The instructions of a kernel, where its labels point, and how many threads run it."""
+    """The instructions of a kernel, the positions of its labels, and the number of threads."""
 
     statements: tuple[Statement, ...]
     labels: Mapping[str, int]
@@ -56,7 +56,7 @@ class Program:
 
     @classmethod
     def parse(cls, text: str) -> Program:
-        """Reads the text of one kernel."""
+        """Parses the text of one kernel."""
         threads = re.search(r"\.reqntid (\d+)", text)
         assert threads
         body = text[text.index("\n{\n") + 3 : text.index("\n}\n")]
@@ -66,7 +66,7 @@ class Program:
             if label := re.fullmatch(r"(\$\w+):", line):
                 labels[label[1]] = len(statements)
                 continue
-            # An inline block declares registers of its own.
+            # An inline block declares its own registers.
             inner = line[1:-1] if line.startswith("{ .reg") else line
             for part in filter(None, (part.strip() for part in inner.split(";"))):
                 if not part.startswith("."):
@@ -82,29 +82,29 @@ def _integer(text: str) -> int:
 
 @dataclass
 class Memory:
-    """The tensors that a kernel may touch, by their addresses."""
+    """The tensors that a kernel may access, by their addresses."""
 
     buffers: Sequence[tuple[int, Array]]
 
     @classmethod
     def of(cls, tensors: Sequence[torch.Tensor]) -> Memory:
-        """Returns what the tensors are views of, which the kernel then writes to."""
+        """Returns the storage of the tensors, to which the kernel writes."""
         storages = {storage.data_ptr(): storage for storage in (tensor.untyped_storage() for tensor in tensors)}
         every = torch.empty(0, dtype=torch.uint8)
         return cls([(address, every.new().set_(storage).numpy()) for address, storage in storages.items()])
 
     def at(self, addresses: Array, size: int) -> tuple[Array, Array]:
-        """Returns the buffer that holds all the addresses, and the indices of their bytes [addresses, size]."""
+        """Returns the buffer that contains all addresses, and the indices of their bytes [addresses, size]."""
         low, high = int(addresses.min()), int(addresses.max()) + size
         for start, content in self.buffers:
             if start <= low and high <= start + content.size:
                 assert not (addresses % np.uint64(size)).any(), f"not aligned to {size} bytes"
                 return content, (addresses - np.uint64(start)).astype(np.int64)[:, None] + np.arange(size)
-        raise IndexError(f"bytes {low:#x} to {high:#x} belong to no tensor")
+        raise IndexError(f"bytes {low:#x} to {high:#x} are outside of all tensors")
 
 
 class Threads:
-    """Threads that take each instruction together, whole warps, and their registers, each an array over them."""
+    """Whole warps of threads that execute each instruction together; each register is an array over the threads."""
 
     def __init__(
         self, program: Program, memory: Memory, shared: Array, numbers: Array, place: Place, grid: Place,
@@ -121,7 +121,7 @@ class Threads:
         self.products = InFlight(shared.size)
 
     def run(self) -> Iterator[str]:
-        """Runs to the end; yields "turn" where other programs must have theirs, and "barrier"."""
+        """Runs to the end; yields "turn" where other programs must continue, and "barrier" at barriers."""
         at = 0
         while True:
             statement = self.program.statements[at]
@@ -131,7 +131,7 @@ class Threads:
             if name == "ret":
                 return
             if name == "bra":
-                assert active.all() or not active.any(), f"threads part at {statement}"
+                assert active.all() or not active.any(), f"threads diverge at {statement}"
                 if active.all():
                     at = self.program.labels[statement.operands[0]]
                 continue
@@ -142,7 +142,7 @@ class Threads:
                 yield "barrier"
                 continue
             action: Callable[[Statement, Array], None] | None = getattr(self, f"do_{name}", None)
-            assert action, f"an instruction that is not known here: {statement}"
+            assert action, f"instruction is not implemented: {statement}"
             action(statement, active)
 
     def _guard(self, guard: str) -> Array:
@@ -154,10 +154,10 @@ class Threads:
     # Operands
 
     def get(self, operand: str, kind: type) -> Array:
-        """Returns an operand's value as an array of a kind."""
+        """Returns an operand's value as an array of the type `kind`."""
         self.products.uses(operand)
         if operand.startswith("%") and operand not in self.registers:
-            # None of these threads wrote it.
+            # None of these threads has written the register.
             return np.full(self.threads, -1, f"i{np.dtype(kind).itemsize}").view(kind)
         if operand in self.registers:
             value = self.registers[operand]
@@ -175,7 +175,7 @@ class Threads:
         return np.full(self.threads, number & (2 ** (8 * size) - 1), RAW[size]).view(kind)
 
     def put(self, name: str, value: Array, active: Array) -> None:
-        """Writes a register where threads are active."""
+        """Writes a register of the active threads."""
         if name == "_":
             return
         self.products.writes(name)
@@ -193,7 +193,7 @@ class Threads:
         return [name.strip() for name in operand.strip("{}").split(",")]
 
     def address(self, operand: str) -> Array:
-        """Returns [register + constant]."""
+        """Returns the address of an operand [register + constant]."""
         base, _, offset = operand.strip("[] ").partition("+")
         base = base.strip()
         value = self.registers[base]
@@ -218,7 +218,7 @@ class Threads:
             values[active] = content[index]
             columns = values.view(RAW[size])
             for column, name in enumerate(names):
-                # A 16-bit or 8-bit value may go to a wider register.
+                # A 16-bit or 8-bit value may be loaded into a wider register.
                 self.put(name, columns[:, column], active)
 
     def do_st(self, statement: Statement, active: Array) -> None:
@@ -244,11 +244,11 @@ class Threads:
         return self.shared, index
 
     def do_griddepcontrol(self, statement: Statement, active: Array) -> None:
-        # Launches follow one another here. What the one before writes must not be touched before it is waited for.
+        # Launches are serial here. Results of the previous launch must not be accessed before the wait for it.
         if statement.opcode == "griddepcontrol.launch_dependents":
             return
         assert statement.opcode == "griddepcontrol.wait", statement
-        assert not self.touched, "memory is touched before the launch before this one has ended"
+        assert not self.touched, "memory is accessed before the wait for the previous launch"
 
     def do_atom(self, statement: Statement, active: Array) -> None:
         assert statement.opcode.endswith(".add.u32"), statement
@@ -319,7 +319,7 @@ class Threads:
         self.put(statement.operands[0], np.repeat(found, 32), active)
 
     def do_cp(self, statement: Statement, active: Array) -> None:
-        """A copy that goes on beside has ended at once here; what is short of its size is zero."""
+        """An asynchronous copy, complete at once here; bytes beyond the source's size are set to zero."""
         if statement.opcode.startswith(("cp.async.commit", "cp.async.wait")) or not active.any():
             return
         target, source, size, *read = statement.operands
@@ -334,16 +334,16 @@ class Threads:
             self.shared[into[some]] = content[since]
 
     def do_membar(self, statement: Statement, active: Array) -> None:
-        """What was written is there at once."""
+        """Does nothing: writes are visible at once."""
 
     def do_fence(self, statement: Statement, active: Array) -> None:
-        """Products of a group of warps see what was written before; to all else it is there at once."""
+        """Makes earlier writes visible to products of a group of warps; all other accesses see them at once."""
         if statement.opcode.startswith("fence.proxy.async"):
             assert active.all()
             self.products.unseen[:] = False
 
     def do_ldmatrix(self, statement: Statement, active: Array) -> None:
-        """Thread i of matrix j's eight gives its row i; each thread gets two neighbours of each matrix."""
+        """Thread i of the eight of matrix j has row i's address; each thread gets two adjacent values per matrix."""
         names, addresses = self.names(statement.operands[0]), self.address(statement.operands[1]).reshape(-1, 32)
         for number, name in enumerate(names):
             rows = addresses[:, 8 * number : 8 * number + 8].astype(np.int64)
@@ -366,7 +366,7 @@ class Threads:
             self.shared[rows[..., None] + np.arange(16)] = matrix.view(np.uint8)
 
     def do_mma(self, statement: Statement, active: Array) -> None:
-        """d = a · b + c, 16 × depth by depth × 8; a thread has rows lane / 4 and columns 2 (lane % 4) of each part."""
+        """d = a · b + c, (16 × depth) · (depth × 8); a thread has row lane / 4 and column 2 (lane % 4) of each part."""
         shape = re.fullmatch(r"mma\.sync\.aligned\.m16n8k(8|16)\.row\.col\.f32\.f16\.f16\.f32", statement.opcode)
         assert shape, statement
         depth = int(shape[1])
@@ -384,7 +384,7 @@ class Threads:
             self.put(name, self.get(since, np.float32) + mine, active)
 
     def do_wgmma(self, statement: Statement, active: Array) -> None:
-        """d = a · b + d, 64 × 16 by 16 × columns, of four warps: each has 16 rows, laid out as those of `mma`."""
+        """d = a · b + d, (64 × 16) · (16 × columns), of four warps: each has 16 rows in the layout of `mma`."""
         assert active.all(), statement
         step = statement.opcode.split(".")[1]
         if step == "fence":
@@ -406,7 +406,7 @@ class Threads:
 
         def matrix(operand: str, rows: int, transposed: bool) -> Array:
             found = {int(value) for value in self.get(operand, np.uint64)}
-            assert len(found) == 1, "all warps name one matrix"
+            assert len(found) == 1, "warps must use the same matrix"
             read.append(places(found.pop(), rows, transposed))
             return self.shared[read[-1]].view(np.float16)[..., 0].astype(np.float32)
 
@@ -428,7 +428,7 @@ class Threads:
             self._put(name, old + mine, self.all)
 
     def _halves(self, name: str) -> Array:
-        """A register's pairs of float16 as 8 × 8 matrices, one a warp."""
+        """Returns a register's pairs of float16 as 8 × 8 matrices, one per warp."""
         return self.get(name, np.uint32).view(np.float16).reshape(-1, 8, 8)
 
     # Arithmetic
@@ -442,7 +442,7 @@ class Threads:
         self.put(target, np.ascontiguousarray(parts[:, columns]).view(np.uint32)[:, 0], active)
 
     def do_shf(self, statement: Statement, active: Array) -> None:
-        """Shifts two registers as one; to the left the upper half remains, to the right the lower."""
+        """Shifts two registers as one; returns the upper half for a left shift, the lower for a right shift."""
         target, low, high, by = statement.operands
         _, way, mode, _ = statement.opcode.split(".")
         assert mode == "wrap"
@@ -490,7 +490,7 @@ def _divided(first: Array, second: Array) -> Array:
         return first / second
     if first.dtype.kind == "u":
         return first // second
-    # Towards zero.
+    # Round towards zero.
     size = np.abs(first) // np.abs(np.where(second == 0, 1, second))
     return (np.sign(first) * np.sign(second) * size).astype(first.dtype)
 
@@ -505,7 +505,7 @@ def _shifted(first: Array, by: Array, left: bool) -> Array:
 
 
 def _fused(a: Array, b: Array, c: Array) -> Array:
-    """Rounded once, by way of float64, where float32's product is exact."""
+    """Returns a · b + c, rounded once: in float64 the product of two float32 is exact."""
     if a.dtype.kind != "f":
         return a * b + c
     result: Array = (a.astype(np.float64) * b.astype(np.float64) + c.astype(np.float64)).astype(a.dtype)
@@ -524,7 +524,7 @@ for _name in OPERATIONS:
 
 
 def _block(groups: list[Iterator[str]]) -> Iterator[None]:
-    """Runs the threads of one program, group after group from barrier to barrier; yields where others have a turn."""
+    """Runs the threads of one program, group by group from barrier to barrier; yields where other programs continue."""
     while groups:
         waiting = []
         for group in reversed(groups):
@@ -540,10 +540,10 @@ def run(text: str, grid: Sequence[int], shared: int, arguments: Sequence[Any], *
     """Runs a kernel on a grid of programs.
 
     Args:
-        shared: bytes of shared memory that each takes.
-        arguments: what its parameters hold, tensors for addresses.
-        together: whether all threads of a program take each instruction together; else warp after warp, which takes
-            several times as long.
+        shared: bytes of shared memory of each program.
+        arguments: values of its parameters, with tensors for addresses.
+        together: whether all threads of a program execute each instruction together; else warp by warp, which is
+            several times slower.
     """
     program = Program.parse(text)
     memory = Memory.of([value for value in arguments if isinstance(value, torch.Tensor)])

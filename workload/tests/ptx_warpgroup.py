@@ -1,7 +1,7 @@
-"""What the products of a group of four warps, `wgmma`, read and when: for `ptx`, which runs a kernel's PTX on the CPU.
+"""Operands and hazards of `wgmma`, the products of a group of four warps, for the PTX interpreter in `ptx`.
 
-They run beside the instructions behind them. A result that is used, and an operand that is overwritten, before it was
-waited for is an error here, as are registers and shared memory that were written without a fence before the product.
+These products are asynchronous. It is an error to use a result or to overwrite an operand before the wait for the
+product, and to write registers or shared memory before the product without a fence.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ import numpy as np
 
 Array = np.ndarray[Any, Any]
 DEPTH = 16
-"""Columns of the left operand, of 16 bits."""
+"""Columns of the left operand, with 16-bit elements."""
 WIDTH = {1: 128, 2: 64, 3: 32}
-"""Bytes of a row of eight, by the descriptor's swizzling mode."""
+"""Bytes per row of a pattern of eight rows, by the descriptor's swizzling mode."""
 
 
 def places(descriptor: int, count: int, transposed: bool) -> Array:
-    """Returns the bytes in shared memory of a matrix [count, DEPTH] that a descriptor names: [count, DEPTH, 2].
+    """Returns the byte indices in shared memory of a descriptor's matrix [count, DEPTH]: [count, DEPTH, 2].
 
-    Rows of eight make a pattern: 8 rows of DEPTH and more columns, or, transposed, 8 columns of so many rows. 16-byte
-    pieces are permuted within it, by the address's bits from 7 on.
+    A pattern has 8 rows of at least DEPTH columns, or, transposed, 8 columns of as many rows. Its 16-byte pieces are
+    permuted by the address bits from 7 on.
     """
     start, leading, stride = (16 * (descriptor >> bit & 0x3FFF) for bit in (0, 16, 32))
     width = WIDTH[descriptor >> 62]
-    assert descriptor >> 49 & 7 == 0, "the pattern begins at its alignment"
+    assert descriptor >> 49 & 7 == 0, "the pattern must be aligned"
     row, column = np.arange(count)[:, None], np.arange(DEPTH)[None, :]
     if transposed:
         at = row % (width // 2) * 2 + row // (width // 2) * leading + column % 8 * width + column // 8 * stride
@@ -40,9 +40,9 @@ def places(descriptor: int, count: int, transposed: bool) -> Array:
 
 @dataclass
 class InFlight:
-    """Which registers and bytes the products of some warps use that have not been waited for, and what lacks a fence.
+    """Registers and bytes in use by products without a wait, and registers that need a fence, of some warps.
 
-    Products are counted by groups, each of which `commit_group` ends.
+    Products are counted in groups, each ended by `commit_group`.
     """
 
     shared: int
@@ -59,11 +59,11 @@ class InFlight:
         self.unseen = np.zeros(self.shared, np.bool_)
 
     def begin(self, results: Iterable[str], operands: Iterable[str], read: Iterable[Array]) -> None:
-        """Notes a product; its results may be those of the one before it."""
+        """Records a product, which may accumulate into the results of the previous one."""
         for name in (*results, *operands):
             assert name not in self.unfenced, f"{name} is written without wgmma.fence before its product"
         for name in operands:
-            assert self.results.get(name, 0) <= self.ended, f"{name} is not there yet"
+            assert self.results.get(name, 0) <= self.ended, f"{name} is used before its product is waited for"
         self.results |= dict.fromkeys(results, self.group)
         self.operands |= dict.fromkeys(operands, self.group)
         for index in read:
@@ -71,20 +71,20 @@ class InFlight:
             self.read[index] = self.group
 
     def wait(self, left: int) -> None:
-        """Ends all committed groups but the latest `left`."""
+        """Ends all committed groups except the latest `left`."""
         self.ended = max(self.ended, self.group - 1 - left)
 
     def uses(self, name: str) -> None:
-        """Refuses to read a register that a product will write."""
+        """Asserts that no pending product writes a register."""
         assert self.results.get(name, 0) <= self.ended, f"{name} is read before its product is waited for"
 
     def writes(self, name: str) -> None:
-        """Refuses to write a register that a product uses."""
+        """Asserts that no pending product reads or writes a register."""
         self.uses(name)
         assert self.operands.get(name, 0) <= self.ended, f"{name} is written while a product may still read it"
         self.unfenced.add(name)
 
     def stores(self, index: Array) -> None:
-        """Refuses to write bytes of shared memory that a product reads."""
+        """Asserts that no pending product reads these bytes of shared memory."""
         assert (self.read[index] <= self.ended).all(), "shared memory is written while a product may still read it"
         self.unseen[index] = True

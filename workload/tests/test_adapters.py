@@ -1,4 +1,4 @@
-"""Adapters of a real MLflow store in a real vLLM (`-m vllm`), or before a server with vLLM's three paths."""
+"""Adapters from an MLflow store, loaded into vLLM (`-m vllm`) or into a stub with vLLM's three paths."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ KEY = "k" * 40
 TARGETS = ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SIZES = {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 384, "q_lora_rank": 64}
 PROMPT = [5, 250, 17, 99, 301, 4]
-# Other kernels than vLLM's own for the CPU: those compute latent attention wrongly without a word.
+# vLLM's custom kernels for the CPU silently compute latent attention incorrectly.
 VLLM = ["--dtype", "float32", "--enforce-eager", "--compilation-config", '{"custom_ops": ["none"]}']
 VLLM += ["--max-model-len", "128", "--max-num-seqs", "4", "--enable-lora", "--max-lora-rank", "8", "--max-loras", "2"]
 
 
 class Trained:
-    """A base model and adapters on it, each in its folder."""
+    """A base model and its adapters, each in a folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.base = folder, folder / "base"
@@ -64,7 +64,7 @@ class Trained:
         write_state(self.base, "served", "1", {file.name: digest(file).sha256 for file in self.base.iterdir()})
 
     def adapter(self, name: str, seed: int, targets: list[str] | None = TARGETS) -> Path:
-        """Writes an adapter as a run of ours does; what it learned is random, and not small."""
+        """Writes an adapter as a run does, with large random weights."""
         config = LoraConfig(rank=4, alpha=16, targets=targets)
         model = Transformer(self.model.config)
         model.load_state_dict(self.model.state_dict())
@@ -86,7 +86,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
 
 @pytest.fixture(scope="module")
 def registry(tmp_path_factory: pytest.TempPathFactory, trained: Trained) -> Iterator[MlflowClient]:
-    """A store with two promoted versions of one adapter, and one of another."""
+    """A store with two promoted versions of one adapter and one version of another."""
     folder = tmp_path_factory.mktemp("store")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
@@ -133,7 +133,7 @@ def kept(registry: MlflowClient, trained: Trained, state: Path, tmp_path: Path) 
 
 @pytest.fixture
 def stand_in(state: Path) -> Iterator[tuple[str, dict[str, str]]]:
-    """A server with vLLM's paths of adapters, behind the gate; yields its URL and what is loaded."""
+    """A server with vLLM's adapter paths, behind the gate; yields its URL and the loaded adapters."""
     app, loaded = FastAPI(), dict[str, str]()
 
     @app.get("/v1/models")
@@ -186,7 +186,7 @@ def test_a_pass_loads_replaces_and_unloads(
     wanted(help="models:/sales/1")
     assert adapters.update()
     assert loaded == {"help": str(tmp_path / "files/help/sales.1")}
-    loaded.clear()  # vLLM was restarted
+    loaded.clear()  # as after a restart of vLLM
     assert adapters.update()
     assert list(loaded) == ["help"]
 
@@ -205,7 +205,7 @@ def test_what_cannot_be_loaded_keeps_a_new_pod_from_clients_and_no_old_one(
     assert not adapters.update()
     assert not adapters.update()
     assert capsys.readouterr().out.count("lost: models:/nobody/1 does not exist") == 1, "reported once"
-    assert list(loaded) == ["help"], "the others are served"
+    assert list(loaded) == ["help"], "the other adapters are served"
     (state / READY).touch()
     assert adapters.update()
     adapters.server.url = f"http://127.0.0.1:{free_port()}"
@@ -229,7 +229,7 @@ def test_clients_reach_no_path_that_loads(
     for path in ("/v1/load_lora_adapter", "/v1/%6coad_lora_adapter", "/v1/unload_lora_adapter", "/adapters/x"):
         assert status(path, KEY) == 404
         assert status(path, "") == 401
-    assert status(gate.LOAD, "") == 401, "no key was written yet"
+    assert status(gate.LOAD, "") == 401, "there is no key yet"
     kept(url).open()
     assert status(gate.LOAD, KEY) == 404
     assert status(gate.LOAD, "another") == 401
@@ -266,7 +266,7 @@ def test_a_wrong_list_is_named(text: str, message: str, tmp_path: Path) -> None:
 
 @pytest.fixture
 def vllm(trained: Trained, state: Path, tmp_path: Path) -> Iterator[str]:
-    """A real server; yields its URL."""
+    """Runs vLLM; yields its URL."""
     port = free_port()
     settings = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_HOST_IP": "127.0.0.1", "OMP_NUM_THREADS": "2"}
     settings |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -294,7 +294,7 @@ def vllm(trained: Trained, state: Path, tmp_path: Path) -> Iterator[str]:
 
 
 def complete(url: str, model: str) -> list[float]:
-    """Returns the log probabilities of the prompt's tokens under a model, but the first one's."""
+    """Returns the log probabilities of the prompt's tokens, without the first, under a model."""
     body = {"model": model, "prompt": PROMPT, "max_tokens": 1, "prompt_logprobs": 0, "temperature": 0}
     request = urllib.request.Request(f"{url}/v1/completions", json.dumps(body).encode())
     request.add_header("Authorization", f"Bearer {KEY}")
@@ -305,7 +305,7 @@ def complete(url: str, model: str) -> list[float]:
 
 
 @pytest.mark.vllm
-@pytest.mark.skipif(not PYTHON, reason="ICTX_VLLM_PYTHON names no interpreter with vLLM")
+@pytest.mark.skipif(not PYTHON, reason="ICTX_VLLM_PYTHON is not set")
 def test_vllm_computes_with_an_adapter_what_peft_does(
     vllm: str, kept: Callable[[str], Adapters], wanted: Callable[..., Path], trained: Trained
 ) -> None:
@@ -327,7 +327,7 @@ def test_vllm_computes_with_an_adapter_what_peft_does(
     assert set(adapters.server.loaded()) == {"help", "sell"}
     for model, name in (("served", None), ("help", "a1"), ("sell", "b1"), ("served", None)):
         torch.testing.assert_close(torch.tensor(complete(vllm, model)), expected(name), rtol=1e-4, atol=1e-4)
-    assert (expected("a1") - expected(None)).abs().max() > 0.1, "the adapter does something"
+    assert (expected("a1") - expected(None)).abs().max() > 0.1, "the adapter has an effect"
     wanted(help="models:/support@seed2")
     assert adapters.update()
     torch.testing.assert_close(torch.tensor(complete(vllm, "help")), expected("a2"), rtol=1e-4, atol=1e-4)

@@ -1,4 +1,4 @@
-"""`mla_attention` and its gradient agree with float64: in Triton's interpreter, and on a GPU where there is one."""
+"""`mla_attention` and its gradient agree with float64, in Triton's interpreter and on a GPU if available."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ RAGGED = [0, 1, 15, 16, 17, 0, 33]
 def inputs(
     tokens: int, heads: int, width: int, value: int, dtype: torch.dtype = torch.float16, device: str = "cpu"
 ) -> list[Tensor]:
-    """Random q, k, v and gradient of the output."""
+    """Returns random q, k, v and gradient of the output."""
     generator = torch.Generator(device).manual_seed(tokens)
     made = [
         torch.randn(tokens, heads, columns, dtype=dtype, device=device, generator=generator)
@@ -38,7 +38,7 @@ def bounds_of(lens: list[int], device: str = "cpu") -> Tensor:
 
 
 def expected(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, lens: list[int]) -> list[Tensor]:
-    """Output and gradients in float64, written out: every score, a mask, a softmax."""
+    """Returns output and gradients in float64 from the definition: all scores, a mask, a softmax."""
     q, k, v = (x.detach().double().requires_grad_() for x in (q, k, v))
     document = torch.arange(len(lens), device=q.device).repeat_interleave(torch.tensor(lens, device=q.device))
     hidden = (document[:, None] != document[None, :]) | torch.ones_like(document[:, None] * document).triu(1).bool()
@@ -48,7 +48,7 @@ def expected(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, lens: list[int]) -> 
 
 
 def agrees(given: list[Tensor], lens: list[int], config: AttentionConfig | None = None) -> None:
-    """Runs both directions and compares."""
+    """Compares forward and backward with float64."""
     q, k, v, grad = given
     out = mla_attention(q, k, v, SCALE, None if len(lens) == 1 else bounds_of(lens, q.device.type), config=config)
     close([out.detach(), *torch.autograd.grad(out, (q, k, v), grad)], given, lens)
@@ -59,7 +59,7 @@ def agrees(given: list[Tensor], lens: list[int], config: AttentionConfig | None 
 
 
 def close(found: list[Tensor], given: list[Tensor], lens: list[int]) -> None:
-    """Compares with float64."""
+    """Compares results with float64."""
     dtype = given[0].dtype
     for ours, wanted in zip(found, expected(*given, lens), strict=True):
         assert ours.shape == wanted.shape and ours.dtype == dtype
@@ -68,7 +68,7 @@ def close(found: list[Tensor], given: list[Tensor], lens: list[int]) -> None:
 
 
 def in_two_calls(given: list[Tensor], packing: Packing) -> list[Tensor]:
-    """Output and gradients by `pair`; keys and values as context parallelism has them, views of one projection."""
+    """Returns output and gradients by `pair`; keys and values are views of one projection, as with several ranks."""
     q, k, v, grad = (x.detach() for x in given)
     v = torch.cat([k, v], -1)[..., k.shape[-1] :]
     out, lse = pair.forward(q, k, v, SCALE, packing)
@@ -78,7 +78,7 @@ def in_two_calls(given: list[Tensor], packing: Packing) -> list[Tensor]:
 
 @pytest.fixture
 def interpreter() -> None:
-    """Skips where Triton was imported to compile: one process cannot do both."""
+    """Skips if Triton was imported as a compiler, as one process cannot use both modes."""
     if not dispatch.interpreted():
         pytest.skip("runs with TRITON_INTERPRET=1")
 
@@ -106,7 +106,7 @@ def test_attention_agrees_in_the_interpreter(
     lens: list[int], heads: int, columns: tuple[int, int], config: AttentionConfig | None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    # Memory that nothing wrote holds NaN.
+    # Uninitialised memory contains NaN.
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(torch.nan))
     monkeypatch.setattr(torch, "empty_like", lambda x: torch.full_like(x, torch.nan))
@@ -115,7 +115,7 @@ def test_attention_agrees_in_the_interpreter(
 
 @pytest.mark.usefixtures("interpreter")
 def test_the_gradient_is_the_slope_in_the_interpreter() -> None:
-    # As gradcheck does, but along one direction, the steepest: float16's rounding drowns others.
+    # As gradcheck, but only along the gradient: float16's rounding exceeds the slope in other directions.
     q, k, v, grad = inputs(40, 1, 64, 32)
     steps = [gradient.double() for gradient in _gradients(q, k, v, grad)]
     slope = sum(float((step * step).sum()) for step in steps)
@@ -133,7 +133,7 @@ def _gradients(q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> tuple[Tensor, .
 
 @pytest.mark.usefixtures("interpreter")
 def test_the_operation_is_one_for_pytorch_in_the_interpreter() -> None:
-    """torch.compile and selective recompute see it: its description is right, and compiled code has the same bits."""
+    """Its registration is correct for torch.compile and selective recompute; compiled code gives the same bits."""
     q, k, v, _ = inputs(33, 2, 192, 128)
     packing = Packing.of(bounds_of([20, 13]), 33)
     numbers = attention_config(0).numbers()
@@ -151,7 +151,7 @@ def test_the_operation_is_one_for_pytorch_in_the_interpreter() -> None:
 
 @pytest.mark.usefixtures("interpreter")
 def test_views_and_large_values_in_the_interpreter() -> None:
-    # Keys and values as the model has them: two views of one projection; scores far beyond what exp can take.
+    # Keys and values as in the model, two views of one projection; scores far beyond the range of exp.
     whole = torch.randn(20, 2, 96, generator=torch.Generator().manual_seed(0)).half()
     whole[..., :64] *= 60
     q, k, v = whole.split(32, -1)
@@ -197,7 +197,7 @@ def test_packing_knows_each_tokens_document() -> None:
 def test_rows_are_documents_of_equal_length() -> None:
     packing = Packing.of_rows(2, 3, torch.device("cpu"))
     assert (packing.first.tolist(), packing.end.tolist(), packing.equal) == ([0] * 3 + [3] * 3, [3] * 3 + [6] * 3, 2)
-    assert Packing.of(bounds_of([3, 3]), 6).equal == 0, "nobody has looked"
+    assert Packing.of(bounds_of([3, 3]), 6).equal == 0, "lengths were not compared"
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Several releases behind one address: models by name, shares of a canary, what is answered when one is gone."""
+"""Several releases behind one address: routing by model, shares of a canary, and lost releases."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ KEY = "k" * 40
 
 @dataclass
 class Release:
-    """An HTTP server with vLLM's `/v1/models` that answers with its name; also a router's `/list_workers`."""
+    """An HTTP server with vLLM's `/v1/models` and a router's `/list_workers`, which responds with its name."""
 
     name: str
     models: list[str]
@@ -96,7 +96,7 @@ def running(
 
 @contextmanager
 def fronting(folder: Path, own: Release, *others: tuple[Release | str, float], **more: str) -> Iterator[str]:
-    """Serves the front of a release beside others; yields its URL once it has looked at all."""
+    """Runs the front of a release with other releases; yields its URL after it has queried all of them."""
     (folder / "api-key").write_text(KEY)
     listed = [{"url": other if isinstance(other, str) else other.url, "weight": weight} for other, weight in others]
     settings = {
@@ -129,7 +129,7 @@ def fronting(folder: Path, own: Release, *others: tuple[Release | str, float], *
 
 
 def send(url: str, path: str, body: object = None, **headers: str) -> tuple[int, Any, str]:
-    """Returns status, answer, and the release that the answer's header names."""
+    """Returns status, response, and the release in the response's header."""
     request = urllib.request.Request(url + path, None if body is None else json.dumps(body).encode())
     for name, value in {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json", **headers}.items():
         request.add_header(name, value)
@@ -166,13 +166,13 @@ def test_a_request_goes_to_the_release_that_serves_its_model(tmp_path: Path) -> 
                 status, answer, served_by = send(url, path, {"model": model})
                 assert (status, answer["name"], answer["key"]) == (200, name, f"Bearer {KEY}")
                 assert served_by == ("one" if name == "one" else "127.0.0.1")
-        assert send(url, "/v1/completions", {"prompt": "x"})[1]["name"] == "one", "no model: this release's"
+        assert send(url, "/v1/completions", {"prompt": "x"})[1]["name"] == "one", "no model: this release"
         status, answer, _ = send(url, "/v1/chat/completions", {"model": "huge"})
         assert status == 404
         assert answer["error"]["message"] == "the model `huge` does not exist: served models are large, small, support"
         two.models.append("sales")
         time.sleep(0.5)
-        assert send(url, "/v1/completions", {"model": "sales"})[1]["name"] == "two", "an adapter that was loaded"
+        assert send(url, "/v1/completions", {"model": "sales"})[1]["name"] == "two", "adapters are found too"
 
 
 def test_a_canary_gets_its_share_of_a_thousand_requests(tmp_path: Path) -> None:
@@ -187,12 +187,12 @@ def test_a_canary_gets_its_share_of_a_thousand_requests(tmp_path: Path) -> None:
         assert 97 <= names["next"] <= 103
         for number in range(20):
             body = {"model": "m", "user": f"user {number}"}
-            assert len({send(url, "/v1/completions", body)[1]["name"] for _ in range(5)}) == 1, "a user stays"
+            assert len({send(url, "/v1/completions", body)[1]["name"] for _ in range(5)}) == 1, "a user keeps a release"
         sessions = Counter(
             send(url, "/v1/completions", {"model": "m"}, **{"X-Session-ID": str(number)})[1]["name"]
             for number in range(300)
         )
-        assert 10 <= sessions["next"] <= 55, "users are divided alike"
+        assert 10 <= sessions["next"] <= 55, "users are divided in the same share"
 
 
 def test_what_stands_in_when_a_release_is_gone(tmp_path: Path) -> None:
@@ -237,11 +237,11 @@ def test_a_connection_that_is_refused_goes_to_the_next_release() -> None:
     assert sorted(each.service for each in backends.choose("m")) == ["down", "up"]
     down.weight = 0
     assert {backends.choose("m")[0] for _ in range(50)} == {up}
-    assert backends.choose("m") == [up], "a weight of 0 gets nothing, not even when the other fails"
+    assert backends.choose("m") == [up], "weight 0 gets no requests, even if the other fails"
 
 
 def test_releases_are_verified_by_their_own_authority(tmp_path: Path, certificate: tuple[Path, Path, Path]) -> None:
-    """A release with an authority of its own is believed by the file of its name, and by no other."""
+    """A release with another authority is verified only with the file of its own name."""
     authority, crt, key = certificate
     with running("one", "small") as one, running("two", "large", tls=(crt, key)) as two:
         with fronting(tmp_path, one, (two, 100), ICTX_REPLICAS_CA=str(authority)) as url:

@@ -1,4 +1,4 @@
-"""`ictx bench align` measures the same work in our loop and in TRL's trainers."""
+"""`ictx bench align` measures equal work in our loop and in TRL's trainers."""
 
 from __future__ import annotations
 
@@ -20,5 +20,5 @@ def test_rows(commands: Commands, tmp_path: Path, task: str) -> None:
     assert set(rows) == {"trl", "trl+ictx", "ictx"}
     assert not any(row["note"] for row in rows.values())
     assert all(row["tokens_per_second"] > 0 for row in rows.values())
-    # Attention alone differs.
+    # Only attention differs.
     assert rows["trl"]["loss"] == pytest.approx(rows["trl+ictx"]["loss"], rel=1e-4)

@@ -1,4 +1,4 @@
-"""`ictx bench decode`: its arithmetic, what it refuses, and on a GPU a whole run."""
+"""`ictx bench decode`: its estimates, rejected settings, and on a GPU a complete run."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ def test_the_floor_counts_what_a_token_reads() -> None:
     assert floor.weights == 2 * (read + model.config.hidden_size)
     for stored in (None, "int8"):
         cache = LatentCache(model.config, 1, 48, block_size=16, dtype=torch.bfloat16, stored=stored)
-        # 40 rows are read, and the token's own is written.
+        # 40 rows are read, and the new token's row is written.
         assert floor_of(model.config, 40, torch.bfloat16, stored).cache == cache.bytes_allocated * 41 // 48
 
 
 def test_the_floor_of_the_shipped_model() -> None:
     floor = floor_of(SHIPPED, 131072, torch.bfloat16, None)
     assert floor.cache == 131073 * 576 * 2 * 16
-    # 1,004,623,872 parameters, 65,536 × 2,048 of them the embedding, of which one row is read.
+    # 1,004,623,872 parameters; of the embedding's 65,536 × 2,048 only one row is read.
     assert floor.weights == 2 * (1_004_623_872 - 65_535 * 2_048)
     assert floor.seconds(3e12) == pytest.approx(1.386e-3, rel=1e-3)
     assert floor_of(SHIPPED, 131072, torch.bfloat16, "int8").cache == 131073 * 656 * 16
@@ -67,8 +67,8 @@ def test_the_row_that_is_told_and_saved(monkeypatch: pytest.MonkeyPatch, tmp_pat
     row = values("ictx-1b-128k", case, found)
     assert row["ratio"] == pytest.approx(1.5 / 1.386, rel=1e-3) and row["overhead"] == pytest.approx(0.05)
     assert row["projected_2070s_ms"] == pytest.approx(1.5 * 3000 / 448, rel=1e-3)
-    assert row["projected_2070s_least_ms"] == pytest.approx(row["projected_2070s_floor_ms"]), "memory takes longer"
-    # 16 layers × 128 heads × 1,088 products a token by 320 tensor cores, 32 a clock each, at 1.77 GHz.
+    assert row["projected_2070s_least_ms"] == pytest.approx(row["projected_2070s_floor_ms"]), "memory is the bottleneck"
+    # 16 layers × 128 heads × 1,088 products per token on 320 tensor cores, 32 per clock each, at 1.77 GHz.
     many = dataclasses.replace(case, config=dataclasses.replace(SHIPPED, num_attention_heads=128))
     assert projected_least(many) == pytest.approx(many.floor.weights / 448e9 + 16.114e-3, rel=1e-3)
     text = "\n".join(lines(row, found))

@@ -1,4 +1,4 @@
-"""`ictx bench links`: who exchanges with whom, and what ranks of several nodes find."""
+"""`ictx bench links`: the schedule of pairs, and the result of ranks on several nodes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_ranks_of_three_nodes_measure_their_links(commands: Commands, tmp_path: 
     assert sorted(pair[:2] for pair in found["pairs"]) == [["a", "b"], ["a", "c"], ["b", "c"]]
     assert set(found["inside"]) == {"a"}
     assert all(bandwidth > 1e5 for bandwidth in [found["together"], *(pair[2] for pair in found["pairs"])])
-    # All have this machine's clock.
+    # All ranks use this machine's clock.
     assert set(found["clocks"]) == {"b", "c"}
     assert all(abs(offset) <= bound + 1e-3 for offset, bound in found["clocks"].values())
     assert "4 ranks on 3 nodes, gloo" in ended[0].out

@@ -1,4 +1,4 @@
-"""`ictx bench train`: its rows and arithmetic; on the CPU with two ranks, beside transformers."""
+"""`ictx bench train`: its rows and estimates, on the CPU with two ranks, compared with transformers."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def test_two_ranks_train_beside_transformers(
     for row in rows:
         assert row.ranks == 2 and row.step and row.tokens_per_second == pytest.approx(2 * 2 * 32 / row.step)
         assert set(row.parts) == {"forward", "backward", "optimizer"} and min(row.parts.values()) > 0
-        assert row.mfu is None and row.utilisation is None, "of a CPU the peak is not known"
-        # AdamW keeps two numbers a weight; each rank has half of all.
+        assert row.mfu is None and row.utilisation is None, "a CPU's peak is unknown"
+        # AdamW keeps two values per weight; each rank has half of all weights.
         assert row.memory["optimizer"] >= 2 * row.memory["weights"] and row.memory["gradients"] == row.memory["weights"]
     assert rows[0].loss == pytest.approx(rows[1].loss, rel=1e-5)
     assert rows[0].memory["weights"] == pytest.approx(rows[2].memory["weights"], rel=0.05)
@@ -81,7 +81,7 @@ def test_two_ranks_share_out_windows_beside_ddp(
 
 @pytest.fixture
 def gpus() -> Any:
-    """The program benchmarks/gpus.py, which is no part of the package."""
+    """The program benchmarks/gpus.py as a module; it is not part of the package."""
     spec = importlib.util.spec_from_file_location("gpus", Path(__file__).parents[1] / "benchmarks" / "gpus.py")
     assert spec and spec.loader
     gpus = sys.modules["gpus"] = importlib.util.module_from_spec(spec)
@@ -91,7 +91,7 @@ def gpus() -> Any:
 
 def test_a_case_that_hangs_ends_with_its_ranks_and_the_next_runs(tmp_path: Path, gpus: Any) -> None:
     assert all(0 < case.limit <= 560 for cases in gpus.SETS.values() for case in cases.values())
-    # A rank that ignores its launcher's end, beside one that fails at once, and one after the time is over.
+    # A rank that ignores the end of its launcher: with a rank that fails at once, and after the timeout.
     hangs = "import subprocess, time; print(subprocess.Popen(['sleep', '60']).pid, flush=True); time.sleep(60)"
 
     class Case(gpus.Case):  # type: ignore[misc, name-defined]
@@ -109,7 +109,7 @@ def test_a_case_that_hangs_ends_with_its_ranks_and_the_next_runs(tmp_path: Path,
     hung, failed, late = (json.loads(line) for line in out.read_text().splitlines())
     assert hung["status"] == "ended after its limit of 2 s"
     status = Path(f"/proc/{hung['output'].strip()}/status")
-    assert not status.exists() or "\nState:\tZ" in status.read_text(), "nobody may have collected it yet"
+    assert not status.exists() or "\nState:\tZ" in status.read_text(), "still running"
     assert failed["status"] == "exit 1" and "no memory" in failed["output"] and failed["rows"] == []
     assert late["status"] == "no time left"
 

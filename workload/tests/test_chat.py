@@ -1,4 +1,4 @@
-"""Chat templates render as in transformers, and what is wrong with one is one line."""
+"""Chat templates render as in transformers, and an error of a template is one line."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def render(template: Any, text: str, special: dict[str, str]) -> str:
 
 
 def theirs(template: Any) -> str:
-    """What transformers makes of it."""
+    """Returns the template as transformers renders it."""
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()), chat_template=template, **SPECIAL)
     messages = [{"role": "user", "content": TEXT}]
     return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))

@@ -1,4 +1,4 @@
-"""Checkpoints: what was written comes back, at any number of ranks; what was changed is named and an older one used."""
+"""Checkpoints load on any number of ranks; a damaged one is reported, and the previous one is used."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def state(value: float) -> dict[str, Any]:
 
 
 def value_of(loaded: dict[str, Any]) -> float:
-    """Returns the number that the state was made with."""
+    """Returns the value with which the state was created."""
     weight = loaded["model"]["weight"]
     assert torch.equal(weight, torch.full((300, 40), loaded["losses"]["loss"]))
     return float(loaded["losses"]["loss"])
@@ -50,7 +50,7 @@ def value_of(loaded: dict[str, Any]) -> float:
 
 @pytest.fixture
 def run(tmp_path: Path) -> Checkpoints:
-    """A run's checkpoints of steps 1 and 2."""
+    """Checkpoints of a run at steps 1 and 2."""
     checkpoints = Checkpoints(tmp_path / "run" / "checkpoints", keep=2)
     for step in (1, 2):
         checkpoints.save(step, state(step))
@@ -82,12 +82,12 @@ def listed(directory: Path, entries: dict[str, Entry]) -> None:
 
 
 def as_listed(directory: Path) -> None:
-    """Makes the manifest right, as only the folder's owner can."""
+    """Updates the manifest, as only the folder's owner can."""
     listed(directory, manifest.hash_files(directory, manifest.list_files(directory)))
 
 
 class Hostile:
-    """Makes a folder when it is unpickled."""
+    """Creates a folder when it is unpickled."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -138,7 +138,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     assert out.count("\n") == 1
     assert re.search(reason, out), out
     assert [path.name for path in run.complete()] == ["step-00000001"]
-    assert os.path.lexists(f"{newest}.unusable"), "it is kept, under a name that does not count"
+    assert os.path.lexists(f"{newest}.unusable"), "the damaged checkpoint is kept under another name"
     run.save(2, state(2))
     assert (run.load_newest(loaded), value_of(loaded)) == (2, 2)
 
@@ -181,7 +181,7 @@ def test_a_pickle_that_runs_something_is_not_read(run: Checkpoints, known: bool,
 
 
 class Attribute:
-    """Pickles as `getattr(…)`."""
+    """Is pickled as `getattr(…)`."""
 
     def __init__(self, *words: object) -> None:
         self.words = words
@@ -233,7 +233,7 @@ def test_an_index_refers_to_listed_files_only(run: Checkpoints, capsys: pytest.C
     before="loaded",
     now="reported with the owner's ID, and not read",
 )
-@pytest.mark.skipif(os.geteuid() != 0, reason="gives files away")
+@pytest.mark.skipif(os.geteuid() != 0, reason="requires root, to change owners")
 @pytest.mark.parametrize("name", [".", DATA, INDEX, MANIFEST_FILE])
 def test_what_belongs_to_another_user_is_not_read(
     run: Checkpoints, name: str, capsys: pytest.CaptureFixture[str]
@@ -243,7 +243,7 @@ def test_what_belongs_to_another_user_is_not_read(
     assert "belongs to user id 2003, not to 0" in capsys.readouterr().out
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="gives files away")
+@pytest.mark.skipif(os.geteuid() != 0, reason="requires root, to change owners")
 def test_the_folder_of_a_run_must_be_the_users_own(run: Checkpoints) -> None:
     os.chown(run.directory.parent, 2003, -1)
     with pytest.raises(UserError, match=f"{run.directory.parent}: belongs to user id 2003"):
@@ -363,7 +363,7 @@ def test_two_ranks_read_what_one_wrote_agree_and_write_what_one_reads(run: Check
     assert lines == second.splitlines()
     assert lines[:3] == ["loaded 2", "loaded 4", "loaded 3"]
     assert "step-00000005 was not written, because" in lines[3]
-    # A file that only the second rank reads: both take the older checkpoint.
+    # Only the second rank reads the damaged file, but both load the older checkpoint.
     assert "checkpoint step-00000004 is not used: " in first
     assert "__1_0.distcp: its SHA-256 is" in first
     files = json.loads((run.directory / "step-00000003" / MANIFEST_FILE).read_text())["files"]

@@ -1,4 +1,4 @@
-"""The command line's help: examples of each command, exit statuses."""
+"""The command line's help: examples of each command, and exit statuses."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ictx.cli import parser
 
 
 def commands(grammar: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
-    """Yields the commands below one that do something, not those that only group others."""
+    """Yields all commands below a parser, without those that only group others."""
     below = [action for action in grammar._actions if isinstance(action, argparse._SubParsersAction)]
     if not any(action.required for action in below):
         yield grammar

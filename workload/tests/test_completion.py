@@ -1,4 +1,4 @@
-"""`ictx completion` prints what a shell itself completes commands, options, choices and files with."""
+"""`ictx completion` prints a shell script that completes commands, options, choices and files."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SHOW = '_shtab_ictx "$@"; printf "%s\\n" "${COMPREPLY[@]}"'
 
 @pytest.fixture
 def script(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Path:
-    """What the command prints for bash, as a file."""
+    """The script for bash, as a file."""
     assert cli.complete(cli.parser().parse_args(["completion", "bash"])) == 0
     file = tmp_path / "ictx.bash"
     file.write_text(capsys.readouterr().out)
@@ -36,7 +36,7 @@ def test_bash_completes_commands_options_choices_and_files(script: Path, line: s
     (script.parent / "runs-of-alice").mkdir()
     words = line.split(" ")
     quoted = " ".join(f"'{word}'" for word in words)
-    # What bash sets before it calls a completion.
+    # The variables that bash sets before it calls a completion.
     state = f"COMP_WORDS=({quoted}); COMP_CWORD={len(words) - 1}; set -- ictx '{words[-1]}' '{words[-2]}'"
     command = f". {script}; complete -p ictx >/dev/null; {state}; {SHOW}"
     done = subprocess.run(["bash", "-c", command], cwd=script.parent, capture_output=True, text=True, check=True)

@@ -1,6 +1,6 @@
-"""Context parallel, HSDP, and both: losses, gradients and experts' counts are those of one process with all tokens.
+"""Context parallelism, HSDP, and both give the losses, gradients and experts' counts of one process with all tokens.
 
-Labels are masked, so that ranks have unequal numbers of them, and the further prediction another number than the next.
+Some labels are masked, so that ranks have unequal numbers of labels, also between next-token and further prediction.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from ictx.train.ranks import Ranks
 
 RANKS, ROWS, LENGTH = 4, 4, 32
 TOKENS = torch.randint(97, (ROWS, LENGTH + 1), generator=torch.Generator().manual_seed(6))
-# Documents that end on the border of two ranks, within a rank, and that are longer than a rank's part.
+# Documents that end at the boundary of two ranks, end within a rank, or are longer than a rank's part.
 IDS = torch.tensor([[0] * 8 + [1] * 24, [0] * 3 + [1] * 18 + [2] * 11, [0] * 32, [0] * 31 + [1]])
 PLACES = torch.cat([torch.arange(n) for n in (8, 24, 3, 18, 11, 32, 31, 1)]).view(ROWS, LENGTH)
-# A window without a label, one with few, and first labels that no further prediction has.
+# A window without labels, one with few, and first labels, which the further prediction does not use.
 LABELS = TOKENS[:, 1:].where(torch.rand(ROWS, LENGTH, generator=torch.Generator().manual_seed(2)) < 0.7, -1)
 LABELS[1], LABELS[2, 3:], LABELS[:, 0] = -1, -100, TOKENS[:, 1]
 DENSE: dict[str, Any] = {"num_attention_heads": 4, "num_hidden_layers": 2, "max_position_embeddings": 64}
@@ -45,7 +45,7 @@ Found = tuple[Tensor, list[Tensor], list[Tensor]]
 
 
 def trained(model: Transformer, batch: Batch, documents: bool, ranks: Ranks | None = None) -> Found:
-    """Returns this rank's share of the loss and its parts, whole gradients, and the tokens that its experts got."""
+    """Returns this rank's share of the loss and its parts, the full gradients, and its tokens per expert."""
     model.init_weights(3)
     model.train()
     model.z_loss_weight = 0.01
@@ -59,7 +59,7 @@ def trained(model: Transformer, batch: Batch, documents: bool, ranks: Ranks | No
 
 
 def spread(settings: dict[str, Any], layout: Layout, documents: bool, **how: Any) -> Found:
-    """The same on all ranks."""
+    """Returns the result of `trained` with a layout over all ranks."""
     layout = layout.of(RANKS)
     ranks = Ranks(dist.get_rank(), RANKS, torch.device("cpu"), layout.sharding("cpu"), layout.context("cpu"))
     with torch.device("meta"):
@@ -75,7 +75,7 @@ def spread(settings: dict[str, Any], layout: Layout, documents: bool, **how: Any
 
 
 def same(settings: dict[str, Any], documents: bool, layout: Layout, **how: Any) -> None:
-    """Compares both."""
+    """Compares the result of all ranks with that of one process."""
     batch = Batch(TOKENS[:, :-1], LABELS, PLACES, IDS)
     wanted = trained(Transformer(ModelConfig(**(SMALL | settings))), batch, documents)
     found = spread(settings, layout, documents, **how)
@@ -83,7 +83,7 @@ def same(settings: dict[str, Any], documents: bool, layout: Layout, **how: Any) 
 
 
 def compiled() -> None:
-    """Every layer is one graph, the collectives an operation in it; only the compiler behind it is left out."""
+    """Every layer is one graph with the collectives as operations; a stub replaces the compiler's back end."""
     compile, torch.compile = torch.compile, lambda f, **k: compile(f, backend="aot_eager", fullgraph=True, **k)
     try:
         same(DENSE, True, Layout(cp=2), compiled=True, mode="selective")
@@ -92,7 +92,7 @@ def compiled() -> None:
 
 
 def in_parts() -> None:
-    """Keys and values of one head at a time, one after the other."""
+    """Attends to keys and values of one head at a time."""
     whole, exchange.AT_ONCE = exchange.AT_ONCE, 1
     try:
         same(DENSE | {"num_attention_heads": 8}, True, Layout(cp=2))
@@ -101,7 +101,7 @@ def in_parts() -> None:
 
 
 def noted() -> None:
-    """Every collective of FSDP, of context parallelism and of replicas is among those whose time is recorded."""
+    """The recorded times cover every collective of FSDP, context parallelism and replicas."""
     settings, parts = DENSE | {"num_hidden_layers": 1}, {}
     COLLECTIVES.device = torch.device("cpu")
     try:
@@ -112,10 +112,10 @@ def noted() -> None:
             assert 0 < COLLECTIVES.read() < 60
     finally:
         COLLECTIVES.device = None
-    # Weights of the layer, twice, and of the rest; gradients of both.
+    # Weights of the layer, twice, and of the rest; gradients of the layer and of the rest.
     assert parts["fsdp"] == 5
-    assert parts["hsdp"] == 5 + 2, "and the sums over replicas"
-    # Latents, queries and results; latents, queries, results and their gradients, and the sum of the latents'.
+    assert parts["hsdp"] == 5 + 2, "plus the sums over replicas"
+    # Forward: latents, queries, results; backward: these and their gradients, and the sum of the latents' gradients.
     assert parts["cp"] == 5 + 3 + 6
 
 
@@ -142,7 +142,7 @@ CASES: dict[str, Callable[[], None]] = {
 
 
 def rank(number: int, port: int, out: str) -> None:
-    """A rank's process: all cases, and what went wrong in each."""
+    """Runs all cases as one rank, and writes the error of each case."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=number, world_size=RANKS)
     found = {}
@@ -158,7 +158,7 @@ def rank(number: int, port: int, out: str) -> None:
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
-    """By rank."""
+    """The errors of each rank, by case."""
     out = str(tmp_path_factory.mktemp("context") / "found")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -173,10 +173,10 @@ def test_equals_one_process(case: str, outcomes: list[dict[str, str]]) -> None:
 
 
 def records(commands: Commands, data: Path, ranks: int, steps: int, *settings: str) -> list[dict[str, Any]]:
-    """What a run of so many steps over the same windows recorded."""
+    """Returns the records of a run of `steps` steps over the same windows."""
     run = commands.folder / "-".join(["context", str(steps), str(ranks), *settings])
     limits = [f"train.{name}={steps}" for name in ("steps", "validate_every", "checkpoint_every")]
-    # Steps as small as in real runs: large ones make rounding grow tenfold every few steps.
+    # Small steps, as in real runs: with large ones rounding errors grow tenfold every few steps.
     fixed = [
         "model.num_attention_heads=2",
         "run.model_name=",
@@ -187,14 +187,14 @@ def records(commands: Commands, data: Path, ranks: int, steps: int, *settings: s
 
 
 def recorded(commands: Commands, run: Path, ranks: int, *words: object) -> list[dict[str, Any]]:
-    """Runs a command as ranks, and returns what it recorded in a run's folder."""
+    """Runs a command as several ranks, and returns its records in the run's folder."""
     ended = [commands.end(rank) for rank in commands.ranks(ranks, *words)]
     assert [rank.status for rank in ended] == [0] * ranks, ended
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def close(found: list[dict[str, Any]], wanted: list[dict[str, Any]]) -> None:
-    """Compares losses, gradients and validation."""
+    """Compares losses, gradient norms and validation losses."""
     for name in ("loss", "gradient_norm"):
         limit = 1e-5 if name == "loss" else 1e-3
         assert [one[name] for one in found] == pytest.approx([one[name] for one in wanted], rel=limit)
@@ -206,7 +206,7 @@ def test_a_run_that_shares_out_windows_is_that_of_one_process(commands: Commands
     close(found, wanted)
     for record in found:
         assert 0 < record["communication_seconds"] < record["step_seconds"]
-    assert not [record for record in wanted if "communication_seconds" in record], "one rank has none to talk to"
+    assert not [record for record in wanted if "communication_seconds" in record], "one rank does not communicate"
 
 
 @pytest.mark.full
@@ -214,7 +214,7 @@ def test_a_run_that_shares_out_windows_is_that_of_one_process(commands: Commands
 def test_a_stage_with_a_parent_shares_out_windows_too(
     commands: Commands, prepared: Path, chats: Path, tmp_path: Path, stage: str
 ) -> None:
-    """Four times the parent's context, and conversations that do not see each other."""
+    """With four times the parent's context, and with conversations that do not attend to each other."""
     records(commands, prepared, 1, 2)
     data = prepared if stage == "extend" else chats
     (tmp_path / "stage.yaml").write_text(STAGE if stage == "extend" else CHAT_SETTINGS)

@@ -1,4 +1,4 @@
-"""Conversations and preferences: every form that people have, in one; a bad row is named by its place."""
+"""Conversations and preferences: all supported formats become one, and an invalid row is reported with its location."""
 
 from __future__ import annotations
 
@@ -167,7 +167,7 @@ def test_bad_and_long_rows_are_left_out_and_reported(tmp_path: Path, capsys: pyt
 
 
 def test_rows_come_from_files_of_all_kinds(tmp_path: Path) -> None:
-    """A folder of compressed lines, a list and a table, and a data set as `datasets` reads it, are the same rows."""
+    """Compressed JSON lines, a JSON list, a table, and a data set of `datasets` give the same rows."""
     folder = tmp_path / "folder"
     folder.mkdir()
     (folder / "a.jsonl.gz").write_bytes(gzip.compress("".join(json.dumps(chat(n)) + "\n" for n in range(10)).encode()))
@@ -179,7 +179,7 @@ def test_rows_come_from_files_of_all_kinds(tmp_path: Path) -> None:
     (tmp_path / "hub").mkdir()
     write_lines(tmp_path / "hub" / "train.jsonl", [chat(number) for number in range(30)])
     found = {prepare([source], tmp_path / "out", SFT) for source in (folder, whole, f"hf={tmp_path}/hub")}
-    assert len(found) == 1, "the name follows the rows"
+    assert len(found) == 1, "the name depends only on the rows"
     assert sorted(map(json.dumps, rows_of(found.pop()))) == sorted(json.dumps(chat(number)) for number in range(30))
 
 
@@ -221,7 +221,7 @@ def test_a_damaged_file_is_named(tmp_path: Path, name: str, content: bytes, mess
 
 
 def test_a_prompt_stays_in_its_split_whatever_its_answers_are(tmp_path: Path) -> None:
-    """Also from one kind of data to the other: what validates SFT is not trained on by DPO."""
+    """Also across kinds of data: DPO does not train on prompts that validate SFT."""
     few = write_lines(tmp_path / "few.jsonl", [chat(number) for number in range(60)])
     more = write_lines(tmp_path / "more.jsonl", [chat(number % 90, answer) for answer in "ab" for number in range(99)])
     pairs = [{"prompt": f"Question {n}", "chosen": "a", "rejected": "b"} for n in range(60)]

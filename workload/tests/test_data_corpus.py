@@ -1,4 +1,4 @@
-"""Sources of documents: what is read, in which order, what is left out, and what is refused by name."""
+"""Sources of documents: files that are read, their order, skipped files, and rejected sources."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def write_lines(path: Path, *records: object) -> Path:
 
 @pytest.fixture
 def mixed(tmp_path: Path) -> Path:
-    """A folder with everything."""
+    """A folder with files of all kinds."""
     folder = tmp_path / "mixed"
     (folder / "below" / "__pycache__").mkdir(parents=True)
     (folder / "below" / "__pycache__" / "cached.txt").write_text("cached")
@@ -118,7 +118,7 @@ def test_the_fingerprint_follows_the_text_alone(mixed: Path, tmp_path: Path) -> 
     moved = shutil.copytree(mixed, tmp_path / "moved", symlinks=True)
     assert fingerprint(moved) == fingerprint(mixed)
     (moved / "zz.txt").write_text("plain")
-    assert fingerprint(moved) == fingerprint(mixed), "there already"
+    assert fingerprint(moved) == fingerprint(mixed), "the fingerprint does not depend on the location"
     (moved / "zz.txt").write_text("new")
     assert fingerprint(moved) != fingerprint(mixed)
 
@@ -138,7 +138,7 @@ def test_long_documents_are_cut_and_nothing_is_lost(
 
 
 class Everything:
-    """Takes everything for new."""
+    """A set of hashes that contains nothing."""
 
     def add(self, digest: bytes) -> bool:
         return True
@@ -204,7 +204,7 @@ def test_files_that_were_asked_for_are_refused_by_name(tmp_path: Path) -> None:
 
 
 def test_hashes_are_told_apart_however_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    # A cache as small as SQLite allows, so that most of them are in the file.
+    # The smallest cache that SQLite allows, so that most hashes are in the file.
     monkeypatch.setattr("ictx.data.corpus.CACHE_KIB", 1)
     seen, digests = Seen(), [Document.of(str(number)).digest for number in range(20_000)]
     assert all(seen.add(digest) for digest in digests)

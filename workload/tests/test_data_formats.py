@@ -1,4 +1,4 @@
-"""Files of a corpus in every form that is read: compressed, linked, piped, with marks and holes in them."""
+"""Supported files of a corpus: compressed, linked, piped, with byte order marks and blank lines."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_a_line_without_text_is_named_also_below_a_folder(tmp_path: Path, name: 
 
 
 def test_links_are_followed_and_circles_end(tmp_path: Path) -> None:
-    """As in the Hugging Face cache: names are links to blobs that have none."""
+    """As in the Hugging Face cache, where names are links to blobs without a suffix."""
     blobs, snapshot = tmp_path / "hub" / "blobs", tmp_path / "hub" / "snapshots" / "1"
     blobs.mkdir(parents=True)
     snapshot.mkdir(parents=True)
@@ -148,7 +148,7 @@ def test_a_pipe_is_read_as_often_as_it_takes(commands: Commands, corpus: Path, t
     ended = commands.run(
         "data", "prepare", "--config", config, "--corpus", tmp_path / "a.jsonl.gz", "--out", piped.parent
     )
-    assert "nothing to do" in ended.out, "the same documents"
+    assert "nothing to do" in ended.out, "the documents are the same"
     done = subprocess.run(
         ["bash", "-c", f"{command} --set data.text_field=body"], capture_output=True, text=True, check=False
     )

@@ -1,4 +1,4 @@
-"""The loader: every token once an epoch, the same stream however often and on however many ranks a run resumes."""
+"""The loader yields every token once per epoch, in an order independent of resumes and the number of ranks."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from ictx.errors import UserError
 SIZES = st.lists(st.lists(st.integers(1, 30), min_size=1, max_size=12), min_size=1, max_size=4).filter(
     lambda shards: sum(map(sum, shards)) > 60
 )
-"""Lengths of the documents of some shards."""
+"""Lengths of the documents in each shard."""
 SEED = st.integers(0, 2**64 - 1)
 
 
 def array(sizes: Sequence[Sequence[int]]) -> TokenArray:
-    """Tokens that number themselves, through all shards: each identifies its document and its place."""
+    """Returns data with tokens 0, 1, 2, … over all shards, so that each identifies its document and position."""
     shards, first = [], 0
     for documents in sizes:
         total = sum(documents)
@@ -34,7 +34,7 @@ def array(sizes: Sequence[Sequence[int]]) -> TokenArray:
 
 
 def documents_of(data: TokenArray) -> dict[int, range]:
-    """Returns each document by its first token."""
+    """Returns each document's range of tokens by its first token."""
     result = {}
     for shard in data.shards:
         starts = [0, *shard.ends[:-1]]
@@ -49,19 +49,19 @@ def ranks_of(data: TokenArray, length: int, batch: int, ranks: int, seed: int) -
 
 
 def step(loaders: Sequence[Batches]) -> Batch:
-    """Returns the global batch: the ranks' parts in their order."""
+    """Returns the global batch: the ranks' parts in order of rank."""
     parts = [loader.next() for loader in loaders]
     names = ("input_ids", "labels", "position_ids", "document_ids")
     return Batch(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
 
 
 def stream_of(data: TokenArray, seed: int, count: int) -> Tensor:
-    """Returns the tokens in the order of the documents."""
+    """Returns the first tokens of the stream of shuffled documents."""
     return torch.from_numpy(Stream(data, 1, seed).read(0, count)[0])
 
 
 def windows_of(data: TokenArray, length: int, seed: int, count: int) -> dict[tuple[int, ...], list[int]]:
-    """Returns the first windows of the stream before they are shuffled, with their numbers."""
+    """Returns the first windows of the stream before they are shuffled, each with its numbers."""
     tokens = stream_of(data, seed, count * length + 1).tolist()
     result: dict[tuple[int, ...], list[int]] = {}
     for number in range(count):
@@ -83,7 +83,7 @@ def test_each_epoch_of_the_stream_has_every_document_whole_and_once(sizes: list[
             assert tokens[start : start + length].tolist() == list(documents[int(tokens[start])])
         orders.append(tokens[starts].tolist())
     if len(documents) > 20:
-        assert orders[0] != orders[1] != orders[2], "each epoch has an order of its own"
+        assert orders[0] != orders[1] != orders[2], "each epoch has another order"
 
 
 @given(sizes=SIZES, seed=SEED, position=st.integers(0, 500), count=st.integers(1, 200))
@@ -108,7 +108,7 @@ def test_the_stream_reads_the_same_from_any_place(sizes: list[list[int]], seed: 
 def test_an_interrupted_run_has_the_stream_of_an_uninterrupted_one(
     sizes: list[list[int]], seed: int, length: int, batch: int, ranks: int, stops: list[int]
 ) -> None:
-    """At each stop all ranks are made anew from what the first one saved."""
+    """At each stop all ranks are recreated from the state of the first one."""
     data = array(sizes)
     if data.windows(length) < batch * ranks:
         return
@@ -120,7 +120,7 @@ def test_an_interrupted_run_has_the_stream_of_an_uninterrupted_one(
         seen += [step(loaders) for _ in range(stop)]
         state = loaders[0].state_dict()
         assert all(isinstance(value, int) for value in state.values())
-        assert all(loader.state_dict() == state for loader in loaders), "any rank can save it"
+        assert all(loader.state_dict() == state for loader in loaders), "all ranks must have the same state"
         loaders = ranks_of(data, length, batch, ranks, seed)
         for loader in loaders:
             loader.load_state_dict(state)
@@ -128,7 +128,7 @@ def test_an_interrupted_run_has_the_stream_of_an_uninterrupted_one(
         assert torch.equal(ours.input_ids, theirs.input_ids)
         assert torch.equal(ours.labels, theirs.labels)
         assert torch.equal(ours.position_ids, theirs.position_ids)
-    # Whatever the number of ranks, it is what a single one would have seen.
+    # For any number of ranks, the batch must equal that of a single rank.
     single = Batches(data, length, 1, 0, 1, seed)
     for row in torch.cat([taken.input_ids for taken in seen]):
         assert torch.equal(row, single.next().input_ids[0])
@@ -144,7 +144,7 @@ def test_an_interrupted_run_has_the_stream_of_an_uninterrupted_one(
 def test_no_document_is_lost_or_repeated_when_the_world_changes(
     sizes: list[list[int]], seed: int, length: int, runs: list[tuple[int, int, int]]
 ) -> None:
-    """Each start has a number of ranks, a batch and a number of steps of its own."""
+    """Each start has another number of ranks, batch size and number of steps."""
     data = array(sizes)
     state = Batches(data, length, 1, 0, 1, seed).state_dict()
     rows: list[tuple[int, ...]] = []
@@ -162,7 +162,7 @@ def test_no_document_is_lost_or_repeated_when_the_world_changes(
             state = loaders[-1].state_dict()
     total = len(data)
     for epochs in (1, 2):
-        # The last window of an epoch goes on with the next one's first documents.
+        # The last window of an epoch continues with documents of the next epoch.
         count = -(-epochs * total // length)
         inputs = [token for row in rows[:count] for token in row[:-1]]
         assert sorted(inputs) == sorted(stream_of(data, seed, count * length).tolist())
@@ -218,18 +218,18 @@ def test_a_million_tokens_are_one_sequence() -> None:
 
 
 def test_orders_are_fixed_for_good() -> None:
-    """Checkpoints of today must mean the same data after years: these numbers, computed without NumPy, never change."""
+    """A checkpoint must resume with the same data in later releases: the order, computed without NumPy, is fixed."""
     assert shuffled(10, 0, 0).tolist() == [0, 7, 8, 2, 5, 9, 4, 6, 3, 1]
     assert shuffled(10, 0, 1).tolist() == [9, 0, 6, 7, 4, 3, 2, 1, 8, 5]
     assert shuffled(10, 1, 0).tolist() == [9, 8, 7, 4, 2, 0, 3, 6, 5, 1]
 
 
 def test_orders_are_even() -> None:
-    """Over many seeds every number is at every place about as often as at any other."""
+    """Over many seeds, every number is at every position about equally often."""
     counts = np.zeros((8, 8))
     for seed in range(4000):
         counts[np.arange(8), shuffled(8, seed, 5)] += 1
-    # 500 expected, standard deviation 21.
+    # Expected value 500, standard deviation 21.
     assert (abs(counts - 500) < 110).all(), counts
 
 
@@ -251,7 +251,7 @@ def test_memory_holds_the_order_of_few_shards() -> None:
         loader.next()
         made += len(set(stream._kept) - before)
         assert len(stream._kept) <= KEPT
-    assert made < 3 * 30 * 2.5, "each order is made about once an epoch"
+    assert made < 3 * 30 * 2.5, "each order is computed about once per epoch"
 
 
 def test_another_order_is_no_resume() -> None:

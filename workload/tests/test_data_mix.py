@@ -1,4 +1,4 @@
-"""Mixed corpora: shares are exact, nothing repeats within an epoch, and a resumed run goes on where it stopped."""
+"""Mixed corpora: shares are exact, nothing repeats within an epoch, and a resumed run continues exactly."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SEED = st.integers(0, 2**64 - 1)
 
 
 def write(folder: Path, documents: Sequence[int], first: int, tokenizer: str = "a") -> Path:
-    """Makes prepared data of tokens that number themselves from `first` on, in documents of these lengths."""
+    """Writes prepared data of consecutive tokens from `first` on, in documents of these lengths."""
     folder.mkdir()
     meta: dict[str, Any] = {
         "format": 2,
@@ -53,7 +53,7 @@ def write(folder: Path, documents: Sequence[int], first: int, tokenizer: str = "
 
 @pytest.fixture
 def folders(tmp_path: Path) -> list[Path]:
-    """A large corpus of short documents, and a small one that has long ones too."""
+    """A large corpus of short documents, and a small one that also has long documents."""
     return [write(tmp_path / "web", [10] * 400, 0), write(tmp_path / "books", [5] * 60 + [100] * 3, 10_000)]
 
 
@@ -73,12 +73,12 @@ def test_shares_are_exact_and_every_window_comes_once(weights: list[float], seed
     taken = [schedule(number) for number in range(blocks * schedule.block)]
     for source, weight in enumerate(weights):
         own = [number for which, number in taken if which == source]
-        assert own == list(range(len(own))), "in the order of the corpus, none left out, none twice"
+        assert own == list(range(len(own))), "in the order of the corpus, each once"
         assert abs(len(own) - len(taken) * weight / sum(weights)) <= 1
     assert [schedule(number) for number in (7, len(taken) - 1, 0)] == [taken[7], taken[-1], taken[0]]
     if len(weights) > 1 and min(weights) > 0.2 * sum(weights):
         half = Counter(which for which, _ in taken[: schedule.block // 2])
-        assert len(half) == len(weights), "sources are spread over a block"
+        assert len(half) == len(weights), "sources are distributed over a block"
 
 
 def test_a_share_that_no_block_holds_is_refused() -> None:
@@ -87,7 +87,7 @@ def test_a_share_that_no_block_holds_is_refused() -> None:
 
 
 def windows(data: TokenArray | Mix, count: int, ranks: int = 1, state: dict[str, int] | None = None) -> list[list[int]]:
-    """Returns the inputs of the next windows, as so many ranks take them."""
+    """Returns the inputs of the next windows, read by this number of ranks."""
     loaders = [Batches(data, 10, 2, rank, ranks, 5) for rank in range(ranks)]
     for loader in loaders:
         loader.load_state_dict(state or loader.state_dict())
@@ -102,13 +102,13 @@ def test_corpora_come_in_their_shares_and_each_epoch_is_whole(folders: list[Path
     rows = windows(data, count)
     books = [row for row in rows if row[0] >= 10_000]
     assert len(books) == count / 4
-    # 600 tokens each epoch: the books are read eight times while the web is read less than four times.
+    # 600 tokens per epoch: the books are read eight times while the web is read less than four times.
     for epoch in range(8):
         tokens = [token for row in books for token in row][epoch * 600 : (epoch + 1) * 600]
         assert sorted(tokens) == list(range(10_000, 10_600)), epoch
     alone = Stream(TokenArray.open(folders[1], "train"), 10, 5)
     assert books == [alone.window(number)[0][:-1].tolist() for number in range(len(books))]
-    assert windows(mixed(folders, [6, 2]), count) == rows, "weights are in proportion to each other"
+    assert windows(mixed(folders, [6, 2]), count) == rows, "only the ratio of the weights matters"
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
@@ -123,7 +123,7 @@ def test_a_resumed_mix_is_the_uninterrupted_one(folders: list[Path], ranks: int)
 def test_long_documents_are_read_more_often(folders: list[Path]) -> None:
     books = folders[1]
     data = opened([books], config(dir=str(books), long_documents={"tokens": 100, "weight": 4}), "train")
-    # Half of the tokens are in long documents: four to one of what is read.
+    # Half of the tokens are in long documents, which are therefore four fifths of the windows.
     rows = windows(data, 5 * LEAST_BLOCK)
     long = [row for row in rows if row[0] >= 10_300]
     assert len(long) == 4 * LEAST_BLOCK
@@ -158,7 +158,7 @@ def test_another_mix_is_other_data(folders: list[Path]) -> None:
         opened(folders[:1], config(dir=str(folders[0])), "train"),
     ]
     assert len({data.meta["fingerprint"] for data in several}) == len(several)
-    assert several[-1].meta["fingerprint"] == "web", "a single corpus has its own, as in earlier releases"
+    assert several[-1].meta["fingerprint"] == "web", "a single corpus keeps its fingerprint, as in earlier releases"
     assert mixed(folders, [2, 6]).meta["fingerprint"] == several[0].meta["fingerprint"]
 
 

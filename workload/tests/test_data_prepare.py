@@ -1,4 +1,4 @@
-"""Corpora become folders of tokens: nothing lost, the same every time, whole or not there, damage found."""
+"""Preparation of corpora: complete, reproducible, atomic, and with detection of damage."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def tokens_of(directory: Path, split: str) -> np.ndarray:
 
 
 def texts_of(directory: Path, split: str) -> list[str]:
-    """Returns the documents, cut by the index."""
+    """Returns the documents of a split, by the index."""
     tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
     texts = []
     for file in sorted(directory.glob(f"{split}-*.bin")):
@@ -167,7 +167,7 @@ def test_windows_run_across_shards(tmp_path: Path, corpus: Path) -> None:
     for index in range(data.windows(length)):
         window, lengths = data.window(index, length)
         assert window.tolist() == tokens[index * length : (index + 1) * length + 1].tolist()
-        # A document ends with token 0, and no other token of it is 0.
+        # A document ends with token 0 and has no other token 0.
         assert (np.cumsum(lengths)[:-1] - 1).tolist() == np.flatnonzero(window[:-1] == 0).tolist()
 
 
@@ -249,12 +249,12 @@ def test_what_a_killed_run_left_is_never_taken_for_complete_and_goes_after_a_day
     ended = commands.run(*arguments)
     assert ended.status == 0, ended.err
     assert "training and" in ended.out
-    assert left[0].exists(), "another run could still be writing there"
+    assert left[0].exists(), "another run may still be writing there"
     yesterday = time.time() - 25 * 3600
     (left[0] / "train-00000.bin").write_bytes(b"")
     os.utime(left[0], (yesterday, yesterday))
     assert commands.run(*arguments).status == 0
-    assert left[0].exists(), "a file in it is still being written"
+    assert left[0].exists(), "a file in it was changed recently"
     for file in left[0].iterdir():
         os.utime(file, (yesterday, yesterday))
     assert commands.run(*arguments).status == 0
@@ -264,7 +264,7 @@ def test_what_a_killed_run_left_is_never_taken_for_complete_and_goes_after_a_day
 def test_a_run_with_the_number_of_a_killed_one_prepares_anew(
     tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first process of every container has number 1, on every node."""
+    """The first process of every container has PID 1, on every node."""
     with monkeypatch.context() as killed:
         killed.setattr("ictx.data.publish.shutil.rmtree", lambda *_, **__: None)
         killed.setattr("ictx.data.prepare.train_tokenizer", lambda *_: pytest.fail("killed"))
@@ -382,7 +382,7 @@ print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 
 def test_memory_stays_flat_however_large_the_corpus(tmp_path: Path, prepared: Path) -> None:
-    """Thirteen times the text, in as many more documents, takes no more memory but for the noise of malloc."""
+    """Thirteen times the text, with as many times the documents, needs no more memory beyond malloc's variance."""
     peaks = []
     for lines in (3_000, 40_000):
         source = tmp_path / f"{lines}.jsonl"

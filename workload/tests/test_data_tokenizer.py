@@ -1,4 +1,4 @@
-"""The tokenizer: text comes back, control tokens come from us alone, a chat ends where it should."""
+"""The tokenizer: round trips of text, control tokens that text cannot inject, and ends of chats."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ictx.data.tokenizer import END_OF_TEXT, SPECIAL_TOKENS, TURN_END, TURN_STAR
 from ictx.errors import UserError
 
 U2 = np.dtype("<u2")
-# Letters, digits, signs, marks, white space of all sorts (a line separator, an information separator), control tokens.
+# Letters, digits, punctuation, marks, all kinds of white space (line and information separators), control tokens.
 PROSE = st.lists(
     st.sampled_from([*"ab 'é1２²三_.-{}\n\r\t\x1c\u0301\u00a0\u2028\u180e🎉", "  ", TURN_END]), max_size=150
 ).map("".join)
@@ -35,7 +35,7 @@ def tokenizer(prepared: Path) -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def exported(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBase:
-    """What transformers makes of the two files alone."""
+    """The tokenizer that transformers loads from the two files."""
     folder = tmp_path_factory.mktemp("tokenizer")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(prepared / name, folder)
@@ -68,7 +68,7 @@ def test_pieces_have_the_tokens_of_the_whole(tokenizer: Tokenizer, text: str, pi
         pieces = cut(text)
         assert "".join(pieces) == text
         assert all(0 < len(part) <= piece for part in pieces) or not text
-    # A cut for lack of a better place is allowed other tokens.
+    # A piece that is cut at no good place may have other tokens.
     places = pairwise(pieces)
     if all(after[0] == " " and before[-1] in "ab'é1２²三_.-{}>" for before, after in places):
         tokens = [number for part in pieces for number in tokenizer.encode(part).ids]
@@ -100,7 +100,7 @@ def test_what_begins_a_text_begins_documents_and_not_their_pieces(
     given = Tokenizer.from_str(tokenizer.to_str())
     special = [("<|reserved_0|>", 4), (END_OF_TEXT, 0), ("<|reserved_1|>", 5)]
     given.post_processor = processors.TemplateProcessing("<|reserved_0|> $A <|reserved_1|>", special_tokens=special)
-    # What a call of transformers with `truncation=True, max_length=8, padding="max_length"` leaves in the file.
+    # A call of transformers with `truncation=True, max_length=8, padding="max_length"` stores this in the file.
     given.enable_truncation(8)
     given.enable_padding(length=8)
     given.save(str(tmp_path / "tokenizer.json"))
@@ -110,7 +110,7 @@ def test_what_begins_a_text_begins_documents_and_not_their_pieces(
     body = tokenizer.encode(long).ids
     assert tokens.tolist() == [4, *body, 5, 0]
     assert short.tolist() == [4, *tokenizer.encode("x").ids, 5, 0]
-    # An end of the tokenizer's own is not put before ours.
+    # The tokenizer's own end token is not repeated before ours.
     read.post_processor = processors.TemplateProcessing(f"{END_OF_TEXT} $A {END_OF_TEXT}", special_tokens=special)
     [(_, tokens)] = encoded(read, [Document.of("x")], U2)
     assert tokens.tolist() == [0, *tokenizer.encode("x").ids, 0]

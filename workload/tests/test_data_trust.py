@@ -1,4 +1,4 @@
-"""Prepared data is used if somebody trusted made it and nothing changed it; nobody keeps others from training."""
+"""Prepared data is used only if a trusted user wrote it and it is unchanged; no user can block others."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ictx.train.config import load
 from ictx.train.pretrain import main as train
 
 MALLORY = 2003
-as_root = pytest.mark.skipif(os.geteuid() != 0, reason="gives files away")
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="requires root, to change owners")
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def config(prepared: Path) -> DataConfig:
 
 
 def overwrite_tokens(directory: Path) -> None:
-    """Writes another token in every place, as long as before."""
+    """Replaces every token without a change of the file's size."""
     for file in directory.glob("train-*.bin"):
         file.write_bytes(b"\x2a\x00" * (file.stat().st_size // 2))
 
@@ -64,7 +64,7 @@ def test_data_that_was_changed_is_prepared_anew(
     assert f"not used: {first}/train-00000.bin: its SHA-256 is" in capsys.readouterr().out
     assert second.name.startswith(f"{first.name}-")
     assert (second / "train-00000.bin").read_bytes() == good
-    assert prepare([corpus], tmp_path, config) == second, "and this one is found again"
+    assert prepare([corpus], tmp_path, config) == second, "the new data is reused"
 
 
 @pytest.mark.attack(
@@ -202,7 +202,7 @@ def test_a_run_reads_no_data_that_changed(
     with pytest.raises(UserError, match=message):
         train(load(str(commands.folder / "test.yaml"), wanted))
     made = {path.name for path in (tmp_path / "run").glob("*")}
-    assert not made & {"about.json", "checkpoints", "metrics.jsonl", "model.yaml", "export"}, "a lock is all there is"
+    assert not made & {"about.json", "checkpoints", "metrics.jsonl", "model.yaml", "export"}, "only a lock may exist"
 
 
 def test_lists_of_settings_are_checked_by_their_elements(commands: Commands) -> None:
