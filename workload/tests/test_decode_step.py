@@ -1,4 +1,4 @@
-"""The captured decode step computes what the model's ordinary decode does: greedy tokens and logits."""
+"""The captured decode step gives the greedy tokens and logits of the model's ordinary decode."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ from ictx.model import Transformer
 TOKENS = 20
 PROMPTS = torch.randint(97, (3, 37), generator=torch.Generator().manual_seed(5))
 BOUND = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-"""Relative error of logits: of another order of sums in float32, of roundings between operations in 16 bits."""
+"""Relative error of logits, from the order of sums in float32, and from rounding between operations in 16 bits."""
 
 
 def prefilled(model: Transformer, batch: int, block_size: int | None, stored: str | None) -> tuple[LatentCache, Tensor]:
-    """Returns a cache that holds prompts, and their next tokens."""
+    """Returns a cache with prompts, and their next tokens."""
     weight = model.lm_head.weight
     cache = LatentCache(
         model.config, batch, 64, block_size=block_size, dtype=weight.dtype, stored=stored, device=weight.device
@@ -44,7 +44,7 @@ def prefilled(model: Transformer, batch: int, block_size: int | None, stored: st
 
 @torch.inference_mode()
 def agrees(model: Transformer, batch: int, block_size: int | None, stored: str | None, graph: bool = False) -> None:
-    """Decodes both ways; the ordinary one is given the step's tokens, so that both see the same context."""
+    """Compares both decodes; the ordinary one gets the step's tokens, so that both have the same context."""
     cache, newest = prefilled(model, batch, block_size, stored)
     step = DecodeStep(model, cache, newest, TOKENS)
     captured = step.capture() if graph else None
@@ -55,13 +55,13 @@ def agrees(model: Transformer, batch: int, block_size: int | None, stored: str |
     assert cache.longest == 37 + TOKENS and cache.lengths.tolist() == [37 + TOKENS] * batch
     again, first = prefilled(model, batch, block_size, stored)
     assert torch.equal(first, newest)
-    # By PyTorch alone.
+    # With PyTorch only.
     with mock.patch.dict(os.environ, {dispatch.VARIABLE: "torch"}):
         wanted = [model(token[:, None], cache=again, last_only=True)[:, -1] for token in found[:-1]]
     for number, expected in enumerate(wanted):
         best = expected.float().max(-1).values
         chosen = expected.float().gather(1, found[number + 1][:, None]).flatten()
-        # The same token, or in 16 bits one that is as likely within rounding.
+        # The same token, or in 16 bits one of equal likelihood within rounding.
         assert (best - chosen <= BOUND[expected.dtype] * expected.float().abs().amax(-1)).all()
         if logits:
             error = (logits[number].float() - expected.float()).norm() / expected.float().norm()
@@ -100,7 +100,7 @@ def test_more_tokens_than_the_cache_holds_are_refused() -> None:
 
 
 def products_agree(device: str, dtype: torch.dtype) -> None:
-    """Compares each product of one token with its like in float64, which PyTorch computes."""
+    """Compares each product of one token with PyTorch's in float64."""
     generator = torch.Generator(device).manual_seed(2)
 
     def random(*shape: int) -> Tensor:
@@ -111,7 +111,7 @@ def products_agree(device: str, dtype: torch.dtype) -> None:
         assert found.isfinite().all() and found.shape == expected.shape
         assert float((found.double() - expected).norm() / expected.norm()) <= bound
 
-    # Of the last two, gated or long, a program takes two rows, and the last one's second is behind the end.
+    # For the last two, gated or long, a program computes two rows, and the last program's second row is out of bounds.
     for rows, width in ((97, 48), (16, 1), (640, 2048), (33, 5632), (831, 2048), (515, 5632)):
         x, weight, up, gain, residual = (
             random(1, width),
@@ -135,7 +135,7 @@ def products_agree(device: str, dtype: torch.dtype) -> None:
             width, held = (656, torch.uint8) if stored else (576, dtype)
             caches = [torch.zeros(4, 8, width, dtype=held, device=device) for _ in range(2)]
             found = absorb(q, w_kv, cos, sin, NewRow(x, gain, slots, caches[0], 1e-6, stored))
-            # Both launches write the row by the same function.
+            # Both launches write the row with the same function.
             mla_rope_cache(x, gain, cos, sin, slots, caches[1], 1e-6, stored)
             assert torch.equal(*caches) and caches[0].any()
             exact = torch.zeros(4, 8, 576, dtype=torch.float64, device=device)
@@ -145,7 +145,7 @@ def products_agree(device: str, dtype: torch.dtype) -> None:
 
 
 def ends_agree(device: str, dtype: torch.dtype) -> None:
-    """Compares the first and the last kernel of a step with PyTorch's, exactly: they only move numbers."""
+    """Compares the first and the last kernel of a step with PyTorch, exactly, since they only copy values."""
     generator = torch.Generator(device).manual_seed(4)
     embedding = torch.randn(3000, 48, device=device, generator=generator).to(dtype)
     token_b = torch.tensor([2999, 0, 1500], device=device)
@@ -160,7 +160,7 @@ def ends_agree(device: str, dtype: torch.dtype) -> None:
         assert torch.equal(lengths_b, first_b + at + 1)
     for vocabulary in (1, 1023, 1025, 3000):
         logits = torch.randn(3, vocabulary, device=device, generator=generator).to(dtype)
-        # Two as large, in two parts: the first counts.
+        # Two equal maxima in different parts: the first is selected.
         logits[0, vocabulary // 3] = logits[0, -1] = 9
         logits[1] = -torch.inf
         logits[2, -1] = 9
@@ -199,9 +199,9 @@ def test_interpreted_cases_pass_in_a_process_of_their_own() -> None:
 
 
 def test_weights_are_asked_for_before_the_wait_and_leave_the_caches_first(tmp_path: Path) -> None:
-    """For sm_90: a step of 4,096 tokens was 4 % slower on an H200 where weights displaced what is read again."""
+    """For sm_90: on an H200 a step of 4,096 tokens was 4 % slower when weights evicted data that is read again."""
     if dispatch.interpreted():
-        pytest.skip("nothing is compiled there")
+        pytest.skip("nothing is compiled in Triton's interpreter")
     config = next(models())
     with META:
         model = Transformer(config).bfloat16().eval()
@@ -209,17 +209,17 @@ def test_weights_are_asked_for_before_the_wait_and_leave_the_caches_first(tmp_pa
     assert {one.function for one in found} == {"project", "absorb"}
     with compiling(tmp_path, 90):
         for launch in found:
-            # Two waits where a program may write the token's row instead.
+            # Two waits in kernels of which some programs write the token's row instead.
             *before, after = launch.compile().asm["ptx"].split("griddepcontrol.wait")
             assert before and all("griddepcontrol.launch_dependents" in part for part in before), launch.kernel
             first = r"ld\.global\.L1::evict_first"
-            # Only where rows come one after the other, the later ones are requested behind it.
+            # Only programs of several rows request the later rows after the wait.
             several = launch.parameters.get("COUNT", 1) > 1
             assert re.search(first, "".join(before)) and bool(re.search(first, after)) == several, launch.kernel
 
 
 def test_rows_come_one_after_the_other_where_all_at_once_are_more_than_are_at_work() -> None:
-    """In the shipped model: 28 µs of a step of 4,096 tokens on an H200."""
+    """In the shipped model this saves 28 µs of a step of 4,096 tokens on an H200."""
     cut = {name: constants(*shape) for name, shape in {
         "gate and up": (5632, 2048, True), "down": (2048, 5632, False), "output": (2048, 2048, False),
         "first": (1344, 2048, False), "longest": (2048, LONGEST, True),

@@ -1,4 +1,4 @@
-"""`ictx doctor`: what a machine lacks is named with its remedy, and decides the status."""
+"""`ictx doctor` reports each problem of a machine with its remedy, and sets the exit status."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ictx.doctor.checks import Level
 
 
 def doctor(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Runs the command without a tracking server, unless one is given."""
+    """Runs the command, without a tracking server by default."""
     return subprocess.run(
         [sys.executable, "-m", "ictx", "doctor", *words],
         env={"PATH": "/usr/bin:/bin", "PYTHONPATH": ":".join(sys.path), **environment},
@@ -40,11 +40,11 @@ def test_a_server_that_is_down_and_a_folder_that_is_missing_are_named(tmp_path: 
     assert len(lines) == 2
     assert "connection refused" in lines[0]
     assert f"{tmp_path / 'none'} is not a folder" in lines[1]
-    assert done.stdout.count("→") >= 2, "each with a remedy"
+    assert done.stdout.count("→") >= 2, "each problem has a remedy"
 
 
 def test_a_driver_that_pytorch_does_not_use_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The program stands in for a driver; the tests' PyTorch is built for CPUs."""
+    """A stub of nvidia-smi simulates a driver; the tests' PyTorch is built for CPUs."""
     program = tmp_path / "nvidia-smi"
     program.touch(mode=0o755)
     monkeypatch.setenv("PATH", str(tmp_path))

@@ -1,4 +1,4 @@
-"""Preference optimization: both engines train alike, stop and go on, and raise the rewards' margin."""
+"""Preference optimization: both engines give the same losses, resume exactly, and raise the reward margin."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ run: {experiment: dpo, model_name: ictx-dpo}
 
 
 def parent_in(folder: Path, texts: list[str], config: ModelConfig = MODEL) -> Path:
-    """Makes what a run of random weights leaves: its export is a model to begin with."""
+    """Writes the folder of a run with random weights, whose export is the initial model."""
     (folder / "tokenizer").mkdir(parents=True)
     save_tokenizer(train_tokenizer(texts, config.vocab_size), folder / "tokenizer")
     model = Transformer(config)
@@ -51,7 +51,7 @@ def parent_in(folder: Path, texts: list[str], config: ModelConfig = MODEL) -> Pa
 
 @pytest.fixture(scope="session")
 def start(commands: Commands) -> Any:
-    """Returns what makes the arguments of a run in a folder, with the parent and the data of all tests."""
+    """Returns a function that returns the arguments of a run in a folder, with the tests' parent and data."""
     folder = commands.folder / "dpo"
     words = ["red", "green", "blue", "black", "white", "grey"]
     rows = [
@@ -75,25 +75,25 @@ def start(commands: Commands) -> Any:
 
 
 def records(run: Path, name: str) -> dict[int, float]:
-    """Returns a measure by its step."""
+    """Returns the values of a metric by step."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return {line["step"]: line[name] for line in lines if name in line}
 
 
 @pytest.fixture(scope="session")
 def train(commands: Commands, start: Any) -> Callable[..., Path]:
-    """Returns what does a run in this process, which imports TRL once for all of them, and returns the run's folder."""
+    """Returns a function that trains in this process, which imports TRL only once, and returns the run's folder."""
 
     def run(folder: Path, *settings: str) -> Path:
         words, threads = parser().parse_args([*map(str, start(folder, *settings))]), torch.get_num_threads()
-        torch.set_num_threads(1)  # as the processes that `commands` starts
+        torch.set_num_threads(1)  # as in the processes of `commands`
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("MLFLOW_TRACKING_URI", commands.tracking_uri)
             patch.setenv("TQDM_DISABLE", "1")
             try:
                 assert main(Preference, read(words.config, words.set)) == 0
             finally:
-                AcceleratorState._reset_state(reset_partial_state=True)  # for other tests' trainers
+                AcceleratorState._reset_state(reset_partial_state=True)  # for trainers of other tests
                 torch.set_num_threads(threads)
         return folder
 
@@ -102,13 +102,13 @@ def train(commands: Commands, start: Any) -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def with_trl(commands: Commands, train: Callable[..., Path]) -> Path:
-    """A run with TRL that nothing interrupted."""
+    """An uninterrupted run with TRL."""
     return train(commands.folder / "dpo" / "trl")
 
 
 @pytest.fixture(scope="session")
 def with_ictx(commands: Commands, train: Callable[..., Path]) -> Path:
-    """The same with our own loop."""
+    """The same run with our loop."""
     return train(commands.folder / "dpo" / "ictx", "dpo.engine=ictx")
 
 
@@ -181,7 +181,7 @@ def test_sigterm_saves_and_a_restart_goes_on(
 def test_a_run_that_ends_early_goes_on_as_if_it_had_not(
     commands: Commands, start: Any, train: Callable[..., Path], tmp_path: Path, engine: str, blow: signal.Signals
 ) -> None:
-    """With an adapter that drops inputs, which takes random numbers, and a backward that computes them again."""
+    """With dropout in the adapter, which needs random numbers, and a backward that recomputes it."""
     settings = [f"dpo.engine={engine}", "train.steps=6", "train.lora={rank: 4, dropout: 0.2}", "train.recompute=full"]
     process = commands.start(*start(tmp_path / "run", *settings))
     printed(process, "saved ")
@@ -217,7 +217,7 @@ def test_a_lost_rank_ends_the_job_and_the_next_start_goes_on(
 
 
 def printed(process: subprocess.Popen[str], text: str) -> None:
-    """Waits until a process has printed something."""
+    """Waits until a process has printed the text."""
     assert process.stdout
     while text not in (line := process.stdout.readline()):
         assert line, process.communicate()
@@ -226,13 +226,13 @@ def printed(process: subprocess.Popen[str], text: str) -> None:
 @pytest.mark.full
 @pytest.mark.parametrize("engine", ["trl", "ictx"])
 def test_rewards_are_relative_to_another_model(train: Callable[..., Path], tmp_path: Path, engine: str) -> None:
-    """A reference that has learned other answers: rewards of the model that begins are not 0."""
+    """With a reference that was trained on other answers, rewards of the initial model are not 0."""
     other = train(tmp_path / "other", "train.steps=8", "optimizer.learning_rate=1e-2", "run.model_name=")
     train(tmp_path / "run", f"dpo.engine={engine}", f"dpo.reference=run:{other}")
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     learned = json.loads((other / "result.json").read_text())
     assert result["reference"] == f"run:{other}"
-    # What the reference gained over the parent the parent lacks.
+    # The parent's margin against the reference is the negative of the reference's margin against the parent.
     assert result["reward_margin_before"] == pytest.approx(-learned["reward_margin"], abs=1e-4)
     assert result["reward_margin"] > result["reward_margin_before"]
 
@@ -250,7 +250,7 @@ def test_pairs_are_the_tokens_that_trl_makes(with_trl: Path) -> None:
     assert tokenized(tokenizer, row, 48) == {
         name: wanted[name] for name in ("prompt_ids", "chosen_ids", "rejected_ids")
     }
-    # Where the answers are cut off, or are cut to the same, there is nothing to learn.
+    # A pair is skipped if its answers are cut off, or are equal after the cut.
     assert tokenized(tokenizer, row, len(wanted["prompt_ids"]) + 1) is None
 
 
@@ -304,7 +304,7 @@ def test_without_trl_there_is_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("lora", ["null", "{rank: 4}"])
 @pytest.mark.parametrize("loss", ["sigmoid", "ipo", "hinge"])
 def test_twenty_steps_have_the_losses_of_trl(train: Callable[..., Path], tmp_path: Path, loss: str, lora: str) -> None:
-    # With IPO's target of 5 nats a token, which 0.1 means, rounding grows from step to step.
+    # With IPO's beta of 0.1, a target of 5 nats per token, rounding errors grow with each step.
     settings = (f"dpo.loss={loss}", f"dpo.beta={1.0 if loss == 'ipo' else 0.1}", "train.steps=20", f"train.lora={lora}")
     for engine in ("trl", "ictx"):
         train(tmp_path / engine, f"dpo.engine={engine}", "train.recompute=selective", *settings)
@@ -334,7 +334,7 @@ def test_two_ranks_have_the_losses_of_one(
 
 
 def two_heads() -> ModelConfig:
-    """Returns a model whose heads two ranks can share out."""
+    """Returns a model with heads for two ranks."""
     from dataclasses import replace
 
     return replace(MODEL, num_attention_heads=2)
@@ -342,7 +342,7 @@ def two_heads() -> ModelConfig:
 
 @pytest.mark.full
 def test_docstrings_raise_the_held_out_margin(commands: Commands, tmp_path: Path) -> None:
-    """With the shipped recipe, on the standard library, in fewer and shorter steps, from random weights."""
+    """With the shipped recipe on the standard library, in fewer and shorter steps, from random weights."""
     config = ["--config", "dpo/tiny.yaml"]
     ended = commands.run("data", "prepare", *config, "--corpus", "stdlib", "--out", tmp_path, "--link", tmp_path / "d")
     assert ended.status == 0, ended.err
@@ -354,7 +354,7 @@ def test_docstrings_raise_the_held_out_margin(commands: Commands, tmp_path: Path
     ended = commands.run("train", "dpo", *config, *(f"--set={value}" for value in settings))
     assert ended.status == 0, ended.err
     result = json.loads((run / "result.json").read_text())
-    # At the recipe's rate so few steps are worth about 0.07; its own 60, from a pretrained model, 0.3.
+    # With the recipe's rate these steps give about 0.07; its 60 steps from a pretrained model give 0.3.
     assert result["reward_margin_before"] == 0 and result["reward_margin"] > 0.04
     assert result["reward_accuracy"] > 0.55
-    assert result["val_loss"] < 0.685, "that of a coin is ln 2"
+    assert result["val_loss"] < 0.685, "chance is ln 2 = 0.693"

@@ -1,4 +1,4 @@
-"""The client of OpenAI-compatible endpoints: what it sends, what it tries again, and what ends it in one line."""
+"""The client of OpenAI-compatible endpoints: requests, retries, and errors, which are one line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the command line prints of an error."""
+"""Error output of the command line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`ictx eval perplexity` and `needle`: the numbers, what an interruption costs, and what is refused."""
+"""`ictx eval perplexity` and `needle`: results, resumption, and rejected requests."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_bytes_of_tokens_are_those_of_the_text(checkpoint: Path) -> None:
     vocabulary = Vocabulary.load(checkpoint)
     sizes = bytes_of_tokens(vocabulary.tokenizer)
     assert sizes[vocabulary.encode(TEXT, chat=False)].sum() == len(TEXT.encode())
-    assert sizes[256] == sizes[257] == 0, "special tokens stand for no text"
+    assert sizes[256] == sizes[257] == 0, "special tokens have no text"
 
 
 def test_buckets_hold_each_position_once(checkpoint: Path) -> None:
@@ -94,7 +94,7 @@ def test_the_command_measures_files_and_goes_on_where_it_was(
     assert "perplexity: 6 samples; 600 tokens to read and write, batch size 2" in printed
     assert "the first batch took" in printed and (tmp_path / "out/perplexity.png").stat().st_size > 1000
     first, lines = result(tmp_path / "out"), (tmp_path / "out/samples.jsonl").read_bytes()
-    # A killed process leaves half a line.
+    # A killed process can leave a partial line.
     kept = lines.splitlines(keepends=True)
     (tmp_path / "out/samples.jsonl").write_bytes(b"".join(kept[:4]) + kept[4][:10])
     assert ictx(monkeypatch, *command) == 0
@@ -118,7 +118,7 @@ def test_prepared_data_is_measured_as_the_files_it_was_made_of(
     assert ictx(monkeypatch, *command, "--out", tmp_path / "a") == 0
     assert ictx(monkeypatch, *command, "--out", tmp_path / "b", "--whole-documents") == 0
     metrics = result(tmp_path / "a")["metrics"]
-    # An untrained model knows nothing: about as many choices as there are tokens.
+    # The perplexity of an untrained model is about the size of the vocabulary.
     assert isinstance(metrics, dict) and metrics["perplexity"] == pytest.approx(512, rel=0.7)
     other = export(tmp_path / "other")
     assert ictx(monkeypatch, *command[:2], "--model", other, *command[4:], "--out", tmp_path / "c") == 2

@@ -1,4 +1,4 @@
-"""A registered version that is evaluated: its tags, an MLflow run with what was found, and the gate."""
+"""Evaluation of a registered version: its tags, an MLflow run with the results, and the gate."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ def test_what_was_measured_is_on_the_version_and_opens_the_gate(
     assert {file.path for file in client.list_artifacts(run.info.run_id)} >= {
         "perplexity.png", "result.json", "samples.jsonl"}  # fmt: skip
     assert ictx(monkeypatch, *promote) == 0
-    # The same again makes nothing anew, and the same run keeps it.
+    # A second evaluation computes nothing and uses the same run.
     assert ictx(monkeypatch, *command, f"models:/{NAME}@candidate", "--out", tmp_path / "out") == 0
     assert client.get_model_version(NAME, "1").tags == client.get_model_version(NAME, "1").tags | {
         f"{EVAL_TAG}perplexity.run_id": run.info.run_id}  # fmt: skip
-    # A version that finds the text less likely is refused by name and number once it is measured alike.
+    # A version with a higher perplexity on the same text is rejected with the metric and its numbers.
     register(tmp_path / "runs/2", initializer_range=2.0)
     assert ictx(monkeypatch, *command, f"models:/{NAME}/2", "--out", tmp_path / "second") == 0
     assert ictx(monkeypatch, *promote) == 3

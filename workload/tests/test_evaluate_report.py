@@ -1,4 +1,4 @@
-"""`ictx eval report`: all that was measured, in Markdown and HTML, with the pictures."""
+"""`ictx eval report`: all results in Markdown and HTML, with the pictures."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ODD = "a|b<script>alert(1)</script>"
 
 
 def measured(folder: Path) -> None:
-    """What two evaluations leave, of a model with an odd name."""
+    """Writes the results of two evaluations, of a model with special characters in its name."""
     grid = [{"length": n, "depth": depth, "found": depth} for n in (64, 128) for depth in (0.0, 1.0)]
     metrics = {"needle": 0.5, "needle_low": 0.2, "needle_high": 0.8, "needle_nats": 1.25}
     (folder / "needle").mkdir(parents=True)
@@ -24,7 +24,7 @@ def measured(folder: Path) -> None:
     (folder / "judge").mkdir()
     details = {"worth": "the judge may be no better than chance", "grades": {"answers": 6, "unparsed": 2}}
     Result("judge", ODD, {}, {"judge_score": float("nan")}, details).write(folder / "judge")
-    # What a stage of a chain leaves above them is no evaluation.
+    # The result of a pipeline's stage in the parent folder is not an evaluation.
     (folder / "result.json").write_text('{"stage": "eval"}')
 
 
@@ -51,7 +51,7 @@ def test_the_report_of_a_real_evaluation(tmp_path: Path, monkeypatch: pytest.Mon
     assert ictx(monkeypatch, *command, "--out", tmp_path / "evals/perplexity") == 0
     assert ictx(monkeypatch, "eval", "report", tmp_path / "evals", "--out", tmp_path / "report") == 0
     assert "| perplexity |" in (tmp_path / "report/report.md").read_text()
-    # Again, and its own pictures are no part of it.
+    # A second report does not include pictures of the first one.
     assert ictx(monkeypatch, "eval", "report", tmp_path, "--out", tmp_path / "report") == 0
     assert len(list((tmp_path / "report").glob("*.png"))) == 1
 

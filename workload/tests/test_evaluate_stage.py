@@ -1,4 +1,4 @@
-"""Several evaluations of a version as one stage: options from a configuration, numbers of all in one result."""
+"""Several evaluations of a version as one stage: options from a configuration, all metrics in one result."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ictx.registry import EVAL_TAG
 
 @pytest.fixture
 def stage(client: MlflowClient, tmp_path: Path) -> list[object]:  # noqa: F811
-    """Version 1 is the champion, version 2 the one that is evaluated."""
+    """The arguments of the stage; version 1 is the champion, version 2 is evaluated."""
     for number in (1, 2):
         register(tmp_path / f"runs/{number}", initializer_range=0.02 * number)
     client.set_registered_model_alias(NAME, "champion", "1")
@@ -64,7 +64,7 @@ def test_an_alias_of_the_model_is_what_it_is_judged_against(
 
     assert against("champion") == [f"models:/{NAME}/1", None]
     assert against("candidate") == against("nobody") == [None, None]
-    # A restart compares with the same one.
+    # After a restart it is compared with the same version.
     client.set_registered_model_alias(NAME, "champion", "2")
     assert against("champion") == [f"models:/{NAME}/1", None]
 

@@ -1,4 +1,4 @@
-"""Longer contexts: each stage of a chain reads further than the one before; transformers computes its export alike."""
+"""Longer contexts: each stage uses more context than the one before; transformers gives its export's logits."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ run: {{model_name: ""}}
 
 
 def settings(commands: Commands, prepared: Path, parent: Path, run: Path, factor: int, *further: str) -> list[str]:
-    """Returns the arguments that extend a run's model to `factor` times the first length."""
+    """Returns the arguments that extend the context of a run's model to `factor` times the first length."""
     (commands.folder / "extend.yaml").write_text(STAGE)
     wanted = [f"init=run:{parent}", f"run.dir={run}", f"data.dir={prepared}"]
     return [*wanted, f"model.yarn.factor={factor}", f"train.sequence_length={factor * LENGTH}", *further]
@@ -47,7 +47,7 @@ def extend(commands: Commands, *wanted: str) -> int:
 
 @pytest.fixture(scope="module")
 def chain(commands: Commands, prepared: Path) -> list[Path]:
-    """A pretraining run, and two stages that read twice and four times as far."""
+    """A pretraining run, and two stages with two and four times its context."""
     runs = [commands.folder / f"chain-{number}" for number in range(3)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLFLOW_TRACKING_URI", commands.tracking_uri)
@@ -67,7 +67,7 @@ def windows(prepared: Path, length: int, count: int = 24) -> torch.Tensor:
 
 
 def losses(model: Transformer, tokens: torch.Tensor) -> torch.Tensor:
-    """Returns the mean loss of each place, (length,)."""
+    """Returns the mean loss at each position, (length,)."""
     with torch.no_grad():
         logits = model(tokens[:, :-1])
     return cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none").mean(0)
@@ -77,7 +77,7 @@ def test_each_stage_reads_further_than_the_one_before(chain: list[Path], prepare
     tokens = windows(prepared, 4 * LENGTH)
     first, second, third = (losses(load_pretrained(run / "export"), tokens) for run in chain)
     assert third.isfinite().all()
-    # Beyond the places that the earlier stages knew.
+    # At positions beyond the context of the earlier stages.
     assert second[LENGTH : 2 * LENGTH].mean() < first[LENGTH : 2 * LENGTH].mean() - 0.02
     assert third[2 * LENGTH :].mean() < second[2 * LENGTH :].mean() - 0.02
     assert third[2 * LENGTH :].mean() < first[2 * LENGTH :].mean() - 0.02
@@ -141,9 +141,9 @@ def test_a_run_that_ends_early_goes_on_as_if_it_had_not(
     wait_for_step(run, 13, [process])
     process.send_signal(blow)
     assert commands.end(process).status == (75 if blow == signal.SIGTERM else -signal.SIGKILL)
-    # What it began with is kept: the parent may be gone.
+    # The run keeps its initial model, so the parent may be deleted.
     shutil.rmtree(parent)
     ended = commands.run(*arguments)
     assert ended.status == 0, ended.err
     assert result_of(run)["resumed_from_step"] >= (13 if blow == signal.SIGTERM else 10)
-    assert curve(run) == curve(chain[1]), "bit for bit"
+    assert curve(run) == curve(chain[1]), "bitwise equal"

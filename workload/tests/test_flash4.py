@@ -1,4 +1,4 @@
-"""FlashAttention 4 attends where it is installed, agrees with float64, and is seen by compile and recompute."""
+"""FlashAttention 4 is used where it is installed, agrees with float64, and works with compile and recompute."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The version that is called passes for installed, on a GPU that it is made for."""
+    """Simulates that the supported version is installed, on a supported GPU."""
     monkeypatch.setattr(dispatch, "flash4_version", lambda: dispatch.FLASH4)
     monkeypatch.setattr(dispatch, "interpreted", lambda: False)
 
@@ -83,7 +83,7 @@ def test_what_is_called_is_what_is_locked() -> None:
 
 
 def attended(q: Tensor, k: Tensor, v: Tensor, edges: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Causal attention of one row [tokens, heads, width], and log-sum-exp [heads, tokens]."""
+    """Returns causal attention of one row [tokens, heads, width], and log-sum-exp [heads, tokens]."""
     bounds = [0, len(q)] if edges is None else edges.tolist()
     dtype, out, lse = q.dtype, [], []
     q, k, v = q.double(), k.double(), v.double()
@@ -98,7 +98,7 @@ def attended(q: Tensor, k: Tensor, v: Tensor, edges: Tensor | None) -> tuple[Ten
 def gradients(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, grad: Tensor, lse: Tensor, edges: Tensor | None
 ) -> list[Tensor]:
-    """Those of `attended`, written out: within an operation of PyTorch there is no autograd."""
+    """Returns the gradients of `attended` from their formulas, since autograd is off inside of an operator."""
     results = [torch.empty_like(x) for x in (q, k, v)]
     q, k, v, out, grad, lse = (x.double() for x in (q, k, v, out, grad, lse))
     for first, end in pairwise([0, len(q)] if edges is None else edges.tolist()):
@@ -115,7 +115,7 @@ def gradients(
 
 @pytest.fixture
 def library(installed: None, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What has the library's two functions, in PyTorch; returns the list of calls."""
+    """Replaces the library's two functions with PyTorch; returns the list of calls."""
     calls: list[str] = []
 
     def rows(*given: Tensor, edges: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -148,7 +148,7 @@ def library(installed: None, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_documents_go_to_the_library_with_their_edges(library: list[str]) -> None:
     agrees(inputs(sum(RAGGED), 2, 192, 128, torch.bfloat16), RAGGED)
     agrees(inputs(17, 1, 192, 128, torch.bfloat16), [17])
-    # Each as one operation, and as two calls.
+    # Each as one operator, and as two calls.
     assert library == ["packed", "backward"] * 2 + ["1 rows", "backward"] * 2
     q, k, v, grad = inputs(12, 2, 192, 128, torch.bfloat16)
     out = mla_attention(q, k, v, SCALE, Packing.of_rows(3, 4, CPU))
@@ -156,7 +156,7 @@ def test_documents_go_to_the_library_with_their_edges(library: list[str]) -> Non
     for ours, wanted in zip(found, expected(q, k, v, grad, [4, 4, 4]), strict=True):
         assert float((ours.double() - wanted).norm() / wanted.norm()) <= 8e-3
     assert library[8:] == ["3 rows", "backward"]
-    # Nothing declares where these lie.
+    # Without edges of the documents.
     assert choice("mla_attention", q, 128).name == "triton"
     assert choice("mla_attention", q, 128, edges=True).name == "flash4"
     assert choice("mla_attention", q[..., :128], 128, 1).name == "cudnn"
@@ -164,7 +164,7 @@ def test_documents_go_to_the_library_with_their_edges(library: list[str]) -> Non
 
 def test_edges_are_known_where_it_may_attend(monkeypatch: pytest.MonkeyPatch) -> None:
     starts = torch.tensor([False, False, True, False, False, True])
-    assert Packing.of_starts(starts).edges is None, "nothing waits for them elsewhere"
+    assert Packing.of_starts(starts).edges is None, "edges are computed for this library only"
     monkeypatch.setattr(dispatch, "takes_edges", lambda device: True)
     edges = Packing.of_starts(starts).edges
     assert edges is not None and edges.tolist() == [0, 2, 5, 6] and edges.dtype == torch.int32
@@ -172,7 +172,7 @@ def test_edges_are_known_where_it_may_attend(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize("packed", [True, False])
 def test_it_is_an_operation_of_pytorch(packed: bool, library: list[str]) -> None:
-    """Fake tensors have its shapes, autograd its formula, and selective recompute keeps what it made."""
+    """It has shapes for fake tensors and a formula for autograd, and selective recompute keeps its result."""
     q, k, v, _ = inputs(12, 2, 192, 128, torch.float32)
     edges = bounds_of([5, 7]) if packed else None
     if not packed:
@@ -188,7 +188,7 @@ def test_it_is_an_operation_of_pytorch(packed: bool, library: list[str]) -> None
 def test_it_agrees_on_a_gpu(lens: list[int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(dispatch.VARIABLE, "flash4")
     if dispatch.choose("mla_attention", torch.device("cuda"), dtype).name != "flash4":
-        pytest.skip("FlashAttention 4 is not installed, or not made for this GPU")
+        pytest.skip("FlashAttention 4 is not installed, or does not support this GPU")
     agrees(inputs(sum(lens), 3, 192, 128, dtype, "cuda"), lens)
 
 
@@ -196,7 +196,7 @@ def test_it_agrees_on_a_gpu(lens: list[int], dtype: torch.dtype, monkeypatch: py
 def test_a_compiled_function_calls_it_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(dispatch.VARIABLE, "flash4")
     if dispatch.choose("mla_attention", torch.device("cuda"), torch.bfloat16).name != "flash4":
-        pytest.skip("FlashAttention 4 is not installed, or not made for this GPU")
+        pytest.skip("FlashAttention 4 is not installed, or does not support this GPU")
     compiled = torch.compile(mla_attention, fullgraph=True)
     for lens in ([100, 28], [5, 60, 63], [7] * 9):
         q, k, v, grad = inputs(sum(lens), 2, 192, 128, torch.bfloat16, "cuda")

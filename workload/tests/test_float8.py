@@ -1,4 +1,4 @@
-"""fp8: what it is refused for, and that layers which multiply in it are otherwise the same, emulated on a CPU."""
+"""fp8: rejected settings, and the results of layers with fp8 products, emulated on a CPU."""
 
 from __future__ import annotations
 
@@ -98,14 +98,14 @@ def trained(mesh: DeviceMesh, recipe: str | None, settings: dict[str, Any], **ho
 @needs_torchao
 @pytest.mark.parametrize("recipe", float8.RECIPES)
 def test_it_is_nearly_what_it_was(recipe: str, mesh: DeviceMesh) -> None:
-    """fp8 has three bits of a mantissa: each product is off by some percent, the loss by far less."""
+    """fp8 has a mantissa of three bits: each product has an error of some percent, the loss a much smaller one."""
     settings = {"moe": MOE, "num_nextn_predict_layers": 1}
     loss, gradient, kinds = trained(mesh, recipe, settings)
     wanted, exact, _ = trained(mesh, None, settings)
     assert float(loss) == pytest.approx(float(wanted), rel=5e-3)
     assert 1e-3 < float((gradient - exact).norm() / exact.norm()) < 0.2
-    # Of four layers three of attention (queries have a rank of 24, no multiple of 16), three of a feed-forward layer
-    # or of shared experts; the projection of the further prediction. Head and routers are as they were.
+    # In each of four layers, three projections of attention (the queries' rank of 24 is not a multiple of 16) and three
+    # of the feed-forward layer or shared experts; and the projection of the further prediction. Not head and routers.
     assert kinds.count("Float8Linear") == 4 * (3 + 3) + 1
     assert kinds.count("Head") == 1
 

@@ -1,6 +1,6 @@
-"""Before the router: TLS, keys, no way to its own paths; behind it: replicas that DNS lists, over verified TLS.
+"""Clients' side of the router: TLS, keys, no access to its own paths. Replicas' side: DNS, and verified TLS.
 
-The router is the real one where the environment of vLLM is there (`-m vllm`), else a recorder of what reaches it.
+The router is real with vLLM's environment (`-m vllm`), else a stub that records requests.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ PYTHON = os.environ.get("ICTX_VLLM_PYTHON", "")
 
 @dataclass
 class Recorder:
-    """An HTTP server that remembers its requests and answers with its name; as a router it has workers."""
+    """An HTTP server that records its requests and responds with its name; as a router it has workers."""
 
     name: str
     port: int = 0
@@ -78,7 +78,7 @@ class Recorder:
             do_POST = do_DELETE = do_GET
 
             def stream(self) -> None:
-                """Sends a part, then nothing until the reader has gone, which it records."""
+                """Sends a part of a stream, waits until the client disconnects, and records that."""
                 self.send_response(200)
                 self.send_header("Transfer-Encoding", "chunked")
                 self.end_headers()
@@ -112,7 +112,7 @@ def recording(name: str, address: str = "127.0.0.1", port: int = 0) -> Iterator[
 
 @dataclass
 class Endpoint:
-    """What clients reach."""
+    """The clients' endpoint."""
 
     url: str
 
@@ -136,7 +136,7 @@ def wait_for(what: str, true: Callable[[], bool], seconds: float = 20) -> None:
 
 @contextmanager
 def serving(folder: Path, router: str, replica_port: int, **more: str) -> Iterator[Endpoint]:
-    """Serves the front on a free port; the replicas are what `localhost` resolves to."""
+    """Serves the front on a free port, with the addresses of `localhost` as replicas."""
     (folder / "api-key").write_text(KEY)
     settings = {
         gate.KEYS: str(folder),
@@ -245,14 +245,14 @@ def test_a_name_without_addresses_has_no_replicas() -> None:
     try:
         assert asyncio.run(replicas._ready()) == set()
     except socket.gaierror as error:
-        assert error.errno == socket.EAI_AGAIN, "no resolver is there: the list stays as it is"
+        assert error.errno == socket.EAI_AGAIN, "without a resolver the list of replicas is kept"
 
 
 @pytest.mark.parametrize("name", ["ictx-serving", "another-service"])
 def test_replicas_are_verified_by_the_name_of_the_service(
     tmp_path: Path, name: str, certificate: tuple[Path, Path, Path], router: Recorder
 ) -> None:
-    """Their addresses are in no certificate, and one of the same authority for another Service is refused."""
+    """Certificates do not contain their addresses, and a certificate for another Service is rejected."""
     authority, crt, key = certificate
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(crt, key)
@@ -273,7 +273,7 @@ def test_replicas_are_verified_by_the_name_of_the_service(
 
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
-    """A certificate of an authority for the Service's name: authority, certificate and key."""
+    """Files of an authority, and of its certificate and key for the Service's name."""
     folder = tmp_path_factory.mktemp("tls")
     make = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=ictx-serving"]
     names = ["-addext", "subjectAltName=DNS:ictx-serving"]
@@ -284,7 +284,7 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, P
 
 @contextmanager
 def ended(process: subprocess.Popen[bytes]) -> Iterator[None]:
-    """Ends a process with the block, however that ends."""
+    """Kills a process at the end of the block."""
     try:
         yield
     finally:
@@ -292,7 +292,7 @@ def ended(process: subprocess.Popen[bytes]) -> Iterator[None]:
 
 
 @pytest.mark.vllm
-@pytest.mark.skipif(not PYTHON, reason="ICTX_VLLM_PYTHON names no interpreter with vLLM")
+@pytest.mark.skipif(not PYTHON, reason="ICTX_VLLM_PYTHON is not set")
 def test_the_real_router_keeps_a_beginning_on_one_replica_and_loses_none_when_that_is_gone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

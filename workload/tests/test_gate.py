@@ -1,4 +1,4 @@
-"""The gate before vLLM's API, under a real server: what passes without a key, whatever a client sends."""
+"""The gate of vLLM's API in a real server: only health is open without a key, for any request."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def address(keys: Path) -> Iterator[tuple[str, int]]:
-    """Serves an application with routes, a mounted one and a WebSocket, as vLLM has; returns where."""
+    """Serves an application with routes, a mounted app and a WebSocket, as vLLM's; yields its address."""
     app, mounted = FastAPI(), FastAPI()
 
     @app.get("/health")
@@ -68,7 +68,7 @@ def address(keys: Path) -> Iterator[tuple[str, int]]:
 
 
 def ask(address: tuple[str, int], target: str, *headers: str, method: str = "GET") -> tuple[int, bytes]:
-    """Sends a request as it is written, which clients would tidy; returns status and answer."""
+    """Sends a raw request, without the normalisation of clients; returns status and body."""
     lines = [f"{method} {target} HTTP/1.1", f"Host: {address[0]}", "Connection: close", *headers, "", ""]
     with closing(socket.create_connection(address, timeout=30)) as connection:
         connection.sendall("\r\n".join(lines).encode("latin-1"))
@@ -110,7 +110,7 @@ def test_nothing_else_answers_without_a_key(address: tuple[str, int], target: st
 
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "HEAD", "OPTIONS", "TRACE", "get", "Get"])
 def test_health_is_open_to_get_alone(address: tuple[str, int], method: str) -> None:
-    # Some servers take capital letters only.
+    # Some servers accept only methods in upper case.
     assert ask(address, "/health", method=method)[0] in ({401} if method.isupper() else {400, 401})
 
 
@@ -141,7 +141,7 @@ def test_keys_are_rotated_under_the_running_server(address: tuple[str, int], key
     assert (works(KEY), works(OTHER)) == (True, True)
     (keys / "api-key-previous").unlink()
     assert (works(KEY), works(OTHER)) == (False, True)
-    # An emptied Secret opens nothing.
+    # With an empty Secret no key is accepted.
     (keys / "api-key").write_text("\n")
     assert [works(key) for key in (KEY, OTHER, "", "\n")] == [False] * 4
     (keys / "api-key").unlink()
@@ -151,7 +151,7 @@ def test_keys_are_rotated_under_the_running_server(address: tuple[str, int], key
 
 
 def test_a_file_that_is_gone_for_an_instant_refuses_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """kubelet replaces the folder of a Secret by renaming a link: a look that was on its way finds nothing."""
+    """kubelet replaces a Secret's folder by renaming a link, during which a read can fail."""
     (tmp_path / "api-key").write_text(KEY)
     read, looks = Path.read_bytes, iter([True])
 
@@ -179,7 +179,7 @@ def test_a_server_without_a_key_does_not_start(
 
 
 def answers(scope: dict[str, Any], keys: Path) -> tuple[bool, list[dict[str, Any]]]:
-    """Returns whether the application was reached, and what the gate sent."""
+    """Returns whether the application was called, and the gate's messages."""
     reached, sent = [], []
 
     async def app(*_: object) -> None:
@@ -189,7 +189,7 @@ def answers(scope: dict[str, Any], keys: Path) -> tuple[bool, list[dict[str, Any
         sent.append(message)
 
     async def receive() -> Any:
-        raise AssertionError("a refused request's body is not read")
+        raise AssertionError("the body of a rejected request must not be read")
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(gate.KEYS, str(keys))

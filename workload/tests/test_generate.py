@@ -1,4 +1,4 @@
-"""Generation: what is generated, how it is drawn, and the commands that people type."""
+"""Generation: tokens, sampling, and the commands."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ CHAT = (
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that knows bytes, with its tokenizer."""
+    """A model over bytes, with its tokenizer."""
     folder = tmp_path_factory.mktemp("generate")
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = Tokenizer(models.BPE({letter: number for number, letter in enumerate(alphabet)}, []))
@@ -102,7 +102,7 @@ def test_draws_follow_temperature_top_k_and_top_p() -> None:
     assert (draws(Sampling(2.0, seed=1), logits) - hot / hot.sum()).abs().max() < 0.04
     expected = torch.tensor([0.625, 0.375, 0, 0])
     assert (draws(Sampling(1.0, top_k=2, seed=1), logits) - expected).abs().max() < 0.04
-    # 0.5 is less than 0.6, so the token that reaches it is in as well.
+    # 0.5 is less than 0.6, so the token that exceeds it is included.
     assert (draws(Sampling(1.0, top_p=0.6, seed=1), logits) - expected).abs().max() < 0.04
     assert draws(Sampling(1.0, top_p=0.5, seed=1), logits)[0] == 1
     for cold in (1e-40, 1e-300, 5e-324):
@@ -127,7 +127,7 @@ def test_logits_that_are_not_finite_are_refused(value: float, temperature: float
 
 
 def test_making_ready_changes_nothing() -> None:
-    """On a GPU the first and last chunks run before the clock does; the cache is as new afterwards."""
+    """On a GPU, warm-up runs the first and last chunks before the measurement, and resets the cache."""
     model, prompt = small(yarn=YARN), torch.tensor([list(range(50))])
     with torch.no_grad():
         for block_size in (None, 16):
@@ -231,7 +231,7 @@ def test_the_command_streams_text_and_tells_speed_and_cache(
     assert ictx(monkeypatch, *arguments, "--prompt", "grün", "--cache-dtype", "bfloat16") == 0
     printed = capsys.readouterr()
     prompt = Vocabulary.load(checkpoint).encode("grün", chat=False)
-    assert len(prompt) == 5, "ü is two bytes"
+    assert len(prompt) == 5, "ü has two bytes"
     model = load_pretrained(checkpoint)
     stop = Vocabulary.load(checkpoint).stop
     tokens = list(generate(model, prompt, max_new_tokens=20, stop=stop, cache_dtype=torch.bfloat16))
@@ -286,7 +286,7 @@ def test_a_quantised_cache_generates_what_a_like_one_does(stored: str) -> None:
     model, report = small().bfloat16(), Report()
     tokens = list(generate(model, list(range(20)), max_new_tokens=12, cache_dtype=stored, report=report))
     assert report.cache_bytes == (20 + 11) * 656 * 3
-    # In one forward over all of them, which attends to the same rows, every token is the likeliest, or close to it.
+    # One forward over all tokens attends to the same rows: every token must be the likeliest, or close to it.
     cache = LatentCache(model.config, 1, 64, block_size=64, dtype=torch.bfloat16, stored=stored)
     with torch.inference_mode():
         logits = model(torch.tensor([[*range(20), *tokens[:-1]]]), cache=cache)[0, 19:].float()
@@ -312,7 +312,7 @@ def test_a_cache_that_cannot_be_quantised_is_refused(
 
 def test_fp8_is_refused_where_the_gpu_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "capability", lambda device: 86)
-    # Only dtype, device and capability are queried; there is no such GPU here.
+    # Only dtype, device and capability are read, so no such GPU is needed.
     like = SimpleNamespace(dtype=torch.bfloat16, device=torch.device("cuda"))
     with pytest.raises(UserError, match=r"capability 8.6 has no fp8; use int8, which needs the same memory"):
         refuse_quantised("fp8", like, 64)  # type: ignore[arg-type]
@@ -332,7 +332,7 @@ def test_a_gpu_generates_by_the_captured_step(cache_dtype: str | None, monkeypat
     stop = frozenset([tokens[9]])
     stopped = list(generate(model, prompt, max_new_tokens=30, cache_dtype=cache_dtype, stop=stop))
     assert stopped == tokens[: tokens.index(tokens[9])]
-    # The first draws of a hot distribution differ from each other; a seed repeats them.
+    # At a high temperature the first draws differ from each other; a seed reproduces them.
     drawn = [
         list(generate(model, prompt, max_new_tokens=30, cache_dtype=cache_dtype, sampling=Sampling(5.0, seed=seed)))
         for seed in (1, 1, 2)
@@ -342,7 +342,7 @@ def test_a_gpu_generates_by_the_captured_step(cache_dtype: str | None, monkeypat
 
 @pytest.mark.gpu
 def test_what_is_compiled_is_in_no_rate(checkpoint: Path, tmp_path: Path) -> None:
-    """A first use, which compiles everything, is as fast as the next. Float32 weights become 16-bit ones."""
+    """The rate of the first use, which compiles everything, equals the next. Float32 weights become 16-bit weights."""
     save_pretrained(small(vocab_size=258), tmp_path / "model", checkpoint)
     printed = []
     for _ in range(2):

@@ -1,4 +1,4 @@
-"""lm-evaluation-harness against an endpoint, offline: a task of one's own, and what cannot be had."""
+"""lm-evaluation-harness against an endpoint, offline: custom tasks, and missing downloads."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def knows_one(body: dict[str, Any]) -> Any:
-    """Answers each prompt with Paris; prompts come as tokens, which are bytes."""
+    """Responds with Paris to every prompt; prompts are tokens, which are bytes."""
     prompts = body["prompt"] if isinstance(body["prompt"][0], list) else [body["prompt"]]
     choices = [{"index": place, "text": "Paris"} for place in range(len(prompts))]
     return 200, {}, json.dumps({"choices": choices}).encode()
 
 
-# The harness reads thousands of files before it knows its tasks.
+# The harness reads thousands of files to list its tasks.
 @pytest.mark.full
 def test_tasks_of_one_s_own_are_measured_without_a_network_and_kept(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -73,7 +73,7 @@ def test_what_must_be_downloaded_is_one_line_without_a_network(
 ) -> None:
     with serving(Server(answer=knows_one)) as server:
         command = ["eval", "harness", "--model", folder / "model", "--endpoint", server.url, "--out", folder / "out"]
-        # Offline is read when `datasets` is imported, which may have been before.
+        # `datasets`, which may be imported already, reads the variable on import.
         monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
         assert ictx(monkeypatch, *command, "--tasks", "hellaswag", "--samples", 1) == 2
         printed = capsys.readouterr().err.splitlines()[-1]

@@ -1,4 +1,4 @@
-"""Checkpoints go to transformers and back bit by bit; what is broken in one is named."""
+"""Round trips of checkpoints through transformers are bitwise exact; damage in a checkpoint is reported by name."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CHAT = "{% for m in messages %}{{ m['content'] }}<|im_end|>{% endfor %}"
 
 @pytest.fixture
 def tokenizer(tmp_path: Path) -> Path:
-    """A folder with a tokenizer that has tokens for the end of a document and of a turn, and a chat template."""
+    """A folder with a tokenizer with end tokens of a document and of a turn, and a chat template."""
     made = tmp_path / "tokenizer"
     made.mkdir()
     vocabulary = Tokenizer(BPE())
@@ -41,7 +41,7 @@ def tokenizer(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
-    """A model with experts, in several files."""
+    """The folder of a model with experts, in several files."""
     save_pretrained(small(moe=MOE), tmp_path / "saved", max_shard_bytes=100_000)
     return tmp_path / "saved"
 
@@ -61,7 +61,7 @@ def test_the_round_trip_by_way_of_transformers_is_exact(
 ) -> None:
     model = small(**changes)
     save_pretrained(model, tmp_path / "ours", dtype=dtype, max_shard_bytes=100_000)
-    assert (tmp_path / "ours" / "model.safetensors.index.json").exists(), "several files"
+    assert (tmp_path / "ours" / "model.safetensors.index.json").exists(), "the model must have several files"
     theirs, report = DeepseekV3ForCausalLM.from_pretrained(tmp_path / "ours", output_loading_info=True)
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
     theirs.save_pretrained(tmp_path / "theirs")
@@ -93,7 +93,7 @@ def test_what_only_trains_is_not_exported(tmp_path: Path) -> None:
 
 
 def test_a_published_checkpoint_s_older_settings_and_further_layers_are_read(saved: Path) -> None:
-    """DeepSeek's own files name YaRN `rope_scaling` and have a layer that predicts further."""
+    """DeepSeek's files use the key `rope_scaling` for YaRN, and contain a layer of multi-token prediction."""
     content = json.loads((saved / "config.json").read_text())
     del content["rope_parameters"], content["dtype"]
     content["max_position_embeddings"] = 256
@@ -116,7 +116,7 @@ def test_the_tokenizer_comes_along(tokenizer: Path, tmp_path: Path) -> None:
     config = json.loads((tmp_path / "saved" / "config.json").read_text())
     assert (config["eos_token_id"], config["pad_token_id"]) == (0, 1)
     generation = GenerationConfig.from_pretrained(tmp_path / "saved")
-    assert generation.eos_token_id == [0, 2], "a turn's end ends generation too"
+    assert generation.eos_token_id == [0, 2], "the end of a turn also ends generation"
     save_pretrained(small(), tmp_path / "again", theirs)
     assert json.loads((tmp_path / "again" / "config.json").read_text())["eos_token_id"] == 0
     save_pretrained(small(), tmp_path / "bare", tokenizer / "tokenizer.json", end_of_text=END)
@@ -138,7 +138,7 @@ def test_an_export_replaces_an_older_one_as_a_whole(saved: Path, monkeypatch: py
             save_pretrained(small(), saved)
     assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
     assert [path.name for path in saved.parent.iterdir()] == ["saved"]
-    # What a killed process leaves: half a folder, or the older one set aside.
+    # A killed process leaves a partial folder, or the older one under another name.
     (saved.parent / "saved.part").mkdir()
     (saved / "stale").touch()
     saved.rename(saved.parent / "saved.old")

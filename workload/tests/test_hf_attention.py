@@ -1,4 +1,4 @@
-"""Our attention in transformers' model computes what transformers' own does."""
+"""Our attention in transformers' model gives the results of transformers' attention."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def theirs() -> Any:
 
 
 def run(model: Any, attention: str, **inputs: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the logits, and the gradient of the embedding of their sum over tokens."""
+    """Returns the logits, and the gradient of their sum with respect to the embedding."""
     model.set_attn_implementation(attention)
     logits = model(use_cache=False, **inputs).logits
     mask = inputs.get("attention_mask", torch.ones(logits.shape[:2]))

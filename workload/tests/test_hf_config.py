@@ -1,4 +1,4 @@
-"""config.json without this or that key: what transformers makes of it, or refused by name."""
+"""config.json without some keys: read as transformers does, or rejected by name."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ OLD = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model of which no size is transformers' default but those of the routing."""
+    """A model without transformers' default sizes, except those of the routing."""
     folder = tmp_path_factory.mktemp("saved") / "model"
     save_pretrained(small(moe=MOE), folder)
     return folder
 
 
 def changed(saved: Path, folder: Path, changes: dict[str, Any], without: tuple[str, ...] = ()) -> Path:
-    """Returns a copy of a checkpoint with other keys in its config.json."""
+    """Returns a copy of a checkpoint with changed keys in its config.json."""
     shutil.copytree(saved, folder, dirs_exist_ok=True)
     content = json.loads((saved / "config.json").read_text()) | changes
     (folder / "config.json").write_text(json.dumps({key: content[key] for key in content if key not in without}))
@@ -65,7 +65,7 @@ def theirs(folder: Path) -> Tensor:
 
 
 def agree(folder: Path) -> bool:
-    """Whether a checkpoint is read as transformers does; what is refused is refused by name."""
+    """Returns whether a checkpoint is read; asserts transformers' logits, or an error of one line with the folder."""
     try:
         model = load_pretrained(folder)
     except UserError as error:
@@ -73,7 +73,7 @@ def agree(folder: Path) -> bool:
         assert "\n" not in str(error)
         return False
     expected = theirs(folder)
-    assert expected.std() > 0.3, "logits this flat would agree by chance"
+    assert expected.std() > 0.3, "logits of low variance would agree by chance"
     assert (logits(model) - expected).abs().max() <= 2e-5
     return True
 
@@ -84,7 +84,7 @@ def test_defaults_are_those_of_transformers() -> None:
         assert getattr(config, name) == value, name
     own = {field.name for field in dataclasses.fields(DeepseekV3Config)}
     own -= {field.name for field in dataclasses.fields(PreTrainedConfig)}
-    # What changes no logits, and MTP's modules, which are left out.
+    # Keys without an effect on logits, and MTP's modules, which are not loaded.
     harmless = {"output_router_logits", "use_cache", "pretraining_tp", "num_mtp_layers"}
     assert own - harmless - {"rope_parameters"} == own & (DEFAULTS.keys() | DEFAULT_TOKENS.keys() | FIXED.keys())
     for name in own & FIXED.keys():
@@ -100,7 +100,7 @@ def test_routing_that_is_not_given_is_transformers_own(saved: Path, tmp_path: Pa
 
 @pytest.mark.full
 def test_every_key_may_be_absent_alone(saved: Path, tmp_path: Path) -> None:
-    """Most sizes that are absent do not fit the tensors then, which is reported; none changes the model in silence."""
+    """Without most sizes the tensors do not fit, which is reported; no absent key changes the model silently."""
     content = json.loads((saved / "config.json").read_text())
     read = {name for name in content if agree(changed(saved, tmp_path, {}, (name,)))}
     assert {*FIXED, "rms_norm_eps", "rope_theta", "rope_parameters", "dtype", "n_shared_experts"} <= read
@@ -143,7 +143,7 @@ def test_what_is_read_is_read_as_transformers_does(
     folder = changed(saved, tmp_path / "changed", changes)
     assert agree(folder) is readable
     if readable:
-        # And what is written again is the same model to all.
+        # A saved copy must be the same model, too.
         save_pretrained(load_pretrained(folder), tmp_path / "again")
         assert torch.equal(theirs(tmp_path / "again"), theirs(folder))
 

@@ -1,4 +1,4 @@
-"""The package's import graph: no circles, downwards only, and nothing heavy before a command needs it."""
+"""The package's import graph: no cycles, downwards only, and no heavy library before a command needs it."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ ROOMS = (
     ("cli",),
     ("__main__",),
 )
-"""From the bottom up: a room imports itself and those below, never its neighbours, but for the modules of the lowest.
+"""From the bottom up: a subpackage imports itself and those below, not those of its level, except in the lowest.
 
-A room's own `cli` belongs to the top: it only parses, and imports what a command needs when the command runs.
+A subpackage's `cli` belongs to the top: it only parses arguments, and imports other modules when a command runs.
 """
 
 
@@ -37,7 +37,7 @@ def modules() -> dict[str, Path]:
 
 
 def imports() -> dict[str, set[str]]:
-    """Returns which modules of the package each module imports, in functions and for types too."""
+    """Returns the imports of each module within the package, including those in functions and for types."""
     known = modules()
     graph = {}
     for name, file in known.items():
@@ -53,10 +53,10 @@ def imports() -> dict[str, set[str]]:
 
 
 def level(module: str) -> tuple[int, str]:
-    """Returns how high a module's room lies, and the room."""
+    """Returns the level of a module's subpackage, and the subpackage."""
     room = "cli" if module.endswith(".cli") else module.partition(".")[2].partition(".")[0]
     levels = [number for number, rooms in enumerate(ROOMS) if room in rooms]
-    assert levels, f"{module}: give {room} a place in ROOMS"
+    assert levels, f"{module}: add {room} to ROOMS"
     return levels[0], room
 
 
@@ -81,7 +81,7 @@ def test_rooms_import_downwards_only() -> None:
 
 
 def test_help_needs_no_heavy_library() -> None:
-    """Each takes a second or more to import."""
+    """Each of them takes a second or more to import."""
     code = "import sys, ictx.cli; ictx.cli.parser(); print(*sys.modules)"
     loaded = set(
         subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()

@@ -1,4 +1,4 @@
-"""What a run begins with: resolved once, verified, kept; what cannot be had or does not fit is one line."""
+"""The initial model of a run: resolved once, verified, and kept; errors are one line."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from ictx.train.pretrain import main as pretrain
 
 NAME = "ictx-parent"
 STILL = ["optimizer.learning_rate=1e-30", "train.steps=1", "train.validation_windows=8"]
-"""A step that moves no weight."""
+"""Settings of a step that changes no weight."""
 CHILD = """
 train: {steps: 2, sequence_length: 64, batch_size: 4, dtype: float32, log_every: 1, validation_windows: 8}
 optimizer: {learning_rate: 1.0e-3, warmup_steps: 1}
@@ -36,7 +36,7 @@ optimizer: {learning_rate: 1.0e-3, warmup_steps: 1}
 
 @pytest.fixture(scope="module")
 def parents(commands: Commands, prepared: Path) -> list[Path]:
-    """Two short runs, versions 1 and 2 of NAME, the second one with the alias `candidate`."""
+    """Two short runs, versions 1 and 2 of NAME, the second with the alias `candidate`."""
     runs = [commands.folder / f"parent-{seed}" for seed in (1, 2)]
     (commands.folder / "child.yaml").write_text(CHILD)
     with pytest.MonkeyPatch.context() as patch:
@@ -93,7 +93,7 @@ def test_run_and_version_have_their_lineage(
     monkeypatch.setenv("ICTX_IMAGE_REF", "registry/ictx-training:1")
     monkeypatch.setenv("ICTX_IMAGE_DIGEST", "sha256:feed")
     client, meta = MlflowClient(commands.tracking_uri), json.loads((prepared / "meta.json").read_text())
-    for _ in range(2):  # a job that starts again adds nothing
+    for _ in range(2):  # a restarted job adds nothing
         assert extend(f"models:/{NAME}/1", *STILL, "run.model_name=ictx-child") == 0
     version = client.get_model_version("ictx-child", "1")
     run = client.get_run(version.run_id)
@@ -136,14 +136,14 @@ def test_an_alias_that_moves_changes_nothing_for_a_run_that_began(
     assert extend(f"models:/{NAME}@base", "train.checkpoint_every=1") == 0
     first = (run / "result.json").read_text()
     client.set_registered_model_alias(NAME, "base", "2")
-    # As if it had been stopped before its first checkpoint.
+    # As if the run had been stopped before its first checkpoint.
     shutil.rmtree(run / "checkpoints")
     assert extend(f"models:/{NAME}@base") == 0
     assert note(run)["origin"] == f"models:/{NAME}/1"
     measures = ("final_loss", "val_loss")
     again = json.loads((run / "result.json").read_text())
     assert [again[name] for name in measures] == [json.loads(first)[name] for name in measures]
-    # What was kept is all that a later start needs, and what is damaged is fetched again.
+    # A later start needs only the kept model, and downloads damaged files again.
     (run / "init" / "model.safetensors").write_bytes(b"")
     shutil.rmtree(run / "checkpoints")
     assert extend(f"models:/{NAME}@base") == 0
@@ -194,7 +194,7 @@ def test_pretraining_has_no_parent(commands: Commands) -> None:
 
 
 def test_a_server_that_is_away_is_one_line(extend: Callable[..., int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")  # discard: nothing listens
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")  # port `discard`, without a server
     with pytest.raises(UserError, match=r"MLFLOW_TRACKING_URI is 'http://127\.0\.0\.1:9': connection refused"):
         extend(f"models:/{NAME}/1", "run.tracking_patience=0")
 
@@ -207,7 +207,7 @@ def damage(path: Path) -> None:
 
 @pytest.fixture
 def copied(commands: Commands, parents: list[Path], tmp_path: Path) -> Path:
-    """A parent's folder to change."""
+    """A copy of a parent's folder."""
     return Path(shutil.copytree(parents[0], tmp_path / "parent"))
 
 
@@ -237,10 +237,10 @@ def test_a_run_that_is_damaged_or_somebody_elses_is_refused(
 
 
 def test_a_run_without_checksums_is_taken_as_it_is(extend: Callable[..., int], copied: Path, tmp_path: Path) -> None:
-    """One that registered nothing has no SHA256SUMS."""
+    """A run that registered nothing has no SHA256SUMS."""
     (copied / "export" / SUMS_FILE).unlink()
     assert extend(f"run:{copied}", *STILL) == 0
-    # It has gone on meanwhile: what this run began with is kept.
+    # The parent changes meanwhile, but this run keeps its initial model.
     damage(copied / "export" / "model.safetensors")
     shutil.rmtree(tmp_path / "run" / "checkpoints")
     assert extend(f"run:{copied}", *STILL) == 0
@@ -289,7 +289,7 @@ def test_another_corpus_is_prepared_with_the_tokenizer_of_the_model_that_it_is_f
     assert done.status == 0, done.err
     made = Path(done.out.splitlines()[-1])
     assert (made / "tokenizer.json").read_bytes() == (parents[0] / "export" / "tokenizer.json").read_bytes()
-    # The model that is in the run's folder now is the one that the stage begins with.
+    # The stage starts from the model that is now in the run's folder.
     assert extend(f"models:/{NAME}/1", f"data.dir={made}") == 0
 
 

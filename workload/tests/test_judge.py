@@ -1,4 +1,4 @@
-"""The judge: its requests, how its verdicts are counted, and what its failures cost."""
+"""The judge: its requests, counts of its verdicts, and its failures."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def answers_of(prompt: str) -> tuple[str, str]:
 
 
 def fair(body: dict[str, Any]) -> Any:
-    """Prefers the answer that is about the same number as the instruction."""
+    """Prefers the answer with the same number as the instruction."""
     prompt = body["messages"][0]["content"]
     number = re.search(r"Document function (\d+)", prompt)
     assert number
@@ -82,7 +82,7 @@ def verdicts(*pairs: str) -> list[dict[str, Any]]:
 
 
 def test_both_orders_count_and_what_cannot_be_parsed_is_counted() -> None:
-    # Wins twice, loses once, disagrees once, and one pair lacks a verdict.
+    # Two wins, one loss, one disagreement, and one pair without a verdict.
     found = grading.sum_up_relative(verdicts("AB", "AB", "BA", "AA", "A-"))
     assert found["judge_win_rate"] == (1 + 1 + 0 + 0.5) / 4
     assert (found["pairs"], found["unparsed"], found["unparsed_pairs"]) == (5, 1, 1)
@@ -98,7 +98,7 @@ def test_both_orders_count_and_what_cannot_be_parsed_is_counted() -> None:
 def test_a_judge_that_only_looks_at_the_order_is_no_better_than_chance() -> None:
     assert "may be no better than chance" in grading.assess(verdicts(*["AA"] * 20))[1]
     assert "prefers the right answer to a wrong one in 100%" in grading.assess(verdicts(*["AB"] * 20))[1]
-    assert "may be no better than chance" in grading.assess(verdicts(*["AB"] * 3))[1], "three are too few"
+    assert "may be no better than chance" in grading.assess(verdicts(*["AB"] * 3))[1], "three samples are too few"
     assert "may be no better than chance" in grading.assess(verdicts(*["BA"] * 20))[1]
     assert "its grades are meaningless" in grading.assess(verdicts("--"))[1]
 
@@ -133,7 +133,7 @@ def test_two_models_are_compared_in_both_orders_and_an_interruption_costs_nothin
 
     command = ["--model", checkpoint, "--against", other, "--prompts", prompts, "--out", tmp_path / "out", "--check", 0]
     with serving(Server(answer=prefers_a)) as server:
-        # The endpoint goes away after some answers: what it gave stays.
+        # The endpoint fails after some answers, which are kept.
         server.answer = lambda body: prefers_a(body) if len(server.asked) < 12 else (401, {}, b"")
         assert run(monkeypatch, server, *command, "--batch-size", 1) == 2
         assert "requires a key" in capsys.readouterr().err
@@ -141,7 +141,7 @@ def test_two_models_are_compared_in_both_orders_and_an_interruption_costs_nothin
         assert done == 5
         server.answer, server.asked = prefers_a, []
         assert run(monkeypatch, server, *command) == 0
-    # Each of the 7 that were left took two attempts.
+    # Each of the remaining 7 needs two requests.
     assert len(server.asked) == 14 and "12 samples, 5 of them finished before" in capsys.readouterr().out
     result = json.loads((tmp_path / "out/result.json").read_text())
     grades = result["details"]["grades"]

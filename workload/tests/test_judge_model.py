@@ -1,4 +1,4 @@
-"""`ictx eval judge-model`: a GGUF file becomes a folder that transformers reads, with the same weights."""
+"""`ictx eval judge-model` converts a GGUF file to a folder for transformers, with the same weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
 
 
 def write_gguf(file: Path) -> dict[str, np.ndarray]:
-    """Writes a Llama of one layer that knows bytes; returns its tensors."""
+    """Writes a Llama model with one layer over bytes; returns its tensors."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = ["<|im_start|>", "<|im_end|>", *letters, "ab"]
     writer = GGUFWriter(file, "llama")

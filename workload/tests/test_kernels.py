@@ -1,6 +1,6 @@
-"""The kernels agree with a float64 reference: in Triton's interpreter on a CPU, and on a GPU where there is one.
+"""The kernels agree with a float64 reference, in Triton's interpreter on a CPU, and on a GPU if available.
 
-With `-m gpu`, on a machine that has one, they run in bfloat16 as well, and at lengths that are too slow for a CPU.
+With `-m gpu` they also run in bfloat16, and with lengths that are too slow for a CPU.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ STEP = {
 }
 """Relative error of a stored value of random normal rows, root mean square."""
 SCORE = {stored: SCALE * 512**0.5 * step for stored, step in STEP.items()}
-"""Error that this makes in a score: the sum of 512 products with normal queries. It is the weight's relative error."""
+"""Resulting error of a score, a sum of 512 products with normal queries; it is the weight's relative error."""
 STORED_BOUND = {stored: 1.1 * math.hypot(STEP[stored], SCORE[stored]) for stored in STEP}
-"""Relative error of the result against the unquantised cache: values and weights err independently, so that both
-average out over tokens as the result itself does. A tenth on top is for chance. (int8 1.19e-2, fp8 4.6e-2.)"""
+"""Relative error of the result against the unquantised cache: the errors of values and weights are independent, and
+average over tokens as the result does. The factor 1.1 is a tolerance. (int8 1.19e-2, fp8 4.6e-2.)"""
 
 
 def inputs(
@@ -47,7 +47,7 @@ def inputs(
     device: str = "cpu",
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Random queries and cache; what lies behind a sequence's end is NaN, as freed memory may be."""
+    """Returns random queries and cache, with NaN beyond the end of sequences, as in freed memory."""
     generator = torch.Generator(device).manual_seed(seed)
     q = torch.randn(len(lens), query, heads, layout.ROW, dtype=dtype, device=device, generator=generator)
     if page:
@@ -79,26 +79,26 @@ def inputs(
 
 
 def expected(given: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """The float64 result, on the rows as they are before they are quantised."""
+    """Returns the float64 result for the unquantised rows."""
     return reference.mla_decode(
         given["q"].double(), given["cache"].double(), given["lens"], given["scale"], given["table"], None
     )
 
 
 def error(found: Tensor, wanted: Tensor) -> float:
-    """‖found − wanted‖ / ‖wanted‖, or ‖found‖ where zeros are wanted."""
+    """Returns ‖found − wanted‖ / ‖wanted‖, or ‖found‖ if `wanted` is zero."""
     return float((found.double() - wanted).norm() / (wanted.norm() or 1.0))
 
 
 def agrees(given: dict[str, Any], stored: str | None = None, config: DecodeConfig | None = None) -> None:
-    """Runs the kernel on poisoned output, twice on one workspace, and compares."""
+    """Runs the kernel twice with one workspace and an output of NaN, and compares."""
     q = given["q"]
     wanted, wanted_lse = expected(given)
     kept = wanted
     if stored:
         clean = given["cache"].nan_to_num(0.0)
         given = {**given, "cache": layout.quantise(clean, stored), "stored": stored}
-        # What is kept is exactly what the kernel must compute with.
+        # The kernel must compute with exactly the stored values.
         kept, _ = expected({**given, "cache": layout.dequantise(given["cache"], stored, q.dtype)})
     for _ in range(2):
         out = torch.full((*q.shape[:3], layout.LATENT), torch.nan, dtype=q.dtype, device=q.device)
@@ -115,7 +115,7 @@ def agrees(given: dict[str, Any], stored: str | None = None, config: DecodeConfi
 
 @pytest.fixture
 def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Skips where Triton was imported to compile: one process cannot do both."""
+    """Skips if Triton was imported as a compiler, as one process cannot use both modes."""
     if not dispatch.interpreted():
         pytest.skip("runs with TRITON_INTERPRET=1")
 
@@ -146,7 +146,7 @@ def test_decode_from_quantised_caches(stored: str, page: int) -> None:
 @pytest.mark.usefixtures("interpreter")
 @pytest.mark.parametrize("stored", [None, "int8"])
 def test_decode_as_it_is_cut_up_before_sm_80(stored: str | None) -> None:
-    """32 tokens a step in blocks of 64, and 40 rows as three programs' of 16."""
+    """With 32 tokens per step in blocks of 64, and 40 rows in three programs of 16."""
     given = inputs([70, 0, 33], 5, 8, 64)
     with mock.patch.object(dispatch, "capability", lambda device: 75):
         assert block_m_of(40, 75) == 16
@@ -210,9 +210,9 @@ def test_decode_from_quantised_caches_on_a_gpu(
 def test_decode_with_products_of_a_group_of_warps_on_a_gpu(
     lens: list[int], heads: int, query: int, page: int, stored: str, dtype: torch.dtype
 ) -> None:
-    """Of short caches, too, for which others are taken."""
+    """Also with short caches, for which dispatch selects other configurations."""
     if dispatch.capability(torch.device("cuda")) != 90:
-        pytest.skip("Hopper's own products")
+        pytest.skip("requires Hopper's wgmma")
     config = decode_config(90, 16, stored, fast=True)
     assert config.warpgroup
     agrees(inputs(lens, heads, query, page, dtype, "cuda"), stored, config)
@@ -221,7 +221,7 @@ def test_decode_with_products_of_a_group_of_warps_on_a_gpu(
 @pytest.mark.gpu
 @pytest.mark.parametrize("stored", ["int8", "fp8"])
 def test_every_stored_byte_means_what_it_says(stored: str) -> None:
-    """One token whose latent holds every byte: its row comes back, whatever the query is."""
+    """One token whose latent contains every byte: the result is its row for any query."""
     cache = layout.quantise(torch.ones(1, 64, layout.ROW, dtype=torch.float16, device="cuda"), stored)
     values, scales, _ = layout.parts(cache, stored, torch.float16)
     every = torch.arange(512, device="cuda") % 256
@@ -231,8 +231,8 @@ def test_every_stored_byte_means_what_it_says(stored: str) -> None:
     scales[0, 0] = torch.tensor([1.0, 2.0, 0.5, 0.25], device="cuda")
     q = torch.randn(1, 1, 16, layout.ROW, dtype=torch.float16, device="cuda")
     lens = torch.tensor([1], dtype=torch.int32, device="cuda")
-    # The token's weight is 2 to the difference of its score from another number as large: scores in the thousands,
-    # which a scale of 1 would give, leave float32 too few bits there for the row to come back bit by bit.
+    # The token's weight is 2 to the difference of two numbers as large as its score. With scores in the thousands, as
+    # with a scale of 1, float32 has too few bits for an exact row.
     out, _ = mla_decode(q, cache, lens, 2.0**-6, None, stored)
     row = layout.dequantise(cache, stored, torch.float16)[0, 0, :512]
     assert torch.equal(out[0, 0], row.to(torch.float16).expand(16, 512))
@@ -241,7 +241,7 @@ def test_every_stored_byte_means_what_it_says(stored: str) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("stored", [None, "int8"])
 def test_few_sequences_of_many_parts_and_many_of_few(stored: str | None) -> None:
-    """Both ways of joining parts."""
+    """Both ways to combine parts."""
     for lens in ([40000], [9000] * 5, [4000] * 40):
         agrees(inputs(lens, 16, 1, 64, torch.bfloat16, "cuda"), stored)
 

@@ -1,4 +1,4 @@
-"""`ictx kernels bench`: peers compute what we do, and one that does not, or is not there, is reported."""
+"""`ictx kernels bench`: peers give our results; a peer that does not, or is not installed, is reported."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ictx.kernels.decode import reference
 
 
 def inputs(batch: int, context: int) -> bench.Inputs:
-    """Inputs of a case on the CPU, two sets of them."""
+    """Returns two sets of inputs of a case on the CPU."""
     generator = torch.Generator().manual_seed(3)
     blocks = context // bench.PAGE
 
@@ -31,7 +31,7 @@ def inputs(batch: int, context: int) -> bench.Inputs:
 @pytest.mark.parametrize("name", ["eager", "sdpa", "flex"])
 def test_peers_attend_as_the_reference_does(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if name == "flex":
-        # Uncompiled: what it computes is the same, and a compiler of C++ need not be here.
+        # Not compiled: the results are equal, and no C++ compiler is needed.
         monkeypatch.setattr(torch, "compile", lambda function, **options: function)
         decode_peers._compiled_flex.cache_clear()
     given = inputs(2, 128)

@@ -1,4 +1,4 @@
-"""What is compiled ahead of time is fit to ship, and is all that a process on such a GPU requires."""
+"""Kernels that are compiled ahead of time pass the gate, and a process on such a GPU compiles no others."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ MANAGER = f"{ShippedCache.__module__}:{ShippedCache.__name__}"
 
 
 def launched(function: str, target: int, shipped: Path, own: Path) -> tuple[dict[str, list[str]], str]:
-    """Runs a function of `launched.py` in a process; returns what was compiled and found, and what it printed."""
+    """Runs a function of `launched.py` in a process; returns the compiled and found kernels, and the output."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     ended = subprocess.run(
         [sys.executable, Path(__file__).with_name("launched.py"), function, str(target)],
@@ -42,15 +42,15 @@ def launched(function: str, target: int, shipped: Path, own: Path) -> tuple[dict
 
 
 def files(folder: Path) -> Mapping[Path, int]:
-    """Returns when each file below a folder was changed."""
+    """Returns the modification time of each file below a folder, in ns."""
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.fixture(scope="module")
 def built() -> Path:
-    """Every variant for every target: the user's cache, in which what has not changed stays from run to run."""
+    """Builds every variant for every target into the user's cache, which keeps unchanged ones between runs."""
     if dispatch.interpreted():
-        pytest.skip("nothing is compiled there")
+        pytest.skip("nothing is compiled in Triton's interpreter")
     cache = default_cache()
     ended = subprocess.run(
         [sys.executable, "-m", "ictx", "kernels", "build", "--cache", cache],
@@ -64,7 +64,7 @@ def built() -> Path:
 
 @pytest.mark.full
 def test_every_variant_for_every_target_is_fit_to_ship(built: Path) -> None:
-    """A spill, too much shared memory or a lost tensor core fails the build, which the fixture runs."""
+    """Register spills, too much shared memory or missing tensor core instructions fail the fixture's build."""
     reports = json.loads((built / MANIFEST).read_text("utf-8"))["reports"].values()
     assert {report["target"] for report in reports} == set(TARGETS)
     assert all(report["spilled"] == 0 and report["cubin"] > 0 for report in reports)
@@ -90,7 +90,7 @@ def test_a_process_with_the_shipped_folder_compiles_nothing(
 
 @pytest.mark.full
 def test_a_stale_folder_is_not_used(built: Path, tmp_path: Path) -> None:
-    """One that has moved is."""
+    """A folder that has moved is used."""
     moved = tmp_path / "moved"
     moved.mkdir()
     for metadata in built.glob("*/best_of_*.json"):
@@ -107,7 +107,7 @@ def test_a_stale_folder_is_not_used(built: Path, tmp_path: Path) -> None:
     found, said = launched("likeliest", 80, moved, tmp_path / "second")
     assert found == {"compiled": ["best_of_part", "best_of_all"], "found": []}
     assert f"ICTX_KERNEL_CACHE={moved} is not used, kernels are compiled: it is stale: sources changed" in said
-    # What it compiled, it finds again.
+    # It finds its compiled kernels in the next process.
     found, _ = launched("likeliest", 80, tmp_path / "none", tmp_path / "second")
     assert found["compiled"] == []
 
@@ -128,7 +128,7 @@ def test_files_of_a_folder_that_moved_are_read_where_they_are(
     _usable.cache_clear()
     group = ShippedCache(key).get_group("decode.json")
     assert group and {Path(path).parent for path in group.values()} == {moved / key}
-    # A file that got lost makes the kernel one that is compiled.
+    # A kernel with a missing file is compiled.
     (moved / key / "decode.cubin").unlink()
     assert ShippedCache(key).get_group("decode.json") is None
     _usable.cache_clear()
@@ -179,7 +179,7 @@ def test_each_variant_has_a_name_of_its_own() -> None:
 
 
 def test_another_checkout_finds_what_was_built() -> None:
-    """Launches are distinguished by what is compiled, not by where Triton lies."""
+    """The key of a launch depends on the compiled source, not on Triton's location."""
     launch, *_ = launches(lambda: drive(75), 75)
     content = json.loads(launch.specialisation)
     libraries = content["options"]["extern_libs"]
@@ -196,7 +196,7 @@ def test_this_gpu_finds_all_that_generation_asks_for(tmp_path: Path) -> None:
     if target not in TARGETS:
         pytest.skip(f"nothing is built for compute capability {target}")
     reports: list[Any] = build(tmp_path / "shipped", (target,), drive, os.cpu_count() or 2)
-    # Faults are the gate's matter, with the compiler that the lock files pin: another one may spill.
+    # Only the gate checks faults, with the compiler of the lock files; other compilers may spill.
     assert reports
     found, _ = launched("generated", target, tmp_path / "shipped", tmp_path / "own")
     assert found["compiled"] == []

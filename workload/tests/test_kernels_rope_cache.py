@@ -1,4 +1,4 @@
-"""New tokens reach the cache as the model would write them: in Triton's interpreter, in PyTorch, and on a GPU."""
+"""New tokens are written to the cache as by the model, in Triton's interpreter, in PyTorch, and on a GPU."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BLOCKS, SIZE = 7, 16
 def inputs(dtype: torch.dtype, device: str = "cpu") -> dict[str, Tensor]:
     generator = torch.Generator(device).manual_seed(1)
     x = torch.randn(len(SLOTS), layout.ROW, dtype=torch.float32, device=device, generator=generator)
-    # A group of zeros has no scale; one token is larger than the others by far.
+    # A group of zeros has no scale; one token is much larger than the others.
     x[0, :128] = 0
     x[1] *= 300
     angles = torch.rand(len(SLOTS), 32, device=device, generator=generator) * 1e4
@@ -33,7 +33,7 @@ def inputs(dtype: torch.dtype, device: str = "cpu") -> dict[str, Tensor]:
 
 
 def wanted(given: dict[str, Tensor]) -> Tensor:
-    """Rows in float64 as the model's own modules make them."""
+    """Returns the rows in float64 from the model's modules."""
     norm = nn.RMSNorm(512, eps=EPS, dtype=torch.float64, device=given["x"].device)
     norm.weight.data.copy_(given["weight"])
     x = given["x"].double()
@@ -44,11 +44,11 @@ def wanted(given: dict[str, Tensor]) -> Tensor:
 
 
 def writes(dtype: torch.dtype, stored: str | None, device: str = "cpu") -> None:
-    """Writes into a cache of a pattern, and looks at every row of it; twice, for the same bytes."""
+    """Writes into a cache filled with a pattern and checks every row; a second write must give the same bytes."""
     given, results = inputs(dtype, device), []
     for _ in range(2):
         row = layout.ROW_BYTES if stored else layout.ROW
-        # Blocks that lie apart, as those of one layer among several do.
+        # Blocks that are not contiguous, as in a cache of several layers.
         whole = torch.full((BLOCKS, 2, SIZE, row), 7, dtype=torch.uint8 if stored else dtype, device=device)
         cache = whole[:, 1]
         mla_rope_cache(**given, cache=cache, eps=EPS, stored=stored)
@@ -65,8 +65,8 @@ def writes(dtype: torch.dtype, stored: str | None, device: str = "cpu") -> None:
     kept = given["slots"] >= 0
     rows = wanted(given)[kept]
     at = given["slots"][kept]
-    # Half a unit of the last place of what is stored: of the 16-bit dtype, or of a group's largest value over int8's
-    # 127 steps, and for e4m3 (3 bits of mantissa) of the value itself, subnormal below 2^-6 of 448.
+    # Half a unit in the last place of the stored value: of the 16-bit dtype; of a group's maximum in int8's 127 steps;
+    # of the value in e4m3 (3 bits of mantissa), which is subnormal below 2^-6 of 448.
     half = torch.finfo(dtype).eps / 2
     error = (found[at] - rows).abs()
     assert (error[:, 512:] <= rows[:, 512:].abs() * half * 1.01 + 1e-6).all()

@@ -1,4 +1,4 @@
-"""What `ictx kernels tune` writes is what the kernels then use."""
+"""The kernels use the configurations that `ictx kernels tune` writes."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_found_configurations_are_chosen(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(tuned, "FILE", file)
     tuned.section.cache_clear()
     assert tuning.decode_config(87, 16, None) == found
-    # A card between two targets takes the older one; what was not searched is what its predecessor had.
+    # A GPU between two targets uses the older one; configurations that were not searched are its predecessor's.
     assert tuning.decode_config(88, 16, None) == found
     assert tuning.decode_config(87, 32, "int8") == tuning.decode_config(86, 32, "int8")
     assert tuning.decode_config(86, 16, None) != found
@@ -52,11 +52,11 @@ def test_found_configurations_are_chosen(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_cards_of_fast_memory_have_configurations_of_their_own() -> None:
-    """Where nothing was found for these, they take what their compute capability has."""
+    """Without configurations for fast memory, those of the compute capability are used."""
     assert tuning.decode_config(90, 16, None, fast=True) != tuning.decode_config(90, 16, None)
     assert tuning.decode_config(90, 32, "int8", fast=True) == tuning.decode_config(90, 32, "int8")
     assert tuning.decode_config(80, 16, None, fast=True) == tuning.decode_config(80, 16, None)
-    # A newer target takes sm_90's others: it has no products of Hopper's kind.
+    # A newer target uses sm_90's configurations without wgmma, which only Hopper has.
     assert tuning.decode_config(100, 16, "int8", fast=True) == tuning.decode_config(90, 16, "int8")
 
 
@@ -64,7 +64,7 @@ def test_cards_of_fast_memory_have_configurations_of_their_own() -> None:
 def test_hopper_takes_its_own_products_for_quantised_caches(
     memory: float, plain: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On an H100 and on an H200, which takes another cut for the other caches, too."""
+    """On an H100 and on an H200, which also has other configurations for unquantised caches."""
     device = torch.device("meta")
     monkeypatch.setattr(dispatch, "interpreted", lambda: False)
     monkeypatch.setattr(dispatch, "_total_memory", lambda device: memory)
@@ -87,7 +87,7 @@ def test_short_caches_are_cut_up_as_on_other_cards(stored: str | None, monkeypat
     most = SHORT_QUANTISED if stored else SHORT
     short, long = (launch_of(device, 16, stored, room=room)[0] for room in (most, most + 1))
     assert short == tuning.decode_config(90, 16, stored, case="short" if most <= SHORTEST else "") != long
-    # A workspace is made for the longest.
+    # The workspace fits the longest cache.
     assert long == tuning.decode_config(90, 16, stored, fast=True) == launch_of(device, 16, stored)[0]
     assert long.programs >= short.programs
 
@@ -100,14 +100,14 @@ def test_one_sequence_and_the_shortest_caches_have_configurations_of_their_own(m
         monkeypatch.setattr(dispatch, "fast_memory", lambda device, stored=None, own=own: own)
         several, one = (launch_of(device, 16, None, batch=batch)[0] for batch in (2, 1))
         assert (one != several) == own
-        # A workspace is made for several.
+        # The workspace fits several sequences.
         assert one.programs <= several.programs
         monkeypatch.setattr(dispatch, "fast_memory", lambda device, stored=None: False)
         for stored in (None, "int8", "fp8"):
             short, longer = (launch_of(device, 16, stored, room=room)[0] for room in (SHORTEST, SHORTEST + 1))
             assert (short != longer) == own
             assert short.programs <= longer.programs
-        # What was found for these has 16 rows.
+        # Configurations for short caches have 16 rows.
         assert launch_of(device, 32, None, room=1)[0] == launch_of(device, 32, None)[0]
 
 
@@ -135,7 +135,7 @@ def test_every_target_knows_every_kind_of_input() -> None:
             target = int(name.removeprefix("sm_"))
             for rows in {block_m_of(rows, target) for rows in (1, 16, 17, 128)}:
                 config = tuning.decode_config(target, rows, stored)
-                # Newer targets take these, so that Hopper's own products must not be among them.
+                # Newer targets use these, so they must not use wgmma.
                 assert config.warps in (4, 8) and not config.warpgroup
 
 
@@ -146,13 +146,13 @@ def test_products_of_a_group_of_warps_are_fit_to_ship(stored: str, tmp_path: Pat
     try:
         fits = functools.partial(decode_tune.decode_fits, tmp_path, target=90, stored=stored, block_m=16)
         assert fits(config)
-        assert not fits(replace(config, stages=config.stages + 1)), "two of these are too much shared memory"
+        assert not fits(replace(config, stages=config.stages + 1)), "one more stage needs too much shared memory"
     finally:
         tuning.override = None
 
 
 def test_a_kind_that_compiles_slowly_does_not_starve_the_next() -> None:
-    """A search ends when its time does, measures what is ready, and calls off what is not under way."""
+    """A search ends at its time limit, measures the compiled configurations, and cancels the others."""
     measured: list[str] = []
 
     def seconds(config: Any) -> float:

@@ -1,6 +1,6 @@
-"""The kernels as they are compiled for Turing, of which there is none here: their PTX runs on the CPU (see `ptx`).
+"""Kernels compiled for Turing, without such a GPU: the CPU interprets their PTX (see `ptx`).
 
-What runs it is checked by the same kernels for sm_80 and sm_90: the decodes for sm_90 were run on such a GPU.
+The same kernels for sm_80 and sm_90 check the interpreter: the decodes for sm_90 were also run on such a GPU.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ from ictx.serve.ragged import attend_ragged
 
 PROGRAMS = 3
 MATRIX = {75: "m16n8k8", 80: "m16n8k16", 90: "m16n8k16"}
-"""Shape of a matrix instruction's operands, by the target."""
+"""Shape of a matrix instruction's operands, by target."""
 launched: list[tuple[str, str]] = []
-"""Kernels that a test launched, and their PTX."""
+"""Kernels launched by a test, and their PTX."""
 
 
 @pytest.fixture
 def target(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
-    """A compute capability that every device passes for; what is launched there runs on the CPU.
+    """Simulates the compute capability of every device; launches run on the CPU.
 
-    With it may come whether the threads of a program take each instruction together.
+    The parameter may also set whether the threads of a program execute each instruction together.
     """
     capability, together = request.param if isinstance(request.param, tuple) else (request.param, True)
     if dispatch.interpreted():
-        pytest.skip("nothing is compiled there")
+        pytest.skip("nothing is compiled in Triton's interpreter")
     from triton.runtime.jit import JITFunction
 
     compiled_by = JITFunction.run
@@ -54,7 +54,7 @@ def target(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.M
         bound = inspect.signature(self.fn).bind(*given, **named).arguments
         arguments = [value for name, value in bound.items() if compiled.src.signature[name] != "constexpr"]
         launched.append((self.__name__, compiled.asm["ptx"]))
-        # Two more for the compiler's own scratch memory, of which our kernels need none.
+        # Two more arguments for the compiler's scratch memory, which our kernels do not need.
         ptx.run(compiled.asm["ptx"], grid, compiled.metadata.shared, [*arguments, 0, 0], together=together)
         return compiled
 
@@ -67,7 +67,7 @@ def target(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.M
 
 
 def have_run(target: int, *names: str) -> bool:
-    """Whether these kernels, and no others, were launched, with the target's matrix instructions."""
+    """Returns whether exactly these kernels were launched, with the target's matrix instructions."""
     shapes = {shape for _, text in launched for shape in re.findall(r"\bmma\.sync\.aligned\.(\w+)\.", text)}
     return {name for name, _ in launched} == set(names) and shapes == {MATRIX[target]}
 
@@ -100,7 +100,7 @@ def test_decode_agrees(target: int, lens: list[int], heads: int, query: int, pag
 def test_products_of_a_group_of_warps_agree(
     target: int, stored: str, lens: list[int], heads: int, query: int, page: int
 ) -> None:
-    """Those of Hopper, which its cards take for quantised caches."""
+    """wgmma, which Hopper GPUs use for quantised caches."""
     config = decode_config(target, 16, stored, fast=True)
     assert config.warpgroup
     test_kernels.agrees(test_kernels.inputs(lens, heads, query, page), stored, config)
@@ -111,7 +111,7 @@ def test_products_of_a_group_of_warps_agree(
 
 @pytest.mark.parametrize("target", [(90, False)], indirect=True)
 def test_what_these_products_wait_for_is_missed(target: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The compiler puts barriers and fences where the source has none: here they are taken out of the PTX."""
+    """The compiler inserts barriers and fences that are not in the source; the test removes them from the PTX."""
     given, config, run = test_kernels.inputs([140], 16, 1, 64), decode_config(target, 16, "int8", fast=True), ptx.run
     for instruction, message in (
         ("fence.proxy.async", "is written without fence.proxy.async before its product"),

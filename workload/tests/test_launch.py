@@ -1,4 +1,4 @@
-"""torchrun with the status of the rank that failed."""
+"""torchrun with the exit status of the failed rank."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 
 def launched(*words: str) -> subprocess.CompletedProcess[str]:
-    """Runs two ranks of a shell's command."""
+    """Runs a shell command as two ranks."""
     options = ["--standalone", "--nproc-per-node=2", "--no-python"]
     command = [sys.executable, "-m", "ictx.train.launch", *options, *words]
     return subprocess.run(command, capture_output=True, text=True, check=False)
@@ -20,9 +20,9 @@ def launched(*words: str) -> subprocess.CompletedProcess[str]:
     ("command", "status"),
     [
         ("exit 0", 0),
-        # The other rank waits for one that has failed, and gets SIGTERM.
+        # The other rank waits for the failed one, and gets SIGTERM.
         ("if [ $RANK = 1 ]; then exit 2; fi; exec sleep 60", 2),
-        # torchrun replaces two $ by one.
+        # torchrun replaces $$ with $.
         ("if [ $RANK = 0 ]; then kill -KILL $$$$; fi; exec sleep 60", 128 + signal.SIGKILL),
     ],
 )

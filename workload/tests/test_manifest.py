@@ -1,4 +1,4 @@
-"""A manifest finds whatever changed in a folder; whatever a manifest contains, it is one line that names the file."""
+"""A manifest detects every change in a folder; an invalid manifest is an error of one line with the file's name."""
 
 from __future__ import annotations
 

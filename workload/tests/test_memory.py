@@ -1,4 +1,4 @@
-"""`recompute: auto`: computed memory against what docs/training.md measured, and what is chosen from it."""
+"""`recompute: auto`: the memory estimate against measurements in docs/training.md, and the selected mode."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ MEASURED: dict[str, tuple[Work, int, float]] = {
     "524,288, CP 2": (Work(1 << 18, 2, cp=2), 16, 52.9),
     "1,048,576, CP 4": (Work(1 << 18, 4, cp=4), 16, 53.7),
 }
-"""Layers that keep attention's result alone, and GB allocated: docs/training.md, 2026-11-26 and 27, H200."""
+"""Number of layers that keep only attention's result, and GB allocated: docs/training.md, 2026-11-26 and 27, H200."""
 
 
 @pytest.mark.parametrize("row", MEASURED)
@@ -83,7 +83,7 @@ def test_more_memory_means_that_less_is_computed_again() -> None:
 
 
 class OneOf(Ranks):
-    """A rank on a GPU among others with less memory."""
+    """A rank whose peers have less GPU memory."""
 
     def largest(self, *values: float) -> list[float]:
         return [max(value, -others) for value, others in zip(values, OTHERS, strict=True)]

@@ -1,4 +1,4 @@
-"""What a run exposes to monitoring."""
+"""Metrics that a run exposes to monitoring."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_about_json_says_what_the_run_is(tmp_path: Path) -> None:
 def test_operations_of_a_token_are_six_per_weight_and_grow_with_the_window() -> None:
     weights = 1_004_623_872 - 65536 * 2048
     assert flops_per_token(ICTX_1B, 0).full == 6 * weights
-    # Scores and values of 16 layers × 16 heads of (192 + 128), 2 operations each, three passes.
+    # Scores and values of 16 layers × 16 heads of (192 + 128), 2 operations each, in three passes.
     attention = 3 * 16 * 16 * (192 + 128) * 2 * 4096
     assert flops_per_token(ICTX_1B, 4096) == Flops(6 * weights, attention)
     assert flops_per_token(ICTX_1B, 4096).causal == 6 * weights + attention / 2
@@ -50,7 +50,7 @@ def test_of_the_experts_those_count_that_a_token_goes_to() -> None:
     assert found == 6 * (all_of_them - experts * 58 // 64)
     further = flops_per_token(replace(config, num_nextn_predict_layers=1), 0).full - found
     layer = 6 * (all_of_them - experts * 58 // 64) / 16
-    assert 0.8 * layer < further - 6 * 65536 * 2048 < 1.2 * layer, "a layer, and the head again"
+    assert 0.8 * layer < further - 6 * 65536 * 2048 < 1.2 * layer, "a layer and a second head"
 
 
 def test_utilisation_is_the_share_of_the_peak() -> None:

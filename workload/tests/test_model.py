@@ -1,4 +1,4 @@
-"""The model agrees with transformers' DeepSeek-V3 and with itself, in every mode; wrong sizes are refused by name."""
+"""The model agrees with transformers' DeepSeek-V3, and between its modes; invalid sizes are rejected by name."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def tokens_of(batch: int, length: int, seed: int = 1) -> Tensor:
 
 
 def difference(ours: Tensor, theirs: Tensor) -> float:
-    assert theirs.std() > 0.3, "logits this flat would agree by chance"
+    assert theirs.std() > 0.3, "logits of low variance would agree by chance"
     return (ours - theirs).abs().max().item()
 
 
@@ -113,7 +113,7 @@ def test_the_workspace_is_bounded_and_its_size_changes_nothing(mode: Mode, monke
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_any_shape_any_chunks_any_padding(data: st.DataObject) -> None:
-    """Rows of any lengths, fed in pieces of any size with padding anywhere, have the logits that they have alone."""
+    """Rows of any length, in chunks of any size with padding at any place, have the same logits as each row alone."""
     draw = data.draw
     model = small(
         num_attention_heads=draw(st.integers(1, 3)),
@@ -177,8 +177,8 @@ def test_documents_in_one_sequence_do_not_see_each_other(length: int) -> None:
                 alone = model(tokens[row : row + 1, first:end])
                 assert (packed[row, first:end] - alone[0]).abs().max() <= 1e-5
         backwards = model(tokens, positions, document_ids=10 - documents)
-        assert torch.equal(packed, backwards), "numbers separate documents, in whatever order they come"
-        assert (model(tokens, positions)[0, 60:] - packed[0, 60:]).abs().max() > 0.01, "without numbers they see"
+        assert torch.equal(packed, backwards), "document IDs can be in any order"
+        assert (model(tokens, positions)[0, 60:] - packed[0, 60:]).abs().max() > 0.01, "without IDs documents attend"
 
 
 def test_later_tokens_do_not_change_earlier_logits() -> None:
@@ -233,7 +233,7 @@ def test_a_seed_gives_the_same_weights_by_way_of_the_meta_device() -> None:
     other.to_empty(device="cpu")
     other.init_weights(seed=7)
     for (name, ours), theirs in zip(model.state_dict().items(), other.state_dict().values(), strict=True):
-        if "correction_bias" not in name:  # tests give it values
+        if "correction_bias" not in name:  # the tests' models set it
             assert torch.equal(ours, theirs), name
     before = other.lm_head.weight.clone()
     other.init_weights(seed=8)

@@ -1,4 +1,4 @@
-"""Float16: what comes close to its largest number is named, and rescaling keeps the function."""
+"""Float16: activations close to its maximum are reported, and rescaling does not change the function."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def layer(model: Transformer) -> torch.nn.Module:
 
 @torch.no_grad()
 def large_norm(model: Transformer) -> None:
-    """The gain of a norm that grew, with projections that shrank."""
+    """Scales the gain of a norm up and the projections after it down."""
     layer(model).input_layernorm.weight.mul_(2.0**15)
     layer(model).self_attn.kv_a_proj_with_mqa.weight.mul_(2.0**-15)
     layer(model).self_attn.q_a_proj.weight.mul_(2.0**-15)

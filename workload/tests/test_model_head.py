@@ -1,4 +1,4 @@
-"""The loss in chunks is the loss of all logits, gradients included, whatever the chunks and whichever labels count."""
+"""The loss in chunks equals the loss of all logits, with gradients, for any chunk size and masked labels."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def head(dtype: torch.dtype, vocabulary: int = 37) -> Head:
 
 
 def whole(head: Head, hidden: Tensor, labels: Tensor, z_weight: float = 0.0) -> Tensor:
-    """The loss of all logits, as PyTorch computes it in float32 or more."""
+    """Returns the loss of all logits, computed by PyTorch in at least float32."""
     logits = head(hidden).flatten(0, 1)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     labels = labels.flatten().clamp(min=-1)
@@ -62,7 +62,7 @@ def test_loss_and_gradients_are_those_of_all_logits(
     with torch.no_grad():
         loss, none = part.losses(hidden, labels, chunk, z_weight)
     torch.testing.assert_close(loss.double(), alone, rtol=1e-5, atol=1e-6)
-    assert none == 0, "what is examined is the cross-entropy alone"
+    assert none == 0, "only the cross-entropy is compared"
     inputs = (hidden, part.weight)
     for ours, theirs in zip(
         torch.autograd.grad(2.5 * found, inputs), torch.autograd.grad(2.5 * wanted, inputs), strict=True
@@ -81,7 +81,7 @@ def test_compiled_as_on_gpus_it_is_the_same(z_weight: float) -> None:
 
 
 def test_in_bfloat16_sums_over_chunks_are_not_rounded() -> None:
-    """Gradients are no further from float64's than those of all logits at once."""
+    """Gradients differ from float64's no more than those of all logits at once."""
     hidden = torch.randn(4, 512, 16, generator=torch.Generator().manual_seed(2))
     labels = torch.randint(37, (4, 512), generator=torch.Generator().manual_seed(3))
     exact, rounded = head(torch.float64), head(torch.bfloat16)
@@ -126,12 +126,12 @@ def whole_of_model(model: Transformer, labels: Tensor, documents: Tensor | None)
 
 
 class Largest(TorchDispatchMode):
-    """The most values of a tensor that an operation makes."""
+    """Records the size of the largest tensor that an operation creates."""
 
     values = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Runs the operation."""
+        """Runs the operation and records the size of its result."""
         result = func(*args, **kwargs or {})
         for made in result if isinstance(result, tuple | list) else [result]:
             if isinstance(made, Tensor):

@@ -1,4 +1,4 @@
-"""The model attends by the kernels where they can run, and its results stay what they are: in Triton's interpreter."""
+"""The model uses the kernels where they can run, with unchanged results, in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ DOCUMENTS = torch.tensor([[0] * 13 + [1] * 27, [0] * 39 + [1]])
 def counted(
     monkeypatch: pytest.MonkeyPatch, name: str, expected: int, module: ModuleType = attention
 ) -> Iterator[None]:
-    """Expects so many calls of a kernel's function."""
+    """Asserts the number of calls of a kernel's function."""
     function, calls = getattr(module, name), []
     with monkeypatch.context() as patch:
         patch.setattr(module, name, lambda *a, **k: calls.append(name) or function(*a, **k))
@@ -37,20 +37,20 @@ def counted(
 
 
 def agrees(run: Callable[[Transformer], Tensor]) -> None:
-    """Compares a model in float16 with its like in float32, where PyTorch alone runs."""
+    """Compares a model in float16 with the same model in float32, which uses only PyTorch."""
     exact, found = run(small(num_hidden_layers=1)), run(small(num_hidden_layers=1).half())
     assert float((found.float() - exact).norm() / exact.norm()) <= 1e-2
 
 
 @pytest.fixture(autouse=True)
 def interpreter(request: pytest.FixtureRequest) -> None:
-    """Skips where Triton was imported to compile."""
+    """Skips if Triton was imported as a compiler."""
     if "own" not in request.node.name and not dispatch.interpreted():
         pytest.skip("runs with TRITON_INTERPRET=1")
 
 
 def gradients(model: Transformer, **given: Any) -> Tensor:
-    """Returns the gradient of what attention reads, flat."""
+    """Returns the gradient of attention's inputs, flattened."""
     model.zero_grad()
     (model(TOKENS, **given).float().log_softmax(-1)[..., 5]).sum().backward()
     return torch.cat([layer.self_attn.kv_b_proj.weight.grad.flatten() for layer in model.model.layers])
@@ -91,7 +91,7 @@ def test_prefill_in_chunks(block_size: int | None, mode: Any, monkeypatch: pytes
         cache = LatentCache(model.config, 2, 64, block_size=block_size, dtype=dtype)
         return torch.cat([model(part, cache=cache, mode=mode) for part in TOKENS.split([17, 12, 11], 1)], 1)
 
-    # Three chunks of two sequences, in the one layer.
+    # Three chunks of two sequences in one layer.
     with counted(monkeypatch, "mla_prefill", 6, attention_cached):
         agrees(run)
 
@@ -102,7 +102,7 @@ def test_decoding_and_what_it_leaves_in_the_cache(block_size: int | None, monkey
     def run(model: Transformer) -> Tensor:
         dtype = model.lm_head.weight.dtype
         cache = LatentCache(model.config, 2, 64, block_size=block_size, dtype=dtype)
-        # Padding is left out by the one kernel; the other takes sequences that go on alike.
+        # One kernel skips padding; the other requires that all sequences continue.
         mask = torch.ones(2, 9)
         mask[1, 5:] = 0
         out = [model(TOKENS[:, :9], cache=cache, attention_mask=mask)[mask.bool()]]

@@ -1,4 +1,4 @@
-"""Experts and the prediction of further tokens in training: groups, balance, biases, losses, shards."""
+"""Experts and multi-token prediction in training: groups, balance, biases, losses, shards."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def filled(module: nn.Module, scale: float = 0.3) -> nn.Module:
 
 
 def chosen_by_hand(scores: list[float], bias: list[float], config: MoeConfig) -> tuple[set[int], dict[int, float]]:
-    """The paper's words, one token at a time."""
+    """Selects experts as the paper defines, for one token."""
     size = config.n_routed_experts // config.n_group
     choice = [score + b for score, b in zip(scores, bias, strict=True)]
     groups = [range(first, first + size) for first in range(0, len(scores), size)]
@@ -83,7 +83,7 @@ def test_experts_compute_what_a_loop_over_tokens_does() -> None:
     experts = filled(Experts(MOE, 24))
     assert isinstance(experts, Experts)
     x = torch.randn(11, 24)
-    # Experts 0 and 7 get nothing.
+    # Experts 0 and 7 get no tokens.
     routing = Routing(torch.randint(1, 7, (11, 3)), torch.rand(11, 3), torch.rand(11, 8))
     with torch.no_grad():
         expected = torch.zeros_like(x)
@@ -114,7 +114,7 @@ def test_biases_bring_balance() -> None:
     assert first > 1.5 > 1.25 > last
     layer.eval()
     layer(x)
-    assert not layer.gate.tokens_per_expert.any(), "what is served is not counted"
+    assert not layer.gate.tokens_per_expert.any(), "inference is not counted"
 
 
 def test_the_balance_loss_is_least_where_experts_share_evenly() -> None:
@@ -127,16 +127,16 @@ def test_the_balance_loss_is_least_where_experts_share_evenly() -> None:
     assert balance_loss(even, config).item() == pytest.approx(1.0, rel=1e-5)
     assert balance_loss(uneven, config).item() == pytest.approx(8 / 3 * 2.7 / 3.2, rel=1e-5)
     two = balance_loss(torch.cat([even, uneven]), config).item()
-    assert two == pytest.approx((1.0 + 8 / 3 * 2.7 / 3.2) / 2, rel=1e-5), "each sequence for itself"
+    assert two == pytest.approx((1.0 + 8 / 3 * 2.7 / 3.2) / 2, rel=1e-5), "the loss is per sequence"
 
 
 def further_logits(model: Transformer, tokens: Tensor) -> Tensor:
-    """What the further prediction of a forward in training comes to, (batch, sequence - 1, vocab_size)."""
+    """Returns the logits of the further prediction in training, (batch, sequence - 1, vocab_size)."""
     found: list[Tensor] = []
     handle = model.mtp[0].register_forward_hook(lambda module, inputs, output: found.append(output))
     model(tokens, labels=tokens)
     handle.remove()
-    # The last position reads its label and has none to predict.
+    # The last position's label is an input, so it has no further label.
     return cast(Tensor, model.lm_head(found[0][:, :-1]))
 
 
@@ -157,7 +157,7 @@ def test_the_further_prediction_learns_and_shares_embedding_and_head() -> None:
     assert further.item() < first / 3
     further_tokens = tokens[0, 2:]
     assert (further_logits(model, tokens[:, :-1])[0].argmax(-1) == further_tokens)[20:].float().mean() > 0.9
-    # Its gradient reaches what it shares.
+    # Its gradient includes the shared weights.
     model(tokens[:, :-1], labels=tokens[:, 1:])
     model.auxiliary_losses()["mtp_loss"].backward()
     for shared in (model.model.embed_tokens.weight, model.lm_head.weight):
@@ -166,11 +166,11 @@ def test_the_further_prediction_learns_and_shares_embedding_and_head() -> None:
 
 
 def test_a_further_prediction_is_made_as_the_paper_says() -> None:
-    """Equations 21 to 23: of a token's state and the next token's embedding comes the one after that."""
+    """Equations 21 to 23: a token's state and the next token's embedding predict the token after that."""
     model = small(num_nextn_predict_layers=1)
     module, states = model.mtp[0], model.model
     with torch.no_grad():
-        # Norms that do different things, so that none can stand for another.
+        # Norms with different gains, to detect swapped norms.
         for number, norm in enumerate((module.enorm, module.hnorm, module.norm, states.norm)):
             norm.weight.uniform_(0.5, 2.0, generator=torch.Generator().manual_seed(number))
     tokens = torch.randint(97, (2, 12), generator=torch.Generator().manual_seed(2))
@@ -190,7 +190,7 @@ def test_a_further_prediction_sees_no_later_token() -> None:
     changed = tokens.clone()
     changed[0, 20:] = 96 - changed[0, 20:]
     one, other = further_logits(model, tokens), further_logits(model, changed)
-    # Position i has read tokens up to i + 1.
+    # Position i depends on tokens up to i + 1.
     torch.testing.assert_close(one[:, :19], other[:, :19])
     assert not torch.allclose(one[:, 19], other[:, 19])
 

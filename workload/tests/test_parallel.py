@@ -1,4 +1,4 @@
-"""Sharded, recomputed, compiled: loss and gradients stay those of the plain model."""
+"""Sharding, recompute and compilation do not change loss and gradients."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_settings_of_shipped_runs() -> None:
     for path in (files := shipped("pretrain/*.yaml")):
         assert load(str(path), ["run.dir=/nowhere"]).train.recompute in MODES
     assert {"ictx-1b.yaml", "tiny.yaml"} <= {path.name for path in files}
-    # The tokens of an epoch, at one window for each of four ranks.
+    # The tokens of an epoch, with one window for each of four ranks.
     loop = load("pretrain/ictx-1b.yaml", []).train
     assert loop.steps * 4 * loop.batch_size * loop.sequence_length == pytest.approx(465e6, rel=1e-3)
     for wrong in ("recompute=some", "recompute_layers=-1"):
@@ -40,7 +40,7 @@ def test_settings_of_shipped_runs() -> None:
 
 @pytest.fixture(scope="module")
 def mesh() -> Iterator[DeviceMesh]:
-    """A job of this process alone."""
+    """The mesh of a job with only this process."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield init_device_mesh("cpu", (1,))
     dist.destroy_process_group()
@@ -53,7 +53,7 @@ def config_of(**changes: Any) -> ModelConfig:
 def trained(
     model: Transformer, documents: Tensor | None = None, steps: int = 1
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """Returns loss, gradients, and the tokens that experts got."""
+    """Returns loss, gradients, and the tokens per expert."""
     model.init_weights(3)
     model.train()
     for _ in range(steps):
@@ -86,7 +86,7 @@ def test_every_mode_gives_the_same_gradients(
 
 
 def saved_bytes(model: Transformer) -> int:
-    """What a forward keeps for the backward, weights apart."""
+    """Returns the bytes that a forward keeps for the backward, without weights."""
     weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
     kept: dict[int, int] = {}
 
@@ -109,12 +109,12 @@ def test_a_mode_keeps_less_and_fewer_layers_keep_more() -> None:
         return saved_bytes(model)
 
     assert kept("full", 3) < kept("full", 1) < kept("none", 3)
-    # What selective keeps it keeps by itself, not through the hooks that this counts.
+    # Selective recompute stores its tensors itself, not through the hooks that this counts.
     assert kept("selective", 3) < kept("none", 3) / 2
 
 
 def attention_calls(mode: str) -> int:
-    """How often attention runs in a forward and backward of two layers."""
+    """Returns the number of attention calls in a forward and backward of two layers."""
     model, runs = small(num_hidden_layers=2).train(), 0
 
     class Counter(torch.utils._python_dispatch.TorchDispatchMode):
@@ -135,7 +135,7 @@ def test_attention_is_not_computed_again_unless_all_is() -> None:
 
 
 def adapter_gradients(mode: str) -> list[Tensor]:
-    """Returns the gradients of an adapter that drops half of its inputs."""
+    """Returns the gradients of an adapter with dropout 0.5."""
     model = small(num_hidden_layers=2).train()
     adapt(model, LoraConfig(rank=4, dropout=0.5))
     init_adapter(model, 3)
@@ -169,7 +169,7 @@ def test_an_adapter_begins_with_the_same_numbers_on_a_gpu() -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_compiled_equals_eager(mode: str, mesh: DeviceMesh, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every dense layer is one and the same graph; only the compiler behind it is left out here."""
+    """All dense layers are the same graph; a stub replaces the compiler's back end."""
     compile = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, **k: compile(f, backend="aot_eager", fullgraph=True, **k))
     torch._dynamo.reset()

@@ -1,4 +1,4 @@
-"""The gate of `ictx promote`: what it refuses names the metric and its numbers, and what is forced leaves a trace."""
+"""The gate of `ictx promote`: a rejection gives the metric and its numbers, and a forced promotion is recorded."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_every_reason_is_named() -> None:
 def test_a_version_within_the_margins_is_admitted() -> None:
     close = {"perplexity": 10.2, "needle": 0.85, "ruler": 0.78, "judge_win_rate": 0.5, "judge_win_rate_low": 0.4}
     assert len(check(SHIPPED, version(2, "models:/m/1", **close), version(1, **GOOD))) == 4
-    # A win over somebody else is no measure of the champion.
+    # A win against another version does not count.
     with pytest.raises(Refused, match="measured against models:/m/7, the champion is models:/m/1"):
         check(SHIPPED, version(2, "models:/m/7", **close), version(1, **GOOD))
 
@@ -148,6 +148,6 @@ def test_the_command_refuses_with_status_3_and_a_forced_version_keeps_why(
     assert tags[FORCED_TAG].startswith("alice, 20") and tags[FORCED_TAG].endswith(": a fix")
     assert "perplexity is 11" in tags[OVERRULED_TAG]
     assert str(client.get_model_version_by_alias(NAME, "champion").version) == second
-    # Back to the first, which is better: no force is needed, and it has no mark of one.
+    # Back to the first, which is better: this needs no force, and is not recorded as forced.
     assert promote(first) == 0
     assert FORCED_TAG not in client.get_model_version(NAME, first).tags

@@ -1,4 +1,4 @@
-"""`mla_prefill` agrees with float64 in every mode: in Triton's interpreter, and on a GPU where there is one."""
+"""`mla_prefill` agrees with float64 in every mode, in Triton's interpreter and on a GPU if available."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def inputs(
     new: int, length: int, heads: int, page: int, nope: int = 128, value: int = 128,
     dtype: torch.dtype = torch.float16, device: str = "cpu",
 ) -> dict[str, Any]:  # fmt: skip
-    """Random queries, weights and cache; what lies behind the sequence's end is NaN, as freed memory may be."""
+    """Returns random queries, weights and cache, with NaN beyond the sequence's end, as in freed memory."""
     generator = torch.Generator(device).manual_seed(length)
 
     def random(*shape: int) -> Tensor:
@@ -38,7 +38,7 @@ def inputs(
 
 
 def expected(given: dict[str, Any]) -> Tensor:
-    """The float64 result, written out."""
+    """Returns the float64 result from the definition."""
     q, length, table = given["q"].double(), given["length"], given["table"]
     rows = (given["cache"][0] if table is None else given["cache"][table.long()].flatten(0, 1))[:length].double()
     nope = q.shape[-1] - 64
@@ -58,7 +58,7 @@ def agrees(given: dict[str, Any], **knobs: Any) -> None:
 
 
 SMALL = 2 * 2 * 256 * 64
-"""Bytes in which two heads of 64 tokens are expanded."""
+"""Bytes of two heads of 64 expanded tokens."""
 CASES = [
     pytest.param((17, 100, 2, 16), {"mode": "expanded"}, id="in one part"),
     pytest.param((33, 130, 2, 0), {"mode": "expanded", "workspace": SMALL}, id="in parts, contiguous"),
@@ -99,7 +99,7 @@ def test_few_queries_are_absorbed_and_many_expanded() -> None:
     for new, absorbed in ((1, True), (64, True), (128, False), (8192, False)):
         estimate = cost(new, 131_072, 16, 128, 64, 128)
         assert (estimate.absorbed < estimate.expanded) is absorbed
-    # By hand: 2·10·512·2/0.8 + 2·256·10·3/0.6 and 2·512·2/0.8 + 2·10·1025/0.12.
+    # Computed by hand: 2·10·512·2/0.8 + 2·256·10·3/0.6 and 2·512·2/0.8 + 2·10·1025/0.12.
     assert cost(1, 10, 1, 1, 1, 1, 2) == pytest.approx((51_200.0, 2_560.0 + 20_500 / 0.12))
 
 

@@ -1,4 +1,4 @@
-"""Training seen from outside: runs learn, stop, resume exactly, export and register; what goes wrong is one line."""
+"""Training from the command line: runs learn, stop, resume exactly, export and register; errors are one line."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def result_of(run: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def whole(commands: Commands, prepared: Path) -> Path:
-    """A run that nothing disturbed, under torchrun as jobs start it."""
+    """An uninterrupted run, started with torchrun as in jobs."""
     run = commands.folder / "whole"
     arguments = ["--nproc-per-node=2", "--standalone", "-m", "ictx", *commands.pretrain(run, prepared)]
     ended = commands.end(commands.start(*arguments, module="torch.distributed.run"))
@@ -65,7 +65,7 @@ def test_a_record_tells_what_a_step_is_made_of(whole: Path) -> None:
     for record in records(whole):
         parts = {part: record[f"{part}_seconds"] for part in ("data", "forward", "backward", "optimizer", "ranks")}
         assert min(parts.values()) > 0, record
-        # What is left is a handful of assignments; a busy machine may take the process away just there.
+        # The rest is a few assignments, during which a busy machine may suspend the process.
         assert sum(parts.values()) <= record["step_seconds"] <= sum(parts.values()) + 0.5, record
         assert record["tokens_per_second"] > 0
 
@@ -73,13 +73,13 @@ def test_a_record_tells_what_a_step_is_made_of(whole: Path) -> None:
 def test_a_record_tells_of_what_comes_between_steps(whole: Path) -> None:
     logged = records(whole)
     pauses = {name: [r["step"] for r in logged if r[f"{name}_seconds"] > 0] for name in ("evaluation", "checkpoint")}
-    # A checkpoint is written after the record of its step; that of the last step is in none.
+    # A checkpoint is written after the record of its step, so the last one is in no record.
     assert pauses == {"evaluation": [60, 120], "checkpoint": [EVERY + 1, 2 * EVERY + 1]}
 
 
 @pytest.fixture(scope="module")
 def resumed(commands: Commands, prepared: Path) -> Path:
-    """A run of which one rank alone was signalled to stop in the middle, and that then went on."""
+    """A resumed run, stopped in the middle by a signal to one rank."""
     run = commands.folder / "resumed"
     ranks = commands.ranks(2, *commands.pretrain(run, prepared))
     wait_for_step(run, EVERY + 3, ranks)
@@ -89,7 +89,7 @@ def resumed(commands: Commands, prepared: Path) -> Path:
     stopped_at = max(curve(run))
     assert EVERY + 3 <= stopped_at < STEPS
     assert (run / "checkpoints" / f"step-{stopped_at:08}").is_dir()
-    # As if it had been killed a little later: records, and half of one, of steps that no checkpoint has.
+    # As if killed a little later: records, and a partial one, of steps after the last checkpoint.
     with (run / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"step": stopped_at + 1, "loss": 0.0, "learning_rate": 0.0}) + '\n{"step": ')
     (run / "checkpoints" / f"step-{STEPS - 1:08}.part").mkdir()
@@ -101,7 +101,7 @@ def resumed(commands: Commands, prepared: Path) -> Path:
 
 
 def wait_for_step(run: Path, step: int, ranks: list[subprocess.Popen[str]]) -> None:
-    """Waits until a run has recorded a step."""
+    """Waits until a run has recorded the step."""
     while all(rank.poll() is None for rank in ranks):
         if (run / "metrics.jsonl").exists() and len((run / "metrics.jsonl").read_text().splitlines()) >= step:
             return
@@ -111,17 +111,17 @@ def wait_for_step(run: Path, step: int, ranks: list[subprocess.Popen[str]]) -> N
 
 def test_training_gets_below_the_unigram_entropy(whole: Path) -> None:
     result, losses = result_of(whole), [record["loss"] for record in records(whole)]
-    assert losses[0] > math.log(512) - 0.5, "nothing is known at the start"
-    assert result["val_loss"] < result["unigram_entropy"] - 0.1, "the context carries information"
+    assert losses[0] > math.log(512) - 0.5, "the initial loss is that of chance"
+    assert result["val_loss"] < result["unigram_entropy"] - 0.1, "the model uses the context"
     assert [record["step"] for record in records(whole)] == list(range(1, STEPS + 1))
     assert result["final_loss"] == losses[-1]
     assert result["tokens"] == STEPS * BATCH * 2 * 32
     last = records(whole)[-1]
-    assert not {"auxiliary_loss", "expert_max_violation"} & {*last}, "a dense model has none"
+    assert not {"auxiliary_loss", "expert_max_violation"} & {*last}, "a dense model has no such metrics"
 
 
 def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(whole: Path, resumed: Path) -> None:
-    assert list(curve(resumed)) == list(range(1, STEPS + 1)), "each step once"
+    assert list(curve(resumed)) == list(range(1, STEPS + 1)), "each step must be recorded once"
     for step, (loss, rate) in curve(whole).items():
         assert curve(resumed)[step] == (pytest.approx(loss, rel=1e-5), rate), f"step {step}"
     assert result_of(resumed)["val_loss"] == pytest.approx(result_of(whole)["val_loss"], rel=1e-5)
@@ -135,7 +135,7 @@ def test_only_the_newest_checkpoints_stay(resumed: Path) -> None:
 def test_the_export_has_the_loss_that_was_measured(whole: Path, prepared: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(whole / "export")
     tokens = np.fromfile(prepared / "validation-00000.bin", "<u2").astype(np.int64)
-    # What was validated: 64 windows, spread evenly.
+    # Validation uses 64 windows at equal distances.
     available = (len(tokens) - 1) // 32
     places = [place * (available // 64) for place in range(64)]
     windows = torch.from_numpy(np.stack([tokens[place * 32 : place * 32 + 33] for place in places]))
@@ -148,7 +148,7 @@ def test_the_export_has_the_loss_that_was_measured(whole: Path, prepared: Path) 
     last = records(whole)[-1]
     found = {name.removeprefix("activation_amax/"): last[name] for name in last if name.startswith("activation_amax/")}
     assert set(found) == {"embed_tokens", "layers.0", "layers.1", "norm", "lm_head"}
-    assert found == pytest.approx(by_layer(amax), rel=1e-5), "the largest of both ranks"
+    assert found == pytest.approx(by_layer(amax), rel=1e-5), "the maximum of both ranks"
     kept = load_model(whole / "checkpoints" / f"step-{STEPS:08}").state_dict()
     for name, weight in load_pretrained(whole / "export").state_dict().items():
         assert torch.equal(weight, kept[name]), name
@@ -160,7 +160,7 @@ def test_the_export_has_the_loss_that_was_measured(whole: Path, prepared: Path) 
 def test_attention_ends_where_documents_end(
     commands: Commands, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With the mask, the loss is that of each document alone, as transformers computes it with the exported model."""
+    """With the mask, the loss is that of each document alone in transformers with the exported model."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", commands.tracking_uri)
     lines = [json.dumps({"text": f"{number} is followed by {number + 1}"}) for number in range(600)]
     (tmp_path / "short.jsonl").write_text("\n".join(lines))
@@ -203,7 +203,7 @@ run: {model_name: ""}
 def test_experts_and_the_further_prediction_train_on_several_ranks(
     commands: Commands, prepared: Path, tmp_path: Path
 ) -> None:
-    """Two ranks compute what one does with a batch of twice the size, also after a restart in the middle."""
+    """Two ranks give the losses of one rank with twice the batch size, also after a restart in the middle."""
     settings = tmp_path / "experts.yaml"
     settings.write_text(EXPERTS)
     runs = {name: tmp_path / name for name in ("one", "two", "restarted", "accumulated")}
@@ -226,12 +226,12 @@ def test_experts_and_the_further_prediction_train_on_several_ranks(
             assert curve(runs[name])[step][0] == pytest.approx(loss, rel=1e-5), f"{name}, step {step}"
         biases, others = ([router.e_score_correction_bias for router in models[key].routers] for key in ("two", name))
         for bias, other in zip(biases, others, strict=True):
-            assert bias.abs().max() == pytest.approx(0.005), "each step moved it, up or down"
-            # A score that is close to another's may be rounded to the other side of it.
+            assert bias.abs().max() == pytest.approx(0.005), "each step changes the bias"
+            # Two scores that are almost equal may be rounded into the other order.
             assert (bias - other).abs().lt(1e-6).float().mean() >= 0.85, name
     last = records(runs["two"])[-1]
     assert last["expert_max_violation"] > 0
-    assert last["auxiliary_loss"] > 0.3, "of the further prediction above all"
+    assert last["auxiliary_loss"] > 0.3, "mainly of the further prediction"
     for name in ("one", "accumulated"):
         assert records(runs[name])[-1]["auxiliary_loss"] == pytest.approx(last["auxiliary_loss"], rel=1e-5)
     assert last["activation_amax/layers.1"] > 0
@@ -250,7 +250,7 @@ def test_the_registry_has_the_model_its_alias_and_where_it_came_from(
     assert run.data.tags["slurm.job_id"] == "4711"
     assert run.data.params["train.sequence_length"] == "32"
     logged = client.get_metric_history(version.run_id, "loss")
-    assert [metric.step for metric in logged] == list(range(1, STEPS + 1)), "one MLflow run, each step once"
+    assert [metric.step for metric in logged] == list(range(1, STEPS + 1)), "one MLflow run with each step once"
     source = client.get_model_version_download_uri("ictx-test", version.version)
     copy = Path(download_artifacts(source, dst_path=str(tmp_path), tracking_uri=commands.tracking_uri))
     for file in (resumed / "export").iterdir():
@@ -280,7 +280,7 @@ def test_a_store_that_is_away_for_a_while_loses_no_metric(commands: Commands, pr
         time.sleep(0.01)
     said = []
     assert process.stdout
-    # What a writer of another program does, for longer than SQLite waits.
+    # Another program locks the database for longer than SQLite waits.
     with closing(sqlite3.connect(commands.tracking_uri.removeprefix("sqlite:///"), timeout=60)) as store:
         store.execute("BEGIN EXCLUSIVE")
         for line in process.stdout:
@@ -305,7 +305,7 @@ def test_what_a_run_could_not_send_its_next_start_sends_once(
     run = shutil.copytree(resumed, tmp_path / "run")
     client, run_id = MlflowClient(commands.tracking_uri), result_of(run)["mlflow_run_id"]
     before = [(m.step, m.timestamp, m.value) for m in client.get_metric_history(run_id, "loss")]
-    # As if the server had got the last records, and the job had died before it learnt so.
+    # As if the server had received the last records, but the job was killed before the response.
     (run / "mlflow_sent_step").write_text("100\n")
     ended = commands.run(*commands.pretrain(run, prepared))
     assert ended.status == 0, ended.err
@@ -368,7 +368,7 @@ def test_what_cannot_be_trained_is_refused_by_name(
 def test_a_full_disk_leaves_the_last_good_checkpoint(commands: Commands, prepared: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     arguments = commands.pretrain(run, prepared, "train.steps=15", "train.checkpoint_every=15", "run.model_name=")
-    store = f"sqlite:///{tmp_path}/mlflow.db"  # its own: the one that tests share may be larger than the limit by now
+    store = f"sqlite:///{tmp_path}/mlflow.db"  # a new store, since the tests' shared one may exceed the limit
     limit = ("prlimit", "--fsize=4000000")
     ended = commands.end(commands.start(*arguments, prefix=limit, env={"MLFLOW_TRACKING_URI": store}))
     assert ended.status == 2, ended
@@ -378,7 +378,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(commands: Commands, prepare
 
 
 def make_nan(monkeypatch: pytest.MonkeyPatch, steps: Container[int]) -> None:
-    """Sets one number of one gradient to NaN in some steps, counted from the start of the process."""
+    """Sets one value of one gradient to NaN in these steps, counted from the start of the process."""
     clip, count = torch.nn.utils.clip_grad_norm_, itertools.count(1)
 
     def poisoned(parameters: Iterable[torch.nn.Parameter], longest: float) -> Any:
@@ -400,14 +400,14 @@ def short(commands: Commands, prepared: Path, run: Path, *further: str) -> Pretr
 
 
 def strict(text: str) -> Any:
-    """Returns JSON; NaN, which Python writes by default, is none."""
+    """Parses JSON; fails on NaN, which Python writes by default but is not JSON."""
     return json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing(
     commands: Commands, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At a checkpoint's step, and at the last step, where what is saved is exported."""
+    """At the step of a checkpoint, and at the last step, whose state is exported."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", commands.tracking_uri)
     make_nan(monkeypatch, {3, 6})
     assert train(short(commands, prepared, tmp_path)) == 0

@@ -1,4 +1,4 @@
-"""The shipped recipes: they load, do what their comments describe, and their positions are those of transformers."""
+"""The shipped recipes load, match their comments, and have transformers' position encoding."""
 
 from __future__ import annotations
 

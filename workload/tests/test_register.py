@@ -1,4 +1,4 @@
-"""A model that no run of ours made, as a version of the registry."""
+"""Registration of a model that was not trained by a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""RULER's tasks: each has its answer in the text, as often as it should, at the requested length."""
+"""RULER's tasks: the text has the requested length, and contains the answers the right number of times."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_frequent_words_follow_the_zeta_distribution(all_tasks: dict[str, Task])
     question = all_tasks["fwe"].build(Random(1), ESSAY, 5000)
     counts = Counter(re.findall(r"\b[a-z]{6}\b", question.prompt.partition("coded words. ")[2].partition("\n")[0]))
     assert [word for word, _ in counts.most_common(3)] == question.answers
-    # ζ(2)⁻¹ k⁻² of 5,000; the first of all is the dots.
+    # 5,000 ζ(2)⁻¹ k⁻²; the most frequent word is the dots.
     assert [count for _, count in counts.most_common(3)] == [759, 337, 189]
 
 
@@ -172,7 +172,7 @@ def test_a_model_behind_an_endpoint_answers_each_task_within_its_room(
     decode = Vocabulary.load(model).tokenizer.decode
 
     def answer(body: dict[str, Any]) -> Any:
-        """Repeats every number of seven digits: right for needles, wrong for questions."""
+        """Repeats every number of seven digits, which is correct for needles and wrong for questions."""
         return text(" ".join(re.findall(r"[0-9]{7}", decode(body["prompt"]))))
 
     with serving(Server(answer=answer)) as server:

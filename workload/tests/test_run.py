@@ -1,4 +1,4 @@
-"""The training loop: what a step is normalised by, what becomes of bad steps, and what does not stop a run."""
+"""The training loop: normalisation of steps, bad steps, and errors that do not stop a run."""
 
 from __future__ import annotations
 
@@ -37,18 +37,18 @@ from ictx.train.validation import Validation
 
 @pytest.fixture(autouse=True)
 def tracked(commands: Commands, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs of this process log where the commands do."""
+    """Runs in this process log to the store of the commands."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", commands.tracking_uri)
 
 
 def short(commands: Commands, prepared: Path, folder: Path, *further: str) -> PretrainConfig:
-    """Returns the settings of a run of six steps, with a checkpoint after three."""
+    """Returns the settings of a run of six steps with a checkpoint after three."""
     wanted = ["train.steps=6", "train.checkpoint_every=3", "train.validation_windows=4", "run.model_name="]
     return load(str(commands.folder / "test.yaml"), [*wanted, f"run.dir={folder}", f"data.dir={prepared}", *further])
 
 
 class Masked(Pretraining):
-    """Pretraining on some tokens only: windows differ in how many."""
+    """Pretraining with masked labels, whose number differs between windows."""
 
     def batches(self, ranks: Ranks) -> Any:
         source = super().batches(ranks)
@@ -66,7 +66,7 @@ class Masked(Pretraining):
 
 
 def test_accumulated_batches_are_one_larger_batch(commands: Commands, prepared: Path, tmp_path: Path) -> None:
-    """Also where they differ in how many tokens count, and in how many further ones: a mean of means would not do."""
+    """Also if they differ in their numbers of labels and further labels, where a mean of means would be wrong."""
     shapes = {"whole": (8, 1, False), "accumulated": (2, 4, False), "reduced once": (2, 4, True)}
     for name, (batch, times, once) in shapes.items():
         wanted = [f"train.batch_size={batch}", f"train.accumulate={times}", f"train.reduce_once={once}"]
@@ -74,7 +74,7 @@ def test_accumulated_batches_are_one_larger_batch(commands: Commands, prepared: 
         config = short(commands, prepared, tmp_path / name, *wanted)
         assert run.main(Masked(config), config) == 0
     whole = curve(tmp_path / "whole")
-    assert len({round(loss, 3) for loss, _ in whole.values()}) > 3, "the loss moves"
+    assert len({round(loss, 3) for loss, _ in whole.values()}) > 3, "the loss changes"
     for name in ("accumulated", "reduced once"):
         for step, (loss, _) in curve(tmp_path / name).items():
             assert loss == pytest.approx(whole[step][0], rel=1e-5), f"{name}, step {step}"
@@ -107,7 +107,7 @@ def test_the_run_goes_back_after_a_series_of_bad_steps_and_leaves_their_data_out
         "rolled back to the checkpoint of step 3, skipping the data since then (roll-back 1 of 3"
         in capsys.readouterr().out
     )
-    # Steps 1 to 4, three bad ones, and 4 to 8 with other data.
+    # Steps 1 to 4, three bad steps, and steps 4 to 8 with other data.
     assert taken == [8 * number for number in range(12)]
     assert [record["step"] for record in records(tmp_path)] == list(range(1, 9))
     assert [record["roll_backs"] for record in records(tmp_path)] == [0, 0, 0, 1, 1, 1, 1, 1]
@@ -133,7 +133,7 @@ def test_a_spike_is_far_above_the_last_steps() -> None:
     assert len(progress.recent) == RECENT
     for loss, norm, spike in ((3.1, 1.1, False), (2.0, 0.1, False), (9.0, 1.0, True), (3.0, 5.0, True)):
         assert progress.is_spike(loss, norm, 6.0) is spike
-        assert not progress.is_spike(loss, norm, 0.0), "0 is none"
+        assert not progress.is_spike(loss, norm, 0.0), "0 disables it"
     again = Progress()
     again.load(progress.dump())
     again.load('{"of_a_later_version": 1}')
@@ -156,7 +156,7 @@ def test_a_spike_changes_no_weight(
 
 
 class OneOf:
-    """A rank without a process group: sums are its own."""
+    """A rank without a process group, whose sums are its own values."""
 
     def __init__(self, rank: int, count: int) -> None:
         self.data_rank, self.data_count, self.part = rank, count, (0, 1)
@@ -173,7 +173,7 @@ class OneOf:
 
 
 class Sums:
-    """A stage whose loss of a batch is the mean of its inputs."""
+    """A stage whose loss is the mean of the batch's inputs."""
 
     def __init__(self, kept: list[Batch]) -> None:
         self.kept = kept
@@ -220,7 +220,7 @@ def test_settings_of_the_optimizer_apply_to_a_run_that_goes_on(
     assert train(short(commands, prepared, tmp_path, *wanted)) == 0
     after = load_pretrained(tmp_path / "export").state_dict()
     name = "model.layers.0.self_attn.o_proj.weight"
-    # The rate of step 4 is the highest, 1e-2: half of each weight decays, and moves by a hundredth at most.
+    # Step 4 has the highest rate, 1e-2: each weight decays by half, and its update is at most 0.01.
     assert (after[name].norm() / before[name].norm()).item() < 0.6
 
 
@@ -244,7 +244,7 @@ def test_a_model_that_would_become_another_function_is_refused_by_name(
 def test_a_run_goes_on_with_the_rotations_that_it_began_with(
     commands: Commands, prepared: Path, tmp_path: Path, begun: str, now: str
 ) -> None:
-    """A shipped configuration's `rope_theta` may change between two starts of a run; what the message names helps."""
+    """A shipped configuration's `rope_theta` may change between two starts of a run; the message has the remedy."""
     assert train(short(commands, prepared, tmp_path / "whole", f"model.rope_theta={begun}")) == 0
     assert train(short(commands, prepared, tmp_path / "run", f"model.rope_theta={begun}", "train.steps=3")) == 0
     changed = commands.folder / "changed.yaml"
@@ -269,7 +269,7 @@ def test_rates_of_both_schedules() -> None:
         assert rates[:10] == pytest.approx([step / 10 for step in range(1, 11)])
         assert rates[-1] == pytest.approx(config.final_share)
         assert rates[9:] == sorted(rates[9:], reverse=True)
-    assert rates[9:80] == [1.0] * 71, "whatever the number of steps, until the decay"
+    assert rates[9:80] == [1.0] * 71, "constant until the decay"
     assert rates[84] == pytest.approx(0.1 + 0.9 * 0.5), "1 - √(5/20)"
     for wrong in ({"schedule": "linear"}, {"decay_steps": 5}, {"schedule": "wsd", "decay_steps": 0}):
         with pytest.raises(ValueError, match=f"^{[*wrong][-1]} is"):
@@ -297,7 +297,7 @@ def test_muon_goes_on_exactly_and_learns(commands: Commands, prepared: Path, tmp
 
 
 def test_a_run_begins_from_a_checkpoint_of_another(commands: Commands, prepared: Path, tmp_path: Path) -> None:
-    """A decay of its own, after the stable part of another run: the same as if that had been shorter."""
+    """A decay from the stable part of another run equals that of a shorter run."""
     stable = [
         "optimizer.schedule=wsd",
         "optimizer.decay_steps=2",
@@ -407,7 +407,7 @@ def test_a_checkpoint_that_cannot_be_written_does_not_stop_the_run(
 def test_training_goes_on_while_a_checkpoint_is_written(
     commands: Commands, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is saved is the state of its step, and the checkpoint before stays until it is complete."""
+    """The checkpoint has the state of its step, and the previous one is kept until it is complete."""
     write, publish, steps, again = checkpoint.save, checkpoint._publish, threading.Event(), tmp_path / "again"
 
     def slow(state: Any, storage_writer: Any, **how: Any) -> Any:

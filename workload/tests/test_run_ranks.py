@@ -1,4 +1,4 @@
-"""Runs of several ranks: they compute what one does, and go on from whatever ends them."""
+"""Runs of several ranks give the results of one rank, and resume after any failure."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ LAYOUTS = {
     "accumulated": (2, ["train.accumulate=2"]),
     "reduced once": (2, ["train.accumulate=2", "train.reduce_once=true"]),
 }
-"""Ranks, and settings; all do eight windows a step."""
+"""Number of ranks, and settings, each with eight windows per step."""
 
 
 def arguments(settings: Path, run: Path, data: Path, count: int, further: list[str]) -> list[object]:
-    """Returns the command line of a run whose global batch does not depend on the number of ranks."""
+    """Returns the arguments of a run whose global batch does not depend on the number of ranks."""
     times = 2 if "train.accumulate=2" in further else 1
     wanted = [f"run.dir={run}", f"data.dir={data}", f"train.batch_size={8 // count // times}", *further]
     return ["train", "pretrain", "--config", settings, *(f"--set={value}" for value in wanted)]
 
 
 def ended(commands: Commands, count: int, *words: object) -> list[str]:
-    """Returns what the ranks printed; all of them must end well."""
+    """Returns the output of the ranks, all of which must succeed."""
     ranks = [commands.end(rank) for rank in commands.ranks(count, *words)]
     assert [rank.status for rank in ranks] == [0] * count, ranks
     return [rank.out for rank in ranks]
@@ -45,7 +45,7 @@ def ended(commands: Commands, count: int, *words: object) -> list[str]:
 def test_any_number_of_ranks_does_what_one_does_and_goes_on_with_what_two_saved(
     commands: Commands, prepared: Path, tmp_path: Path, kind: str
 ) -> None:
-    """Experts and the further prediction included, and with replicas, and with batches that are accumulated."""
+    """Also with experts and the further prediction, replicas, and accumulated batches."""
     settings = tmp_path / "run.yaml"
     settings.write_text(EXPERTS if kind == "experts" else (commands.folder / "test.yaml").read_text())
     same = [f"train.steps={STEPS}", "train.checkpoint_every=25", "train.keep_checkpoints=9", "run.model_name="]
@@ -73,14 +73,14 @@ def test_any_number_of_ranks_does_what_one_does_and_goes_on_with_what_two_saved(
 
 
 def printed(rank: subprocess.Popen[str], text: str) -> None:
-    """Waits until a rank has printed something."""
+    """Waits until a rank has printed the text."""
     assert rank.stdout
     while text not in (line := rank.stdout.readline()):
         assert line, rank.communicate()
 
 
 def during_a_save(run: Path, ranks: list[subprocess.Popen[str]]) -> None:
-    """Waits until training has begun, and then until a checkpoint is being written."""
+    """Waits for the start of the training, and then until a checkpoint is being written."""
     printed(ranks[0], "parameters, ")
     while all(rank.poll() is None for rank in ranks):
         if any(run.glob("checkpoints/*.part")):
@@ -90,11 +90,11 @@ def during_a_save(run: Path, ranks: list[subprocess.Popen[str]]) -> None:
 
 
 def test_whatever_ends_a_run_the_next_start_goes_on(commands: Commands, prepared: Path, tmp_path: Path) -> None:
-    """A rank is killed, the disk is full, the job is signalled to stop in the middle of a save: each of it twice."""
+    """A killed rank, a full disk, and a signal to stop in the middle of a save, each of them twice."""
     same = ["train.steps=60", "train.checkpoint_every=3", "run.model_name=", "train.timeout=300"]
     run = tmp_path / "run"
     words, uninterrupted = (commands.pretrain(folder, prepared, *same) for folder in (run, tmp_path / "whole"))
-    # With a metrics store of their own: the one that tests share may be larger than what the full disk takes.
+    # With a new metrics store, since the tests' shared one may not fit on the full disk.
     (tmp_path / "mlflow").mkdir()
     commands = Commands(tmp_path, commands.started)
     ended(commands, 2, *uninterrupted)
@@ -108,7 +108,7 @@ def test_whatever_ends_a_run_the_next_start_goes_on(commands: Commands, prepared
         ranks[victim].send_signal(signal.SIGKILL)
         found = statuses(ranks)
         assert found[victim].status == -signal.SIGKILL
-        assert found[1 - victim].status == 2, "the other one does not wait for ever"
+        assert found[1 - victim].status == 2, "the other rank must not wait forever"
         assert "ictx: a rank has exited or does not respond" in found[1 - victim].err
     for _ in range(2):
         ranks = commands.ranks(2, *words)
@@ -125,7 +125,7 @@ def test_whatever_ends_a_run_the_next_start_goes_on(commands: Commands, prepared
         printed(ranks[0], "training continues, the last checkpoint is of step")
         for rank in ranks:
             rank.send_signal(signal.SIGTERM)
-        assert [rank.status for rank in statuses(ranks)] == [2, 2], "nothing could be saved"
+        assert [rank.status for rank in statuses(ranks)] == [2, 2], "the checkpoint could not be saved"
         assert before[-1] <= max(path.name for path in (run / "checkpoints").glob("step-????????"))
     ended(commands, 2, *words)
     assert curve(run) == curve(tmp_path / "whole")

@@ -1,4 +1,4 @@
-"""Fetching and promoting models of a real MLflow store: what arrives is whole, or the reason is one line."""
+"""Download and promotion of models from an MLflow store: complete, or an error of one line."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ Registered = Callable[..., str]
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model as training exports it."""
+    """The folder of a model in the format of training's export."""
     folder = tmp_path_factory.mktemp("exported")
     config = ModelConfig(num_attention_heads=1, max_position_embeddings=64, **SIZES)
     model = Transformer(config)
@@ -52,7 +52,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An MLflow store with its tables and nothing in them: making them takes seconds."""
+    """An MLflow store with empty tables, created once, since this takes seconds."""
     folder = tmp_path_factory.mktemp("store")
     MlflowClient(f"sqlite:///{folder}/mlflow.db").search_experiments()
     return folder / "mlflow.db"
@@ -60,7 +60,7 @@ def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def client(empty_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MlflowClient:
-    """A store of its own for each test."""
+    """A new store for each test."""
     shutil.copy(empty_store, tmp_path / "mlflow.db")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     return MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
@@ -68,7 +68,7 @@ def client(empty_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.fixture
 def registered(client: MlflowClient, exported: Path, tmp_path: Path) -> Registered:
-    """Registers the model as a job does, or as `change` leaves its folder; returns the version."""
+    """Returns a function that registers the model as a job does, after `change` of its folder; returns the version."""
 
     def register(change: Callable[[Path], object] = lambda _: None, name: str = NAME) -> str:
         run = tmp_path / "runs" / f"{len(list(tmp_path.glob('runs/*')))}"
@@ -80,7 +80,7 @@ def registered(client: MlflowClient, exported: Path, tmp_path: Path) -> Register
 
 
 def artifacts(client: MlflowClient, version: str) -> Path:
-    """Returns the folder in which the store keeps a version's files."""
+    """Returns the folder of a version's files in the store."""
     return Path(client.get_model_version_download_uri(NAME, version).removeprefix("file://"))
 
 
@@ -95,7 +95,7 @@ def test_a_pulled_model_is_the_exported_one(
     registered()
     assert pull(client, ModelRef.parse(uri), tmp_path / "models" / "m") == "1"
     fetched = files(tmp_path / "models" / "m")
-    assert fetched.pop(SUMS_FILE, None) is None, "what is verified is a model; the list has done its work"
+    assert fetched.pop(SUMS_FILE, None) is None, "the list of checksums is not part of the model"
     assert fetched == files(exported)
     assert [path.name for path in (tmp_path / "models").iterdir() if path.name != ".m.lock"] == ["m"]
 
@@ -154,7 +154,7 @@ def test_a_pull_that_was_killed_goes_on_where_it_was(
 ) -> None:
     version, target = registered(), tmp_path / "m"
     stored = artifacts(client, version)
-    # The last file of the listing cannot be read to its end: a pipe that nobody writes to.
+    # The last file is a pipe without a writer, so its read blocks.
     last = stored / "tokenizer_config.json"
     content = last.read_bytes()
     last.unlink()
@@ -173,7 +173,7 @@ def test_a_pull_that_was_killed_goes_on_where_it_was(
     kept = tmp_path / ".m.part" / "model.safetensors"
     before = kept.stat().st_mtime_ns
     pull(client, ModelRef(NAME, version=version), target)
-    assert (target / "model.safetensors").stat().st_mtime_ns == before, "fetched twice"
+    assert (target / "model.safetensors").stat().st_mtime_ns == before, "downloaded twice"
     assert files(target) == files(exported)
 
 
@@ -274,7 +274,7 @@ def test_what_is_not_registered_is_named(
 
 
 def test_a_server_that_is_down_is_one_line_within_a_minute(tmp_path: Path) -> None:
-    address = "http://127.0.0.1:9"  # discard: nothing listens
+    address = "http://127.0.0.1:9"  # port `discard`, without a server
     began = time.monotonic()
     done = subprocess.run(
         [sys.executable, "-m", "ictx", "pull", f"models:/{NAME}@champion", "--to", str(tmp_path / "m")],
@@ -313,7 +313,7 @@ def change_weights(stored: Path) -> None:
 
 
 def rewrite_everything(stored: Path) -> None:
-    """What a version's writer can do: other files, with a list of checksums that fits them."""
+    """Replaces the files and their checksums, as the owner of a version can."""
     change_weights(stored)
     write_sums(stored)
 
@@ -338,7 +338,7 @@ def test_what_changed_after_its_promotion_is_refused_by_name(
     with pytest.raises(UserError, match=reason):
         pull(client, ModelRef(NAME, alias="champion"), tmp_path / "after", promoted=True)
     assert not (tmp_path / "after").exists()
-    # Nor does a second promotion believe the new files.
+    # A second promotion also rejects the new files.
     with pytest.raises(UserError, match="its promotion recorded"):
         promote(client, version, "stable")
 

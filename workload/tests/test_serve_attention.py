@@ -1,4 +1,4 @@
-"""When our attention takes vLLM's place, and what the part of it computes that is PyTorch alone. Needs no vLLM."""
+"""Conditions under which our attention replaces vLLM's, and its parts in PyTorch. Does not need vLLM."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ FACTS: dict[str, Any] = {
 
 @pytest.fixture(autouse=True)
 def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton counts as installed and as not interpreted, whatever this machine has; nothing is launched."""
+    """Simulates that Triton is installed and not in its interpreter; nothing is launched."""
     monkeypatch.setattr(dispatch, "have_triton", lambda: True)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.delenv(dispatch.VARIABLE, raising=False)

@@ -1,4 +1,4 @@
-"""Settings: lists of sections, and what is wrong with them named by index."""
+"""Settings: lists of sections, and their errors with the index."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_an_element_is_set_by_its_index() -> None:
     given = {"parts": [{"name": "a"}, {"name": "b"}]}
     found = build(Settings, override(given, ["parts[1].weight=0.25", "layers=[7]"]))
     assert found == Settings([Part("a"), Part("b", 0.25)], layers=[7])
-    assert given == {"parts": [{"name": "a"}, {"name": "b"}]}, "what was given stays as it is"
+    assert given == {"parts": [{"name": "a"}, {"name": "b"}]}, "the argument must not change"
 
 
 @pytest.mark.parametrize(

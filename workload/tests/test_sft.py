@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: answers alone, each conversation for itself, packed or not; adapters."""
+"""Supervised fine-tuning: loss of answers only, separate conversations, packed or not; adapters."""
 
 from __future__ import annotations
 
@@ -58,13 +58,13 @@ def test_best_fit_puts_everything_somewhere_and_nothing_twice(sizes: list[int], 
     bins, room = best_fit(sizes, capacity), dict[int, int]()
     for size, chosen in zip(sizes, bins, strict=True):
         fitting = [left for left in room.values() if left >= size]
-        assert room.get(chosen, capacity) == min(fitting, default=capacity), "the fullest one that it fits into"
+        assert room.get(chosen, capacity) == min(fitting, default=capacity), "the fullest window with enough room"
         room[chosen] = room.get(chosen, capacity) - size
     assert min(room.values()) >= 0 and sorted(room) == list(range(len(room)))
 
 
 def array(sizes: list[int]) -> Conversations:
-    """Conversations that are distinguishable: all tokens of number n are n + 1, the second half answers."""
+    """Returns distinguishable conversations: all tokens of number n are n + 1, the second half is the answer."""
     tokens = [np.where(np.arange(size) < size // 2, -2 - number, number + 1) for number, size in enumerate(sizes)]
     return Conversations(np.concatenate(tokens), np.cumsum(sizes))
 
@@ -115,7 +115,7 @@ def test_windows_go_on_after_a_stop_on_more_or_fewer_ranks(stops: list[int], ran
 
 
 def test_packed_equals_unpacked(tune: Callable[..., Path], parent: Path, chats: Path) -> None:
-    """One step on all conversations: loss and gradient are the same, however they share windows."""
+    """In one step on all conversations, loss and gradient do not depend on the packing."""
     rows = list(read_rows(chats, "train"))
     tokens = list(encoded(rows, read_tokenizer(parent / "export"), Template(CHAT_TEMPLATE, {})))
     data, found = Conversations(np.concatenate(tokens), np.cumsum([len(each) for each in tokens])), {}
@@ -129,7 +129,7 @@ def test_packed_equals_unpacked(tune: Callable[..., Path], parent: Path, chats: 
 
 
 def test_the_loss_is_that_of_held_out_answers_alone(tune: Callable[..., Path], parent: Path, chats: Path) -> None:
-    """As transformers computes it with the exported model, one conversation at a time; with the parent, before."""
+    """Equals transformers' loss with the exported model, one conversation at a time; before, with the parent."""
     run = tune("run", "train.validation_windows=1000")
     result, tokenizer = result_of(run), AutoTokenizer.from_pretrained(run / "export")
     for folder, name in ((run, "val_loss"), (parent, "val_loss_before")):
@@ -144,14 +144,14 @@ def test_the_loss_is_that_of_held_out_answers_alone(tune: Callable[..., Path], p
             total += cross_entropy(logits, labels[1:], reduction="sum").item()
             count += sum(one["assistant_masks"])
         assert result[name] == pytest.approx(total / count, rel=1e-5), name
-    assert result["val_loss"] < result["val_loss_before"] - 0.5, "it learns"
+    assert result["val_loss"] < result["val_loss_before"] - 0.5, "the loss decreases"
 
 
 @pytest.mark.full
 def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(
     commands: Commands, parent: Path, chats: Path, tmp_path: Path
 ) -> None:
-    """With an adapter that drops inputs, which takes random numbers."""
+    """With dropout in the adapter, which needs random numbers."""
     same = ["train.steps=40", "train.checkpoint_every=1000", "train.lora={rank: 4, dropout: 0.2}"]
     words = arguments(commands, parent, chats, tmp_path / "stopped", *same)
     ranks = commands.ranks(2, *words)
@@ -171,7 +171,7 @@ def test_an_adapter_is_exported_merged_and_as_peft_reads_it(tune: Callable[..., 
     from peft import PeftModel
 
     run = tune("run", "train.lora={rank: 4, alpha: 8}", "optimizer.learning_rate=0.02")
-    assert result_of(run)["val_loss"] < records(run)[0]["loss"] - 0.3, "it learns"
+    assert result_of(run)["val_loss"] < records(run)[0]["loss"] - 0.3, "the loss decreases"
     base = AutoModelForCausalLM.from_pretrained(run / "init", dtype=torch.float32)
     merged = AutoModelForCausalLM.from_pretrained(run / "export", dtype=torch.float32)
     tokens = torch.arange(40)[None]
@@ -197,7 +197,7 @@ def test_an_adapter_is_exported_merged_and_as_peft_reads_it(tune: Callable[..., 
 def test_an_adapter_leaves_routed_experts_and_routers_as_they_are(
     tune: Callable[..., Path], parent: Path, tmp_path: Path
 ) -> None:
-    """Attention, dense layers and shared experts get one; what PEFT computes with it is what the export does."""
+    """Attention, dense layers and shared experts have one; PEFT gives the results of the merged export."""
     from peft import PeftModel
 
     experts = MoeConfig(n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, n_group=1, topk_group=1)
@@ -211,7 +211,7 @@ def test_an_adapter_leaves_routed_experts_and_routers_as_they_are(
     kept, first = (load_pretrained(run / folder).state_dict() for folder in ("export", "init"))
     changed = {name for name, weight in kept.items() if not torch.equal(weight, first[name])}
     assert not [name for name in changed if ".mlp.experts." in name or ".mlp.gate." in name]
-    assert {name for name in changed if ".shared_experts." in name}, "what all tokens go through learns"
+    assert {name for name in changed if ".shared_experts." in name}, "shared experts are trained"
     base, merged = (
         AutoModelForCausalLM.from_pretrained(run / name, dtype=torch.float32) for name in ("init", "export")
     )

@@ -1,4 +1,4 @@
-"""Fine-tuning beside the trainers that others use: the same data and settings give the same losses."""
+"""Fine-tuning compared with TRL and torchtune: the same data and settings give the same losses."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ SAME = [
     "optimizer.weight_decay=0.0",
     "packing=false",
 ]
-"""A constant rate, and each conversation for itself."""
+"""A constant rate, and conversations without packing."""
 TUNE = os.environ.get("ICTX_TORCHTUNE_PYTHON", "")
 CONFIGS = Path(__file__).parents[1] / "configs"
 
 
 def in_order(run: Path, chats: Path) -> list[Any]:
-    """Returns the rows as the run saw them; none was too long."""
+    """Returns the rows in the run's order; none may be too long."""
     (tokens,) = (run / "conversations").iterdir()
     windows, rows = Windows(Conversations.open(tokens / "train.bin"), 192, 0, False), list(read_rows(chats, "train"))
     assert len(windows) == len(rows)
@@ -61,7 +61,7 @@ def test_losses_are_those_of_trl(
 
     run = tune("run", *SAME)
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(name, raising=False)  # ours; with them accelerate would start a process group that stays
+        monkeypatch.delenv(name, raising=False)  # with these, accelerate would start a process group that remains
     model = AutoModelForCausalLM.from_pretrained(parent / "export", dtype=torch.float32)
     config = SFTConfig(
         str(tmp_path / "trl"),
@@ -96,14 +96,14 @@ def test_losses_are_those_of_trl(
 
 @pytest.mark.full
 @pytest.mark.torchtune
-@pytest.mark.skipif(not TUNE, reason="ICTX_TORCHTUNE_PYTHON names no interpreter with torchtune")
+@pytest.mark.skipif(not TUNE, reason="ICTX_TORCHTUNE_PYTHON is not set")
 def test_losses_are_those_of_torchtune(tune: Callable[..., Path], parent: Path, chats: Path, tmp_path: Path) -> None:
-    """`tune run` trains our export with the shipped configuration, and leaves one."""
+    """`tune run` trains our export with the shipped configuration, and writes a checkpoint."""
     run = tune("run", *SAME)
     data, out = tmp_path / "data", tmp_path / "out"
     data.mkdir()
     (data / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in in_order(run, chats)))
-    # The shipped recipe at a constant rate.
+    # The shipped recipe with a constant rate.
     config = load_yaml(CONFIGS / "torchtune" / "tiny.yaml")
     del config["lr_scheduler"]
     wanted = {"export": parent / "export", "data": data, "output_dir": out, "shuffle": "false", "batch_size": BATCH}

@@ -1,4 +1,4 @@
-"""The parts of a step: they add up to it, by a clock that the test turns; on a GPU without waiting for it."""
+"""The times of a step's parts add up to the step, with a manual clock; on a GPU without synchronization."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from ictx.stopwatch import Stopwatch
 
 
 class Clock:
-    """A clock that only the test turns."""
+    """A clock that only the test advances."""
 
     def __init__(self) -> None:
         self.now = 1000.0
 
     def __call__(self) -> float:
-        """Returns the seconds."""
+        """Returns the time in seconds."""
         return self.now
 
 
@@ -55,7 +55,7 @@ def test_a_reading_forgets_what_it_told(watch: Stopwatch, clock: Clock) -> None:
     assert watch.read() == {"forward": 1}
     clock.now += 2
     watch.lap("checkpoint")
-    assert watch.read() == {"checkpoint": 2}, "a lap begins where the last one ended"
+    assert watch.read() == {"checkpoint": 2}, "a lap starts at the end of the last one"
 
 
 def test_a_lap_without_a_beginning_is_refused_by_name(watch: Stopwatch) -> None:
@@ -65,7 +65,7 @@ def test_a_lap_without_a_beginning_is_refused_by_name(watch: Stopwatch) -> None:
 
 def test_collectives_that_overlap_count_once() -> None:
     collectives = Collectives()
-    assert collectives.mark() is None, "switched off, it notes nothing"
+    assert collectives.mark() is None, "nothing is recorded while disabled"
     for begin, end in ((5.0, 7.0), (6.0, 8.0), (1.0, 2.0), (6.5, 7.5), (None, 9.0)):
         collectives.add(begin, end)
     assert collectives.read() == pytest.approx(4.0)
@@ -86,7 +86,7 @@ def test_a_gpu_is_timed_without_waiting_for_it() -> None:
     for _ in range(200):
         matrix @ matrix
     watch.lap("products")
-    assert not torch.cuda.current_stream().query(), "the GPU is still at it when the lap is marked"
+    assert not torch.cuda.current_stream().query(), "the GPU must still be busy when the lap is marked"
     watch.lap("nothing")
     parts = watch.read()
     assert torch.cuda.current_stream().query()

@@ -1,4 +1,4 @@
-"""Sweeps seen from outside: values that Optuna chooses, trainings that are pruned, workers that are killed."""
+"""Sweeps from the command line: values from Optuna, pruned trials, killed workers."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_bad_settings_are_named(tmp_path: Path, assignment: str, words: str) -> 
 def test_workers_get_different_values_and_never_the_same_trial(tmp_path: Path) -> None:
     claims = []
     for _ in range(3):
-        # As if by three processes: each opens the sweep anew.
+        # As in three processes: each opens the sweep again.
         found = Sweep(config(tmp_path, "trials=3")).claim()
         assert found
         claims.append(found)
@@ -67,7 +67,7 @@ def test_workers_get_different_values_and_never_the_same_trial(tmp_path: Path) -
     assert all(type(claim.trial.params["optimizer.warmup_steps"]) is int for claim in claims)
     sweep = Sweep(config(tmp_path, "trials=3"))
     assert sweep.claim() is None and not sweep.finished()
-    # The same seed chooses the same.
+    # The same seed gives the same values.
     again = Sweep(config(tmp_path / "again", "trials=3")).claim()
     assert again and again.trial.params == claims[0].trial.params
 
@@ -78,7 +78,7 @@ def test_a_trial_whose_worker_is_lost_is_taken_over_some_times(
     settings = config(tmp_path, "trials=1", "retries=1")
     first = Sweep(settings).claim()
     assert first and Sweep(settings).claim() is None
-    # The training outlives its worker for a moment: the trial is not free.
+    # While the training of a lost worker still runs, its trial is not free.
     training = subprocess.Popen(["sleep", "60"], pass_fds=[first.lock])
     first.release()
     assert Sweep(settings).claim() is None
@@ -86,7 +86,7 @@ def test_a_trial_whose_worker_is_lost_is_taken_over_some_times(
     training.wait()
     second = Sweep(settings).claim()
     assert second and second.trial.number == 0 and second.trial.params == first.trial.params
-    # One that was signalled to stop is no fault of the trial.
+    # A worker that was signalled to stop is not counted as a failure of the trial.
     (second.folder / STOPPED_FILE).touch()
     second.release()
     third = Sweep(settings).claim()
@@ -109,7 +109,7 @@ def test_another_sweep_in_the_same_folder_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_wandb_agent_s_command_is_one_of_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As `wandb agent` makes it of the shipped definition and the values that it got."""
+    """The command is built as `wandb agent` does, from the shipped definition and received values."""
     monkeypatch.setenv("ICTX_SWEEP_DIR", str(tmp_path))
     monkeypatch.setenv("ICTX_SWEEP_DATA", "data/1")
     definition = yaml.safe_load((CONFIGS / "tiny-wandb.yaml").read_text())
@@ -140,7 +140,7 @@ def test_settings_of_an_agent_s_args_are_those_of_the_run() -> None:
 
 @pytest.mark.full
 def test_a_wandb_agent_trains_what_its_server_hands_out(commands: Commands, prepared: Path, tmp_path: Path) -> None:
-    """`wandb agent` itself, as a user starts it; only W&B's server, which no test can reach, is `WandbServer`."""
+    """Runs the real `wandb agent`; `WandbServer` replaces W&B's server, which tests cannot reach."""
     trial = [*map(str, sweep_of(commands, prepared, tmp_path / "sweep")), "--set=settings=[train.steps=6]"]
     with WandbServer() as server:
         server.sweep = yaml.safe_dump({"command": ["${env}", "ictx", "sweep", "trial", *trial, "${args}"]})
@@ -182,7 +182,7 @@ SPACE = "{optimizer.learning_rate: {choices: [0.01, 1.0e-6]}}"
 
 
 def sweep_of(commands: Commands, prepared: Path, folder: Path, *further: str) -> list[object]:
-    """Returns the arguments of a sweep with a good value and one that learns nothing."""
+    """Returns the arguments of a sweep with a good value and one with which training fails to learn."""
     base = folder.parent / "sweep.yaml"
     base.write_text((CONFIGS / "tiny.yaml").read_text())
     wanted = [
@@ -217,7 +217,7 @@ def test_a_sweep_ends_with_its_best_trial_prunes_and_survives_a_killed_worker(
     while not any((folder / "trial-0000" / "checkpoints").glob("step-????????")):
         assert process.poll() is None, process.communicate()
         time.sleep(0.05)
-    # Of the two workers, the one that has trial 0.
+    # The worker of trial 0.
     (worker,) = [pid for pid in children(process.pid) if holds(pid, folder / "trial-0000" / "worker")]
     os.kill(worker, signal.SIGKILL)
     ended = commands.end(process)
@@ -233,11 +233,11 @@ def test_a_sweep_ends_with_its_best_trial_prunes_and_survives_a_killed_worker(
     assert states.count(TrialState.PRUNED) >= 1 and {*states} == {TrialState.PRUNED, TrialState.COMPLETE}, states
     for trial in trials:
         steps = [each["step"] for each in read_records(folder / f"trial-{trial.number:04}" / "metrics.jsonl")]
-        assert steps == list(range(1, len(steps) + 1)), "each step once"
+        assert steps == list(range(1, len(steps) + 1)), "each step must be recorded once"
         assert (len(steps) < 40) == (trial.state == TrialState.PRUNED)
         assert trial.state == TrialState.COMPLETE or trial.params == {"optimizer.learning_rate": 1e-6}
     assert trials[0].user_attrs["crashes"] == 1
-    # In MLflow: one run of the sweep, and one of each trial below it.
+    # MLflow has one run for the sweep, and a child run for each trial.
     client = MlflowClient(commands.tracking_uri)
     parent = (folder / "mlflow_run_id").read_text().strip()
     experiment = client.get_run(parent).info.experiment_id
@@ -248,7 +248,7 @@ def test_a_sweep_ends_with_its_best_trial_prunes_and_survives_a_killed_worker(
     assert (folder / "sweep.png").read_bytes()[:4] == b"\x89PNG"
     best = yaml.safe_load((folder / "best.yaml").read_text())
     assert best["optimizer"]["learning_rate"] == 0.01 and best["train"]["steps"] == 40
-    # A further worker finds nothing to do; the table shows all.
+    # Another worker has nothing to do; the table shows all trials.
     assert commands.run("sweep", "run", *arguments).status == 0
     shown = commands.run("sweep", "status", *arguments).out
     assert shown.count("pruned") == states.count(TrialState.PRUNED) and len(shown.splitlines()) == 7

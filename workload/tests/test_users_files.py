@@ -1,4 +1,4 @@
-"""Files that users write, whatever is in them: read, or refused in one line that names the file."""
+"""Files from users, with any content, are read or rejected with one line that names the file."""
 
 from __future__ import annotations
 
@@ -52,10 +52,10 @@ def test_records_of_any_content_are_taken_up(
 
 
 class NoTracker:
-    """Takes records."""
+    """A tracker that discards records."""
 
     def log(self, records: list[dict[str, float]]) -> None:
-        """Forgets them."""
+        """Discards the records."""
 
 
 @given(note=st.binary(max_size=30) | st.integers().map(lambda number: str(number).encode()))
@@ -75,12 +75,12 @@ def test_notes_of_any_content_are_taken_up(tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture(scope="module")
 def meta(prepared: Path) -> dict[str, Any]:
-    """What meta.json holds."""
+    """The content of meta.json."""
     return read_meta(prepared)
 
 
 def places(value: Any, place: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """Returns all places below a value."""
+    """Returns the paths of all values in a nested value."""
     if isinstance(value, dict | list):
         items = value.items() if isinstance(value, dict) else enumerate(value)
         return [place, *(found for key, inner in items for found in places(inner, (*place, key)))]
@@ -88,7 +88,7 @@ def places(value: Any, place: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 
 
 def changed(value: Any, place: tuple[Any, ...], new: Any) -> Any:
-    """Returns a value with another one at a place."""
+    """Returns a copy of a nested value with another value at a path."""
     if not place:
         return new
     copy = value.copy()

@@ -1,4 +1,4 @@
-"""`ictx --version` names the commit, the image and the lock files of what runs."""
+"""`ictx --version` prints the commit, the image and the lock files."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ def environment(tmp_path: Path) -> Path:
 
 
 def printed(source: Path, python: Path = Path(sys.executable), **environment: str) -> list[str]:
-    """Returns the lines that the program prints from a folder of sources."""
+    """Returns the output lines of the program in a folder of sources."""
     variables = {"PATH": os.environ["PATH"], "PYTHONPATH": ":".join([str(source), *sys.path]), **environment}
     command = [python, "-m", "ictx", "--version"]
     return subprocess.run(command, env=variables, capture_output=True, text=True, check=True).stdout.splitlines()
 
 
 def checkout(folder: Path) -> Path:
-    """Makes a repository with this package; returns its folder of sources."""
+    """Creates a repository with this package; returns its folder of sources."""
     workload, here = folder / "workload", Path(__file__).parents[1]
     workload.mkdir(parents=True)
     (workload / "pyproject.toml").write_bytes((here / "pyproject.toml").read_bytes())
-    # Compiled files are written anew, which would be a change.
+    # Compiled files would be written again, which is a change.
     shutil.copytree(here / "src", workload / "src", ignore=shutil.ignore_patterns("__pycache__"))
     identity = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
     for words in (["init", "--quiet"], ["add", "."], [*identity, "commit", "--quiet", "--message=a"]):
@@ -61,7 +61,7 @@ def test_a_checkout_is_named_by_its_commit_and_whether_it_was_changed(tmp_path: 
 
 
 def test_a_job_names_its_image(tmp_path: Path) -> None:
-    """What a repository around the installed package holds is not this package's commit."""
+    """The commit of a repository that contains the installed package is not the package's commit."""
     source = checkout(tmp_path / "repository")
     (source.parent / "pyproject.toml").unlink()
     assert printed(source)[0] == f"ictx {__version__}"

@@ -1,7 +1,7 @@
-"""vLLM serves what is exported: its greedy tokens are ours, with its own attention and with ours in its place.
+"""vLLM serves exported models: its greedy tokens equal ours, with its attention and with ours as a plug-in.
 
-Runs with `ICTX_VLLM_PYTHON=/path/to/python`, an interpreter that has vLLM's CPU build and this package
-(`scripts/test-vllm` makes one).
+Requires `ICTX_VLLM_PYTHON=/path/to/python`, an interpreter with vLLM's CPU build and this package
+(`scripts/test-vllm` installs one).
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ SETTINGS = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "CUDA_VISIBLE_DEVICES": "",
 }
-# Offline inference with the settings that vLLM's CPU build needs: its own rotary operator for the CPU mishandles the
-# queries of latent attention without a word, so only PyTorch's operators are used. Its back end for processors with AMX
-# has bfloat16 alone.
+# Offline inference with the settings that vLLM's CPU build needs: its rotary operator for the CPU silently gives wrong
+# queries of latent attention, so only PyTorch's operators are used. Its back end for processors with AMX supports only
+# bfloat16.
 PROGRAM = """
 import gc, json, sys
 from vllm import LLM, SamplingParams, TokensPrompt
@@ -54,8 +54,8 @@ def main():
 if __name__ == "__main__":
     main()
 """
-# What is for GPUs, run on the CPU: the implementation (but for vLLM's write to the cache, a CUDA kernel) and the
-# builder, which has several tokens of a sequence decoded at once where vLLM speculates.
+# The classes for GPUs, run on the CPU: the implementation (except vLLM's write to the cache, a CUDA kernel) and the
+# builder, with which several tokens of a sequence are decoded at once in speculative decoding.
 GPU_CLASSES = """
 import ictx.serve.vllm_attention as ours
 from vllm.v1.attention.backends.mla.cpu_mla import CPUMLAImpl
@@ -79,8 +79,8 @@ SPECULATIVE = {
         "prompt_lookup_max": 2,
     }
 }
-# What vLLM's own code for NVIDIA GPUs chooses. There is none here: a platform that reports to be one, with a compute
-# capability that is given, and the wheel's compiled part stand in for it. Nothing is computed.
+# The selection of vLLM's code for NVIDIA GPUs, without a GPU: stubs of a CUDA platform with a given compute capability
+# and of the wheel's compiled part. Nothing is computed.
 CHOICE = """
 import json, sys, types
 sys.modules["vllm._C_stable_libtorch"] = types.ModuleType("vllm._C_stable_libtorch")
@@ -129,20 +129,20 @@ MOE = MoeConfig(
 )
 pytestmark = [
     pytest.mark.vllm,
-    pytest.mark.skipif(not PYTHON, reason="ICTX_VLLM_PYTHON names no interpreter with vLLM"),
+    pytest.mark.skipif(not PYTHON, reason="ICTX_VLLM_PYTHON is not set"),
 ]
 
 
 @dataclass(frozen=True)
 class Exports:
-    """A folder with a model of each kind, and prompts."""
+    """A folder with a dense model, a model with experts, and prompts."""
 
     folder: Path
     models: dict[str, Transformer]
     prompts: list[list[int]]
 
     def run(self, program: str, *arguments: str, attention: str, given: str = "") -> str:
-        """Returns what a program printed that runs in vLLM's interpreter."""
+        """Runs a program in vLLM's interpreter and returns its output."""
         ended = subprocess.run(
             [PYTHON, "-c", program, *arguments] if given else [PYTHON, self._written(program), *arguments],
             cwd=self.folder,
@@ -157,7 +157,7 @@ class Exports:
         return ended.stdout
 
     def _written(self, program: str) -> Path:
-        """Processes that vLLM starts read the program again: it must be a file."""
+        """Writes the program to a file, which vLLM's child processes import again."""
         file = self.folder / "program.py"
         file.write_text(program)
         return file
@@ -165,7 +165,7 @@ class Exports:
 
 @pytest.fixture(scope="module")
 def exports(tmp_path_factory: pytest.TempPathFactory) -> Exports:
-    """A dense model and one with experts."""
+    """Exports of a dense model and one with experts."""
     folder = tmp_path_factory.mktemp("vllm")
     models = {
         name: small(
@@ -189,7 +189,7 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> Exports:
 
 @dataclass(frozen=True)
 class Served:
-    """What vLLM answered with both models, and what it logged."""
+    """vLLM's results for both models, and its log."""
 
     tokens: dict[str, list[list[int]]]
     log: str
@@ -197,7 +197,7 @@ class Served:
 
 @pytest.fixture(scope="module")
 def serve(exports: Exports) -> Callable[[str], Served]:
-    """Serves with one of the two, vllm or ictx; once."""
+    """Returns a function that serves with the attention `vllm` or `ictx`, once each."""
 
     @functools.cache
     def serve(attention: str) -> Served:
@@ -250,7 +250,7 @@ def test_vllm_chooses_ours_on_gpus_or_says_why_not(exports: Exports) -> None:
     log = exports.run(CHOICE, attention="ictx", given=given)
     chosen = json.loads((exports.folder / "chosen.json").read_text())
     assert [name for name, *_ in chosen] == [expected for _, _, expected, _ in cases], log
-    # FlashAttention begins with Ampere.
+    # FlashAttention requires Ampere or newer.
     assert [prefill == "Prefill" for _, prefill, _ in chosen] == [capability < 80 for capability, *_ in cases]
     assert {size for name, _, size in chosen if name == "CudaBackend"} == {64}
     for *_, reason in cases:

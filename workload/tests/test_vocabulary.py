@@ -1,4 +1,4 @@
-"""A checkpoint's tokenizer and generation settings are used and taken over as transformers does it."""
+"""A checkpoint's tokenizer and generation settings are used and exported as in transformers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CHAT = "{{ bos_token }}{% for m in messages %}{{ m['content'] }}{{ eos_token }}{
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
-    """A model that knows bytes; its tokenizer begins every text with a token, and was saved after a call that cut."""
+    """A model over bytes; its tokenizer adds a start token, and was saved with truncation enabled."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = Tokenizer(models.BPE({letter: number for number, letter in enumerate(alphabet)}, []))
     vocabulary.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -1,4 +1,4 @@
-"""Weights & Biases seen from outside: what its client uploads equals MLflow's, and its failures cost no training."""
+"""Weights & Biases: uploaded metrics equal MLflow's, and its failures do not stop a training."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def server() -> Iterator[WandbServer]:
 
 
 def environment(commands: Commands, server: WandbServer, tmp_path: Path) -> dict[str, str]:
-    """Returns an environment that has a key for the server, and no other."""
+    """Returns an environment with the server's key and no other."""
     given = {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": KEY, "MLFLOW_TRACKING_URI": commands.tracking_uri}
     kept = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
     folders = {"NETRC": "netrc", "WANDB_CONFIG_DIR": "config", "WANDB_DIR": "uploads"}
@@ -81,16 +81,16 @@ def end(process: subprocess.Popen[str]) -> str:
 
 
 def mlflow_metrics(folder: Path) -> dict[tuple[str, int], float]:
-    """Returns what MLflow has of a run, by metric and step."""
+    """Returns MLflow's values of a run, by metric and step."""
     client, run_id = MlflowClient(), (folder / "mlflow_run_id").read_text().strip()
     names = client.get_run(run_id).data.metrics
     return {(name, each.step): each.value for name in names for each in client.get_metric_history(run_id, name)}
 
 
 def wandb_metrics(rows: list[dict[str, Any]]) -> dict[tuple[str, int], float]:
-    """Returns what W&B has of a run, by metric and step."""
+    """Returns W&B's values of a run, by metric and step."""
     steps = [row["_step"] for row in rows]
-    assert steps == sorted({*steps}), "each step once, in order"
+    assert steps == sorted({*steps}), "each step must be recorded once, in order"
     return {(name, row["_step"]): value for row in rows for name, value in row.items() if name[0] != "_"}
 
 
@@ -110,7 +110,7 @@ def test_an_offline_run_is_one_over_two_starts_and_its_upload_equals_mlflow(
     assert not server.history
     subprocess.run(sync, env=env, cwd=tmp_path, check=True, timeout=120)
     assert wandb_metrics(server.history[run_id]) == pytest.approx(mlflow_metrics(run))
-    assert [row["_step"] for row in server.history[run_id]] == [1, 2, 3, 4, 5, 6], "steps of the training"
+    assert [row["_step"] for row in server.history[run_id]] == [1, 2, 3, 4, 5, 6], "W&B's steps must be the training's"
     assert all(abs(row["_timestamp"] - time.time()) < 600 for row in server.history[run_id])
     there, here = server.upserts[run_id], MlflowClient().get_run((run / "mlflow_run_id").read_text().strip())
     config = json.loads(there["config"])
@@ -118,7 +118,7 @@ def test_an_offline_run_is_one_over_two_starts_and_its_upload_equals_mlflow(
     assert config["links"]["value"]["mlflow_run_id"] == here.info.run_id
     assert (there["displayName"], there["groupName"], there["project"]) == (here.info.run_name, "g", "e")
     assert (here.data.tags["wandb.run_id"], here.data.tags["wandb.path"]) == (run_id, f"e/{run_id}")
-    # What is there besides names the run, and nothing of the machine.
+    # Other fields describe the run, not the machine.
     assert not {"host", "commit", "repo"} & {*there}
     assert not [*folder.rglob("*metadata*"), *folder.rglob("requirements.txt"), *folder.rglob("output.log")]
 
@@ -126,7 +126,7 @@ def test_an_offline_run_is_one_over_two_starts_and_its_upload_equals_mlflow(
 def test_an_online_run_goes_on_where_the_server_has_it(commands: Commands, tmp_path: Path, server: WandbServer) -> None:
     env, run = environment(commands, server, tmp_path), tmp_path / "run"
     out = end(start(run, 1, 3, env))
-    # The second start lost the note of its last checkpoint: it sends from step 2 on.
+    # The second start resumes from step 2, without its last checkpoint, so it sends steps again.
     out += end(start(run, 2, 5, env))
     (run_id,) = server.history
     assert wandb_metrics(server.history[run_id]) == {("loss", step): 1 / step for step in range(1, 6)}
@@ -148,7 +148,7 @@ def test_a_server_that_does_not_answer_leaves_an_offline_run(
     out = end(start(run, 1, 9, environment(commands, server, tmp_path)))
     assert "W&B does not answer" in out and f"wandb sync {run / 'wandb'}" in out
     seconds = [float(line.split()[2]) for line in out.splitlines() if line.startswith("step ")]
-    assert len(seconds) == 9 and max(seconds) < 4, "no step waits for the server's answer, which never comes"
+    assert len(seconds) == 9 and max(seconds) < 4, "no step may wait for the server"
     assert [*(run / "wandb").glob("offline-run-*/*.wandb")]
 
 
@@ -181,11 +181,11 @@ def test_the_end_of_wandb_s_process_stops_no_training(
         4,
         5,
         6,
-    ], "the next start sends what is missing"
+    ], "the next start sends missing steps"
 
 
 def core(parent: int) -> list[int]:
-    """Returns the processes `wandb-core` of a process."""
+    """Returns the child processes `wandb-core` of a process."""
     found = []
     for status in Path("/proc").glob("[0-9]*/stat"):
         try:

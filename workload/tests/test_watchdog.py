@@ -1,4 +1,4 @@
-"""The watchdog: of ranks that wait for each other it names the one that hangs."""
+"""The watchdog reports which of the waiting ranks hangs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ictx.train.watchdog import Watchdog
 
 
 class Store:
-    """The job's store, in this process."""
+    """The job's key-value store, in this process."""
 
     def __init__(self) -> None:
         self.values: dict[str, Any] = {}

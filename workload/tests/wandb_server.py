@@ -1,4 +1,4 @@
-"""A server that W&B's own client takes for W&B: the few answers that an upload needs, and what it was sent."""
+"""A server that W&B's client accepts as W&B's, with the responses that an upload needs; it stores uploads."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 
 class WandbServer(ThreadingHTTPServer):
-    """Holds runs as the client uploads them; `blocked`, it accepts requests and answers none."""
+    """Stores uploaded runs; if `blocked`, it accepts requests without a response."""
 
     daemon_threads = True
 
@@ -20,18 +20,18 @@ class WandbServer(ThreadingHTTPServer):
         self.history: dict[str, list[dict[str, Any]]] = {}
         """Rows of each run."""
         self.upserts: dict[str, dict[str, Any]] = {}
-        """What each run is described by."""
+        """Description of each run."""
         self.exit_codes: dict[str, list[int]] = {}
         self.sweep = ""
-        """Definition of the sweep that agents work on, in YAML."""
+        """Definition of the agents' sweep, in YAML."""
         self.trials: dict[str, dict[str, Any]] = {}
-        """Its runs that no agent has yet: values by setting."""
+        """Unassigned runs of the sweep: values by setting."""
         self.blocked = False
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     def query(self, name: str, values: dict[str, Any]) -> dict[str, Any]:
-        """Answers a query of GraphQL."""
+        """Returns the result of a GraphQL query."""
         if name == "UpsertBucket":
             run = str(values["name"])
             self.history.setdefault(run, [])
@@ -61,7 +61,7 @@ class WandbServer(ThreadingHTTPServer):
         return {}
 
     def next_trial(self, running: dict[str, Any]) -> list[dict[str, Any]]:
-        """Returns what an agent is to do: the next run once the one before has ended, and to leave after the last."""
+        """Returns an agent's command: the next run after the end of the previous one, and exit after the last."""
         if running:
             return []
         if not self.trials:
@@ -71,7 +71,7 @@ class WandbServer(ThreadingHTTPServer):
         return [{"type": "run", "run_id": run, "program": None, "args": values}]
 
     def resumable(self, rows: list[dict[str, Any]] | None) -> dict[str, Any] | None:
-        """Returns what a resumed run goes on from; nothing where there is no such run."""
+        """Returns the state from which a run resumes; nothing if there is no such run."""
         if rows is None:
             return None
         tail = [json.dumps(row) for row in rows[-1:]]
@@ -80,7 +80,7 @@ class WandbServer(ThreadingHTTPServer):
         return counts | texts | {"id": "1", "name": "1", "displayName": "", "tags": [], "wandbConfig": '{"t": 1}'}
 
     def stream(self, run: str, content: dict[str, Any]) -> None:
-        """Takes rows, at the place that the client names."""
+        """Stores rows at the client's offset."""
         if rows := content.get("files", {}).get("wandb-history.jsonl"):
             place = rows["offset"]
             self.history[run][place : place + len(rows["content"])] = map(json.loads, rows["content"])
@@ -89,16 +89,16 @@ class WandbServer(ThreadingHTTPServer):
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Reads a request and answers with JSON."""
+    """Responds to requests with JSON."""
 
     protocol_version = "HTTP/1.1"
     server: WandbServer
 
     def log_message(self, *_: Any) -> None:
-        """Logs nothing."""
+        """Suppresses the log of requests."""
 
     def answer(self) -> None:
-        """Answers a request of any kind."""
+        """Responds to a request of any kind."""
         body = self.rfile.read(int(self.headers["Content-Length"] or 0))
         while self.server.blocked:
             threading.Event().wait(0.1)
