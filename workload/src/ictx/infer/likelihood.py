@@ -67,7 +67,7 @@ def token_losses(model: Transformer, tokens_bs: Tensor, prefill: Prefill, last: 
 def continuation(model: Transformer, prompt: list[int], wanted: list[int], prefill: Prefill) -> tuple[Tensor, bool]:
     """Returns −ln p of each `wanted` token after the prompt, float32 (wanted,), and whether greedy decoding yields it.
 
-    The tokens are scored in one pass: greedy decoding yields them if each is the likeliest given those before it.
+    The tokens are scored, not generated: greedy decoding yields them if each is the likeliest given those before it.
     """
     losses, likeliest = _score(model, torch.tensor([prompt + wanted]), prefill, len(wanted))
     return losses[0], bool(likeliest.all())

@@ -17,7 +17,7 @@ from ictx.kernels import tuned
 
 F = TypeVar("F", bound=Callable[..., Any])
 VARIABLE = "ICTX_KERNELS"
-"""Environment variable that forces an implementation: auto (the default), triton, torch, or a library where it can."""
+"""Environment variable that forces an implementation: auto (default), triton, torch, or one of LIBRARIES."""
 OPERATIONS = ("mla_attention", "mla_decode", "mla_prefill", "mla_rope_cache", "decode_products")
 LIBRARIES = {"flash4": "FlashAttention 4", "cudnn": "cuDNN"}
 """Libraries that may replace our attention kernel in training."""

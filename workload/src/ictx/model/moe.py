@@ -1,4 +1,4 @@
-"""DeepSeekMoE: experts selected by sigmoid scores, balanced by a learned bias (arXiv:2412.19437, 2.1.2)."""
+"""DeepSeekMoE: experts selected by sigmoid scores, balanced by bias updates (arXiv:2412.19437, 2.1.2)."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of input, or one kernel, with a configuration of its own."""
+    """One kind of input, or one kernel, with a separate configuration."""
 
     section: str
     """Section of the file of tuned configurations."""
