@@ -241,15 +241,15 @@ def test_wrong_adapters_are_named(trained: Trained, tmp_path: Path) -> None:
     ref = ModelRef("support", version="1")
     good = trained.adapter("good", 5)
     check_adapter(ref, good, trained.base, 4)
-    with pytest.raises(UserError, match=r"has rank 4, the server takes 2: raise adapters\.maxRank"):
+    with pytest.raises(UserError, match=r"has rank 4, the server accepts 2: raise adapters\.maxRank"):
         check_adapter(ref, good, trained.base, 2)
-    with pytest.raises(UserError, match="adapts kv_b_proj, which vLLM's latent attention leaves out"):
+    with pytest.raises(UserError, match="adapts kv_b_proj, which vLLM's latent attention ignores"):
         check_adapter(ref, trained.adapter("all", 5, targets=None), trained.base)
     with pytest.raises(UserError, match="is no adapter"):
         check_adapter(ref, trained.base)
     other = shutil.copytree(trained.base, tmp_path / "base")
     write_state(other, "served", "2", {"model.safetensors": "0" * 64})
-    with pytest.raises(UserError, match="was trained with served/1, and served/2 is served, whose weights are others"):
+    with pytest.raises(UserError, match="was trained with served/1, but served/2 is served, which has other weights"):
         check_adapter(ref, good, other)
 
 

@@ -52,16 +52,16 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"cache_dtype": "float16"}, "the layout of a float16 cache differs from ours: the cache must be bfloat16"),
         ({"block_size": 48}, "block size 48 is not 16, 32, 64 or another power of 2"),
         ({"block_size": 8}, "block size 8 is not 16, 32, 64 or another power of 2"),
-        ({"latent": 256}, "a cached token has 256 + 64 values, and ours 512 + 64"),
-        ({"latent": 0, "rope": 0}, "a cached token has 0 + 0 values, and ours 512 + 64"),
-        ({"heads": 129}, "129 heads are more than 128"),
-        ({"queries": 9}, "9 tokens of a sequence at once are more than 8"),
+        ({"latent": 256}, "a cached token has 256 + 64 values, ours 512 + 64"),
+        ({"latent": 0, "rope": 0}, "a cached token has 0 + 0 values, ours 512 + 64"),
+        ({"heads": 129}, "129 heads per rank exceed 128"),
+        ({"queries": 9}, "9 new tokens per sequence exceed 8"),
         ({"backend": "FLASHMLA"}, "FLASHMLA is requested by name"),
         ({"other": ("sparse attention is requested",)}, "sparse attention is requested"),
         ({"device": "xpu"}, "device xpu is neither a CPU nor an NVIDIA GPU"),
         ({"device": "cpu", "capability": 0, "dtype": torch.float32}, None),
         ({"device": "cpu", "capability": 0, "backend": "CPU_MLA"}, None),
-        ({"device": "cpu", "capability": 0, "amx": True}, "vLLM has its own for processors with AMX"),
+        ({"device": "cpu", "capability": 0, "amx": True}, "vLLM uses its AMX back end on this CPU"),
     ],
 )
 def test_a_refusal_names_its_reason(changes: dict[str, Any], reason: str | None) -> None:
@@ -110,7 +110,7 @@ def test_the_version_that_it_is_written_for(version: str) -> None:
 
 @pytest.mark.parametrize("version", ["0.3.2", "0.33.0", "0.320.0", "dev"])
 def test_another_version_is_refused(version: str) -> None:
-    assert refused_version(version) == f"this is vLLM {version}, and the back ends are written for 0.32"
+    assert refused_version(version) == f"vLLM {version} is not supported: expected 0.32"
 
 
 def test_vllm_finds_the_plugin_and_it_loads_nothing_unless_asked() -> None:

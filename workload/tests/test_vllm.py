@@ -218,7 +218,7 @@ def test_vllm_s_greedy_tokens_are_ours(
 
 def test_our_attention_runs_where_it_is_asked_for_and_only_there(serve: Callable[[str], Served]) -> None:
     ran = [
-        "ours attends in place of CPU_MLA",
+        "our attention replaces CPU_MLA",
         "ictx computes decoding: mla_decode, 2 heads, blocks of 16, torch.float32 on cpu",
         "ictx computes prefill: 2 heads, torch.float32 on cpu",
     ]
@@ -236,7 +236,7 @@ def test_the_gpu_s_classes_decode_several_tokens_at_once(exports: Exports, serve
 
 
 def test_vllm_chooses_ours_on_gpus_or_says_why_not(exports: Exports) -> None:
-    own, half = "vLLM's own attention stays: ", {"dtype": "float16"}
+    own, half = "vLLM's own attention is used: ", {"dtype": "float16"}
     cases = [
         (90, {"dtype": "bfloat16"}, "CudaBackend", None),
         (80, half, "CudaBackend", None),

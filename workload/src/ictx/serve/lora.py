@@ -1,4 +1,4 @@
-"""What an adapter must be for vLLM to serve it: checked before it is loaded, as vLLM would leave parts out silently."""
+"""Validates an adapter before vLLM loads it, because vLLM silently ignores unsupported parts."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from ictx.registry import ModelRef
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 """The two files of an adapter in PEFT's format."""
 BASE = "base.json"
-"""Beside them: the checksums of the weights that the adapter was trained with."""
+"""File beside them with the checksums of the weights on which the adapter was trained."""
 ABSORBED = "kv_b_proj"
-"""The projection that vLLM's latent attention multiplies into queries and outputs when it loads a model: what an
-adapter adds to it is left out, without a word (vLLM 0.32)."""
+"""The projection that vLLM's latent attention absorbs into queries and outputs at load time: an adapter of it is silently
+ignored (vLLM 0.32)."""
 
 
 def check_adapter(ref: ModelRef, directory: Path, base: Path | None = None, rank: int | None = None) -> None:
-    """Raises UserError naming what is wrong: no adapter, one for other weights, or one that vLLM serves in part.
+    """Raises UserError for files that are no adapter, an adapter of other weights, or one that vLLM serves only in part.
 
     Args:
-        base: folder of the model that is served, as `ictx pull` left it.
-        rank: largest that the server takes.
+        base: folder of the served model, written by `ictx pull`.
+        rank: maximum rank that the server accepts.
     """
     try:
         config: dict[str, Any] = json.loads((directory / CONFIG).read_text())
@@ -36,11 +36,11 @@ def check_adapter(ref: ModelRef, directory: Path, base: Path | None = None, rank
         raise UserError(f"{ref} is no adapter: {CONFIG} and {WEIGHTS} are expected ({error})") from error
     if any(f".{ABSORBED}." in name for name in names):
         raise UserError(
-            f"{ref} adapts {ABSORBED}, which vLLM's latent attention leaves out: train with train.lora.targets without "
+            f"{ref} adapts {ABSORBED}, which vLLM's latent attention ignores: train with train.lora.targets without "
             "it, or serve the run's merged export"
         )
     if rank is not None and config.get("r", 0) > rank:
-        raise UserError(f"{ref} has rank {config['r']}, the server takes {rank}: raise adapters.maxRank")
+        raise UserError(f"{ref} has rank {config['r']}, the server accepts {rank}: raise adapters.maxRank")
     if base is not None and (directory / BASE).is_file():
         _check_base(ref, json.loads((directory / BASE).read_text()), base)
 
@@ -51,6 +51,6 @@ def _check_base(ref: ModelRef, trained: dict[str, Any], base: Path) -> None:
     if trained.get("sha256") != served:
         now = f"{state['name']}/{state['version']}"
         raise UserError(
-            f"{ref} was trained with {trained.get('origin')}, and {now} is served, whose weights are others: "
+            f"{ref} was trained with {trained.get('origin')}, but {now} is served, which has other weights: "
             "serve that version, or train the adapter again"
         )

@@ -1,4 +1,4 @@
-"""Attention among the tokens of several sequences that follow one another, with its log-sum-exp."""
+"""Attention within each of several concatenated sequences, with its log-sum-exp."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ictx.kernels.attention.op import choice
 from ictx.kernels.attention.tuning import attention_config
 
 WORKSPACE = 1 << 28
-"""Bytes that scores and weights take at most in PyTorch, unless one query alone takes more."""
+"""Maximum bytes of scores and weights in PyTorch, unless a single query needs more."""
 
 
 def attend_ragged(
@@ -29,17 +29,17 @@ def attend_ragged(
 ) -> tuple[Tensor, Tensor]:
     """Attends within each sequence: softmax(q · kᵀ · scale) · v.
 
-    The forward kernel of `mla_attention` does where it can, else PyTorch. Scores and their softmax are float32 (float64
-    where q is).
+    Uses the forward kernel of `mla_attention` where it is supported, else PyTorch. Scores and their softmax are float32
+    (float64 if q is).
 
     Args:
         q: queries [queries, heads, width].
         k: keys [keys, heads, width] in q's dtype.
         v: values [keys, heads, value width] in q's dtype.
         q_bounds: first query of each sequence, and the end of the last.
-        k_bounds: the same of the keys; every sequence that has queries has keys.
-        causal: whether query i of a sequence sees its keys 0 to i alone.
-        workspace: bytes that scores and weights may take.
+        k_bounds: the same for the keys; every sequence that has queries has keys.
+        causal: whether query i of a sequence attends only to its keys 0 to i.
+        workspace: maximum bytes of scores and weights.
 
     Returns:
         Attended values [queries, heads, value width] in q's dtype, and the natural log-sum-exp of the scaled scores,
@@ -82,7 +82,7 @@ def _by_kernel(
         if q_end > q_first:
             k_0, k_1 = (part[k_first:k_end] for part in parts)
             found = lse.new_empty(q.shape[1], q_end - q_first)
-            # Query i stands at key i, or behind all keys.
+            # Query i is at the position of key i, or after all keys.
             shift = 0 if causal else k_end - k_first
             rows = slice(q_first, q_end)
             forward(q[rows], (k_0, k_1), v[k_first:k_end], scale, None, tiles, out[rows], found, shift=shift)
@@ -91,10 +91,10 @@ def _by_kernel(
 
 
 def _scores(q_hqd: Tensor, k_hkd: Tensor) -> Tensor:
-    """Returns q · kᵀ, summed and kept in float32 (float64 where q is)."""
+    """Returns q · kᵀ, accumulated and returned in float32 (float64 if q is)."""
     if q_hqd.dtype in (torch.float32, torch.float64):
         return torch.matmul(q_hqd, k_hkd.mT)
     if q_hqd.device.type == "cuda":
-        # Rounded to 16 bits, a score of 100 would be off by 3 %.
+        # Rounding a score of 100 to 16 bits would change its weight by up to 3 %.
         return torch.bmm(q_hqd, k_hkd.mT, out_dtype=torch.float32)
     return torch.matmul(q_hqd.float(), k_hkd.mT.float())

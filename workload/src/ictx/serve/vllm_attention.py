@@ -1,7 +1,7 @@
 """Our attention as vLLM's back ends. vLLM imports this module by the names that `vllm_plugin` registered.
 
-A name stands for the class that suits what is served: it is looked up when vLLM chooses a back end for a model, whose
-configuration is then known, and is ours or the one of vLLM whose place it takes.
+A name is resolved when vLLM selects a back end for a model, to our class or to vLLM's class of that name, depending on
+the model's configuration.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ logger = init_logger("vllm.ictx")
 
 @functools.cache
 def _ran(what: str) -> None:
-    """Logs once per process that our code computes, and what."""
+    """Logs once per process what is computed by our code."""
     logger.info("ictx computes %s", what)
 
 
 class _Decode:
-    """Decoding by `mla_decode`, for an implementation of vLLM's to inherit from."""
+    """Decoding by `mla_decode`; a mixin for implementations of vLLM."""
 
     scale: float
 
@@ -70,15 +70,15 @@ class _Decode:
 
 
 class CpuImpl(_Decode, CPUMLAImpl):
-    """vLLM's implementation for CPUs, decoding apart."""
+    """vLLM's implementation for CPUs with our decoding."""
 
 
 class CpuBackend(CPUMLABackend):
-    """Our decoding on a CPU."""
+    """Back end for CPUs with our decoding."""
 
     @staticmethod
     def get_impl_cls() -> type[CpuImpl]:
-        """Returns what computes."""
+        """Returns the implementation."""
         return CpuImpl
 
 
@@ -119,61 +119,61 @@ class CudaImpl(_Decode, MLACommonImpl[MLACommonMetadata]):
 
 
 class CudaBuilder(MLACommonMetadataBuilder[MLACommonMetadata]):
-    """The kernel's grid depends on no length, so that whole steps are captured as CUDA graphs."""
+    """The kernel's grid does not depend on lengths, so that whole steps can be captured as CUDA graphs."""
 
     _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_BATCH
     query_len_support: ClassVar[QueryLenSupport] = QueryLenSupport.UNIFORM
 
 
 class CudaBackend(MLACommonBackend):
-    """Our decoding on a GPU, with vLLM's prefill."""
+    """Back end for GPUs: our decoding with vLLM's prefill."""
 
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16]
     supported_kv_cache_dtypes: ClassVar[list[str]] = ["auto", "float16", "bfloat16"]
 
     @staticmethod
     def get_name() -> str:
-        """Returns the name that vLLM logs."""
+        """Returns the name for vLLM's log."""
         return "ICTX_MLA"
 
     @classmethod
     def get_supported_head_sizes(cls) -> list[int]:
-        """Returns widths of a cached token."""
+        """Returns the widths of a cached token."""
         return [ROW]
 
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:
-        """Returns tokens of a block. vLLM divides larger blocks into these."""
+        """Returns the tokens per block. vLLM divides larger blocks into these."""
         return [16, 64]
 
     @classmethod
     def get_preferred_block_size(cls, default_block_size: int) -> int:
-        """Returns tokens of a block if the user does not choose: with 16, `mla_decode` takes a third longer (H200)."""
+        """Returns the default tokens per block: with 16, `mla_decode` takes a third longer (H200)."""
         return max(default_block_size, 64)
 
     @staticmethod
     def get_impl_cls() -> type[CudaImpl]:
-        """Returns what computes."""
+        """Returns the implementation."""
         return CudaImpl
 
     @staticmethod
     def get_builder_cls() -> type[CudaBuilder]:
-        """Returns what prepares a batch."""
+        """Returns the builder of a batch's metadata."""
         return CudaBuilder
 
 
 class Prefill(MLAPrefillBackend):
-    """Attention of new tokens: in plain PyTorch on a CPU, by our kernel on GPUs that FlashAttention leaves out."""
+    """Attention of new tokens: PyTorch on CPUs, our kernel on GPUs that FlashAttention does not support."""
 
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
 
     @staticmethod
     def get_name() -> str:
-        """Returns the name that vLLM logs."""
+        """Returns the name for vLLM's log."""
         return "ICTX"
 
     def prepare_metadata(self, prefill_metadata: Any) -> None:
-        """Reads where the batch's sequences begin, once for all layers."""
+        """Reads the bounds of the batch's sequences, once for all layers."""
         super().prepare_metadata(prefill_metadata)
         self._bounds = list(accumulate(prefill_metadata.query_lens_cpu.tolist(), initial=0))
 
@@ -202,7 +202,7 @@ class Prefill(MLAPrefillBackend):
 
 
 def served(config: Any) -> Served:
-    """Returns what a configuration of vLLM requires of attention."""
+    """Returns the requirements on attention of a configuration of vLLM."""
     model, cache, parallel, speculative = (
         config.model_config,
         config.cache_config,
@@ -236,7 +236,7 @@ def served(config: Any) -> Served:
 
 
 def _amx(backend: AttentionBackendEnum | None) -> bool:
-    """Whether vLLM, on a CPU, would take its back end for AMX, by the conditions of its own platform for CPUs."""
+    """Whether vLLM would select its AMX back end, by the conditions of its CPU platform."""
     return (
         current_platform.get_cpu_architecture() == CpuArchEnum.X86
         and torch.cpu._is_amx_tile_supported()
@@ -245,30 +245,30 @@ def _amx(backend: AttentionBackendEnum | None) -> bool:
 
 
 def _leads(slot: str, what: Served) -> bool:
-    """Whether vLLM looks at this back end first."""
+    """Whether this back end is the first of vLLM's list for the device."""
     if what.device == "cpu":
         return slot == ("AMX_MLA" if what.amx else "CPU_MLA")
     return slot == {10: "FLASHINFER_MLA", 12: "TRITON_MLA"}.get(what.capability // 10, "FLASH_ATTN_MLA")
 
 
 def _decode_slot(slot: str) -> Any:
-    """Returns the class that a registered name stands for."""
+    """Returns the class of a registered name."""
     config = get_current_vllm_config_or_none()
     if config is not None and config.model_config is not None:
         what = served(config)
-        # On a CPU, vLLM does not listen to other names.
+        # On CPUs vLLM ignores a requested name.
         first = _leads(slot, what) and (what.backend is None or what.device == "cpu")
         if first or slot == what.backend:
             reason = refused(what)
             if reason is None:
-                logger.info_once("%s=ictx: ours attends in place of %s", VARIABLE, slot)
+                logger.info_once("%s=ictx: our attention replaces %s", VARIABLE, slot)
                 return CpuBackend if what.device == "cpu" else CudaBackend
-            logger.warning_once("%s=ictx: vLLM's own attention stays: %s", VARIABLE, reason)
+            logger.warning_once("%s=ictx: vLLM's own attention is used: %s", VARIABLE, reason)
     return resolve_obj_by_qualname(AttentionBackendEnum[slot].value)
 
 
 def _prefill_slot(slot: str) -> Any:
-    """Returns the class that a registered name stands for."""
+    """Returns the class of a registered name."""
     config = get_current_vllm_config_or_none()
     if config is not None and config.model_config is not None:
         named = config.attention_config.mla_prefill_backend
@@ -278,7 +278,7 @@ def _prefill_slot(slot: str) -> Any:
 
 
 def __getattr__(name: str) -> Any:
-    """Returns what a registered name stands for."""
+    """Resolves a registered name."""
     if name.startswith("PREFILL_") and name.removeprefix("PREFILL_") in MLAPrefillBackendEnum.__members__:
         return _prefill_slot(name.removeprefix("PREFILL_"))
     if name in AttentionBackendEnum.__members__:

@@ -1,4 +1,4 @@
-"""Whether our attention takes vLLM's place, from what was requested and what is served. Imports nothing of vLLM."""
+"""Chooses between vLLM's attention and ours by the request and the served model. Does not import vLLM."""
 
 from __future__ import annotations
 
@@ -12,44 +12,44 @@ from ictx.kernels import dispatch
 from ictx.kernels.layout import LATENT, ROPE
 
 VARIABLE = "ICTX_VLLM_ATTENTION"
-"""Environment variable that chooses: vllm (the default) or ictx."""
+"""Environment variable with the choice: vllm (the default) or ictx."""
 VLLM = "0.32"
-"""Versions of vLLM that the back ends are written for."""
+"""Supported minor version of vLLM."""
 MOST_HEADS, MOST_QUERIES = 128, 8
-"""Heads, and new tokens of a sequence at once, that `mla_decode` takes."""
+"""Maximum heads, and maximum new tokens per sequence and step, of `mla_decode`."""
 
 
 @dataclass(frozen=True)
 class Served:
-    """What vLLM serves, as far as the choice depends on it."""
+    """The properties of the served model on which the choice depends."""
 
     device: str
     """cpu or cuda."""
     capability: int
     """Compute capability as one number, such as 90; 0 on a CPU."""
     dtype: torch.dtype
-    """Of weights and activations."""
+    """dtype of weights and activations."""
     cache_dtype: str
-    """As vLLM names it: auto, float16, fp8, …"""
+    """dtype of the cache, as named by vLLM: auto, float16, fp8, …"""
     block_size: int | None
-    """Tokens of a block of the cache, as the user requested."""
+    """Tokens per block of the cache if set by the user."""
     latent: int
     rope: int
-    """Widths of the two parts of a cached token."""
+    """Widths of the two parts of a cached token, in values."""
     heads: int
-    """Of one rank."""
+    """Heads per rank."""
     queries: int = 1
-    """New tokens of a sequence at once: more than 1 with speculative decoding."""
+    """New tokens per sequence and step: more than 1 with speculative decoding."""
     backend: str | None = None
     """Back end that the user requested by name."""
     amx: bool = False
-    """Whether vLLM would, without a GPU, take its back end for processors with AMX."""
+    """Whether vLLM would select its AMX back end on this CPU."""
     other: tuple[str, ...] = ()
-    """What else is required of attention that ours does not have, in words."""
+    """Other required features that our attention lacks."""
 
 
 def wanted() -> bool:
-    """Returns whether our attention is requested. Raises UserError when the variable has no such value."""
+    """Returns whether our attention is requested. Raises UserError for another value of the variable."""
     value = os.environ.get(VARIABLE) or "vllm"
     if value not in ("ictx", "vllm"):
         raise UserError(f"{VARIABLE} is {value!r}: expected ictx or vllm")
@@ -57,39 +57,39 @@ def wanted() -> bool:
 
 
 def refused_version(version: str) -> str | None:
-    """Returns why the back ends cannot be registered with this version of vLLM, or None."""
+    """Returns why this version of vLLM is not supported, or None."""
     if version.split(".")[:2] == VLLM.split("."):
         return None
-    return f"this is vLLM {version}, and the back ends are written for {VLLM}"
+    return f"vLLM {version} is not supported: expected {VLLM}"
 
 
 def refused(served: Served) -> str | None:
-    """Returns why our decoding cannot take the place of vLLM's, or None."""
+    """Returns why our decoding cannot replace vLLM's, or None."""
     if (served.latent, served.rope) != (LATENT, ROPE):
-        return f"a cached token has {served.latent} + {served.rope} values, and ours {LATENT} + {ROPE}"
+        return f"a cached token has {served.latent} + {served.rope} values, ours {LATENT} + {ROPE}"
     if served.heads > MOST_HEADS:
-        return f"{served.heads} heads are more than {MOST_HEADS}"
+        return f"{served.heads} heads per rank exceed {MOST_HEADS}"
     if served.queries > MOST_QUERIES:
-        return f"{served.queries} tokens of a sequence at once are more than {MOST_QUERIES}"
+        return f"{served.queries} new tokens per sequence exceed {MOST_QUERIES}"
     if served.other:
         return served.other[0]
     own = str(served.dtype).removeprefix("torch.")
     if served.cache_dtype not in ("auto", own):
-        # vLLM's fp8 has one scale for all of a layer's cache, ours one for 128 values.
+        # vLLM's fp8 cache has one scale per layer, ours one per 128 values.
         return f"the layout of a {served.cache_dtype} cache differs from ours: the cache must be {own}"
     if served.block_size is not None and (served.block_size < 16 or served.block_size & (served.block_size - 1)):
         return f"block size {served.block_size} is not 16, 32, 64 or another power of 2"
     if served.device not in ("cpu", "cuda"):
         return f"device {served.device} is neither a CPU nor an NVIDIA GPU"
     if served.amx and served.device == "cpu":
-        return "vLLM has its own for processors with AMX"
+        return "vLLM uses its AMX back end on this CPU"
     if served.backend is not None and served.device == "cuda":
         return f"{served.backend} is requested by name"
     return _refused_by_kernels(served)
 
 
 def _refused_by_kernels(served: Served) -> str | None:
-    """Returns why `mla_decode` cannot run, or would not as a Triton kernel on a GPU, or None."""
+    """Returns why `mla_decode` cannot run, or on a GPU would not run as a Triton kernel, or None."""
     try:
         choice = dispatch.choose("mla_decode", torch.device(served.device), served.dtype, cc=served.capability)
     except UserError as error:
@@ -98,12 +98,12 @@ def _refused_by_kernels(served: Served) -> str | None:
 
 
 def prefills(served: Served, named: str | None) -> bool:
-    """Returns whether our prefill takes vLLM's place: on a CPU with our decoding, on GPUs where vLLM has none.
+    """Returns whether our prefill replaces vLLM's: on CPUs with our decoding, on GPUs for which vLLM has none.
 
     Args:
-        named: prefill back end that the user requested.
+        named: prefill back end requested by the user.
     """
     if served.device == "cpu":
         return refused(served) is None
-    # FlashAttention, all that vLLM has before Blackwell, begins with Ampere.
+    # Before Blackwell, vLLM has only FlashAttention, which requires Ampere.
     return served.device == "cuda" and 0 < served.capability < 80 and named is None

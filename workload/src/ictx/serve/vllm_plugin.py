@@ -1,7 +1,7 @@
-"""What vLLM loads at the start of each of its processes (entry point `vllm.general_plugins`).
+"""The plug-in that vLLM loads in each of its processes (entry point `vllm.general_plugins`).
 
-With `ICTX_VLLM_ATTENTION=ictx` it registers our attention for the places that vLLM's own takes. Whether ours is taken
-is decided there when a model is loaded, and logged in one line.
+With `ICTX_VLLM_ATTENTION=ictx` it registers our attention under the names of vLLM's back ends. Which one is used is
+decided when a model is loaded, and logged in one line.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ DECODE = (
     "TOKENSPEED_MLA",
     "TRITON_MLA",
 )
-"""Back ends of vLLM for latent attention. Ours takes the place of the one that vLLM looks at first; at the others, only
-what the user requests by name is seen."""
+"""vLLM's back ends for latent attention. Ours replaces the first one of vLLM's list for the device; the others are only
+registered so that a request by name is noticed."""
 PREFILL = ("CPU", "FLASH_ATTN")
 
 
@@ -34,7 +34,7 @@ def register() -> None:
     logger = init_logger("vllm.ictx")
     reason = refused_version(vllm.__version__)
     if reason is not None:
-        logger.warning("%s=ictx: vLLM's own attention stays: %s", VARIABLE, reason)
+        logger.warning("%s=ictx: vLLM's own attention is used: %s", VARIABLE, reason)
         return
     from vllm.v1.attention.backends.mla.prefill.registry import MLAPrefillBackendEnum, register_mla_prefill_backend
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
