@@ -17,12 +17,12 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 BASE = "base.json"
 """File beside them with the checksums of the weights on which the adapter was trained."""
 ABSORBED = "kv_b_proj"
-"""The projection that vLLM's latent attention absorbs into queries and outputs at load time: an adapter of it is silently
-ignored (vLLM 0.32)."""
+"""The projection that vLLM's latent attention absorbs into queries and outputs at load time: an adapter of it is
+silently ignored (vLLM 0.32)."""
 
 
 def check_adapter(ref: ModelRef, directory: Path, base: Path | None = None, rank: int | None = None) -> None:
-    """Raises UserError for files that are no adapter, an adapter of other weights, or one that vLLM serves only in part.
+    """Raises UserError for a broken adapter, one of other weights, or one that vLLM would serve only in part.
 
     Args:
         base: folder of the served model, written by `ictx pull`.
