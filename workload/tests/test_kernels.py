@@ -297,8 +297,8 @@ def test_dispatch_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"lens": torch.tensor([5])}, "lens is"),
         ({"table": torch.zeros(1, 4)}, "table is"),
         ({"cache": torch.zeros(5, 48, 576, dtype=torch.float16)}, "power of 2"),
-        ({"cache": torch.zeros(0, 64, 576, dtype=torch.float16), "table": None}, "no table"),
-        ({"cache": torch.zeros(1, 64, 600, dtype=torch.float16)[..., :576]}, "do not follow"),
+        ({"cache": torch.zeros(0, 64, 576, dtype=torch.float16), "table": None}, "pass a table"),
+        ({"cache": torch.zeros(1, 64, 600, dtype=torch.float16)[..., :576]}, "not contiguous"),
     ],
 )
 def test_wrong_inputs_are_refused(change: dict[str, Any], message: str) -> None:

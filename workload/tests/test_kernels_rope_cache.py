@@ -117,7 +117,7 @@ def test_interpreted_cases_pass_in_a_process_of_their_own() -> None:
         ("weight", torch.zeros(64), "weight is"),
         ("cos", torch.zeros(7, 32, dtype=torch.float64), "cos is"),
         ("slots", torch.zeros(7, dtype=torch.int32), "slots is"),
-        ("cache", torch.zeros(7, 16, 600, dtype=torch.float16)[..., :576], "do not follow"),
+        ("cache", torch.zeros(7, 16, 600, dtype=torch.float16)[..., :576], "not contiguous"),
     ],
 )
 def test_wrong_inputs_are_refused(name: str, value: Tensor, message: str) -> None:
