@@ -279,7 +279,7 @@ def power(node: str, *words: str) -> None:
     keeps="every stage, under its job number; every step once",
     acts="nobody",
 )
-def test_a_chain_ends_though_nodes_die_again_and_again(lab: Lab, whole: str, pretrained: str, drill: Drill) -> None:
+def test_a_chain_ends_though_nodes_die_again_and_again(lab: Lab, pretrained: str, drill: Drill) -> None:
     chain, seed = Chain(lab, "extend", "dpo", pretrained, "test-nodes-die"), time.time_ns()
     print(f"seed {seed}")
     draw, last, deaths = random.Random(seed), chain.jobs["dpo"], 0
