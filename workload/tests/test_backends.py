@@ -38,6 +38,8 @@ class Release:
     seen: list[str] = field(default_factory=list)
     lists: threading.Event = field(default_factory=threading.Event)
     """Set: `/v1/models` responds."""
+    routes: bool = True
+    """Whether a router is ready."""
 
     def handler(self) -> type[BaseHTTPRequestHandler]:
         release = self
@@ -57,7 +59,7 @@ class Release:
                 else:
                     release.seen.append(self.path)
                 content = json.dumps(answer).encode()
-                self.send_response(200)
+                self.send_response(200 if release.routes or self.path != "/readiness" else 503)
                 self.send_header("Content-Length", str(len(content)))
                 self.send_header("Content-Type", "application/json")
                 self.end_headers()
@@ -222,6 +224,18 @@ def test_a_new_pod_is_ready_once_it_has_queried_every_release(tmp_path: Path) ->
             assert send(url, "/health")[0] == 200, "a release that does not respond does not hold it back"
             for model in ("small", "large"):
                 assert send(url, "/v1/completions", {"model": model})[0] == 200
+
+
+@pytest.mark.parametrize("weight", [0, 100])
+def test_a_new_pod_waits_for_its_own_router_and_later_does_without(tmp_path: Path, weight: float) -> None:
+    with running("one", "m") as one, running("two", "m") as two:
+        one.routes = False
+        with fronting(tmp_path, one, (two, weight)) as url:
+            assert send(url, "/health")[0] == 503
+            one.routes = True
+            assert send(url, "/health")[0] == 200
+            one.routes = False
+            assert send(url, "/health")[0] == (200 if weight else 503)
 
 
 def test_a_connection_that_is_refused_goes_to_the_next_release() -> None:

@@ -73,6 +73,7 @@ class Backends:
     every: list[Backend]
     keys: Path
     _turn: itertools.count[int] = field(default_factory=itertools.count)
+    _started: bool = False
 
     @property
     def own(self) -> Backend:
@@ -107,14 +108,18 @@ class Backends:
         backend.up = backend.tried = True
         backend.note(f"serves {', '.join(sorted(backend.models))}")
 
-    def ready(self, own: bool) -> bool:
-        """Returns whether a model can be served, and each release that may serve it has been queried once.
+    def ready(self, router: bool, replicas: Replicas) -> bool:
+        """Returns whether a request can be served; `router` is whether the router has a ready replica.
 
-        `own` is whether this release has a ready replica. A new pod is not ready before: it would refuse requests for
-        models whose release it has not queried yet.
+        A new pod is not ready until the state of every release is known: it would refuse requests for models of a
+        release that it has not queried yet. Later a release without replicas does not make the pod unready, if another
+        one responds.
         """
-        pending = [each for each in self.every if not each.tried and (own or each is not self.own)]
-        return not pending and (own or any(each.up for each in self.every))
+        others = [each for each in self.every if each is not self.own]
+        if not self._started:
+            own = replicas.known and (not replicas.urls or (router and self.own.tried))
+            self._started = own and all(each.tried for each in others)
+        return self._started and (router or any(each.up and each.weight for each in others))
 
     def listed(self) -> bytes:
         """Returns the response of `/v1/models`: the models of all available backends, each name once."""

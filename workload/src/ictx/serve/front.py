@@ -113,7 +113,7 @@ class Front:
         await send({"type": "lifespan.shutdown.complete"})
 
     async def _health(self, send: Send) -> None:
-        """Sends 200 if the router has a ready replica, or another release responds, and all lists were queried once."""
+        """Sends 200 if the router has a ready replica, or another release responds (see `Backends.ready`)."""
         assert self._session is not None, "the server has not started"
         try:
             async with self._session.get(f"{self._replicas.router}/readiness") as answer:
@@ -121,7 +121,7 @@ class Front:
         except (aiohttp.ClientError, TimeoutError):
             ready = False
         if self._backends:
-            ready = self._backends.ready(ready)
+            ready = self._backends.ready(ready, self._replicas)
         await _answer(send, 200 if ready else 503, "no replica is ready")
 
     async def _releases(self, scope: Message, body: bytes) -> list[Backend]:

@@ -60,6 +60,8 @@ class Replicas:
     authority: str | None = None
     local_port: int = LOCAL_PORT
     urls: list[str] = field(default_factory=list)
+    known: bool = False
+    """Whether `urls` has been updated at least once."""
     _servers: dict[str, asyncio.Server] = field(default_factory=dict)
 
     async def follow(self, session: aiohttp.ClientSession, seconds: float) -> None:
@@ -103,7 +105,7 @@ class Replicas:
             if url not in self._servers:
                 self._servers[url] = await self._listen(local_address(replica), replica)
         await asyncio.gather(*(self._send(session, "add_worker", url) for url in set(wanted) - listed))
-        self.urls = sorted(wanted)
+        self.urls, self.known = sorted(wanted), True
 
     async def _send(self, session: aiohttp.ClientSession, what: str, url: str) -> None:
         async with session.post(f"{self.router}/{what}", params={"url": url}) as answer:
