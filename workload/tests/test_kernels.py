@@ -266,7 +266,7 @@ def test_dispatch_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
     choose = dispatch.choose
     assert choose("mla_decode", cpu, torch.bfloat16).name == "torch"
-    assert "no NVIDIA GPU" in choose("mla_decode", cpu, torch.bfloat16).reason
+    assert "not an NVIDIA GPU" in choose("mla_decode", cpu, torch.bfloat16).reason
     assert choose("mla_decode", cpu, torch.bfloat16, cc=90).name == "triton"
     assert choose("mla_decode", cpu, torch.float16, cc=75).name == "triton"
     assert choose("mla_decode", cpu, torch.float16, stored="int8", cc=75).name == "triton"
