@@ -318,9 +318,22 @@ def test_what_a_lock_must_have_is_named(artifacts: Run) -> None:
         ({"path": "../x"}, "use one inside the mirror"),
         ({"kind": "apt"}, "has no fingerprints"),
         ({"kind": "wheels"}, "has no python"),
-        ({"colour": "red"}, "not a lock file of artifacts"),
+        ({"colour": "red"}, "tool has the unknown field colour"),
+        ({"version": 1.10}, "tool has the version 1.1, which is not text"),
+        ({"licence": ""}, "empty name, version or licence"),
+        ({"url": None}, "tool has the url None"),
+        ({"path": None}, "tool has the path None"),
+        ({"end_of_life": "2026-01-01"}, "tool has the end_of_life '2026-01-01', which is not a date"),
+        ({"fingerprints": "AB"}, "tool has the fingerprints 'AB', which is not a list"),
+        ({"sha256": DIGEST[:-1]}, "use 64 hexadecimal digits"),
+        ({"sha256": DIGEST.upper()}, "use 64 hexadecimal digits"),
     ]:
-        one_line(artifacts([entry("http://127.0.0.1:1", **fields)], "fetch"), words)
+        one_line(artifacts([{**entry("http://127.0.0.1:1"), **fields}], "table"), words)
+    first, second = entry("http://127.0.0.1:1"), entry("http://127.0.0.1:1", name="other")
+    one_line(artifacts([first, {**first, "path": "x"}], "fetch"), "two entries have the name tool")
+    one_line(artifacts([first, second], "fetch"), "two entries have the path tools/1.0/tool")
+    one_line(artifacts([{key: first[key] for key in first if key != "licence"}], "fetch"), "tool has no licence")
+    one_line(artifacts(["tool"], "fetch"), "not a list of entries")
     one_line(artifacts([entry("http://127.0.0.1:1")], "fetch", "tolo"), "does not have tolo")
 
 

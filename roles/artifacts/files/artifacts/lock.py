@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from datetime import date
 from pathlib import Path
 from urllib.parse import quote, urlsplit
@@ -60,6 +61,29 @@ class Artifact:
         return f"{mirror.rstrip('/')}/{quote(self.path)}" if mirror else self.url
 
 
+def _problem(entry: dict[str, object]) -> str:
+    """Returns which field of an entry is unknown, absent or of the wrong type; empty if none is."""
+    known = {each.name: each for each in fields(Artifact)}
+    if unknown := set(entry) - set(known):
+        return f"has the unknown field {min(map(str, unknown))}: remove it"
+    required = {name for name, each in known.items() if each.default is MISSING and each.default_factory is MISSING}
+    if absent := required - set(entry):
+        return f"has no {min(absent)}: add it"
+    for name, value in entry.items():
+        wanted = str(known[name].type)
+        kind = {"date": date, "list": list, "dict": dict}.get(wanted.split(" ")[0].split("[")[0], str)
+        if not (isinstance(value, kind) or (value is None and "None" in wanted)):
+            form = {date: "a date: write YYYY-MM-DD without quotes", str: "text: quote it"}.get(
+                kind, f"a {kind.__name__}"
+            )
+            return f"has the {name} {value!r}, which is not {form}"
+    if not all(entry[name] for name in ("name", "version", "licence")):
+        return "has an empty name, version or licence: set it"
+    if entry.get("sha256") and not re.fullmatch("[0-9a-f]{64}", str(entry["sha256"])):
+        return f"has the sha256 {entry['sha256']}: use 64 hexadecimal digits in lower case"
+    return ""
+
+
 def read(path: Path, names: Iterable[str] = ()) -> list[Artifact]:
     """Returns all entries of a lock file, or those with the given names.
 
@@ -68,9 +92,18 @@ def read(path: Path, names: Iterable[str] = ()) -> list[Artifact]:
     """
     try:
         entries = yaml.safe_load(path.read_text())["artifacts_lock"]
-        found = [Artifact(**{**entry, "version": str(entry["version"])}) for entry in entries]
-    except (OSError, TypeError, KeyError, yaml.YAMLError) as error:
+    except (OSError, TypeError, KeyError, ValueError, yaml.YAMLError) as error:
         raise ArtifactError(f"{path}: not a lock file of artifacts: {error}") from None
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise ArtifactError(f"{path}: not a lock file of artifacts: artifacts_lock is not a list of entries")
+    for number, entry in enumerate(entries, 1):
+        if problem := _problem(entry):
+            raise ArtifactError(f"{path}: {entry.get('name', f'entry {number}')} {problem}")
+    found = [Artifact(**entry) for entry in entries]
+    for field_name in ("name", "path"):
+        values = [getattr(each, field_name) for each in found if field_name == "name" or each.kind != "wheels"]
+        if twice := {value for value in values if values.count(value) > 1}:
+            raise ArtifactError(f"{path}: two entries have the {field_name} {min(twice)}: use another")
     for each in found:
         if each.kind not in KINDS:
             raise ArtifactError(f"{path}: {each.name} is of the kind {each.kind}: use one of {', '.join(KINDS)}")
