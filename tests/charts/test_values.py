@@ -30,6 +30,11 @@ WRONG: list[tuple[str, Document, str]] = [
     ("serving", {"vllm.attention": ""}, "vllm.attention"),
     ("serving", {"vllm.tensorParallelSize": 0}, "vllm.tensorParallelSize"),
     ("serving", {"vllm.tensorParallelSize": 4}, "vllm.tensorParallelSize"),
+    (
+        "serving",
+        {"gpu.count": 3, "vllm.tensorParallelSize": 3},
+        "vllm.tensorParallelSize 3 does not divide the 16 heads",
+    ),
     ("serving", {"vllm.gpuMemoryUtilization": 1.2}, "vllm.gpuMemoryUtilization"),
     ("serving", {"vllm.gpuMemoryUtilization": 0}, "vllm.gpuMemoryUtilization"),
     ("serving", {"vllm.extraArgs": ["--api-key=abc"]}, "vllm.extraArgs"),
@@ -164,6 +169,14 @@ def test_a_wrong_value_is_refused_by_its_name(chart: str, values: Document, name
     with pytest.raises(HelmError) as caught:
         render(CHARTS[chart], None, values)
     assert re.search(rf"(^|[\s.:]){re.escape(named)}\b", str(caught.value), re.M), caught.value
+
+
+@pytest.mark.parametrize("chart", CHARTS)
+@pytest.mark.parametrize("release", ["v1.2", "2nd"])
+def test_a_release_name_that_no_service_can_have_is_refused(chart: str, release: str) -> None:
+    with pytest.raises(HelmError, match="set fullnameOverride"):
+        helm("template", release, str(CHARTS[chart]))
+    assert helm("template", release, str(CHARTS[chart]), "--set", "fullnameOverride=a")
 
 
 def objects(schema: Any, where: str = "") -> list[tuple[str, Document]]:

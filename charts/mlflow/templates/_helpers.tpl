@@ -13,6 +13,14 @@
 {{- end }}
 {{- end }}
 
+{{/* A Service's name must start with a letter and has no dots, but a release's name may. */}}
+{{- define "mlflow.checkName" -}}
+{{- $name := include "mlflow.fullname" . }}
+{{- if not (regexMatch "^[a-z]([-a-z0-9]*[a-z0-9])?$" $name) }}
+{{- fail (printf "Services cannot have the name %q: set fullnameOverride to a name of lower-case letters, digits and hyphens that starts with a letter" $name) }}
+{{- end }}
+{{- end }}
+
 {{/* Selector labels of a Deployment are immutable: add only labels that never change. */}}
 {{- define "mlflow.selectorLabels" -}}
 app.kubernetes.io/name: {{ include "mlflow.name" . }}

@@ -43,6 +43,9 @@
 {{- define "serving.checkFit" -}}
 {{- $card := include "serving.preset" . | fromJson }}
 {{- $sizes := include "serving.sizes" . | fromJson }}
+{{- if and $sizes (mod (int $sizes.heads) (int .Values.vllm.tensorParallelSize)) }}
+{{- fail (printf "vllm.tensorParallelSize %d does not divide the %d heads of %s: use a divisor" (int .Values.vllm.tensorParallelSize) (int $sizes.heads) .Values.model.name) }}
+{{- end }}
 {{- if and $card $sizes .Values.vllm.maxModelLen (gt (int .Values.gpu.count) 0) }}
 {{- $ranks := .Values.vllm.tensorParallelSize | int }}
 {{- $gib := 1073741824.0 }}

@@ -13,6 +13,14 @@
 {{- end }}
 {{- end }}
 
+{{/* A Service's name must start with a letter and has no dots, but a release's name may. */}}
+{{- define "serving.checkName" -}}
+{{- $name := include "serving.fullname" . }}
+{{- if not (regexMatch "^[a-z]([-a-z0-9]*[a-z0-9])?$" $name) }}
+{{- fail (printf "Services cannot have the name %q: set fullnameOverride to a name of lower-case letters, digits and hyphens that starts with a letter" $name) }}
+{{- end }}
+{{- end }}
+
 {{/* Selector labels of a Deployment are immutable: add only labels that never change. */}}
 {{- define "serving.selectorLabels" -}}
 app.kubernetes.io/name: {{ include "serving.name" . }}
@@ -265,6 +273,7 @@ capabilities:
 
 {{/* Checks that the schema cannot express. */}}
 {{- define "serving.check" -}}
+{{- include "serving.checkName" . }}
 {{- if and (gt (int .Values.gpu.count) 0) (gt (int .Values.vllm.tensorParallelSize) (int .Values.gpu.count)) }}
 {{- fail (printf "vllm.tensorParallelSize is %d, but gpu.count is %d" (int .Values.vllm.tensorParallelSize) (int .Values.gpu.count)) }}
 {{- end }}
