@@ -337,6 +337,16 @@ def test_what_a_lock_must_have_is_named(artifacts: Run) -> None:
     one_line(artifacts([entry("http://127.0.0.1:1")], "fetch", "tolo"), "does not have tolo")
 
 
+@pytest.mark.parametrize(
+    "source", ["http://ops:hidden@127.0.0.1:1/m/", "mirror.example.org", "ftp://a", "https:///a", "http://[fd00::1/m"]
+)
+@pytest.mark.parametrize("command", ["table", "fetch"])
+def test_an_address_that_is_none_or_has_a_password_is_refused(artifacts: Run, source: str, command: str) -> None:
+    done = artifacts([entry("http://127.0.0.1:1")], command, "--from", source)
+    one_line(done, "--from is not http(s)://HOST[:PORT][/PATH]")
+    assert "hidden" not in done.stdout + done.stderr
+
+
 needs_apt = pytest.mark.skipif(not (shutil.which("gpg") and shutil.which("dpkg-deb")), reason="needs gpg and dpkg-deb")
 
 

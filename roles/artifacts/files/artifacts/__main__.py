@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import threading
 import time
@@ -47,7 +48,7 @@ def row(mirror: Mirror, artifact: Artifact, source: str) -> dict[str, str]:
     return {
         "name": artifact.name,
         "version": artifact.version.rpartition("/")[2],
-        "from": source or artifact.host,
+        "from": source.rstrip("/") or artifact.host,
         "reachable": (reachable(probe) if source or artifact.url else wheels.index_problem()) or "yes",
         "cached": "yes" if cached else "no",
         "verified": problem or (recognised or "as first downloaded" if cached else "") or "-",
@@ -123,6 +124,11 @@ def main() -> int:
 
 def run(arguments: argparse.Namespace, project: Path) -> int:
     """Runs the command of the arguments; returns the exit status."""
+    if arguments.source and not re.fullmatch(
+        r"https?://([\w.-]+|\[[0-9A-Fa-f:.]+\])(:\d+)?(/[^@]*)?", arguments.source
+    ):
+        # Not printed: it may contain a password. The table and every error contain the URL.
+        raise ArtifactError("--from is not http(s)://HOST[:PORT][/PATH]; put a user and password in ~/.netrc")
     mirror = Mirror(arguments.mirror, project)
     if arguments.command == "import":
         print(f"imported: {', '.join(mirror.unpack(arguments.bundle))}")
