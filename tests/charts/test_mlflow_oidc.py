@@ -142,7 +142,7 @@ def mlflow(tmp_path_factory: pytest.TempPathFactory, issuer: str) -> Iterator[st
 def provider(mlflow: str, issuer: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Runs the provider, with three users; yields its URL."""
     status, text, _ = Browser(mlflow).page()
-    assert (status, text) == (502, f"the identity provider {issuer} does not answer: ConnectionError\n")
+    assert (status, text) == (502, f"the identity provider {issuer} does not respond: ConnectionError\n")
     known = [json.dumps({"sub": name, "preferred_username": name}) for name in PEOPLE]
     words = [word for claims in known for word in ("--user-claims", claims)]
     command = [*PROVIDER, "--require-nonce", "true", "--port", issuer.rpartition(":")[2], *words]

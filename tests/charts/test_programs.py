@@ -162,8 +162,8 @@ def endpoint(
     [
         (endpoint(), ""),
         (endpoint(refuse=False), "without a key: 401"),
-        (endpoint(model="other"), "the answer is the model's"),
-        (endpoint(stream=False), "a stream comes in pieces and ends"),
+        (endpoint(model="other"), "the response names the model"),
+        (endpoint(stream=False), "a stream has several events and ends"),
         (lambda *_: (503, "loading"), "without a key: 401"),
     ],
 )
@@ -190,7 +190,7 @@ def test_the_test_of_serving_finds_what_is_wrong(answer: Callable[..., tuple[int
             "FAILED: POST /load?api_key=right with the key in the query: 200",
         ),
         (endpoint(opened="not GET /health"), "GET /health: 401"),
-        (endpoint(listed="/other"), "the server lists none of vLLM's paths"),
+        (endpoint(listed="/other"), "/openapi.json does not list vLLM's paths"),
         (lambda *_: (401, "no"), "GET /openapi.json with the key: 401"),
     ],
 )

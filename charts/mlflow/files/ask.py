@@ -1,6 +1,6 @@
-"""`helm test`: the server is up, refuses strangers, and answers the administrator.
+"""`helm test`: checks that the server is healthy, rejects missing and wrong passwords, and accepts the administrator's.
 
-Environment: as for MLflow's client.
+Environment: the variables of MLflow's client.
 """
 
 import base64
@@ -17,7 +17,7 @@ TLS = ssl.create_default_context(cafile=os.environ.get("MLFLOW_TRACKING_SERVER_C
 
 
 def get(path, credentials=""):
-    """Returns status and text."""
+    """Returns the status and text of the response."""
     request = urllib.request.Request(URL + path)
     if credentials:
         request.add_header("Authorization", "Basic " + base64.b64encode(credentials.encode()).decode())
@@ -29,7 +29,7 @@ def get(path, credentials=""):
 
 
 def check(what, wanted, answer):
-    """Prints what was tried; the first failure ends the test."""
+    """Prints the result of a check; exits at the first failure."""
     print(("ok: " if answer[0] == wanted else "FAILED: ") + what, flush=True)
     if answer[0] != wanted:
         sys.exit(f"{answer[0]} {answer[1][:2000]}")

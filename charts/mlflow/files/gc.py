@@ -1,4 +1,4 @@
-"""`mlflow gc`, with the database's URI from the environment: as an argument everyone on the node would see it."""
+"""Runs `mlflow gc` with the database's URI from the environment: every user of the node can read arguments."""
 
 import os
 import sys

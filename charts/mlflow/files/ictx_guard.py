@@ -1,11 +1,11 @@
-"""What MLflow's basic auth cannot express, as its `authorization_function`: who promotes, who only reads.
+"""`authorization_function` of MLflow's basic auth that adds the roles `promoter` and `reader`.
 
-MLflow lets everyone who may register versions of a model move its aliases too. Here only members of the role `promoter`
-(and administrators) change what is promoted: aliases other than the free ones, models and versions that carry one of
-them, tags under `ictx.promoted`. Experiments and versions keep their files where the server keeps them. Members of the
-role `reader` change nothing. Everything else is MLflow's own decision, which comes after this one.
+In MLflow, every user who may register versions of a model may also move its aliases. This function allows only members
+of the role `promoter` (and administrators) to change what is promoted: aliases other than the free ones, models and
+versions that have such an alias, and tags under `ictx.promoted`. Experiments and versions cannot use storage other than
+the server's. Members of the role `reader` can change nothing. MLflow's own permissions are checked afterwards.
 
-Environment: FREE_ALIASES, separated by commas; OIDC_ISSUER where people sign in (ictx_oidc.py).
+Environment: FREE_ALIASES, separated by commas; OIDC_ISSUER if users sign in with an OpenID provider (ictx_oidc.py).
 """
 
 import os
@@ -23,18 +23,18 @@ else:
 
 FREE_ALIASES = frozenset(os.environ["FREE_ALIASES"].split(","))
 PROMOTER, READER = "promoter", "reader"
-# Written by `ictx promote`: the checksums that `ictx pull` compares with.
+# Checksums that `ictx promote` writes and `ictx pull` verifies.
 PROMOTED_TAG = "ictx.promoted"
 # Tags of a promoted version that the platform reads.
 PLATFORM_TAG = "ictx."
-# Where a version's files may be: what the server itself keeps, and gives out to those who may read it.
+# Allowed sources of a version: storage of the server, which checks read permissions.
 SOURCES = ("mlflow-artifacts:", "runs:/", "models:/")
-# The account <user>~previous holds the password that <user> had before it was rotated, and stands for <user>.
+# The account <user>~previous has the password of <user> before its rotation, and authenticates as <user>.
 PREVIOUS = "~previous"
 
 
 def authorize():
-    """Returns the request's credentials, or the answer that refuses it."""
+    """Returns the request's credentials, or the response that rejects it."""
     if "ictx_answer" not in g:
         g.ictx_answer = _decide()
     return g.ictx_answer
@@ -58,13 +58,13 @@ def _decide():
         answer.status_code = 403
         return answer
     except MlflowException as error:
-        # No such model or version, or a request that cannot be parsed: MLflow's own answer to it.
+        # No such model or version, or a request that cannot be parsed: respond as MLflow does.
         return handlers.catch_mlflow_exception(_raise)(error)
     return credentials
 
 
 class RefusalError(Exception):
-    """Why a request is refused."""
+    """A request is rejected; the message is the reason."""
 
 
 def _raise(error):
@@ -72,7 +72,7 @@ def _raise(error):
 
 
 def _authenticate():
-    """Accepts a user's password, and until the end of a rotation the one before; without one, who has signed in."""
+    """Returns the credentials of a valid password (in a rotation also the previous one) or session, else a response."""
     credentials = request.authorization
     if credentials is None and ictx_oidc:
         if person := ictx_oidc.signed_in():
@@ -90,33 +90,33 @@ def _authenticate():
 
 
 def _reads():
-    """Returns whether the request changes nothing: searches are POST requests."""
+    """Returns whether the request is read-only; searches are, although they are POST requests."""
     return request.method in ("GET", "HEAD") or (request.endpoint or "").startswith("_search_")
 
 
 def _check_form():
-    """Refuses a request that names a thing twice.
+    """Rejects a request that could name two objects.
 
-    MLflow checks the names in the query, or `run_uuid`, and its handlers use those in the body, in either of protobuf's
-    spellings (`runId`).
+    MLflow checks permissions for the names in the query, or `run_uuid`, but its handlers use those in the body, in
+    either of protobuf's spellings (`run_id`, `runId`).
     """
     if request.method in ("GET", "HEAD") or request.endpoint in ANY_BODY or not request.get_data():
         return
     body = request.get_json(silent=True)
     if not isinstance(body, dict):
-        raise RefusalError(f"the body of a {request.method} request must be an object of JSON (application/json)")
+        raise RefusalError(f"the body of a {request.method} request must be a JSON object (application/json)")
     if odd := sorted(key for key in body if key != key.lower()):
-        raise RefusalError(f"names of fields are written like run_id, not like {odd[0][:80]!r}")
+        raise RefusalError(f"field names must be in snake case (run_id), not {odd[0][:80]!r}")
 
 
 def _check_rules():
     if request.method in ("GET", "HEAD"):
         return
     if request.endpoint in UNKNOWN:
-        raise RefusalError(f"ictx_guard has no rule for {request.endpoint}: only promoters use it")
+        raise RefusalError(f"ictx_guard has no rule for {request.endpoint}: only promoters may use it")
     if rule := RULES.get(request.endpoint):
         message_type, check = rule
-        # Parsed as the handler parses it: a name in another place of the request changes nothing.
+        # Parsed as the handler does, so that both use the same names.
         check(handlers._get_request_message(message_type()))
 
 
@@ -126,21 +126,21 @@ def _promoted(aliases):
 
 def _alias(message):
     if message.alias not in FREE_ALIASES:
-        raise RefusalError(f"only promoters (ictx_promoters) set or delete the alias {message.alias!r}")
+        raise RefusalError(f"only promoters (ictx_promoters) may set or delete the alias {message.alias!r}")
 
 
 def _model(message):
     aliases = handlers._get_model_registry_store().get_registered_model(message.name).aliases
     if found := _promoted(aliases):
         raise RefusalError(
-            f"only promoters change the model {message.name!r}: it has a promoted version ({', '.join(found)})"
+            f"only promoters may change the model {message.name!r}: it has a promoted version ({', '.join(found)})"
         )
 
 
 def _version(message):
     if found := _promoted(_get_version(message).aliases):
         raise RefusalError(
-            f"only promoters change version {message.version} of {message.name!r}: it is {', '.join(found)}"
+            f"only promoters may change version {message.version} of {message.name!r}: it is {', '.join(found)}"
         )
 
 
@@ -149,7 +149,7 @@ def _version_tag(message):
     version = _get_version(message)
     promoted = _promoted(version.aliases) or any(key.startswith(PROMOTED_TAG) for key in version.tags)
     if promoted and message.key.startswith(PLATFORM_TAG):
-        raise RefusalError(f"only promoters change {message.key!r} of a version that was promoted")
+        raise RefusalError(f"only promoters may change {message.key!r} of a promoted version")
 
 
 def _model_tag(message):
@@ -159,7 +159,7 @@ def _model_tag(message):
 
 def _tag(message):
     if message.key.startswith(PROMOTED_TAG):
-        raise RefusalError(f"only promoters change tags under {PROMOTED_TAG!r}")
+        raise RefusalError(f"only promoters may change tags under {PROMOTED_TAG!r}")
 
 
 def _tags(message):
@@ -170,18 +170,16 @@ def _tags(message):
 def _new_version(message):
     _tags(message)
     if not message.source.startswith(SOURCES):
-        raise RefusalError(f"the source of a version starts with {' or '.join(SOURCES)}, not {message.source[:80]!r}")
+        raise RefusalError(f"a version's source must start with {' or '.join(SOURCES)}, not {message.source[:80]!r}")
 
 
 def _new_experiment(message):
     if message.artifact_location:
-        raise RefusalError(
-            "the server decides where an experiment's artifacts are: create it without an artifact location"
-        )
+        raise RefusalError("experiments cannot have their own artifact location: create the experiment without one")
 
 
 def _never(_):
-    raise RefusalError("only promoters change a version's stage")
+    raise RefusalError("only promoters may change a version's stage")
 
 
 def _get_version(message):
@@ -189,13 +187,13 @@ def _get_version(message):
 
 
 def _free(_):
-    """Nothing of what is promoted changes."""
+    """Allows the request: it does not change what is promoted."""
 
 
-# An artifact's content, whose run is named in the query only, and a language that changes nothing.
+# Uploads, which name the run in the query only, and GraphQL, which is read-only: their bodies are not checked.
 ANY_BODY = ("serve_upload_artifact", "_upload_artifact", "_graphql")
 
-# By the name of MLflow's handler: its route may be reached by several paths.
+# By the name of MLflow's handler, since several paths may lead to one.
 RULES = {
     "_create_experiment": (CreateExperiment, _new_experiment),
     "_create_registered_model": (messages.CreateRegisteredModel, _tags),
@@ -215,7 +213,7 @@ RULES = {
     "_delete_model_version_tag": (messages.DeleteModelVersionTag, _version_tag),
 }
 
-# A later MLflow has routes of the registry that nobody has thought about: they are refused.
+# A later MLflow may add routes to the registry: without a rule they are rejected.
 UNKNOWN = {
     handler.__name__
     for _, handler, methods in handlers.get_service_endpoints(messages.ModelRegistryService, handlers.get_handler)

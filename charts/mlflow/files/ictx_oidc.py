@@ -1,10 +1,10 @@
-"""Sign-in of people at the site's OpenID provider, by Authlib; programs keep their passwords.
+"""Sign-in of users with the site's OpenID provider, using Authlib; programs keep their passwords.
 
-Who signs in gets the account of that name: accounts, permissions and roles stay MLflow's. Administrators sign in with
-their password only, so that no name at the provider makes one.
+A user who signs in gets the MLflow account of that name, with its permissions and roles. Administrators sign in with
+their password only, so that no name at the provider can make a user an administrator.
 
-Environment: OIDC_ISSUER, OIDC_CLIENT_ID, OIDC_CLIENT_SECRET, OIDC_URL (of this server, for browsers), OIDC_SCOPES,
-OIDC_USERNAME_CLAIM, OIDC_SESSION_HOURS, OIDC_CA_FILE (of the provider, if not a public one).
+Environment: OIDC_ISSUER, OIDC_CLIENT_ID, OIDC_CLIENT_SECRET, OIDC_URL (this server's, for browsers), OIDC_SCOPES,
+OIDC_USERNAME_CLAIM, OIDC_SESSION_HOURS, OIDC_CA_FILE (the provider's authority, unless public).
 """
 
 import os
@@ -23,7 +23,7 @@ USER = "ictx_user"
 
 
 def install(app):
-    """Makes the app answer the paths above; before `auth.create_app`, which refuses requests without credentials."""
+    """Adds the paths above to the app. Call it before `auth.create_app`, which rejects requests without credentials."""
     app.config.update(
         SESSION_COOKIE_NAME="ictx_mlflow",
         SESSION_COOKIE_SAMESITE="Lax",
@@ -48,7 +48,7 @@ def install(app):
 
 
 def signed_in():
-    """Returns the credentials of whoever has signed in, as MLflow wants them, or None."""
+    """Returns the credentials of the signed-in user in the type that MLflow requires, or None."""
     user, until = session.get(USER, ("", 0))
     if until < time.time():
         return None
@@ -56,18 +56,18 @@ def signed_in():
 
 
 def to_login():
-    """Sends a browser to sign in and back, under the name that the provider knows: a cookie belongs to one name."""
+    """Redirects a browser to sign in, then back. Uses OIDC_URL: the session's cookie is valid for one host only."""
     return redirect(f"{_url(LOGIN)}?{urlencode({'next': request.full_path.rstrip('?')})}")
 
 
 def _login(provider):
     after = request.args.get("next", "/")
-    # Of this server only: a browser takes //host and /\\host for another one.
+    # Paths of this server only: browsers interpret //host and /\\host as another host.
     session["ictx_next"] = after if after[:1] == "/" and after[1:2] not in ("/", "\\") else "/"
     try:
         return provider.authorize_redirect(_url(CALLBACK))
     except RequestException as error:
-        return _text(f"the identity provider {os.environ['OIDC_ISSUER']} does not answer: {type(error).__name__}", 502)
+        return _text(f"the identity provider {os.environ['OIDC_ISSUER']} does not respond: {type(error).__name__}", 502)
 
 
 def _callback(provider):
@@ -78,7 +78,7 @@ def _callback(provider):
     claim = os.environ["OIDC_USERNAME_CLAIM"]
     user = claims.get(claim)
     if not isinstance(user, str) or not user:
-        return _text(f"the identity provider sends no {claim}: set auth.oidc.usernameClaim or its scopes", 403)
+        return _text(f"the identity provider sent no claim {claim}: set auth.oidc.usernameClaim or .scopes", 403)
     if claim == "email" and claims.get("email_verified") is not True:
         return _text(f"the identity provider has not verified the address {user}", 403)
     if refusal := _refusal(user):
@@ -99,13 +99,13 @@ def _url(path):
 
 
 def _refusal(user):
-    """Returns why the user may not sign in here, or None."""
+    """Returns the reason why the user may not sign in, or None."""
     from mlflow.server import auth
 
     if "~" in user or not auth.store.has_user(user):
-        return f"{user} has no account in MLflow: an administrator adds it (ictx_users)"
+        return f"{user} has no account in MLflow: an administrator must add it (ictx_users)"
     if auth.store.get_user(user).is_admin:
-        return f"{user} is an administrator of MLflow: administrators sign in with their password"
+        return f"{user} is an administrator of MLflow: administrators must sign in with their password"
     return None
 
 

@@ -1,6 +1,6 @@
-"""Exposes what the server's processes count, without a password: the server itself answers administrators only.
+"""Exposes the metrics of the server's processes without a password; the server exposes them to administrators only.
 
-Arguments: folder of the counts, port.
+Arguments: folder of the metrics (--expose-prometheus), port.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Before the server: brings databases to this MLflow's schema (`migrate`), writes the auth settings and sets the
+"""Runs before the server: migrates databases to this MLflow's schema (`migrate`), writes the auth settings and sets the
 administrator's password (`auth-config`).
 """
 
@@ -11,12 +11,12 @@ from pathlib import Path
 
 
 def say(text):
-    """Prints at once: the log is read while the program runs."""
+    """Prints without buffering, so that the log can be followed."""
     print(text, flush=True)
 
 
 def revisions(uri):
-    """Returns the schema that the database has (None if it is new) and the one that this MLflow needs."""
+    """Returns the schema revision of the database (None if new) and the one that this MLflow requires."""
     import mlflow
     import sqlalchemy
     from alembic.migration import MigrationContext
@@ -32,16 +32,16 @@ def revisions(uri):
 
 
 def migrate(uri):
-    """Upgrades the tracking database; a SQLite file is copied first, because a migration cannot be taken back."""
+    """Migrates the tracking database. Copies a SQLite file first, since a migration cannot be reverted."""
     have, need = revisions(uri)
     if have == need:
-        say(f"tracking database: schema {need}, as needed")
+        say(f"tracking database: schema {need} is current")
         return
     say(f"tracking database: schema {have} -> {need}")
     if have and uri.startswith("sqlite:///"):
         path = Path(uri.removeprefix("sqlite:///"))
         copy = path.with_name(f"{path.name}.before-{need}")
-        say(f"the database as it was: {copy}")
+        say(f"tracking database: copy before the migration: {copy}")
         with closing(sqlite3.connect(path)) as source, closing(sqlite3.connect(copy)) as target:
             source.backup(target)
     from mlflow.cli import cli
@@ -50,7 +50,7 @@ def migrate(uri):
 
 
 def migrate_auth(uri):
-    """Upgrades the users' database; a server would do so too, but several must not do it at once."""
+    """Migrates the user database here, since several servers must not do it at the same time."""
     import sqlalchemy
     from mlflow.server.auth.db.utils import migrate_if_needed
 
@@ -59,15 +59,15 @@ def migrate_auth(uri):
         migrate_if_needed(engine, "head")
     finally:
         engine.dispose()
-    say("users' database: ready")
+    say("user database: ready")
 
 
 def write_auth_config(path):
-    """Writes what MLflow reads from a file only; name and password of the administrator stay in the environment."""
+    """Writes the settings that MLflow reads only from a file. The environment has the administrator's credentials."""
     config = configparser.RawConfigParser()
     config["mlflow"] = {
         "default_permission": os.environ["AUTH_DEFAULT_PERMISSION"],
-        # MLflow interpolates: a password's %2F would end the server.
+        # MLflow interpolates the values: the server would fail at a %2F in the password.
         "database_uri": os.environ["AUTH_DATABASE_URI"].replace("%", "%%"),
         "auth_cache_ttl_seconds": os.environ["AUTH_CACHE_SECONDS"],
         "authorization_function": "ictx_guard:authorize",
@@ -78,21 +78,21 @@ def write_auth_config(path):
 
 
 def set_admin_password(uri, name, password):
-    """Sets it where the database has another one: it was changed while no server ran, or came back with a backup."""
+    """Sets the password if the database has another: changed while no server ran, or a backup was restored."""
     import sqlalchemy
     from werkzeug.security import check_password_hash, generate_password_hash
 
-    # Not by MLflow's own store: importing it takes as long as starting a server.
+    # Without MLflow's own store: its import takes as long as the start of a server.
     engine = sqlalchemy.create_engine(uri)
     query = "SELECT password_hash FROM users WHERE username = :name"
     with engine.begin() as connection:
-        # The server makes table and account at its first start.
+        # The server creates the table and the account at its first start.
         known = sqlalchemy.inspect(connection).has_table("users")
         found = known and connection.execute(sqlalchemy.text(query), {"name": name}).scalar()
         if found and not check_password_hash(found, password):
             update = "UPDATE users SET password_hash = :new WHERE username = :name"
             connection.execute(sqlalchemy.text(update), {"new": generate_password_hash(password), "name": name})
-            say(f"password of {name}: set to that of the Secret")
+            say(f"password of {name}: set from the Secret")
     engine.dispose()
 
 

@@ -1,11 +1,11 @@
-"""Backups: `backup` makes one (databases, artifacts, list of checksums) and removes old ones, `restore` puts one back.
+"""`backup` creates a backup (databases, artifacts, list of checksums) and removes old ones; `restore` restores one.
 
-Both compare what they read with checksums, name what is damaged and fail in the end: a backup that is whole but for a
-damaged file of the server is kept, a restore of a damaged backup changes nothing unless it may be partial.
+Both verify checksums, report damaged files and exit with an error if there are any. A backup without the damaged files
+of the server is kept. A restore of a damaged backup changes nothing unless PARTIAL is `true`.
 
-Environment: the databases' URIs, BACKUP_DIR, ARTIFACTS_DIR (empty: none); RETENTION and SHARED_COPIES (backups that
-share one copy of a file) to back up; SNAPSHOT, PARTIAL (`true`), SERVER (host:port) and SERVER_GRACE (seconds that it
-may take to end) to restore.
+Environment: the databases' URIs, BACKUP_DIR, ARTIFACTS_DIR (empty: none). For `backup`: RETENTION and SHARED_COPIES
+(number of backups that share one copy of a file). For `restore`: SNAPSHOT, PARTIAL, SERVER (host:port) and SERVER_GRACE
+(seconds that the server may take to stop).
 """
 
 import errno
@@ -26,12 +26,12 @@ MANIFEST = "manifest.json"
 
 
 def say(text):
-    """Prints at once: the log is read while the program runs."""
+    """Prints without buffering, so that the log can be followed."""
     print(text, flush=True)
 
 
 def libpq(uri):
-    """Returns an environment for PostgreSQL's programs: a password among arguments is seen by everyone on the node."""
+    """Returns the environment for PostgreSQL's programs: every user of the node can read a password in arguments."""
     parts = urlsplit(uri)
     values = {
         "PGHOST": parts.hostname,
@@ -65,40 +65,40 @@ def checksum(path):
 
 
 def describe(path):
-    """Returns checksum, size and time of a file."""
+    """Returns the SHA-256, the size in bytes and the modification time of a file."""
     about = path.stat()
     return {"sha256": checksum(path), "size": about.st_size, "time": int(about.st_mtime)}
 
 
 def read_manifest(folder):
-    """Returns what is known of a backup's artifacts, by path."""
+    """Returns checksum, size and time of a backup's artifacts, by path."""
     artifacts = json.loads((folder / MANIFEST).read_text())["artifacts"]
     if isinstance(artifacts, dict):
         return artifacts
-    # Of an older version, which noted only whether there are any: as they are now.
+    # Older versions recorded only whether there are artifacts: describe the current files.
     files = (path for path in sorted((folder / "artifacts").rglob("*")) if path.is_file())
     return {str(path.relative_to(folder / "artifacts")): describe(path) for path in files}
 
 
 def intact(folder, where, known):
-    """Returns a backup's copy of an artifact, if it is what it was."""
+    """Returns a backup's copy of an artifact, or None if it is missing or damaged."""
     copy = folder / "artifacts" / where
     return copy if copy.is_file() and checksum(copy) == known["sha256"] else None
 
 
 def copy_artifact(path, target, old, known, shared):
-    """Copies a file, or links the previous backup's copy; returns what the new one is, and what is damaged.
+    """Copies a file, or links the previous backup's copy; returns the description of the copy, and a list of damage.
 
-    A copy takes no space again until so many backups share it: the next gets one of its own, and damage to one does not
-    ruin all. `old` is the previous copy and `known` what it was, where there is one.
+    At most `shared` backups share one copy; the next gets its own, so that damage to one copy does not affect all
+    backups. `old` is the path of the previous copy, and `known` its description, or None.
     """
     found, damaged = describe(path), []
     silent = known and known["sha256"] != found["sha256"] and {**known, "sha256": found["sha256"]} == found
     whole = known and old.is_file() and checksum(old) == known["sha256"]
     if silent:
-        # MLflow writes new files: their time changes.
+        # MLflow replaces files, which changes their time.
         damaged.append(
-            f"{path} is damaged: its content changed, its size and time did not; intact: {old if whole else None}"
+            f"{path} is damaged: its content changed, its size and time did not; intact copy: {old if whole else None}"
         )
     if known and not whole:
         damaged.append(f"{old} is damaged: its checksum is not the one in {MANIFEST}")
@@ -112,7 +112,7 @@ def copy_artifact(path, target, old, known, shared):
 
 
 def copy_artifacts(source, target, previous, shared):
-    """Returns the manifest of the artifacts that it copied, and what is damaged. `previous` may be None."""
+    """Copies artifacts; returns their manifest and a list of damage. `previous` is the last backup, or None."""
     before, files, damaged = read_manifest(previous) if previous else {}, {}, []
     for path in sorted(source.rglob("*")):
         where = str(path.relative_to(source))
@@ -124,10 +124,10 @@ def copy_artifacts(source, target, previous, shared):
             old = previous / "artifacts" / where if previous else None
             found, wrong = copy_artifact(path, target / where, old, before.get(where), shared)
         except (FileNotFoundError, NotADirectoryError):
-            say(f"gone meanwhile: {path}")
+            say(f"deleted during the backup: {path}")
             continue
         except OSError as error:
-            # Users choose the names of artifacts, and a backup's folder has a longer name than theirs.
+            # Users choose the names of artifacts, and the path in the backup is longer.
             if error.errno != errno.ENAMETOOLONG:
                 raise
             damaged.append(f"{path} is not in the backup: its path is too long")
@@ -139,7 +139,7 @@ def copy_artifacts(source, target, previous, shared):
 
 
 def backup():
-    """Makes the backup under the name of an unfinished one, and renames it last."""
+    """Creates a backup in a folder `.*.unfinished`, renamed when complete, and removes old backups."""
     root = Path(os.environ["BACKUP_DIR"])
     done = sorted(path.parent for path in root.glob(f"*Z/{MANIFEST}"))
     name = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
@@ -147,10 +147,10 @@ def backup():
     for rest in root.glob(".*.unfinished"):
         shutil.rmtree(rest)
     folder.mkdir()
-    # Databases come first: an artifact that is newer than its record does no harm, a record without its artifact does.
+    # Databases first: an artifact without a record is harmless, a record without its artifact is not.
     backend, auth = os.environ["MLFLOW_BACKEND_STORE_URI"], os.environ.get("AUTH_DATABASE_URI", "")
     dump(backend, folder, "mlflow")
-    # The server makes its users' database at its first start.
+    # The server creates its user database at its first start.
     missing = auth.startswith("sqlite:///") and not Path(auth.removeprefix("sqlite:///")).exists()
     if auth and auth != backend and not missing:
         dump(auth, folder, "basic_auth")
@@ -170,23 +170,23 @@ def backup():
 
 
 def wait_for_the_server_to_end(address, grace, seconds=300):
-    """A server that runs would write into the database while it is replaced."""
+    """Waits until the server has stopped: it would write to the database while it is replaced."""
     host, _, port = address.rpartition(":")
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         try:
             socket.create_connection((host, int(port)), timeout=3).close()
         except OSError:
-            # The Service forgets a pod before its processes end.
+            # The Service removes a pod before its processes stop.
             time.sleep(grace)
             return
-        say(f"waiting for the server at {address} to end")
+        say(f"waiting for the server at {address} to stop")
         time.sleep(2)
     sys.exit(f"the server at {address} still runs: scale it to zero, then try again")
 
 
 def choose(root, name):
-    """Returns the folder of a complete backup."""
+    """Returns the folder of the complete backup `name`, or of the newest for `latest`."""
     complete = sorted(path.parent for path in root.glob(f"*Z/{MANIFEST}"))
     wanted = complete[-1:] if name == "latest" else [path for path in complete if path.name == name]
     if not wanted:
@@ -195,7 +195,7 @@ def choose(root, name):
 
 
 def verify(folder):
-    """Returns the files of the databases; ends the program when one is not what was written."""
+    """Returns the backup's database files by name; exits if one is damaged."""
     sums = json.loads((folder / MANIFEST).read_text())["databases"]
     for name, wanted in sums.items():
         if checksum(folder / name) != wanted:
@@ -204,7 +204,7 @@ def verify(folder):
 
 
 def load(uri, file):
-    """Replaces a database; a SQLite file is kept beside it as `*.before-restore`."""
+    """Replaces a database; the previous SQLite file is kept as `*.before-restore`."""
     if not uri.startswith("sqlite:///"):
         command = ["pg_restore", "--clean", "--if-exists", "--no-owner", "--single-transaction"]
         environment = libpq(uri)
@@ -216,9 +216,9 @@ def load(uri, file):
     with closing(sqlite3.connect(file)) as source, closing(sqlite3.connect(fresh)) as target:
         source.backup(target)
         if target.execute("PRAGMA integrity_check").fetchone() != ("ok",):
-            sys.exit(f"{file} is damaged: SQLite finds it inconsistent")
+            sys.exit(f"{file} is damaged: SQLite's integrity check failed")
     if path.exists():
-        # One file: what its journal holds is taken in first.
+        # Merge the journal first, so that the kept file is complete.
         with closing(sqlite3.connect(path)) as old:
             old.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         path.replace(path.with_name(path.name + ".before-restore"))
@@ -237,25 +237,25 @@ def find_copies(folder, known):
 
 
 def put_back(source, known, root, where):
-    """Copies an artifact that is not there, or not what it was; what came after the backup stays."""
+    """Restores an artifact that is missing or differs; files created after the backup are kept."""
     target = root / where
     if target.is_file() and target.stat().st_size == known["size"] and checksum(target) == known["sha256"]:
         return
-    # A file may have come where a folder was, or a folder where a file was.
+    # A file may have replaced a folder since the backup, or a folder a file.
     wrong = [folder for folder in target.parents if folder.is_file()] + [target] * target.is_dir()
     for path in wrong:
         aside = root / f".before-restore-{time.time_ns()}"
         path.rename(aside)
         say(f"moved {path} to {aside}")
     target.parent.mkdir(parents=True, exist_ok=True)
-    # Not beside it: users choose the length of names.
+    # In the root, since a suffix could make the name that a user chose too long.
     partial = root / ".restoring"
     shutil.copy2(source, partial)
     partial.replace(target)
 
 
 def restore():
-    """Restores; a second run does the same again."""
+    """Restores databases and artifacts; can be repeated."""
     wait_for_the_server_to_end(os.environ["SERVER"], float(os.environ["SERVER_GRACE"]))
     folder = choose(Path(os.environ["BACKUP_DIR"]), os.environ["SNAPSHOT"])
     databases = verify(folder)

@@ -1,6 +1,6 @@
-"""`helm test`: the endpoint answers with the key, streams, and refuses without.
+"""`helm test`: checks that the endpoint completes and streams with the key, and rejects requests without it.
 
-Environment: URL, MODEL, KEY, CA (file of the authority; the system's if there is none), TIMEOUT (seconds).
+Environment: URL, MODEL, KEY, CA (the authority's file; if it does not exist, the system's), TIMEOUT (seconds).
 """
 
 import json
@@ -17,7 +17,7 @@ CONTEXT = ssl.create_default_context(cafile=CA if os.path.exists(CA) else None)
 
 
 def post(key, **more):
-    """Returns status and text of a request for a completion."""
+    """Returns the status and text of the response to a completion request."""
     asked = {"model": MODEL, "prompt": "The", "max_tokens": 8, "temperature": 0, "ignore_eos": True, **more}
     body = json.dumps(asked).encode()
     request = urllib.request.Request(URL + "/v1/completions", body, {"Content-Type": "application/json"})
@@ -31,7 +31,7 @@ def post(key, **more):
 
 
 def check(what, good, detail):
-    """Prints what was tried; the first failure ends the test."""
+    """Prints the result of a check; exits at the first failure."""
     print(("ok: " if good else "FAILED: ") + what, flush=True)
     if not good:
         sys.exit(detail[:2000])
@@ -44,9 +44,9 @@ check("with a wrong key: 401", status == 401, f"{status} {text}")
 status, text = post(KEY)
 check("with the key: 200", status == 200, f"{status} {text}")
 answer = json.loads(text)
-check("the answer is the model's", answer["model"] == MODEL, text)
-check("the answer has tokens", answer["usage"]["completion_tokens"] > 0, text)
+check("the response names the model", answer["model"] == MODEL, text)
+check("the response has tokens", answer["usage"]["completion_tokens"] > 0, text)
 print("completion:", json.dumps(answer["choices"][0]["text"]))
 status, text = post(KEY, stream=True)
 events = [line for line in text.splitlines() if line.startswith("data: ")]
-check("a stream comes in pieces and ends", status == 200 and len(events) > 2 and events[-1] == "data: [DONE]", text)
+check("a stream has several events and ends", status == 200 and len(events) > 2 and events[-1] == "data: [DONE]", text)

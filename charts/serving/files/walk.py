@@ -1,6 +1,6 @@
-"""`helm test`: without the key nothing but `GET /health` answers. vLLM lists its paths itself: a new one is tried too.
+"""`helm test`: checks that only `GET /health` works without the key. Paths come from vLLM's own list and UNLISTED.
 
-Environment: URL, KEY, CA (file of the authority; the system's if there is none), TIMEOUT (seconds).
+Environment: URL, KEY, CA (the authority's file; if it does not exist, the system's), TIMEOUT (seconds).
 """
 
 import http.client
@@ -13,7 +13,7 @@ import urllib.parse
 SERVER, KEY = urllib.parse.urlsplit(os.environ["URL"]), os.environ["KEY"]
 CA = os.environ.get("CA", "")
 METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS", "TRACE", "PROPFIND")
-# What vLLM mounts or hides is in no list of its own.
+# Paths that vLLM mounts or hides are not in its list.
 UNLISTED = """
 / /docs /docs/oauth2-redirect /redoc /openapi.json /metrics /metrics/ /load /version /ping /server_info
 /invocations /tokenize /detokenize /tokenizer_info /generative_scoring /scale_elastic_ep /is_scaling_elastic_ep
@@ -37,7 +37,7 @@ CREDENTIALS = {
 
 
 def connection():
-    """Returns a connection to the server, kept open from one request to the next."""
+    """Returns a connection to the server; it is reused for all requests."""
     timeout = float(os.environ["TIMEOUT"])
     if SERVER.scheme == "http":
         return http.client.HTTPConnection(SERVER.netloc, timeout=timeout)
@@ -49,19 +49,19 @@ CONNECTION = connection()
 
 
 def ask(method, path, headers=None):
-    """Returns status and text of a request, which is sent as it is."""
+    """Returns the status and text of the response; the path is sent without normalization."""
     try:
         CONNECTION.request(method, path, headers=headers or {})
         answer = CONNECTION.getresponse()
     except (http.client.HTTPException, ConnectionError):
-        CONNECTION.close()  # the server did, after an answer: the next request opens another
+        CONNECTION.close()  # the server closed it after a response; the next request reconnects
         CONNECTION.request(method, path, headers=headers or {})
         answer = CONNECTION.getresponse()
     return answer.status, answer.read().decode(errors="replace")
 
 
 def refused(what, method, path, headers=None):
-    """Returns whether a request was refused, and reports one that was not."""
+    """Returns whether a request was rejected with 401; prints it if not."""
     status, text = ask(method, path, headers)
     if status != 401:
         print(f"FAILED: {method} {path} with {what}: {status} {text[:200]}", flush=True)
@@ -73,7 +73,7 @@ if status != 200:
     sys.exit(f"GET /openapi.json with the key: {status} {text[:2000]}")
 listed = {path.replace("{", "").replace("}", "") for path in json.loads(text)["paths"]} - {"/health"}
 if "/v1/completions" not in listed:
-    sys.exit(f"the server lists none of vLLM's paths: {sorted(listed)}")
+    sys.exit(f"/openapi.json does not list vLLM's paths: {sorted(listed)}")
 tried = sorted({*listed, *UNLISTED.split()})
 results = [refused("no key", method, path) for path in tried for method in METHODS]
 results += [refused("no key", method, "/health") for method in METHODS if method != "GET"]
@@ -84,5 +84,5 @@ status, text = ask("GET", "/health")
 if status != 200:
     sys.exit(f"GET /health: {status} {text[:2000]}")
 if not all(results):
-    sys.exit(f"{results.count(False)} of {len(results)} requests without the key were answered")
+    sys.exit(f"{results.count(False)} of {len(results)} requests without the key were not rejected with 401")
 print(f"ok: {len(results)} requests without the key: 401; {len(listed)} paths are listed; GET /health: 200")

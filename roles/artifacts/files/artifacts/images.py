@@ -84,7 +84,7 @@ def mirror_image(artifact: Artifact, root: Path) -> dict[str, str]:
     skopeo compares what it receives with the digest, down to each layer.
 
     Raises:
-        ArtifactError: it cannot be had, or the lock has no digest of it.
+        ArtifactError: it is not available, or the lock has no digest of it.
     """
     if not artifact.sha256:
         raise ArtifactError(f"{artifact.url}:{artifact.version} has no digest in the lock: {artifact.unverified}")

@@ -128,7 +128,7 @@ def mirror_repository(artifact: Artifact, root: Path, source: str, progress: Pro
         for package in chosen(list(paragraphs(lists)), artifact.packages, source):
             place = package["Filename"].removeprefix("./")
             if Path(place).is_absolute() or ".." in Path(place).parts:
-                raise ArtifactError(f"{source}: the package {package['Package']} lies outside the repository ({place})")
+                raise ArtifactError(f"{source}: the package {package['Package']} is outside the repository ({place})")
             target = base / place
             if target.exists() and sha256(target) == package["SHA256"]:
                 written[str(target.relative_to(root))] = package["SHA256"]
