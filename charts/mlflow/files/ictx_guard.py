@@ -140,7 +140,7 @@ def _model(message):
 def _version(message):
     if found := _promoted(_get_version(message).aliases):
         raise RefusalError(
-            f"only promoters may change version {message.version} of {message.name!r}: it is {', '.join(found)}"
+            f"only promoters may change version {message.version} of {message.name!r}: its alias is {', '.join(found)}"
         )
 
 

@@ -1,4 +1,4 @@
-{{/* Settings that files/ictx_oidc.py reads, with an OpenID provider. */}}
+{{/* Environment variables of files/ictx_oidc.py; empty without an OpenID provider. */}}
 {{- define "mlflow.oidcEnv" -}}
 {{- with .Values.auth.oidc }}
 {{- if .issuer -}}
