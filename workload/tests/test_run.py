@@ -24,6 +24,7 @@ from ictx.data.shards import TokenArray
 from ictx.errors import UserError
 from ictx.model import Transformer
 from ictx.model.hf import load_pretrained
+from ictx.track.records import MetricsFile
 from ictx.train import checkpoint, run
 from ictx.train.config import OptimizerConfig, PretrainConfig, load
 from ictx.train.loss import Counts, Loss
@@ -373,6 +374,17 @@ resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 metrics.append({"step": 4})
 assert [record["step"] for record in metrics.after(0)] == [1, 2, 3, 4]
 """
+
+
+@pytest.mark.parametrize(("resumed_from", "kept"), [(0, []), (5, [0, 5])])
+def test_a_step_is_recorded_once_also_step_0_of_a_run_without_a_checkpoint(
+    tmp_path: Path, resumed_from: int, kept: list[int]
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    first = MetricsFile(path, 0)
+    for step in (0, 5, 10):
+        first.append({"step": step})
+    assert [record["step"] for record in MetricsFile(path, resumed_from).after(-1)] == kept
 
 
 def test_a_full_disk_costs_no_record(tmp_path: Path) -> None:

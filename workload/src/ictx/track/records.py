@@ -25,10 +25,11 @@ class MetricsFile:
     """metrics.jsonl: one record per line, each step once, also after restarts."""
 
     def __init__(self, path: Path, resumed_from: int) -> None:
-        """Removes the records after step `resumed_from`, which will be computed again."""
+        """Removes the records that will be computed again: those after step `resumed_from`; without a checkpoint (0) all."""
         self.path = path
         self._late: list[Mapping[str, float]] = []
-        self.rewind(resumed_from)
+        # A validation before the first step is recorded as step 0.
+        self.rewind(resumed_from or -1)
 
     def rewind(self, step: int) -> None:
         """Removes the records of later steps."""
