@@ -25,7 +25,7 @@ class MetricsFile:
     """metrics.jsonl: one record per line, each step once, also after restarts."""
 
     def __init__(self, path: Path, resumed_from: int) -> None:
-        """Removes the records that will be computed again: those after step `resumed_from`; without a checkpoint (0) all."""
+        """Removes the records that will be computed again: those after step `resumed_from`; all of them if it is 0."""
         self.path = path
         self._late: list[Mapping[str, float]] = []
         # A validation before the first step is recorded as step 0.
