@@ -115,3 +115,22 @@ def test_nodes_pull_as_the_user_that_the_registry_has(tmp_path: Path, variables:
     site = Site(path, tmp_path)
     assert site.value("registry", "infra1", "{{ registry_user }}") == user
     assert [entry["user"] for entry in site.value("k3s", "k3s1", "{{ k3s_registries }}")] == [user]
+
+
+def test_a_service_is_checked_at_the_address_on_which_it_listens() -> None:
+    ini = (ROOT / "roles/grafana/templates/grafana.ini.j2").read_text()
+    (http_addr,) = re.findall(r"^http_addr = (.*)$", ini, re.M)
+    expression = "{{ grafana_listen | local_url_host }} " + http_addr
+    for listen, url, address in [
+        (":1", "localhost:1", ""),
+        ("0.0.0.0:1", "localhost:1", "0.0.0.0"),
+        ("127.0.0.1:1", "localhost:1", "127.0.0.1"),
+        ("[::]:1", "localhost:1", "::"),
+        ("192.0.2.5:1", "192.0.2.5:1", "192.0.2.5"),
+        ("[fd00::5]:1", "[fd00::5]:1", "fd00::5"),
+        ("web1:1", "web1:1", "web1"),
+    ]:
+        found = Templar(loader=None, variables={"grafana_listen": listen}).template(trusted(expression))
+        assert found == f"{url} {address}"
+    for file in ROOT.glob("roles/*/tasks/*.yml"):
+        assert not re.search(r"localhost:\{\{ \w+_listen", file.read_text()), file

@@ -30,6 +30,16 @@ def is_ip(text: str) -> bool:
     return True
 
 
+def local_url_host(listen: str) -> str:
+    """Returns the HOST:PORT at which the host itself reaches a service that listens on `[ADDRESS]:PORT`."""
+    address, _, port = listen.rpartition(":")
+    own = address.strip("[]")
+    if is_ip(own):
+        found = ipaddress.ip_address(own)
+        own = "" if found.is_unspecified or found.is_loopback else own
+    return listen if own else f"localhost:{port}"
+
+
 def other_interface(address: str, facts: Mapping[str, Any]) -> str:
     """Returns the interface that has an address; empty if it is that of the default route."""
     default = {facts.get(f"default_{kind}", {}).get("interface") for kind in ("ipv4", "ipv6")}
@@ -46,4 +56,10 @@ class FilterModule:
 
     def filters(self) -> dict[str, Callable[..., Any]]:
         """Returns the filters by name."""
-        return {"host_address": host_address, "in_url": in_url, "is_ip": is_ip, "other_interface": other_interface}
+        return {
+            "host_address": host_address,
+            "in_url": in_url,
+            "is_ip": is_ip,
+            "local_url_host": local_url_host,
+            "other_interface": other_interface,
+        }
