@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +122,7 @@ def run(monkeypatch: pytest.MonkeyPatch, folder: Path, *words: str) -> int:
 def lock(folder: Path, url: str, digest: str) -> None:
     """Writes a lock of one image."""
     entry = {"name": "tool", "version": "v1", "kind": "image", "url": url, "path": "images/tool.tar", "sha256": digest}
-    about = {"licence": "MIT", "looked_at": "2026-01-02", "end_of_life": None, "newest": "v1", "why": ""}
+    about = {"licence": "MIT", "looked_at": date(2026, 1, 2), "end_of_life": None, "newest": "v1", "why": ""}
     (folder / "lock.yml").write_text(yaml.safe_dump({"artifacts_lock": [{**entry, **about}]}))
 
 
