@@ -30,6 +30,7 @@ WORKLOAD = Path(__file__).parents[1]
 LARGE = "--config ictx-1b --seq 32768 --steps 5"
 STEADY = "--config ictx-1b --warm-up 1 --steps 1 --profile"
 LONG = "--config ictx-1b --warm-up 0 --steps 1 --profile --cap 80"
+RANK = "--config ictx-1b --simulate --warm-up 1 --steps 1"
 CHECK = "--ranks 2 --cp 2 --check 1"
 
 
@@ -108,6 +109,17 @@ SETS: dict[str, dict[str, Case]] = {
         ),
         "fsdp 8": Case(8, 100, f"{LARGE} --ranks 8 --compile --profile --cap 78"),
         "hsdp 2 x 4": Case(8, 100, f"{LARGE} --ranks 8 --replicate 2 --compile --profile --cap 78"),
+    },
+    # One rank of `two` and of `eight` on one GPU. The first case is measured in `two`: the difference is communication.
+    "rank": {
+        "cp 2, 262144": Case(1, 120, f"{RANK} --seq 262144 --ranks 2 --cp 2 --cap 78"),
+        "cp 8, 1048576": Case(1, 300, f"{RANK} --seq 1048576 --ranks 8 --cp 8 --cap 78"),
+    },
+    "rank36": {
+        "cp 8, 1048576, offload, cap 36": Case(1, 300, f"{RANK} --seq 1048576 --ranks 8 --cp 8 --offload --cap 36"),
+        "cp 8, 1048576, full, cap 36": Case(1, 340, f"{RANK} --seq 1048576 --ranks 8 --cp 8 --recompute full --cap 36"),
+        "fsdp 8": Case(1, 60, f"{LARGE} --ranks 8 --compile --simulate --cap 78"),
+        "hsdp 2 x 4": Case(1, 60, f"{LARGE} --ranks 8 --replicate 2 --compile --simulate --cap 78"),
     },
     # Gradients in float32 take minutes: about 15 TFLOP/s a GPU.
     "check2": {

@@ -79,6 +79,34 @@ def test_two_ranks_share_out_windows_beside_ddp(
         assert message in capsys.readouterr().err
 
 
+def test_one_rank_alone_holds_what_it_holds_among_the_others(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "small.yaml").write_text(json.dumps(SMALL))
+    out = tmp_path / "rows.json"
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    arguments = ["bench", "train", "--config", tmp_path / "small.yaml", "--seq", 32, "--out", out]
+    steps = ["--steps", 1, "--warm-up", 1]
+    found = {}
+    for simulate in ([], ["--simulate"]):
+        assert ictx(monkeypatch, *arguments, *steps, "--ranks", 2, "--cp", 2, *simulate) == 0
+        (row,) = (Row(**content) for content in json.loads(out.read_text()))
+        assert row.simulated == bool(simulate) and row.tokens_per_second == pytest.approx(32 / row.step)
+        found[row.simulated] = row
+    assert found[True].memory == found[False].memory and found[True].memory["weights"]
+    assert "1 of 2 ranks simulated × cpu" in capsys.readouterr().out
+    assert ictx(monkeypatch, *arguments, *steps, "--ranks", 8, "--cp", 2, "--replicate", 2, "--simulate") == 0
+    (row,) = (Row(**content) for content in json.loads(out.read_text()))
+    assert (row.ranks, row.cp, row.dp_replicate) == (8, 2, 2)
+    assert row.memory["weights"] == pytest.approx(found[True].memory["weights"] / 2, rel=0.05)
+    for wrong, message in {
+        ("--cp", 2, "--check", 1): "leave --check",
+        ("--replicate", 3): "does not make 2 ranks",
+    }.items():
+        assert ictx(monkeypatch, *arguments, "--ranks", 2, "--simulate", *wrong) != 0
+        assert message in capsys.readouterr().err
+
+
 @pytest.fixture
 def gpus() -> Any:
     """The program benchmarks/gpus.py as a module; it is not part of the package."""

@@ -18,6 +18,7 @@ examples:
   ictx bench train --config ictx-1b --seq 32768 --ranks 2 --recompute none selective full --compile --peer
   ictx bench train --config ictx-1b --seq 32768 --ranks 4 --recompute selective --layers 8 --out train.json
   ictx bench train --config ictx-1b --seq 524288 --ranks 2 --cp 2 --offload --warm-up 0 --steps 1 --profile
+  ictx bench train --config ictx-1b --seq 1048576 --ranks 8 --cp 8 --simulate --cap 78 --warm-up 1 --steps 1
   ictx bench train --config tiny --seq 4096 --ranks 2 --cp 2 --check 1 --dtype float32
 """
 
@@ -115,6 +116,10 @@ def register(areas: Any) -> None:
     train.add_argument(
         "--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="compute dtype (default: bfloat16)"
     )
+    train.add_argument(
+        "--simulate", action="store_true",
+        help="measure one rank of --ranks on one GPU: its memory, and its time without communication",
+    )  # fmt: skip
     train.add_argument("--out", type=Path, metavar="FILE", help="save the rows as JSON")
     train.set_defaults(run=run_train)
     align = commands.add_parser(
@@ -225,6 +230,8 @@ def run_train(arguments: argparse.Namespace) -> int:
         cases.append(replace(first, recompute="full", layers=None, implementation="transformers"))
     if arguments.cp > 1 and (arguments.ddp or arguments.peer):
         raise UserError("--ddp and --peer have whole windows on each rank: leave --cp out")
+    if arguments.simulate and (reference or arguments.ddp or arguments.peer or arguments.profile):
+        raise UserError("--simulate has no communication or results: leave --check, --ddp, --peer and --profile out")
     if not cases:
         raise UserError("--recompute has no mode: give one, --ddp or --peer")
     cap = None if arguments.cap is None else arguments.cap * 1e9
@@ -233,7 +240,7 @@ def run_train(arguments: argparse.Namespace) -> int:
         print("\n".join(checked(checks)))
         found = [asdict(one) for one in checks]
     else:
-        rows = run(Job(cases, layout, cap), arguments.ranks)
+        rows = run(Job(cases, layout, cap, simulate=arguments.simulate), arguments.ranks)
         print("\n".join([*lines(rows), *projection(cases[0], rows[0])]))
         found = [asdict(row) for row in rows]
     if arguments.out:

@@ -74,6 +74,8 @@ class Row:
     fp8: str = "none"
     cap: float | None = None
     """Maximum bytes of a rank."""
+    simulated: bool = False
+    """Whether only the first rank ran, with copies instead of communication: rates are those without communication."""
     attention: str = ""
     step: float | None = None
     tokens_per_second: float | None = None

@@ -15,6 +15,7 @@ import torch
 from torch.multiprocessing.spawn import spawn
 
 from ictx.bench.links import bandwidths
+from ictx.bench.one_rank import simulated
 from ictx.bench.train import guarded
 from ictx.bench.train_case import Case, Row
 from ictx.bench.train_check import Check, compare
@@ -35,23 +36,26 @@ class Job:
     """Maximum bytes of GPU memory per rank."""
     reference: Layout | None = None
     """Layout to compare gradients with, instead of measuring."""
+    simulate: bool = False
+    """Whether one process measures the first rank, with copies instead of communication."""
 
 
 def _rank(rank: int, count: int, port: int, job: Job, out: str) -> None:
     """Runs one rank."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    with joined(job.layout) as ranks:
+    with simulated(job.layout, count) if job.simulate else joined(job.layout) as ranks:
         if job.cap is not None and ranks.device.type == "cuda":
             whole = torch.cuda.get_device_properties(ranks.device).total_memory
             torch.cuda.set_per_process_memory_fraction(min(job.cap / whole, 1.0), ranks.device)
-        links = bandwidths(ranks) if ranks.device.type == "cuda" and count > 1 and not job.reference else {}
+        linked = ranks.device.type == "cuda" and count > 1 and not job.reference and not job.simulate
+        links = bandwidths(ranks) if linked else {}
         for case in job.cases:
             if job.reference:
                 found: list[Any] = [*compare(case, ranks, job.reference)]
             else:
                 row = guarded(case, ranks)
-                row.links, row.cap = links, job.cap
+                row.links, row.cap, row.simulated = links, job.cap, job.simulate
                 found = [row]
             torch._dynamo.reset()
             if ranks.first:
@@ -61,15 +65,17 @@ def _rank(rank: int, count: int, port: int, job: Job, out: str) -> None:
 
 def start(job: Job, count: int, collect: Callable[[dict[str, Any]], T]) -> list[T]:
     """Starts `count` ranks on this machine; returns the first rank's results. Raises UserError for too few GPUs."""
-    if torch.cuda.is_available() and torch.cuda.device_count() < count:
-        raise UserError(f"--ranks is {count}: this machine has {torch.cuda.device_count()} GPUs")
+    if torch.cuda.is_available() and torch.cuda.device_count() < count and not job.simulate:
+        raise UserError(
+            f"--ranks is {count}: this machine has {torch.cuda.device_count()} GPUs; --simulate measures one rank alone"
+        )
     job.layout.of(count)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "rows"
-        spawn(_rank, (count, port, job, str(out)), nprocs=count)  # type: ignore[no-untyped-call]
+        spawn(_rank, (count, port, job, str(out)), nprocs=1 if job.simulate else count)  # type: ignore[no-untyped-call]
         return [collect(json.loads(line)) for line in out.read_text().splitlines()]
 
 

@@ -19,7 +19,8 @@ def lines(rows: list[Row]) -> Iterator[str]:
     first = rows[0]
     size = f"{first.batch} × {first.sequence:,} tokens per {f'{first.cp} ranks' if first.cp > 1 else 'rank'} and step"
     width = max(map(len, map(title, rows)))
-    yield f"{first.ranks} × {first.device}, torch {first.torch}, {size}"
+    devices = f"1 of {first.ranks} ranks simulated" if first.simulated else f"{first.ranks}"
+    yield f"{devices} × {first.device}, torch {first.torch}, {size}"
     yield (
         f"{'':{width}} {'s/step':>8} {'tokens/s':>9} {'mfu_causal':>10} {'mfu':>7} {'NVML':>7} {'peak':>8} "
         f"{'reserved':>8}"
@@ -75,9 +76,9 @@ def title(row: Row) -> str:
 def projection(case: Case, row: Row) -> Iterator[str]:
     """Yields the projected time of the specification's epoch on its cards at the measured share of the peak.
 
-    Yields nothing for windows of another length than the specification's.
+    Yields nothing for windows of another length than the specification's, nor without communication.
     """
-    if row.mfu_causal is None or row.sequence != WINDOW:
+    if row.mfu_causal is None or row.sequence != WINDOW or row.simulated:
         return
     rate = CARDS * PEAKS["A100"] * row.mfu_causal / flops_per_token(case.config, case.sequence).causal
     low, high = (tokens / rate / 3600 for tokens in EPOCH)
