@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import yaml
 from helm import CHARTS, Document, HelmError, component, pods, render
 
 
@@ -91,6 +92,20 @@ def test_a_preset_gives_what_the_values_leave_open() -> None:
     plain = render(CHARTS["serving"])
     assert argument(plain, "--gpu-memory-utilization") == "0.9"
     assert argument(plain, "--max-num-batched-tokens") is None
+
+
+def test_a_card_before_ampere_refuses_bfloat16() -> None:
+    presets = yaml.safe_load((CHARTS["serving"] / "files/presets.yaml").read_text())
+    older = [card for card, about in presets.items() if about["capability"] < 8]
+    assert older == ["t4"]
+    for card in presets:
+        values = {"preset": card, "vllm.dtype": "bfloat16"}
+        if card not in older:
+            assert argument(render(CHARTS["serving"], values=values), "--dtype") == "bfloat16"
+            continue
+        with pytest.raises(HelmError, match=rf"vllm.dtype bfloat16: a {card} .* set vllm.dtype to float16, or to auto"):
+            render(CHARTS["serving"], values=values)
+        assert argument(render(CHARTS["serving"], values=values | {"vllm.dtype": "auto"}), "--dtype") == "float16"
 
 
 def test_what_is_offloaded_has_room_in_shared_memory() -> None:

@@ -12,6 +12,13 @@
 {{- $preset := include "serving.preset" . | fromJson }}
 {{- ternary ($preset.dtype | default "auto") .Values.vllm.dtype (eq .Values.vllm.dtype "auto") }}
 {{- end }}
+{{- define "serving.checkDtype" -}}
+{{- $card := include "serving.preset" . | fromJson }}
+{{- if and $card (eq .Values.vllm.dtype "bfloat16") (lt (float64 $card.capability) 8.0) }}
+{{- fail (printf "vllm.dtype bfloat16: a %s (compute capability %.1f) does not support it: set vllm.dtype to float16, or to auto" .Values.preset (float64 $card.capability)) }}
+{{- end }}
+{{- end }}
+
 {{- define "serving.utilization" -}}
 {{- $preset := include "serving.preset" . | fromJson }}
 {{- .Values.vllm.gpuMemoryUtilization | default $preset.utilization | default 0.9 }}

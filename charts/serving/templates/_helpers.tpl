@@ -283,6 +283,7 @@ capabilities:
 {{- include "serving.checkExtra" . }}
 {{- include "serving.checkAdapters" . }}
 {{- include "serving.checkCanary" . }}
+{{- include "serving.checkDtype" . }}
 {{- include "serving.checkFit" . }}
 {{- include "serving.checkOffload" . }}
 {{- end }}
