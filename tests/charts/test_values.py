@@ -179,6 +179,26 @@ def test_a_release_name_that_no_service_can_have_is_refused(chart: str, release:
     assert helm("template", release, str(CHARTS[chart]), "--set", "fullnameOverride=a")
 
 
+@pytest.mark.parametrize(("chart", "longest"), [("serving", 52), ("mlflow", 38)])
+def test_releases_whose_long_names_begin_alike_share_no_object(chart: str, longest: int) -> None:
+    def names(release: str) -> set[str]:
+        text = helm("template", release, str(CHARTS[chart]))
+        return {name_of(document) for document in yaml.safe_load_all(text) if document}
+
+    # With the chart's name in the release's, and without: helm accepts up to 53 characters.
+    for begin in (f"{chart}-", "a"):
+        release = f"{begin:x<52}"
+        first, second = names(f"{release}1"), names(f"{release}2")
+        assert not first & second
+        assert len(first) == len(second) > 3
+        (server,) = (name for name in first if re.fullmatch(rf"Deployment/{begin}x+-[0-9a-f]{{8}}", name))
+        assert len(server.partition("/")[2]) == longest
+        assert max(len(name.partition("/")[2]) for name in first) <= 63
+    fits = f"{f'{chart}-':x<{longest}}"
+    assert f"Deployment/{fits}" in names(fits)
+    assert f"Deployment/a-{chart}" in names("a")
+
+
 def objects(schema: Any, where: str = "") -> list[tuple[str, Document]]:
     """Returns all parts of a schema that describe an object with named properties."""
     found = []

@@ -2,15 +2,17 @@
 {{- default .Chart.Name .Values.nameOverride | trunc 63 | trimSuffix "-" }}
 {{- end }}
 
-{{/* 63 characters, minus those of `-restore-20260131t021500z`. */}}
+{{/* 63 characters, minus those of `-restore-20260131t021500z`.
+     A longer name ends with its hash: releases whose names begin alike must not share objects. */}}
 {{- define "mlflow.fullname" -}}
-{{- if .Values.fullnameOverride }}
-{{- .Values.fullnameOverride | trunc 38 | trimSuffix "-" }}
-{{- else if contains (include "mlflow.name" .) .Release.Name }}
-{{- .Release.Name | trunc 38 | trimSuffix "-" }}
-{{- else }}
-{{- printf "%s-%s" .Release.Name (include "mlflow.name" .) | trunc 38 | trimSuffix "-" }}
+{{- $name := .Values.fullnameOverride }}
+{{- if not $name }}
+{{- $name = contains (include "mlflow.name" .) .Release.Name | ternary .Release.Name (printf "%s-%s" .Release.Name (include "mlflow.name" .)) }}
 {{- end }}
+{{- if gt (len $name) 38 }}
+{{- $name = printf "%s-%s" (trunc 29 $name | trimSuffix "-") (sha256sum $name | trunc 8) }}
+{{- end }}
+{{- $name }}
 {{- end }}
 
 {{/* A Service's name must start with a letter and has no dots, but a release's name may. */}}

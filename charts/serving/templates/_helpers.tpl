@@ -2,15 +2,17 @@
 {{- default .Chart.Name .Values.nameOverride | trunc 63 | trimSuffix "-" }}
 {{- end }}
 
-{{/* 63 characters, minus those of `-api-key`, `-metrics` and the suffix that a Deployment adds. */}}
+{{/* 63 characters, minus those of `-api-key`, `-metrics` and the suffix that a Deployment adds.
+     A longer name ends with its hash: releases whose names begin alike must not share objects. */}}
 {{- define "serving.fullname" -}}
-{{- if .Values.fullnameOverride }}
-{{- .Values.fullnameOverride | trunc 52 | trimSuffix "-" }}
-{{- else if contains (include "serving.name" .) .Release.Name }}
-{{- .Release.Name | trunc 52 | trimSuffix "-" }}
-{{- else }}
-{{- printf "%s-%s" .Release.Name (include "serving.name" .) | trunc 52 | trimSuffix "-" }}
+{{- $name := .Values.fullnameOverride }}
+{{- if not $name }}
+{{- $name = contains (include "serving.name" .) .Release.Name | ternary .Release.Name (printf "%s-%s" .Release.Name (include "serving.name" .)) }}
 {{- end }}
+{{- if gt (len $name) 52 }}
+{{- $name = printf "%s-%s" (trunc 43 $name | trimSuffix "-") (sha256sum $name | trunc 8) }}
+{{- end }}
+{{- $name }}
 {{- end }}
 
 {{/* A Service's name must start with a letter and has no dots, but a release's name may. */}}
