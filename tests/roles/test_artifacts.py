@@ -279,19 +279,33 @@ def test_a_file_elsewhere_is_none_of_a_bundles(artifacts: Run, tmp_path: Path) -
     assert not (there / "manifest.json").exists()
 
 
-@pytest.mark.parametrize("content", ["{", '{"tool": {"version": "1.0"}}', '["tool"]'])
+WRONG = {
+    "{": "Expecting property name",
+    "null": "expected an object",
+    '["tool"]': "expected an object",
+    '{"tool": []}': "tool: expected a text in version",
+    '{"tool": {"version": 1.0, "files": {}}}': "tool: expected a text in version",
+    '{"tool": {"version": "1.0"}}': "tool: expected the SHA-256 of each path in files",
+    '{"tool": {"version": "1.0", "files": ["a"]}}': "tool: expected the SHA-256 of each path in files",
+    '{"tool": {"version": "1.0", "files": {"a": 1}}}': "tool: expected the SHA-256 of each path in files",
+}
+
+
+@pytest.mark.parametrize("content", WRONG)
 def test_a_bundle_with_another_manifest_is_one_line(artifacts: Run, tmp_path: Path, content: str) -> None:
     with tarfile.open(tmp_path / "bundle.tar", "w") as archive:
         about = tarfile.TarInfo("manifest.json")
         about.size = len(content)
         archive.addfile(about, io.BytesIO(content.encode()))
-    one_line(artifacts([], "import", str(tmp_path / "bundle.tar")), "nothing was imported")
+    one_line(artifacts([], "import", str(tmp_path / "bundle.tar")), WRONG[content], "nothing was imported")
 
 
-def test_a_manifest_that_cannot_be_read_is_named(artifacts: Run, tmp_path: Path) -> None:
+@pytest.mark.parametrize("content", WRONG)
+def test_a_manifest_that_cannot_be_read_is_named(artifacts: Run, tmp_path: Path, content: str) -> None:
     (tmp_path / "mirror").mkdir()
-    (tmp_path / "mirror/manifest.json").write_text("{")
-    one_line(artifacts([], "table"), "mirror/manifest.json cannot be read", "delete it")
+    (tmp_path / "mirror/manifest.json").write_text(content)
+    words = "mirror/manifest.json cannot be read", WRONG[content], "delete it"
+    one_line(artifacts([entry("http://127.0.0.1:1")], "table"), *words)
 
 
 def test_options_stand_before_a_command_or_behind_it(publisher: Any, artifacts: Run, tmp_path: Path) -> None:

@@ -20,6 +20,21 @@ MANIFEST = "manifest.json"
 Report = Callable[[str], None]
 
 
+def _entries(text: str | bytes) -> dict[str, dict[str, Any]]:
+    """Returns the entries of a manifest. Raises ValueError that names the first one of another form."""
+    content = json.loads(text)
+    if not isinstance(content, dict):
+        raise ValueError("expected an object with an entry per artifact")
+    for name, entry in content.items():
+        known = entry if isinstance(entry, dict) else {}
+        files = known.get("files")
+        if not isinstance(known.get("version"), str):
+            raise ValueError(f"{name}: expected a text in version")
+        if not isinstance(files, dict) or not all(isinstance(each, str) for each in files.values()):
+            raise ValueError(f"{name}: expected the SHA-256 of each path in files")
+    return content
+
+
 class Mirror:
     """A folder of artifacts.
 
@@ -32,8 +47,8 @@ class Mirror:
         self._lock = threading.Lock()
         file = root / MANIFEST
         try:
-            self.manifest: dict[str, dict[str, Any]] = json.loads(file.read_text()) if file.exists() else {}
-        except ValueError as error:
+            self.manifest = _entries(file.read_text()) if file.exists() else {}
+        except (OSError, ValueError) as error:
             raise ArtifactError(f"{file} cannot be read: {error}: delete it, and fetch the artifacts again") from None
 
     def cached(self, artifact: Artifact) -> bool:
@@ -165,7 +180,7 @@ class Mirror:
                 content = archive.extractfile(first) if first and first.name == MANIFEST else None
                 if content is None:
                     raise ArtifactError(f"{bundle} is not a bundle of artifacts: it does not start with {MANIFEST}")
-                arrived: dict[str, dict[str, Any]] = json.loads(content.read())
+                arrived = _entries(content.read())
                 expected = {path: digest for entry in arrived.values() for path, digest in entry["files"].items()}
                 for member in archive.getmembers()[1:]:
                     path = Path(member.name)
@@ -183,7 +198,7 @@ class Mirror:
             self.manifest |= arrived
             self._write()
             return sorted(arrived)
-        except (OSError, tarfile.TarError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, tarfile.TarError, ValueError) as error:
             raise ArtifactError(f"{bundle}: {error}; nothing was imported") from None
         finally:
             shutil.rmtree(draft, ignore_errors=True)
