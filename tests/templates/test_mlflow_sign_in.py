@@ -62,3 +62,8 @@ def test_by_default_there_are_passwords_only(tmp_path: Path) -> None:
     secrets, values = given(tmp_path)
     assert "ictx-mlflow-oidc" not in secrets
     assert "oidc" not in values["auth"]
+
+
+def test_browsers_use_the_address_of_the_inventory(tmp_path: Path) -> None:
+    _, values = given(tmp_path, ictx_mlflow_uri="https://node1.example.org:31500/")
+    assert values["server"]["corsAllowedOrigins"] == ["https://node1.example.org:31500"]

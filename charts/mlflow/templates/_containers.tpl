@@ -54,9 +54,9 @@ args:
   - --serve-artifacts
   - --allowed-hosts
   - {{ include "mlflow.allowedHosts" . | quote }}
-  {{- with .Values.server.corsAllowedOrigins }}
+  {{- with include "mlflow.allowedOrigins" . }}
   - --cors-allowed-origins
-  - {{ join "," . | quote }}
+  - {{ . | quote }}
   {{- end }}
   {{- if .Values.auth.enabled }}
   - --app-name

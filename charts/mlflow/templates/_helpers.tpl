@@ -174,12 +174,27 @@ batch/v1beta1
 {{- $hosts = concat $hosts (list . (printf "%s:*" .)) }}
 {{- end }}
 {{- if .Values.server.allowPrivateAddresses }}
-{{- $hosts = concat $hosts (list "10.*" "192.168.*") }}
+{{- $hosts = concat $hosts (list "10.*" "192.168.*" "100.6[4-9].*" "100.[789]?.*" "100.1[01]?.*" "100.12[0-7].*" "[[]f[cd]*") }}
 {{- range untilStep 16 32 1 }}
 {{- $hosts = append $hosts (printf "172.%d.*" .) }}
 {{- end }}
 {{- end }}
 {{- concat $hosts .Values.server.allowedHosts | join "," }}
+{{- end }}
+
+{{/* MLflow rejects changes, and searches, by pages of other origins; it does not recognize its own. */}}
+{{- define "mlflow.allowedOrigins" -}}
+{{- $origins := .Values.server.corsAllowedOrigins }}
+{{- if .Values.ingress.enabled }}
+{{- $origins = append $origins (printf "https://%s" .Values.ingress.host) }}
+{{- if not .Values.ingress.tlsSecret }}
+{{- $origins = append $origins (printf "http://%s" .Values.ingress.host) }}
+{{- end }}
+{{- end }}
+{{- with .Values.auth.oidc.url }}
+{{- $origins = append $origins (printf "%s://%s" (urlParse .).scheme (urlParse .).host) }}
+{{- end }}
+{{- $origins | uniq | join "," }}
 {{- end }}
 
 {{/* URIs of PostgreSQL contain a password: they come from the Secret and never appear in arguments. */}}
