@@ -34,7 +34,7 @@ from ictx.model.hf import write_pretrained
 from ictx.registry import ModelRef
 from ictx.serve import gate
 from ictx.serve.adapters import READY, Adapters, Server, read_list
-from ictx.serve.lora import check_adapter
+from ictx.serve.lora import BASE, CONFIG, check_adapter
 from ictx.serve.promote import promote
 from ictx.serve.register import register
 from ictx.train.config import LoraConfig
@@ -247,6 +247,16 @@ def test_wrong_adapters_are_named(trained: Trained, tmp_path: Path) -> None:
         check_adapter(ref, trained.adapter("all", 5, targets=None), trained.base)
     with pytest.raises(UserError, match="is no adapter"):
         check_adapter(ref, trained.base)
+    for file, text, message in (
+        (CONFIG, "[]", r"is no adapter: .*adapter_config.json: no keys and values"),
+        (CONFIG, '{"r": "4"}', "has no integer r"),
+        (BASE, "[]", r"is no adapter: .*base.json: no keys and values"),
+        (BASE, "{", r"is no adapter: .*base.json: Expecting"),
+    ):
+        broken = shutil.copytree(good, tmp_path / f"{file}-{len(text)}")
+        (broken / file).write_text(text)
+        with pytest.raises(UserError, match=message):
+            check_adapter(ref, broken, trained.base, 4)
     other = shutil.copytree(trained.base, tmp_path / "base")
     write_state(other, "served", "2", {"model.safetensors": "0" * 64})
     with pytest.raises(UserError, match="was trained with served/1, but served/2 is served, which has other weights"):

@@ -156,8 +156,9 @@ def test_a_stale_or_foreign_cache_is_never_trusted(tmp_path: Path) -> None:
         raise AssertionError
 
     assert state(tmp_path) == "missing"
-    (tmp_path / MANIFEST).write_text("{")
-    assert state(tmp_path) == "unreadable"
+    for content in ("{", "[]", '{"fingerprint": 1, "reports": {}}', json.dumps({"fingerprint": fingerprint()})):
+        (tmp_path / MANIFEST).write_text(content)
+        assert state(tmp_path) == "unreadable"
     (tmp_path / MANIFEST).write_text(json.dumps({"fingerprint": fingerprint(), "reports": {}}))
     assert state(tmp_path) == "fresh"
     foreign = fingerprint() | {"triton": "0.0"}

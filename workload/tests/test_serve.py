@@ -24,6 +24,7 @@ from mlflow.protos.databricks_pb2 import PERMISSION_DENIED
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 
+from ictx.download import STATE_FILE, held_version
 from ictx.errors import UserError
 from ictx.model import ModelConfig, Transformer
 from ictx.model.hf import write_pretrained
@@ -125,6 +126,12 @@ def test_a_file_that_changed_since_is_fetched_again(
     assert files(target) == files(exported)
 
 
+@pytest.mark.parametrize("content", ["[]", "{", '{"name": "a", "version": "1", "sha256": ["config.json"]}'])
+def test_a_state_file_of_another_form_holds_no_version(tmp_path: Path, content: str) -> None:
+    (tmp_path / STATE_FILE).write_text(content)
+    assert held_version(tmp_path) is None
+
+
 def test_a_link_in_place_of_a_file_is_replaced_by_the_file(
     client: MlflowClient, registered: Registered, exported: Path, tmp_path: Path
 ) -> None:
@@ -215,6 +222,7 @@ def set_config(folder: Path, **values: int) -> None:
         ),
         (lambda m: (m / "model.safetensors").unlink(), None, r"has no \*.safetensors"),
         (lambda m: (m / "config.json").unlink(), None, "has no readable config.json"),
+        (lambda m: (m / "config.json").write_text("[]"), None, "has a config.json without keys and values: promote"),
         (
             lambda m: set_config(m, kv_lora_rank=256, qk_rope_head_dim=32),
             None,

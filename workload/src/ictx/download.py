@@ -64,7 +64,7 @@ def held_version(target: Path) -> tuple[str, str] | None:
     """Returns name and version of the model in a folder; None if it is incomplete or was changed."""
     try:
         state = json.loads((target / STATE_FILE).read_text())
-        sums: dict[str, str] = state["sha256"]
+        sums = dict(state["sha256"])
         whole = all((target / path).is_file() and sha256(target / path) == digest for path, digest in sums.items())
         return (state["name"], state["version"]) if whole else None
     except (OSError, ValueError, KeyError, TypeError, UserError):

@@ -29,7 +29,8 @@ def check_adapter(ref: ModelRef, directory: Path, base: Path | None = None, rank
         rank: maximum rank that the server accepts.
     """
     try:
-        config: dict[str, Any] = json.loads((directory / CONFIG).read_text())
+        config = _read(directory / CONFIG)
+        trained = _read(directory / BASE) if base is not None and (directory / BASE).is_file() else None
         with safe_open(directory / WEIGHTS, framework="numpy") as content:
             names = list(content.keys())
     except (OSError, ValueError, SafetensorError) as error:
@@ -39,10 +40,23 @@ def check_adapter(ref: ModelRef, directory: Path, base: Path | None = None, rank
             f"{ref} adapts {ABSORBED}, which vLLM's latent attention ignores: train with train.lora.targets without "
             "it, or serve the run's merged export"
         )
-    if rank is not None and config.get("r", 0) > rank:
+    if type(config.get("r")) is not int:
+        raise UserError(f"{ref} has no integer r (rank) in its {CONFIG}: register the adapter again")
+    if rank is not None and config["r"] > rank:
         raise UserError(f"{ref} has rank {config['r']}, the server accepts {rank}: raise adapters.maxRank")
-    if base is not None and (directory / BASE).is_file():
-        _check_base(ref, json.loads((directory / BASE).read_text()), base)
+    if base is not None and trained is not None:
+        _check_base(ref, trained, base)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Returns the object in a JSON file. Raises OSError or ValueError."""
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path.name}: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path.name}: no keys and values")
+    return content
 
 
 def _check_base(ref: ModelRef, trained: dict[str, Any], base: Path) -> None:

@@ -82,9 +82,11 @@ def check_servable(ref: ModelRef, directory: Path) -> None:
         except SafetensorError as error:
             raise UserError(f"{ref}: {file.name} is damaged ({error}): promote another version") from error
     try:
-        config: dict[str, Any] = json.loads((directory / "config.json").read_text())
+        config: Any = json.loads((directory / "config.json").read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{ref} has no readable config.json ({error})") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{ref} has a config.json without keys and values: promote another version")
     if config.get("model_type") != "deepseek_v3":
         return
     wrong = {name: config.get(name) for name, size in SERVABLE.items() if config.get(name) != size}

@@ -47,7 +47,7 @@ def state(cache: Path) -> str:
     """Returns "fresh", or why the cache must not be used."""
     try:
         manifest = json.loads((cache / MANIFEST).read_text("utf-8"))
-        kept = manifest["fingerprint"]
+        kept, _ = dict(manifest["fingerprint"]), dict(manifest["reports"])
     except FileNotFoundError:
         return "missing"
     except (ValueError, KeyError, TypeError):
