@@ -6,7 +6,7 @@ import fnmatch
 from typing import Any
 
 import pytest
-from helm import CHARTS, Document, Pod, component, pods, render
+from helm import CHARTS, Document, HelmError, Pod, component, name_of, pods, render
 
 
 def server(chart: str, values: Document) -> Pod:
@@ -57,3 +57,59 @@ def test_prometheus_scrapes_mlflow_at_the_address_of_a_pod(host: str, accepted: 
     """Pods have addresses of RFC 1918, RFC 6598 (Amazon, Google) or RFC 4193; MLflow matches as here."""
     listed: list[Any] = option(server("mlflow", {}).container("mlflow"), "--allowed-hosts").split(",")
     assert any(fnmatch.fnmatch(host, each) if "*" in each else host == each for each in listed) is accepted
+
+
+POSTGRESQL = {
+    "database": {"type": "postgresql", "postgresql": {"existingSecret": "db", "caSecret": "db-ca"}},
+    "artifacts": {"type": "s3", "s3": {"uri": "s3://a/b", "existingSecret": "s3"}},
+    "backup.enabled": True,
+    "gc.enabled": True,
+    "restore.snapshot": "latest",
+}
+
+
+def test_every_pod_that_uses_the_database_verifies_it() -> None:
+    using = []
+    for pod in pods(render(CHARTS["mlflow"], None, POSTGRESQL)):
+        for container in pod.containers:
+            env = {each["name"]: each.get("value") for each in container.get("env", [])}
+            if "MLFLOW_BACKEND_STORE_URI" not in env:
+                continue
+            using.append(container["name"])
+            assert (env["PGSSLMODE"], env["PGSSLROOTCERT"]) == ("verify-full", "/etc/mlflow-database/ca.crt")
+            assert {"name": "database", "mountPath": "/etc/mlflow-database", "readOnly": True} in container[
+                "volumeMounts"
+            ]
+            (volume,) = [volume["secret"] for volume in pod.spec["volumes"] if volume["name"] == "database"]
+            assert volume == {"secretName": "db-ca", "items": [{"key": "ca.crt", "path": "ca.crt"}]}
+    assert sorted(using) == ["backup", "gc", "migrate", "mlflow", "prepare", "restore"]
+    with pytest.raises(HelmError, match="already has a volume"):
+        render(CHARTS["mlflow"], None, {"extraVolumes": [{"name": "database", "emptyDir": {}}]})
+    assert "mlflow-database" not in str(render(CHARTS["mlflow"], None, {"database.postgresql.caSecret": "db-ca"}))
+
+
+def test_the_migration_reaches_the_database_in_a_namespace_that_denies_egress() -> None:
+    """Helm creates the release's own policies after the hook."""
+    documents = render(CHARTS["mlflow"], None, POSTGRESQL)
+    job = next(each for each in documents if name_of(each) == "Job/ictx-mlflow-migrate")
+    policy = next(each for each in documents if name_of(each) == "NetworkPolicy/ictx-mlflow-migrate")
+    hooks = [each["metadata"]["annotations"] for each in (policy, job)]
+    assert hooks[0]["helm.sh/hook"] == hooks[1]["helm.sh/hook"]
+    assert int(hooks[0]["helm.sh/hook-weight"]) < int(hooks[1].get("helm.sh/hook-weight", 0))
+    (pod,) = pods([job])
+    assert policy["spec"]["podSelector"]["matchLabels"].items() <= pod.labels.items()
+    ports = [port["port"] for rule in policy["spec"]["egress"] for port in rule["ports"]]
+    assert {53, 5432} <= set(ports)
+    off = render(CHARTS["mlflow"], None, {**POSTGRESQL, "networkPolicy.enabled": False})
+    assert not [each for each in off if each["kind"] == "NetworkPolicy"]
+
+
+def test_mlflow_reaches_the_credentials_of_its_role() -> None:
+    def endpoints(secret: str) -> set[str]:
+        documents = render(CHARTS["mlflow"], None, {**POSTGRESQL, "artifacts.s3.existingSecret": secret})
+        policy = next(each for each in documents if name_of(each) == "NetworkPolicy/ictx-mlflow")
+        rules = [rule for rule in policy["spec"]["egress"] if rule["ports"] == [{"port": 80, "protocol": "TCP"}]]
+        return {peer["ipBlock"]["cidr"] for rule in rules for peer in rule["to"]}
+
+    assert {"169.254.169.254/32", "169.254.170.23/32", "fd00:ec2::23/128"} <= endpoints("")
+    assert endpoints("s3") == set()

@@ -29,6 +29,7 @@ volumeMounts:
     mountPath: /tmp
   - name: run
     mountPath: /run/mlflow
+  {{- include "mlflow.databaseMount" . | nindent 2 }}
   {{- if include "mlflow.hasVolume" . }}
   - name: data
     mountPath: /data
@@ -131,6 +132,7 @@ volumeMounts:
     mountPath: /tmp
   - name: run
     mountPath: /run/mlflow
+  {{- include "mlflow.databaseMount" . | nindent 2 }}
   {{- if include "mlflow.tellsMetrics" . }}
   - name: metrics
     mountPath: /run/mlflow/metrics

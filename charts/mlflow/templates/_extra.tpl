@@ -8,14 +8,14 @@
 
 {{/* Rejects names and paths that the chart uses, even if the current values do not: later values might. */}}
 {{- define "mlflow.checkExtra" -}}
-{{- $volumes := list "data" "backup" "tmp" "run" "metrics" "guard" "provider" "tls" }}
+{{- $volumes := list "data" "backup" "tmp" "run" "metrics" "guard" "provider" "tls" "database" }}
 {{- range include "mlflow.extra" (list . "extraVolumes") | fromYamlArray }}
 {{- if has .name $volumes }}
 {{- fail (printf "extraVolumes: the chart already has a volume %q: use another name" .name) }}
 {{- end }}
 {{- $volumes = append $volumes .name }}
 {{- end }}
-{{- $paths := list "/data" "/etc/mlflow-guard" "/etc/mlflow-provider" "/etc/mlflow-tls" "/run/mlflow" "/run/mlflow/metrics" "/tmp" }}
+{{- $paths := list "/data" "/etc/mlflow-database" "/etc/mlflow-guard" "/etc/mlflow-provider" "/etc/mlflow-tls" "/run/mlflow" "/run/mlflow/metrics" "/tmp" }}
 {{- range include "mlflow.extra" (list . "extraVolumeMounts") | fromYamlArray }}
 {{- if not (has .name $volumes) }}
 {{- fail (printf "extraVolumeMounts: volume %q does not exist: add it to extraVolumes" .name) }}

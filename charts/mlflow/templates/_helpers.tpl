@@ -208,6 +208,13 @@ batch/v1beta1
 {{- else }}
   value: sqlite:////data/mlflow.db
 {{- end }}
+{{- if include "mlflow.databaseAuthority" . }}
+# Defaults of libpq: `sslmode` in the URI takes precedence.
+- name: PGSSLROOTCERT
+  value: /etc/mlflow-database/ca.crt
+- name: PGSSLMODE
+  value: verify-full
+{{- end }}
 {{- if .Values.auth.enabled }}
 - name: AUTH_DATABASE_URI
 {{- if eq .Values.database.type "postgresql" }}
@@ -335,6 +342,15 @@ matchExpressions:
     {{- range .Values.networkPolicy.s3Ports }}
     - {port: {{ . | int }}, protocol: TCP}
     {{- end }}
+{{- if not .Values.artifacts.s3.existingSecret }}
+# Amazon's endpoints that provide the credentials of a node's role (.254) and of EKS Pod Identity (.23).
+- ports:
+    - {port: 80, protocol: TCP}
+  to:
+    {{- range list "169.254.169.254/32" "169.254.170.23/32" "fd00:ec2::254/128" "fd00:ec2::23/128" }}
+    - ipBlock: {cidr: {{ . | quote }}}
+    {{- end }}
+{{- end }}
 {{- end }}
 {{- with .Values.networkPolicy.extraEgress }}
 {{ toYaml . }}
@@ -379,6 +395,30 @@ affinity:
 {{- if .Values.tls.existingSecret }}
 - name: authority
   mountPath: /etc/mlflow-ca
+  readOnly: true
+{{- end }}
+{{- end }}
+
+{{/* Name of the Secret with the authority of the database's certificate; empty without one. Its volume and mount. */}}
+{{- define "mlflow.databaseAuthority" -}}
+{{- if eq .Values.database.type "postgresql" }}
+{{- .Values.database.postgresql.caSecret }}
+{{- end }}
+{{- end }}
+
+{{- define "mlflow.databaseVolume" -}}
+{{- with include "mlflow.databaseAuthority" . }}
+- name: database
+  secret:
+    secretName: {{ . }}
+    items: [{key: ca.crt, path: ca.crt}]
+{{- end }}
+{{- end }}
+
+{{- define "mlflow.databaseMount" -}}
+{{- if include "mlflow.databaseAuthority" . }}
+- name: database
+  mountPath: /etc/mlflow-database
   readOnly: true
 {{- end }}
 {{- end }}

@@ -38,6 +38,7 @@ volumeMounts:
     mountPath: /tmp
   - name: backup
     mountPath: /backup
+  {{- include "mlflow.databaseMount" $root | nindent 2 }}
   {{- if include "mlflow.hasVolume" $root }}
   - name: data
     mountPath: /data
