@@ -529,6 +529,36 @@ def test_a_backup_of_an_older_version_is_restored_and_built_upon(site: Site) -> 
     assert (site.backup() / "artifacts" / "0" / "model").samefile(snapshot / "artifacts" / "0" / "model")
 
 
+@pytest.mark.parametrize(
+    ("content", "key"),
+    [
+        ("[]", "databases"),
+        ("{", "databases"),
+        ('{"databases": ["mlflow.db"], "artifacts": {}}', "databases"),
+        ('{"databases": {}}', "artifacts"),
+        ('{"databases": {}, "artifacts": {"0/model": "abc"}}', "artifacts"),
+        ('{"databases": {}, "artifacts": {"0/model": {"sha256": "abc"}}}', "artifacts"),
+    ],
+)
+def test_a_backup_whose_manifest_has_another_form_is_named(site: Site, content: str, key: str) -> None:
+    snapshot = make_older(site.backup(), 1)
+    (snapshot / "manifest.json").write_text(content)
+    problem = f"{snapshot / 'manifest.json'} is damaged: {key} is not a table of "
+    site.write("second")
+    done = site.run("restore")
+    assert done.returncode == 1
+    assert done.stderr.startswith(problem)
+    assert done.stderr.endswith("; nothing was changed: choose another backup\n")
+    assert site.read() == ["first", "second"]
+    # The next backup is whole, and reports the damaged one.
+    done = site.run("backup")
+    assert done.returncode == 1
+    assert done.stderr.startswith(problem)
+    shutil.rmtree(site.artifacts / "0")
+    assert site.run("restore").returncode == 0
+    assert (site.artifacts / "0" / "model").read_text() == "weights"
+
+
 def test_an_unknown_or_unfinished_backup_is_refused_by_name(site: Site) -> None:
     name = site.backup().name
     done = site.run("restore", SNAPSHOT="20200101T000000Z")

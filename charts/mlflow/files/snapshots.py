@@ -18,7 +18,7 @@ import sqlite3
 import subprocess
 import sys
 import time
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from urllib.parse import parse_qsl, unquote, urlsplit
 
@@ -71,13 +71,29 @@ def describe(path):
 
 
 def read_manifest(folder):
-    """Returns checksum, size and time of a backup's artifacts, by path."""
-    artifacts = json.loads((folder / MANIFEST).read_text())["artifacts"]
-    if isinstance(artifacts, dict):
-        return artifacts
-    # Older versions recorded only whether there are artifacts: describe the current files.
-    files = (path for path in sorted((folder / "artifacts").rglob("*")) if path.is_file())
-    return {str(path.relative_to(folder / "artifacts")): describe(path) for path in files}
+    """Returns a backup's databases (checksums by name) and artifacts (checksum, size and time by path).
+
+    Raises ValueError if the manifest has another form.
+    """
+    file, content = folder / MANIFEST, None
+    with suppress(ValueError):
+        content = json.loads(file.read_text())
+    known = content if isinstance(content, dict) else {}
+    databases, artifacts = known.get("databases"), known.get("artifacts")
+    if not is_table(databases, str):
+        raise ValueError(f"{file} is damaged: databases is not a table of checksums")
+    if isinstance(artifacts, bool):
+        # Older versions recorded only whether there are artifacts: describe the current files.
+        files = (path for path in sorted((folder / "artifacts").rglob("*")) if path.is_file())
+        artifacts = {str(path.relative_to(folder / "artifacts")): describe(path) for path in files}
+    if not is_table(artifacts, dict) or not all({"sha256", "size"} <= set(each) for each in artifacts.values()):
+        raise ValueError(f"{file} is damaged: artifacts is not a table of checksums and sizes")
+    return databases, artifacts
+
+
+def is_table(value, kind):
+    """Returns whether a value is a dictionary whose values are of a type."""
+    return isinstance(value, dict) and all(isinstance(each, kind) for each in value.values())
 
 
 def intact(folder, where, known):
@@ -113,7 +129,11 @@ def copy_artifact(path, target, old, known, shared):
 
 def copy_artifacts(source, target, previous, shared):
     """Copies artifacts; returns their manifest and a list of damage. `previous` is the last backup, or None."""
-    before, files, damaged = read_manifest(previous) if previous else {}, {}, []
+    before, files, damaged = {}, {}, []
+    try:
+        before = read_manifest(previous)[1] if previous else {}
+    except ValueError as error:
+        damaged.append(f"{error}; all artifacts were copied")
     for path in sorted(source.rglob("*")):
         where = str(path.relative_to(source))
         try:
@@ -194,9 +214,8 @@ def choose(root, name):
     return wanted[0]
 
 
-def verify(folder):
+def verify(folder, sums):
     """Returns the backup's database files by name; exits if one is damaged."""
-    sums = json.loads((folder / MANIFEST).read_text())["databases"]
     for name, wanted in sums.items():
         if checksum(folder / name) != wanted:
             sys.exit(f"{folder / name} is damaged: its checksum is not the one in {MANIFEST}")
@@ -258,9 +277,13 @@ def restore():
     """Restores databases and artifacts; can be repeated."""
     wait_for_the_server_to_end(os.environ["SERVER"], float(os.environ["SERVER_GRACE"]))
     folder = choose(Path(os.environ["BACKUP_DIR"]), os.environ["SNAPSHOT"])
-    databases = verify(folder)
+    try:
+        sums, known = read_manifest(folder)
+    except ValueError as error:
+        sys.exit(f"{error}; nothing was changed: choose another backup")
+    databases = verify(folder, sums)
     artifacts = os.environ.get("ARTIFACTS_DIR", "")
-    known = read_manifest(folder) if artifacts else {}
+    known = known if artifacts else {}
     copies = find_copies(folder, known)
     damaged = [where for where, copy in copies.items() if not copy]
     for where in damaged:
