@@ -115,9 +115,13 @@ SETS: dict[str, dict[str, Case]] = {
         "cp 2, 262144": Case(1, 120, f"{RANK} --seq 262144 --ranks 2 --cp 2 --cap 78"),
         "cp 8, 1048576": Case(1, 300, f"{RANK} --seq 1048576 --ranks 8 --cp 8 --cap 78"),
     },
-    "rank36": {
+    "rank8": {
         "cp 8, 1048576, offload, cap 36": Case(1, 300, f"{RANK} --seq 1048576 --ranks 8 --cp 8 --offload --cap 36"),
         "cp 8, 1048576, full, cap 36": Case(1, 340, f"{RANK} --seq 1048576 --ranks 8 --cp 8 --recompute full --cap 36"),
+        "cp 4 x fsdp 2, 1048576": Case(1, 420, f"{RANK} --seq 1048576 --ranks 8 --cp 4 --cap 78"),
+        "cp 4 x fsdp 2, 1048576, full": Case(
+            1, 480, f"{RANK} --seq 1048576 --ranks 8 --cp 4 --recompute full --cap 78"
+        ),
         "fsdp 8": Case(1, 60, f"{LARGE} --ranks 8 --compile --simulate --cap 78"),
         "hsdp 2 x 4": Case(1, 60, f"{LARGE} --ranks 8 --replicate 2 --compile --simulate --cap 78"),
     },
