@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import fnmatch
+import re
 from typing import Any
 
+import kubernetes_validate
 import pytest
-from helm import CHARTS, Document, HelmError, Pod, component, name_of, pods, render
+from helm import CHARTS, Document, HelmError, Pod, component, name_of, only, pods, render
 
 
 def server(chart: str, values: Document) -> Pod:
@@ -113,3 +115,85 @@ def test_mlflow_reaches_the_credentials_of_its_role() -> None:
 
     assert {"169.254.169.254/32", "169.254.170.23/32", "fd00:ec2::23/128"} <= endpoints("")
     assert endpoints("s3") == set()
+
+
+ROUTE = {"enabled": True, "parentRefs": [{"name": "public"}], "hostnames": ["llm.example.org"]}
+
+
+@pytest.mark.parametrize(
+    ("timeout", "rendered"), [(None, {"request": "0s"}), ("1h30m", {"request": "1h30m"}), ("", None)]
+)
+def test_a_gateway_does_not_end_long_requests(timeout: str | None, rendered: Document | None) -> None:
+    """Without a timeout in the route, Envoy Gateway ends requests after 15 seconds."""
+    values = {"httpRoute": {**ROUTE, **({} if timeout is None else {"timeout": timeout})}}
+    (rule,) = only(render(CHARTS["serving"], None, values), "HTTPRoute")["spec"]["rules"]
+    assert rule.get("timeouts") == rendered
+
+
+@pytest.mark.parametrize("timeout", ["30", "1d", "1h30m5s9ms1h"])
+def test_a_timeout_is_a_duration_of_the_gateway_api(timeout: str) -> None:
+    with pytest.raises(HelmError, match=r"httpRoute\.timeout"):
+        render(CHARTS["serving"], None, {"httpRoute": {**ROUTE, "timeout": timeout}})
+
+
+SERVICE = {
+    "type": "LoadBalancer",
+    "externalTrafficPolicy": "Local",
+    "loadBalancerClass": "io.cilium/node",
+    "loadBalancerSourceRanges": ["192.0.2.0/24", "2001:db8::/32"],
+    "ipFamilyPolicy": "RequireDualStack",
+    "ipFamilies": ["IPv6", "IPv4"],
+}
+
+
+@pytest.mark.parametrize("chart", CHARTS)
+def test_a_service_has_the_settings_of_its_type(chart: str) -> None:
+    def spec(**values: Any) -> Document:
+        documents = render(CHARTS[chart], None, {"service": {**SERVICE, **values}})
+        found: Document = next(each for each in documents if name_of(each) == f"Service/ictx-{chart}")
+        kubernetes_validate.validate(found, "1.29", strict=True)
+        return {key: found["spec"][key] for key in SERVICE if key in found["spec"]}
+
+    assert spec() == SERVICE
+    families = {key: SERVICE[key] for key in ("ipFamilyPolicy", "ipFamilies")}
+    assert spec(type="NodePort") == {"type": "NodePort", "externalTrafficPolicy": "Local", **families}
+    assert spec(type="ClusterIP") == {"type": "ClusterIP", **families}
+
+
+@pytest.mark.parametrize(
+    ("values", "affinity"),
+    [
+        ({}, None),
+        ({"replicaCount": 2}, "ClientIP"),
+        # Amazon's load balancers reject ClientIP.
+        ({"replicaCount": 2, "service.type": "LoadBalancer", "service.sessionAffinity": "None"}, "None"),
+        ({"service.sessionAffinity": "ClientIP"}, "ClientIP"),
+    ],
+)
+def test_clients_stay_with_a_router_unless_the_load_balancer_cannot(values: Document, affinity: str | None) -> None:
+    documents = render(CHARTS["serving"], None, values)
+    (service,) = [each for each in documents if name_of(each) == "Service/ictx-serving"]
+    assert service["spec"].get("sessionAffinity") == affinity
+
+
+@pytest.mark.parametrize(("secret", "scheme"), [("", "http"), ("tls", "https")])
+def test_an_ingress_detects_the_protocol_of_mlflow(secret: str, scheme: str) -> None:
+    """Traefik reads the port's name, gateways its appProtocol."""
+    values = {"tls.existingSecret": secret, "ingress": INGRESS, "metrics.serviceMonitor.enabled": True}
+    documents = render(CHARTS["mlflow"], None, values)
+    (port,) = only(documents, "Service")["spec"]["ports"]
+    assert (port["name"], port["appProtocol"], port["targetPort"]) == (scheme, scheme, "http")
+    (path,) = only(documents, "Ingress")["spec"]["rules"][0]["http"]["paths"]
+    (endpoint,) = only(documents, "ServiceMonitor")["spec"]["endpoints"]
+    assert path["backend"]["service"]["port"]["name"] == endpoint["port"] == scheme
+
+
+def test_keda_counts_the_requests_of_this_release_only() -> None:
+    values = {"autoscaling": {"type": "keda", "prometheusUrl": "http://prometheus:9090"}}
+    (trigger,) = only(render(CHARTS["serving"], None, values), "ScaledObject")["spec"]["triggers"]
+    pattern = trigger["metadata"]["query"].split('pod=~"')[1].split('"')[0]
+    assert re.fullmatch(pattern, "ictx-serving-6c8f9d7b54-x2x4z")
+    for other in ("ictx-serving-canary-6c8f9d7b54-x2x4z", "ictx-serving-router-6c8f9d7b54-x2x4z"):
+        assert not re.fullmatch(pattern, other)
+    # Kubernetes shortens names of 58 characters, with a part of the ReplicaSet's hash.
+    assert re.fullmatch(pattern.replace("ictx-serving", "a" * 52), "a" * 52 + "-6c8f9x2x4z")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 
+import pytest
 import yaml
-from helm import CHARTS, Document, component, name_of, only, pods, render
+from helm import CHARTS, Document, HelmError, component, name_of, only, pods, render
 
 ADAPTERS = {"enabled": True, "serve": [{"name": "support", "model": "models:/ictx-support@champion"}]}
 
@@ -72,7 +73,7 @@ def test_a_canary_is_divided_by_the_gateway_or_the_ingress_where_there_is_one() 
     assert {each["spec"]["validation"]["hostname"] for each in policies} == {"ictx-serving", "next-serving"}
     assert not [pod for pod in pods(documents) if "router" in pod.owner], "requests are divided only once"
 
-    ingress = {"ingress": {"enabled": True, "host": "a.example.org", "annotations": {"a/b": "c"}}}
+    ingress = {"ingress": {"enabled": True, "className": "nginx", "host": "a.example.org", "annotations": {"a/b": "c"}}}
     documents = render(CHARTS["serving"], values={"canary": CANARY, **ingress})
     second = next(each for each in documents if name_of(each) == "Ingress/ictx-serving-canary")
     assert second["metadata"]["annotations"] == {
@@ -90,3 +91,25 @@ def test_without_a_canary_nothing_is_divided() -> None:
     route = {"httpRoute": {"enabled": True, "parentRefs": [{"name": "public"}]}}
     (rule,) = only(render(CHARTS["serving"], values=route), "HTTPRoute")["spec"]["rules"]
     assert rule["backendRefs"] == [{"name": "ictx-serving", "port": 8000}]
+
+
+@pytest.mark.parametrize("name", ["", "traefik"])
+def test_an_ingress_that_cannot_divide_requests_leaves_it_to_the_router(name: str) -> None:
+    """Traefik, K3s's default, would choose between two Ingresses of the same host and path."""
+    ingress = {"ingress": {"enabled": True, "className": name, "host": "a.example.org"}}
+    route = {"httpRoute": {"enabled": True, "parentRefs": [{"name": "public"}]}}
+    for edges in (ingress, {**ingress, **route}):
+        documents = render(CHARTS["serving"], values={"canary": CANARY, **edges})
+        assert [name_of(each) for each in documents if each["kind"] == "Ingress"] == ["Ingress/ictx-serving"]
+        assert backends_of(documents) == ("90", {"https://next-serving:8000": 10})
+    documents = render(CHARTS["serving"], values={"canary": {**CANARY, "by": "edge"}, **ingress})
+    assert "Ingress/ictx-serving-canary" in map(name_of, documents)
+
+
+def test_a_canary_is_another_release_with_its_own_objects() -> None:
+    route = {"httpRoute": {"enabled": True, "parentRefs": [{"name": "public"}], "caConfigMap": "ca"}}
+    with pytest.raises(HelmError, match=r'canary\.service: "ictx-serving" is this release'):
+        render(CHARTS["serving"], values={"canary.service": "ictx-serving", **route})
+    own = {name_of(each) for each in render(CHARTS["serving"], values={"canary": CANARY, **route})}
+    canary = {name_of(each) for each in render(CHARTS["serving"], values={"fullnameOverride": "next-serving", **route})}
+    assert own & canary == set()

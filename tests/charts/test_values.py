@@ -377,7 +377,8 @@ def test_autoscaling_owns_the_number_of_pods() -> None:
         target = only(documents, kind)["spec"]["scaleTargetRef"]["name"]
         assert target == deployment["metadata"]["name"]
     (trigger,) = only(documents, "ScaledObject")["spec"]["triggers"]
-    assert trigger["metadata"]["query"] == 'sum(vllm:num_requests_waiting{namespace="ictx",pod=~"ictx-serving-.*"})'
+    query = 'sum(vllm:num_requests_waiting{namespace="ictx",pod=~"ictx-serving-[0-9a-z]{1,10}-?[0-9a-z]{5}"})'
+    assert trigger["metadata"]["query"] == query
 
 
 @pytest.mark.parametrize(
@@ -782,8 +783,43 @@ def test_the_notes_are_commands_that_a_shell_takes(ci: str, tmp_path: Path) -> N
     done = subprocess.run(["bash", "-n"], input=commands, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr + commands
     if chart == "serving":
-        assert 'curl -sS --cacert ca.crt $ICTX_URL/v1/completions -H "Authorization: Bearer $ICTX_API_KEY"' in commands
+        # An Ingress and a gateway have their own certificates.
+        edge = {"Ingress", "HTTPRoute"} & {document["kind"] for document in render(CHARTS[chart], file)}
+        authority = "" if edge else "--cacert ca.crt "
+        request = '$ICTX_URL/v1/completions -H "Authorization: Bearer $ICTX_API_KEY"'
+        assert f"curl -sS {authority}{request}" in commands
         assert "get secret" in commands
+
+
+@pytest.mark.parametrize("chart", CHARTS)
+@pytest.mark.parametrize("kind", ["NodePort", "LoadBalancer"])
+@pytest.mark.parametrize(
+    ("found", "host"),
+    [
+        ("192.0.2.7", "192.0.2.7"),
+        ("192.0.2.7 2001:db8::7", "192.0.2.7"),
+        ("2001:db8::7", "[2001:db8::7]"),
+        ("2001:db8::7 192.0.2.7", "[2001:db8::7]"),
+        ("lb.example.org", "lb.example.org"),
+    ],
+)
+def test_the_notes_find_the_address(chart: str, kind: str, found: str, host: str, tmp_path: Path) -> None:
+    """Nodes have several addresses, Amazon's load balancers a name, IPv6 addresses need brackets in a URL."""
+    lines = notes(chart, tmp_path, None, {"service.type": kind}).splitlines()
+    names = ("NODE=", "PORT=", "export ICTX_URL=", "export MLFLOW_TRACKING_URI=")
+    script = "\n".join(line for line in lines if line.strip().startswith(names))
+    fake = f"kubectl() {{ case \"$*\" in *nodePort*) echo 31000;; *) printf '{found}';; esac; }}\n"
+    shown = "\necho $ICTX_URL$MLFLOW_TRACKING_URI"
+    done = subprocess.run(["bash", "-ec", fake + script + shown], capture_output=True, text=True, check=False)
+    port = {"NodePort": 31000, "LoadBalancer": {"serving": 8000, "mlflow": 5000}[chart]}[kind]
+    assert done.stdout.strip().partition("://")[2] == f"{host}:{port}", done.stderr
+
+
+def test_the_notes_leave_the_certificate_of_an_ingress_to_the_client(tmp_path: Path) -> None:
+    values = {"tls.existingSecret": "tls", "ingress": {"enabled": True, "host": "a.example.org", "tlsSecret": "edge"}}
+    text = notes("mlflow", tmp_path, None, values)
+    assert "export MLFLOW_TRACKING_URI=https://a.example.org" in text
+    assert "ca.crt" not in text
 
 
 def test_the_notes_read_the_key_where_it_is(tmp_path: Path) -> None:

@@ -442,3 +442,29 @@ affinity:
 {{- define "mlflow.gracePeriod" -}}
 {{- add (int .Values.server.drainSeconds) (int .Values.server.stopTimeoutSeconds) 10 }}
 {{- end }}
+
+{{/* Type of the Service that clients reach, and the settings that depend on it. */}}
+{{- define "mlflow.serviceType" -}}
+{{- with .Values.service -}}
+type: {{ .type }}
+{{- if and .externalTrafficPolicy (ne .type "ClusterIP") }}
+externalTrafficPolicy: {{ .externalTrafficPolicy }}
+{{- end }}
+{{- if eq .type "LoadBalancer" }}
+{{- with .loadBalancerClass }}
+loadBalancerClass: {{ . }}
+{{- end }}
+{{- with .loadBalancerSourceRanges }}
+loadBalancerSourceRanges:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- end }}
+{{- with .ipFamilyPolicy }}
+ipFamilyPolicy: {{ . }}
+{{- end }}
+{{- with .ipFamilies }}
+ipFamilies:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- end }}
+{{- end }}

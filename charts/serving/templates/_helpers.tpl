@@ -40,9 +40,10 @@ app.kubernetes.io/part-of: infinitecontext
 {{- end }}
 {{- end }}
 
-{{/* `true` if the router divides the requests between this release and the canary; else empty. */}}
+{{/* `true` if the router divides the requests between this release and the canary; else empty. An Ingress of another controller
+than ingress-nginx cannot: its second Ingress would compete with the first one for the same host and path. */}}
 {{- define "serving.canaryByRouter" -}}
-{{- $edge := or .Values.ingress.enabled .Values.httpRoute.enabled }}
+{{- $edge := ternary (contains "nginx" .Values.ingress.className) .Values.httpRoute.enabled .Values.ingress.enabled }}
 {{- if and .Values.canary.service (or (eq .Values.canary.by "router") (and (eq .Values.canary.by "auto") (not $edge))) }}
 {{- true }}
 {{- end }}
@@ -78,6 +79,9 @@ app.kubernetes.io/part-of: infinitecontext
 {{- end }}
 {{- if and (eq .Values.canary.by "edge") .Values.canary.service (not (or .Values.ingress.enabled .Values.httpRoute.enabled)) }}
 {{- fail "canary.by is edge, but neither ingress.enabled nor httpRoute.enabled is true" }}
+{{- end }}
+{{- if eq .Values.canary.service (include "serving.fullname" .) }}
+{{- fail (printf "canary.service: %q is this release: set it to the Service of another one" .Values.canary.service) }}
 {{- end }}
 {{- $names := list (include "serving.fullname" .) }}
 {{- range include "serving.backends" . | fromJsonArray }}
@@ -288,4 +292,30 @@ capabilities:
 {{- include "serving.checkDtype" . }}
 {{- include "serving.checkFit" . }}
 {{- include "serving.checkOffload" . }}
+{{- end }}
+
+{{/* Type of the Service that clients reach, and the settings that depend on it. */}}
+{{- define "serving.serviceType" -}}
+{{- with .Values.service -}}
+type: {{ .type }}
+{{- if and .externalTrafficPolicy (ne .type "ClusterIP") }}
+externalTrafficPolicy: {{ .externalTrafficPolicy }}
+{{- end }}
+{{- if eq .type "LoadBalancer" }}
+{{- with .loadBalancerClass }}
+loadBalancerClass: {{ . }}
+{{- end }}
+{{- with .loadBalancerSourceRanges }}
+loadBalancerSourceRanges:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- end }}
+{{- with .ipFamilyPolicy }}
+ipFamilyPolicy: {{ . }}
+{{- end }}
+{{- with .ipFamilies }}
+ipFamilies:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- end }}
 {{- end }}
