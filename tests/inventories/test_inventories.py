@@ -71,6 +71,13 @@ def test_the_schema_has_every_cluster_variable_that_playbooks_use_and_no_other()
     assert used == {name for name in SCHEMA["variables"] if name.startswith("ictx_")}
 
 
+def test_every_group_that_playbooks_use_exists_in_every_valid_inventory() -> None:
+    files = (ROOT / "playbooks").rglob("*.yml")
+    used = set(re.findall(r"\bgroups\['(\w+)", "\n".join(file.read_text() for file in files)))
+    # Preflight creates ictx_skipped; only the lab's playbooks use lab_nodes.
+    assert used - {"all", "ictx_skipped", "lab_nodes"} <= set(SCHEMA["groups"])
+
+
 def test_no_role_knows_the_cluster_or_its_groups() -> None:
     known = re.compile(r"\bictx_[a-z]+_?\w*|\bgroup_names\b|\bgroups\[")
     for file in sorted((ROOT / "roles").glob("*/*/**/*.y*ml")) + sorted((ROOT / "roles").glob("*/templates/**/*.j2")):

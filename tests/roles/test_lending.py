@@ -41,7 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder with an API server's kubeconfig, an inventory of one node, and stubs of SLURM's programs."""
     made = tmp_path_factory.mktemp("lending")
     groups: dict[str, Any] = {"slurm_compute": {"GPU1": None}, "k3s_agent": {"GPU1": None}, "k3s_server": {}}
-    groups |= {"slurm_controller": {"ctl": None}}
+    groups |= {"slurm_controller": {"ctl": None}, "storage_client": {}}
     common = {"ansible_connection": "local", "ansible_become": False, "ictx_state_dir": str(made)}
     common |= {"ansible_python_interpreter": sys.executable}
     inventory = {"all": {"vars": common, "children": {name: {"hosts": hosts} for name, hosts in groups.items()}}}
