@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import datetime
 import re
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import pytest
 import yaml
-from cluster import ROOT
+from ansible.template import Templar
+from cluster import ROOT, Cluster, trusted
 
 LOCK: dict[str, dict[str, Any]] = {
     entry["name"]: entry
@@ -96,10 +98,22 @@ def test_repositories_are_those_of_the_lock() -> None:
 
 
 def test_every_lock_file_of_images_is_mirrored() -> None:
-    wanted = {file for files in defaults("image_bake")["image_bake_requirements"].values() for file in files}
-    assert {e["version"] for e in LOCK.values() if e["kind"] == "wheels"} == {
-        f"workload/requirements/{file}" for file in wanted
-    }
+    """For the Python of each accelerator: that of the inventory with images for it."""
+    cluster = Cluster(ROOT / "inventories/lab")
+    pythons = {"cpu": defaults("image_bake")["image_bake_python"]}
+    example = yaml.safe_load((ROOT / "inventories/example/group_vars/all/images.yml").read_text())
+    pythons[example["image_bake_accelerator"]] = example["image_bake_python"]
+    schema = (ROOT / "playbooks/plugins/inventory_schema.yml").read_text()
+    (choices,) = re.findall(r"ictx_training_lock:\n\s+type: str\n\s+choices: \[(.+)\]", schema)
+    wanted = set()
+    for role, play, hosts in cluster.uses("playbooks/images.yml"):
+        if role.get_name() != "image_bake":
+            continue
+        for lock in choices.split(", "):
+            variables = cluster.variables(hosts[0], play, role) | {"ictx_training_lock": lock}
+            files = Templar(cluster.loader, variables=variables).template(trusted("{{ image_bake_requirements }}"))
+            wanted |= {(file, python) for kind, python in pythons.items() for file in files[kind]}
+    assert {(Path(e["version"]).name, e["python"]) for e in LOCK.values() if e["kind"] == "wheels"} == wanted
 
 
 def test_no_default_of_a_role_names_a_host_that_the_lock_does_not() -> None:
