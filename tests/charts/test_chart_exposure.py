@@ -197,3 +197,16 @@ def test_keda_counts_the_requests_of_this_release_only() -> None:
         assert not re.fullmatch(pattern, other)
     # Kubernetes shortens names of 58 characters, with a part of the ReplicaSet's hash.
     assert re.fullmatch(pattern.replace("ictx-serving", "a" * 52), "a" * 52 + "-6c8f9x2x4z")
+
+
+@pytest.mark.parametrize(("address", "front"), [("0.0.0.0", "0.0.0.0"), ("::", "")])
+def test_every_container_listens_on_the_address(address: str, front: str) -> None:
+    values = {"listenAddress": address, "replicaCount": 2}
+    assert option(server("serving", values).container("vllm"), "--host") == address
+    router = next(pods([component(render(CHARTS["serving"], None, values), "Deployment", "router")]))
+    assert option(router.container("router"), "--prometheus-host") == address
+    # uvicorn's server of one process listens on IPv6 only with "::", and on both families without an address.
+    assert option(router.container("front"), "--host") == front
+    mlflow = server("mlflow", {"listenAddress": address, "metrics.annotations": True})
+    assert option(mlflow.container("mlflow"), "--host") == address
+    assert mlflow.container("metrics")["args"][-1] == address

@@ -100,12 +100,12 @@ vllm:num_requests_waiting_by_reason{{engine="0",model_name="m",reason="capacity"
 """
 
 
-def drain(port: int, delay: str, timeout: str) -> tuple[int, float]:
+def drain(port: int, delay: str, timeout: str, **environment: str) -> tuple[int, float]:
     start = time.monotonic()
     container, *_ = only(render(CHARTS["serving"]), "Deployment")["spec"]["template"]["spec"]["containers"]
     hook = container["lifecycle"]["preStop"]["exec"]["command"][5:]
     arguments = [word.replace("127.0.0.1:9100", f"127.0.0.1:{port}") for word in hook]
-    done = run(program("serving", "drain"), delay, timeout, *arguments)
+    done = run(program("serving", "drain"), delay, timeout, *arguments, **environment)
     assert done.stderr == ""
     return done.returncode, time.monotonic() - start
 
@@ -135,6 +135,13 @@ def test_drain_ends_when_its_time_is_up_or_the_server_is_gone() -> None:
     status, seconds = drain(port, "0", "60")
     assert status == 0
     assert seconds < 10
+
+
+def test_drain_reaches_its_own_server_past_a_proxy() -> None:
+    """A site that sets HTTP_PROXY for downloads (vllm.extraEnv) would otherwise end requests at once."""
+    with serve(lambda *_: (200, METRICS.format(running=1, waiting=0))) as port:
+        _, seconds = drain(port, "0", "2", http_proxy="http://127.0.0.1:9", HTTP_PROXY="http://127.0.0.1:9")
+    assert seconds >= 2
 
 
 def endpoint(

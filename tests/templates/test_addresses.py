@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -134,3 +135,26 @@ def test_a_service_is_checked_at_the_address_on_which_it_listens() -> None:
         assert found == f"{url} {address}"
     for file in ROOT.glob("roles/*/tasks/*.yml"):
         assert not re.search(r"localhost:\{\{ \w+_listen", file.read_text()), file
+
+
+@pytest.mark.parametrize(("address", "listens"), [(NAMES, "0.0.0.0"), (IPV6, "::")], ids=["names", "ipv6"])
+@pytest.mark.parametrize("playbook", ["mlflow", "serving", "judge"])
+def test_pods_listen_on_the_addresses_of_their_nodes(tmp_path: Path, playbook: str, address: str, listens: str) -> None:
+    """K3s on nodes with IPv6 addresses has no IPv4 network of pods."""
+    image = json.dumps({"ref": "r:5000/a@sha256:0", "digest": f"sha256:{'0' * 64}"})
+    for name in ("images/mlflow.json", "images/serving.json", "secrets/mlflow_user_serving", "secrets/serving_api_key"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(image)
+    for name in ("ca.crt", *(f"issued/{name}.{end}" for name in ("mlflow", "serving") for end in ("crt", "key"))):
+        (tmp_path / "ca" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "ca" / name).write_text("x")
+    extra = {"ictx_state_dir": str(tmp_path), "ictx_judge_values": {"model": {"name": "judge"}}}
+    cluster = Cluster(inventory(tmp_path, address), extra)
+    role, play, _ = next(
+        use for use in cluster.uses(f"playbooks/{playbook}.yml") if use[0].get_name() == "helm_release"
+    )
+    found = {"json": {"model_version": {"version": "1"}}}
+    variables = cluster.variables("localhost", play, role) | {"_serving_found": found, "_judge_found": found}
+    variables |= {"_serving_further_found": {"results": []}}
+    values = Templar(cluster.loader, variables=variables).template(trusted("{{ helm_release_values }}"))
+    assert values["listenAddress"] == listens

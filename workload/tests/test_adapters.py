@@ -191,6 +191,15 @@ def test_a_pass_loads_replaces_and_unloads(
     assert list(loaded) == ["help"]
 
 
+def test_the_key_goes_past_a_proxy(
+    stand_in: tuple[str, dict[str, str]], state: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A site's proxy for downloads (HTTP_PROXY in pull.extraEnv) must not get requests to the pod's own server."""
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    (state / gate.ADMIN_KEY).write_text(KEY)
+    assert Server(stand_in[0], state / gate.ADMIN_KEY).loaded() == {}
+
+
 def test_what_cannot_be_loaded_keeps_a_new_pod_from_clients_and_no_old_one(
     stand_in: tuple[str, dict[str, str]],
     kept: Callable[[str], Adapters],

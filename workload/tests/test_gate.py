@@ -8,8 +8,10 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing
+from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
+from wsgiref.simple_server import make_server
 
 import pytest
 import uvicorn
@@ -226,3 +228,20 @@ def test_a_websocket_is_refused_before_its_handshake(keys: Path) -> None:
     assert not reached
     assert [message["type"] for message in sent] == ["websocket.http.response.start", "websocket.http.response.body"]
     assert answers({**scope, "headers": [(b"authorization", f"Bearer {KEY}".encode())]}, keys)[0]
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_metrics_are_served_on_both_families(host: str) -> None:
+    """Prometheus and the drain reach pods by IPv4, or by IPv6 where pods have only that."""
+    if host == "::1" and not socket.has_dualstack_ipv6():
+        pytest.skip("no IPv6")
+
+    def application(_: Any, start: Any) -> list[bytes]:
+        start("200 OK", [])
+        return [b"metrics"]
+
+    with make_server("", 0, application, gate.MetricsServer) as server:
+        threading.Thread(target=server.handle_request, daemon=True).start()
+        with closing(HTTPConnection(host, server.server_port, timeout=10)) as connection:
+            connection.request("GET", "/metrics")
+            assert connection.getresponse().read() == b"metrics"

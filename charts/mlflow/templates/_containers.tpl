@@ -47,7 +47,7 @@ volumeMounts:
 command: [mlflow, server]
 args:
   - --host
-  - 0.0.0.0
+  - {{ .Values.listenAddress | quote }}
   - --port
   - "5000"
   - --workers
@@ -172,7 +172,7 @@ command:
   - -c
   - |
     {{- .Files.Get "files/metrics.py" | trim | nindent 4 }}
-args: [/run/mlflow/metrics, "9100"]
+args: [/run/mlflow/metrics, "9100", {{ .Values.listenAddress | quote }}]
 ports:
   - name: metrics
     containerPort: 9100

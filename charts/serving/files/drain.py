@@ -8,11 +8,13 @@ import time
 import urllib.request
 
 METRICS, *COUNTED = sys.argv[3:]
+# The variables of a proxy (HTTP_PROXY) are for other hosts.
+LOCAL = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 def requests_left():
     """Returns the number of running and waiting requests of this server."""
-    with urllib.request.urlopen(METRICS, timeout=5) as answer:
+    with LOCAL.open(METRICS, timeout=5) as answer:
         lines = answer.read().decode().splitlines()
     # Exact names: metrics such as `vllm:num_requests_waiting_by_reason` would count a request twice.
     return sum(float(line.split()[-1]) for line in lines if line.split("{")[0].split(" ")[0] in COUNTED)

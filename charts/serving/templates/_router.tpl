@@ -9,7 +9,7 @@ args:
   - --port
   - "30000"
   - --prometheus-host
-  - 0.0.0.0
+  - {{ .Values.listenAddress | quote }}
   - --prometheus-port
   - "29000"
   {{- with .Values.router }}
@@ -76,8 +76,9 @@ image: {{ include "serving.image" . }}
 imagePullPolicy: {{ .Values.image.pullPolicy }}
 command: [python, -m, uvicorn, --factory, "ictx.serve.front:app"]
 args:
+  # uvicorn listens on both families only without an address.
   - --host
-  - 0.0.0.0
+  - {{ ternary "" .Values.listenAddress (eq .Values.listenAddress "::") | quote }}
   - --port
   - "8000"
   - --no-access-log

@@ -4,7 +4,7 @@
 - --served-model-name
 - {{ include "serving.servedName" . | quote }}
 - --host
-- 0.0.0.0
+- {{ .Values.listenAddress | quote }}
 - --port
 - "8000"
 - --dtype

@@ -73,8 +73,12 @@ class Server:
         headers = {"Authorization": f"Bearer {self.key_file.read_text()}", "Content-Type": "application/json"}
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.url + path, data, headers, method=method)
+        # No proxy (HTTP_PROXY): the server is in this pod, and the key must not leave it.
+        local = urllib.request.build_opener(
+            urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=context)
+        )
         try:
-            with urllib.request.urlopen(request, timeout=300, context=context) as answer:
+            with local.open(request, timeout=300) as answer:
                 text = answer.read().decode()
         except urllib.error.HTTPError as error:
             raise UserError(f"{path}: {error.code} {_message(error.read().decode(errors='replace'))}") from error

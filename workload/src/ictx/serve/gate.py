@@ -10,11 +10,12 @@ from __future__ import annotations
 import hmac
 import json
 import os
+import socket
 from collections.abc import Awaitable, Callable, MutableMapping
 from pathlib import Path
 from threading import Thread
 from typing import Any
-from wsgiref.simple_server import WSGIRequestHandler, make_server
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 KEYS = "ICTX_API_KEYS"
 """Variable with the folder of the keys: the files `api-key` and, while a key is rotated, `api-key-previous`."""
@@ -56,6 +57,18 @@ def presented(headers: list[tuple[bytes, bytes]]) -> bytes | None:
     return key if scheme.lower() == b"bearer" else None
 
 
+class MetricsServer(WSGIServer):
+    """Listens on all addresses of the pod, also on IPv6 where the kernel supports it."""
+
+    address_family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
+
+    def server_bind(self) -> None:
+        """Binds one socket for both families."""
+        if self.address_family == socket.AF_INET6:
+            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        super().server_bind()
+
+
 def serve_metrics(port: int) -> None:
     """Serves this server's metrics on a separate port in a thread, always in the text format.
 
@@ -74,7 +87,7 @@ def serve_metrics(port: int) -> None:
         def log_message(self, *words: Any) -> None:
             pass
 
-    server = make_server("", port, plain, handler_class=Quiet)
+    server = make_server("", port, plain, MetricsServer, Quiet)
     Thread(target=server.serve_forever, daemon=True).start()
 
 
