@@ -210,3 +210,14 @@ def test_every_container_listens_on_the_address(address: str, front: str) -> Non
     mlflow = server("mlflow", {"listenAddress": address, "metrics.annotations": True})
     assert option(mlflow.container("mlflow"), "--host") == address
     assert mlflow.container("metrics")["args"][-1] == address
+
+
+def test_routers_have_labels_and_annotations_of_their_own() -> None:
+    values = {"replicaCount": 2, "router": {"podLabels": {"tier": "gold"}, "podAnnotations": {"mesh/inject": "false"}}}
+    documents = render(CHARTS["serving"], None, values)
+    deployment = component(documents, "Deployment", "router")
+    (router,) = pods([deployment])
+    assert (router.labels["tier"], router.annotations["mesh/inject"]) == ("gold", "false")
+    assert "tier" not in deployment["spec"]["selector"]["matchLabels"], "selectors are immutable"
+    (other,) = pods([component(documents, "Deployment", "server")])
+    assert ("tier" in other.labels, "mesh/inject" in other.annotations) == (False, False)

@@ -115,6 +115,11 @@ WRONG: list[tuple[str, Document, str]] = [
     ("serving", {"topologySpread.whenUnsatisfiable": "Maybe"}, "topologySpread.whenUnsatisfiable"),
     ("serving", {"tolerations": [{"effect": "Never"}]}, "tolerations.0.effect"),
     ("serving", {"podLabels": {"a": LONG}}, "podLabels.a"),
+    ("serving", {"podLabels": {"app.kubernetes.io/component": "llm"}}, "podLabels"),
+    ("serving", {"commonLabels": {"app.kubernetes.io/part-of": "platform"}}, "commonLabels"),
+    ("mlflow", {"commonLabels": {"helm.sh/chart": "a"}}, "commonLabels"),
+    ("serving", {"networkPolicy.allowFrom": [{}]}, "networkPolicy.allowFrom.0"),
+    ("serving", {"image.repository": "registry:5000/ictx/serving:1.2"}, "image.repository"),
     ("serving", {"extraVolumes": [{"emptyDir": {}}]}, "extraVolumes.0"),
     ("serving", {"extraVolumes": [{"name": "models", "emptyDir": {}}]}, "extraVolumes"),
     ("serving", {"extraVolumes": [{"name": "{{ print `models` }}", "emptyDir": {}}]}, "extraVolumes"),
@@ -169,6 +174,15 @@ def test_a_wrong_value_is_refused_by_its_name(chart: str, values: Document, name
     with pytest.raises(HelmError) as caught:
         render(CHARTS[chart], None, values)
     assert re.search(rf"(^|[\s.:]){re.escape(named)}\b", str(caught.value), re.M), caught.value
+
+
+@pytest.mark.parametrize("chart", CHARTS)
+@pytest.mark.parametrize(
+    "repository", ["serving", "ictx/serving", "registry.example.org:5000/a/b/c_d.e", "[fd00:10::15]:5000/ictx/serving"]
+)
+def test_an_image_may_be_in_any_registry(chart: str, repository: str) -> None:
+    """The registry's address may be an IPv6 one (ictx_registry)."""
+    assert server(chart, image__repository=repository).containers[-1]["image"].startswith(f"{repository}:")
 
 
 @pytest.mark.parametrize("chart", CHARTS)

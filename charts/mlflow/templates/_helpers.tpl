@@ -301,7 +301,7 @@ tolerations:
 
 {{/* Settings common to all containers. */}}
 {{- define "mlflow.containerBase" -}}
-image: {{ include "mlflow.image" . }}
+image: {{ include "mlflow.image" . | quote }}
 imagePullPolicy: {{ .Values.image.pullPolicy }}
 securityContext:
   {{- include "mlflow.containerSecurityContext" . | nindent 2 }}

@@ -1,6 +1,6 @@
 {{/* Sidecar that keeps vLLM's adapters equal to the list in the ConfigMap. kubelet updates that file without rolling pods. */}}
 {{- define "serving.adaptersContainer" -}}
-image: {{ include "serving.image" . }}
+image: {{ include "serving.image" . | quote }}
 imagePullPolicy: {{ .Values.image.pullPolicy }}
 command: [ictx, adapters]
 args:

@@ -28,7 +28,7 @@
 
 {{/* Downloads the model from the registry; the last lines of an error become the container's termination message. */}}
 {{- define "serving.pullContainer" -}}
-image: {{ include "serving.image" . }}
+image: {{ include "serving.image" . | quote }}
 imagePullPolicy: {{ .Values.image.pullPolicy }}
 command:
   {{- toYaml .Values.pull.command | nindent 2 }}

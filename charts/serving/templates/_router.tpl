@@ -1,6 +1,6 @@
 {{/* vLLM's router. It has no keys and no TLS, and paths that add and remove servers, so only this pod can reach it. */}}
 {{- define "serving.routerContainer" -}}
-image: {{ include "serving.image" . }}
+image: {{ include "serving.image" . | quote }}
 imagePullPolicy: {{ .Values.image.pullPolicy }}
 command: [vllm-router]
 args:
@@ -72,7 +72,7 @@ volumeMounts:
 
 {{/* TLS and keys in front of the router, and verified TLS between router and servers. */}}
 {{- define "serving.frontContainer" -}}
-image: {{ include "serving.image" . }}
+image: {{ include "serving.image" . | quote }}
 imagePullPolicy: {{ .Values.image.pullPolicy }}
 command: [python, -m, uvicorn, --factory, "ictx.serve.front:app"]
 args:

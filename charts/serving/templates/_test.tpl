@@ -27,7 +27,7 @@ spec:
     {{- include "serving.podSecurityContext" . | nindent 4 }}
   containers:
     - name: {{ $name }}
-      image: {{ include "serving.image" . }}
+      image: {{ include "serving.image" . | quote }}
       imagePullPolicy: {{ .Values.image.pullPolicy }}
       command:
         - python

@@ -69,7 +69,7 @@ httpGet: {path: /health, port: {{ include "serving.scheme" . }}, scheme: {{ incl
 {{- end }}
 
 {{- define "serving.vllmContainer" -}}
-image: {{ include "serving.image" . }}
+image: {{ include "serving.image" . | quote }}
 imagePullPolicy: {{ .Values.image.pullPolicy }}
 command: [python, -m, vllm.entrypoints.openai.api_server]
 args:
