@@ -221,3 +221,51 @@ def test_routers_have_labels_and_annotations_of_their_own() -> None:
     assert "tier" not in deployment["spec"]["selector"]["matchLabels"], "selectors are immutable"
     (other,) = pods([component(documents, "Deployment", "server")])
     assert ("tier" in other.labels, "mesh/inject" in other.annotations) == (False, False)
+
+
+NGINX = "nginx.ingress.kubernetes.io"
+
+
+def test_ingress_nginx_reaches_the_servers_and_passes_long_requests() -> None:
+    """Its defaults are plain HTTP, 1 MiB for a request, and 60 seconds for a response."""
+
+    def annotations(chart: str, values: Document, **ingress: Any) -> list[Document]:
+        edge = {"enabled": True, "host": "a.example.org", "className": "nginx-internal", **ingress}
+        documents = render(CHARTS[chart], None, {**values, "ingress": edge})
+        return [each["metadata"].get("annotations", {}) for each in documents if each["kind"] == "Ingress"]
+
+    values = {"router.requestTimeoutSeconds": 7200, "canary": {"service": "next", "weight": 10}}
+    main, canary = annotations("serving", values, annotations={f"{NGINX}/proxy-body-size": "1g", "a/b": "c"})
+    assert main == {
+        f"{NGINX}/backend-protocol": "HTTPS",
+        f"{NGINX}/proxy-body-size": "1g",
+        f"{NGINX}/proxy-read-timeout": "7200",
+        f"{NGINX}/proxy-send-timeout": "7200",
+        "a/b": "c",
+    }
+    assert canary == {**main, f"{NGINX}/canary": "true", f"{NGINX}/canary-weight": "10"}
+    (plain,) = annotations("serving", {"tls.enabled": False})
+    assert f"{NGINX}/backend-protocol" not in plain
+    (secure,) = annotations("mlflow", {"tls.existingSecret": "tls"})
+    assert (secure[f"{NGINX}/backend-protocol"], secure[f"{NGINX}/proxy-body-size"]) == ("HTTPS", "0")
+    for chart in CHARTS:
+        assert annotations(chart, {}, className="traefik") == [{}]
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "issuer", "ports"),
+    [
+        ("", "https://sso", ({443}, {443})),
+        ("http://minio:9000", "https://sso:8443/x", ({443, 9000}, {443, 8443})),
+        ("http://minio", "https://[fd00::1]/x", ({443, 80}, {443})),
+    ],
+)
+def test_mlflow_reaches_the_store_and_the_provider_at_their_ports(
+    endpoint: str, issuer: str, ports: tuple[set[int], set[int]]
+) -> None:
+    oidc = {"issuer": issuer, "clientId": "c", "existingSecret": "s", "url": "https://u"}
+    store = {"type": "s3", "s3": {"uri": "s3://a", "endpointUrl": endpoint, "existingSecret": "s"}}
+    documents = render(CHARTS["mlflow"], None, {"artifacts": store, "auth.oidc": oidc})
+    policy = next(each for each in documents if name_of(each) == "NetworkPolicy/ictx-mlflow")
+    _, s3, provider = policy["spec"]["egress"]
+    assert ({each["port"] for each in s3["ports"]}, {each["port"] for each in provider["ports"]}) == ports

@@ -836,6 +836,13 @@ def test_the_notes_leave_the_certificate_of_an_ingress_to_the_client(tmp_path: P
     assert "ca.crt" not in text
 
 
+def test_the_notes_warn_of_a_gateway_that_sends_plain_http(tmp_path: Path) -> None:
+    route = {"httpRoute": {"enabled": True, "parentRefs": [{"name": "a"}]}}
+    warning = "set httpRoute.caConfigMap"
+    assert warning in notes("serving", tmp_path / "a", None, route)
+    assert warning not in notes("serving", tmp_path / "b", None, {**route, "tls.enabled": False})
+
+
 def test_the_notes_read_the_key_where_it_is(tmp_path: Path) -> None:
     values = {"apiKey": {"existingSecret": "clients", "key": "the.key"}}
     text = notes("serving", tmp_path, None, values)

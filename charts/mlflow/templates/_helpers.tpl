@@ -326,6 +326,21 @@ matchExpressions:
   - {key: app.kubernetes.io/component, operator: NotIn, values: [server]}
 {{- end }}
 
+{{/* Port rules of an egress rule: the ports of a list, and that of a URL. Arguments: list, URL. */}}
+{{- define "mlflow.egressPorts" -}}
+{{- $ports := first . }}
+{{- with urlParse (last .) }}
+{{- $port := regexFind ":[0-9]+$" .host | trimPrefix ":" | default (get (dict "http" "80" "https" "443") .scheme) }}
+{{- if $port }}
+{{- $ports = append $ports $port }}
+{{- end }}
+{{- end }}
+{{- range $index, $port := $ports | toStrings | uniq }}
+{{- if $index }}{{ "\n" }}{{ end -}}
+- {port: {{ $port }}, protocol: TCP}
+{{- end }}
+{{- end }}
+
 {{/* Egress rules for DNS, database and artifacts. */}}
 {{- define "mlflow.storesEgress" -}}
 - ports:
@@ -339,9 +354,7 @@ matchExpressions:
 {{- end }}
 {{- if eq .Values.artifacts.type "s3" }}
 - ports:
-    {{- range .Values.networkPolicy.s3Ports }}
-    - {port: {{ . | int }}, protocol: TCP}
-    {{- end }}
+    {{- include "mlflow.egressPorts" (list .Values.networkPolicy.s3Ports .Values.artifacts.s3.endpointUrl) | nindent 4 }}
 {{- if not .Values.artifacts.s3.existingSecret }}
 # Amazon's endpoints that provide the credentials of a node's role (.254) and of EKS Pod Identity (.23).
 - ports:
@@ -466,5 +479,22 @@ ipFamilyPolicy: {{ . }}
 ipFamilies:
   {{- toYaml . | nindent 2 }}
 {{- end }}
+{{- end }}
+{{- end }}
+
+{{/* Annotations of the Ingress. ingress-nginx sends plain HTTP, and limits requests to 1 MiB and 60 seconds, unless they are set. */}}
+{{- define "mlflow.ingressAnnotations" -}}
+{{- $annotations := deepCopy .Values.ingress.annotations }}
+{{- if contains "nginx" .Values.ingress.className }}
+{{- $defaults := dict "proxy-body-size" "0" "proxy-request-buffering" "off" }}
+{{- if .Values.tls.existingSecret }}
+{{- $_ := set $defaults "backend-protocol" "HTTPS" }}
+{{- end }}
+{{- range $key, $value := $defaults }}
+{{- $annotations = merge $annotations (dict (printf "nginx.ingress.kubernetes.io/%s" $key) $value) }}
+{{- end }}
+{{- end }}
+{{- if $annotations }}
+{{- toYaml $annotations }}
 {{- end }}
 {{- end }}

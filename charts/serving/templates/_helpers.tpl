@@ -319,3 +319,20 @@ ipFamilies:
 {{- end }}
 {{- end }}
 {{- end }}
+
+{{/* Annotations of the Ingress. ingress-nginx sends plain HTTP, and limits requests to 1 MiB and 60 seconds, unless they are set. */}}
+{{- define "serving.ingressAnnotations" -}}
+{{- $annotations := deepCopy .Values.ingress.annotations }}
+{{- if contains "nginx" .Values.ingress.className }}
+{{- $defaults := dict "proxy-body-size" "64m" "proxy-read-timeout" (print .Values.router.requestTimeoutSeconds) "proxy-send-timeout" (print .Values.router.requestTimeoutSeconds) }}
+{{- if .Values.tls.enabled }}
+{{- $_ := set $defaults "backend-protocol" "HTTPS" }}
+{{- end }}
+{{- range $key, $value := $defaults }}
+{{- $annotations = merge $annotations (dict (printf "nginx.ingress.kubernetes.io/%s" $key) $value) }}
+{{- end }}
+{{- end }}
+{{- if $annotations }}
+{{- toYaml $annotations }}
+{{- end }}
+{{- end }}
