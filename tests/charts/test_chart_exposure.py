@@ -269,3 +269,18 @@ def test_mlflow_reaches_the_store_and_the_provider_at_their_ports(
     policy = next(each for each in documents if name_of(each) == "NetworkPolicy/ictx-mlflow")
     _, s3, provider = policy["spec"]["egress"]
     assert ({each["port"] for each in s3["ports"]}, {each["port"] for each in provider["ports"]}) == ports
+
+
+def test_a_gateway_reaches_mlflow_under_its_host_names() -> None:
+    route = {"enabled": True, "parentRefs": [{"name": "public"}], "hostnames": ["m.example.org"], "caConfigMap": "ca"}
+    documents = render(CHARTS["mlflow"], None, {"httpRoute": route, "tls.existingSecret": "tls"})
+    spec = only(documents, "HTTPRoute")["spec"]
+    assert spec["hostnames"] == ["m.example.org"]
+    assert spec["rules"] == [{"backendRefs": [{"name": "ictx-mlflow", "port": 5000}], "timeouts": {"request": "0s"}}]
+    policy = only(documents, "BackendTLSPolicy")["spec"]
+    assert policy["targetRefs"] == [{"group": "", "kind": "Service", "name": "ictx-mlflow"}]
+    assert policy["validation"]["hostname"] == "ictx-mlflow"
+    (pod,) = pods([component(documents, "Deployment", "server")])
+    container = pod.container("mlflow")
+    assert {"m.example.org", "m.example.org:*"} <= set(option(container, "--allowed-hosts").split(","))
+    assert "https://m.example.org" in option(container, "--cors-allowed-origins").split(",")

@@ -49,6 +49,7 @@ EVERYTHING: dict[str, Document] = {
         "tls.existingSecret": "tls",
         "metrics": {"annotations": True, "serviceMonitor": {"enabled": True}},
         "ingress": {"enabled": True, "host": "mlflow.example.org"},
+        "httpRoute": {"enabled": True, "parentRefs": [{"name": "public"}], "hostnames": ["a.example.org"]},
         "commonLabels": {"team": "research"},
         "podLabels": {"tier": "gold"},
         "imagePullSecrets": [{"name": "registry"}],

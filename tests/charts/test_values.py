@@ -165,6 +165,8 @@ WRONG: list[tuple[str, Document, str]] = [
     ("mlflow", {"gc.olderThan": "a month"}, "gc.olderThan"),
     ("mlflow", {"security.runAsUser": 0}, "security.runAsUser"),
     ("mlflow", {"service.nodePort": 31000}, "service.type"),
+    ("mlflow", {"httpRoute": {"enabled": True, "hostnames": ["a"]}}, "httpRoute.parentRefs"),
+    ("mlflow", {"httpRoute": {"enabled": True, "parentRefs": [{"name": "a"}]}}, "httpRoute.hostnames"),
     ("mlflow", {"fullnameOverride": "x" * 39}, "fullnameOverride"),
 ]
 
@@ -833,6 +835,13 @@ def test_the_notes_leave_the_certificate_of_an_ingress_to_the_client(tmp_path: P
     values = {"tls.existingSecret": "tls", "ingress": {"enabled": True, "host": "a.example.org", "tlsSecret": "edge"}}
     text = notes("mlflow", tmp_path, None, values)
     assert "export MLFLOW_TRACKING_URI=https://a.example.org" in text
+    assert "ca.crt" not in text
+
+
+def test_the_notes_find_mlflow_behind_a_gateway(tmp_path: Path) -> None:
+    route = {"enabled": True, "parentRefs": [{"name": "public"}], "hostnames": ["m.example.org"]}
+    text = notes("mlflow", tmp_path, None, {"httpRoute": route, "tls.existingSecret": "tls"})
+    assert "export MLFLOW_TRACKING_URI=http://m.example.org " in text
     assert "ca.crt" not in text
 
 

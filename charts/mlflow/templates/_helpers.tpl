@@ -166,6 +166,9 @@ batch/v1beta1
 {{- if .Values.ingress.enabled }}
 {{- $bare = append $bare .Values.ingress.host }}
 {{- end }}
+{{- if .Values.httpRoute.enabled }}
+{{- $bare = concat $bare .Values.httpRoute.hostnames }}
+{{- end }}
 {{- with .Values.auth.oidc.url }}
 {{- $bare = append $bare (urlParse .).hostname }}
 {{- end }}
@@ -189,6 +192,12 @@ batch/v1beta1
 {{- $origins = append $origins (printf "https://%s" .Values.ingress.host) }}
 {{- if not .Values.ingress.tlsSecret }}
 {{- $origins = append $origins (printf "http://%s" .Values.ingress.host) }}
+{{- end }}
+{{- end }}
+{{- if .Values.httpRoute.enabled }}
+{{- range .Values.httpRoute.hostnames }}
+{{- $origins = append $origins (printf "https://%s" .) }}
+{{- $origins = append $origins (printf "http://%s" .) }}
 {{- end }}
 {{- end }}
 {{- with .Values.auth.oidc.url }}
