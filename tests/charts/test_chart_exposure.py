@@ -284,3 +284,13 @@ def test_a_gateway_reaches_mlflow_under_its_host_names() -> None:
     container = pod.container("mlflow")
     assert {"m.example.org", "m.example.org:*"} <= set(option(container, "--allowed-hosts").split(","))
     assert "https://m.example.org" in option(container, "--cors-allowed-origins").split(",")
+
+
+def test_servers_keep_idle_connections_longer_than_proxies() -> None:
+    """Traefik reuses a connection for 90 seconds, ingress-nginx for 60; uvicorn alone closes it after 5."""
+    vllm = server("serving", {}).container("vllm")
+    assert {"name": "VLLM_HTTP_TIMEOUT_KEEP_ALIVE", "value": "120"} in vllm["env"]
+    documents = render(CHARTS["serving"], None, {"replicaCount": 2})
+    (router,) = pods([component(documents, "Deployment", "router")])
+    assert option(router.container("front"), "--timeout-keep-alive") == "120"
+    assert "--timeout-keep-alive=120" in option(server("mlflow", {}).container("mlflow"), "--uvicorn-opts").split()

@@ -67,8 +67,9 @@ args:
   - --expose-prometheus
   - /run/mlflow/metrics
   {{- end }}
+  # Keeps idle connections longer than proxies do: after uvicorn's own 5 s, a proxy may send a request into one that is being closed.
   - --uvicorn-opts
-  - {{ printf "--timeout-graceful-shutdown=%d%s" (int .Values.server.stopTimeoutSeconds) (ternary " --ssl-certfile=/etc/mlflow-tls/tls.crt --ssl-keyfile=/etc/mlflow-tls/tls.key" "" (ne .Values.tls.existingSecret "")) | quote }}
+  - {{ printf "--timeout-keep-alive=120 --timeout-graceful-shutdown=%d%s" (int .Values.server.stopTimeoutSeconds) (ternary " --ssl-certfile=/etc/mlflow-tls/tls.crt --ssl-keyfile=/etc/mlflow-tls/tls.key" "" (ne .Values.tls.existingSecret "")) | quote }}
   {{- range .Values.server.extraArgs }}
   - {{ . | quote }}
   {{- end }}

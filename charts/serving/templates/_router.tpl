@@ -82,6 +82,9 @@ args:
   - --port
   - "8000"
   - --no-access-log
+  # Longer than proxies keep idle connections.
+  - --timeout-keep-alive
+  - "120"
   - --timeout-graceful-shutdown
   - {{ .Values.drain.timeoutSeconds | int | quote }}
   {{- if .Values.tls.enabled }}

@@ -101,6 +101,10 @@ env:
   - name: TORCH_COMPILE_DISABLE
     value: "1"
   {{- end }}
+  # Longer than proxies keep idle connections (ingress-nginx and Amazon's 60 s, Traefik 90 s): after vLLM's own 5 s, a proxy may
+  # send a request into a connection that is being closed.
+  - name: VLLM_HTTP_TIMEOUT_KEEP_ALIVE
+    value: "120"
   # The root file system is read-only: compiled kernels and caches go to one volume.
   - name: XDG_CACHE_HOME
     value: /cache
