@@ -94,6 +94,8 @@ def test_repositories_are_those_of_the_lock() -> None:
         assert driver["fingerprints"] == role["nvidia_driver_repository_fingerprints"]
         assert driver["url"] == address(role["nvidia_driver_repository_url"]) + f"/{release}/x86_64"
         assert f"M/{driver['path']}" == address(role["nvidia_driver_repository_url"], "M") + f"/{release}/x86_64"
+        # Its name has no branch, so the newest version would be one of another branch.
+        assert driver["packages"]["nvidia-fabricmanager"] == driver["version"]
         assert set(defaults("dcgm_exporter")["dcgm_exporter_packages"]) <= set(driver["packages"])
 
 

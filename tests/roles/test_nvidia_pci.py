@@ -53,10 +53,24 @@ def test_an_a100_board_has_gpus_and_switches(module: ModuleType, tmp_path: Path)
         "gpus": ["0000:07:00.0", "0000:47:00.0"],
         "kernel_modules": ["open", "proprietary"],
         "nvswitches": ["0000:c4:00.0"],
+        "nvlink5": False,
         "nouveau": False,
         "loaded": "",
         "secure_boot": False,
     }
+
+
+def test_switches_of_nvlink_5_are_managed_through_infiniband(module: ModuleType, tmp_path: Path) -> None:
+    adapters = ("0000:05:00.0", "0x15b3", "0x020700"), ("0000:15:00.0", "0x15b3", "0x020700")
+    other = "0000:25:00.0", "0x1002", "0x030200"
+    folder = sysfs(tmp_path, ("0000:1b:00.0", "0x10de", "0x030200"), *adapters, other)
+    devices = folder / "bus/pci/devices"
+    (devices / "0000:25:00.0/vpd").write_bytes(b"SW_MNG")
+    # Reading fails, as for a device that does not answer.
+    (devices / "0000:05:00.0/vpd").mkdir()
+    assert module.look(folder)["nvlink5"] is False
+    (devices / "0000:15:00.0/vpd").write_bytes(b"\x82\x1a\x00Nvidia BlueField\x90V0SW_MNG\xff")
+    assert module.look(folder)["nvlink5"] is True
 
 
 def test_the_audio_function_of_a_card_is_no_gpu(module: ModuleType, tmp_path: Path) -> None:

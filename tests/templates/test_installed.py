@@ -102,10 +102,41 @@ def test_daemons_restart_for_nodes_until_slurm_reads_them_anew(
     ],
 )
 def test_the_fabric_manager_has_exactly_the_driver_s_version(example: Any, driver: str, chosen: list[str]) -> None:
-    lines = [f" nvidia-fabricmanager-580 | {v} | http://x  Packages" for v in ("580.105.08-0ubuntu1", "580.95.05-1")]
+    lines = [f" nvidia-fabricmanager | {v} | http://x  Packages" for v in ("580.105.08-0ubuntu1", "580.95.05-1")]
     installed, listed = {"results": [{"stdout": driver}, {"stdout": ""}]}, {"stdout": "\n".join([*lines, lines[-1]])}
     role = example("nvidia_driver", "gpu1", _nvidia_driver_installed=installed, _nvidia_driver_fabrics=listed)
     assert role.template(trusted("{{ _nvidia_driver_fitting }}")) == chosen
+
+
+@pytest.mark.parametrize(
+    ("source", "branch", "package"),
+    [
+        ("nvidia", "570", "nvidia-fabricmanager-570"),
+        ("nvidia", "580", "nvidia-fabricmanager"),
+        ("nvidia", "590", "nvidia-fabricmanager"),
+        ("distribution", "580", "nvidia-fabricmanager-580"),
+    ],
+)
+def test_the_fabric_manager_is_named_as_in_the_repository(example: Any, source: str, branch: str, package: str) -> None:
+    role = example("nvidia_driver", "gpu1", nvidia_driver_source=source, nvidia_driver_branch=branch)
+    assert role.template(trusted("{{ _nvidia_driver_fabric_package }}")) == package
+
+
+@pytest.mark.parametrize(
+    ("policy", "switches", "nvlink5", "runs"),
+    [
+        ("auto", [], False, False),
+        ("auto", ["0000:c4:00.0"], False, True),
+        ("auto", [], True, True),
+        ("never", [], True, False),
+    ],
+)
+def test_the_fabric_manager_runs_where_switches_are(
+    example: Any, policy: str, switches: list[str], nvlink5: bool, runs: bool
+) -> None:
+    pci = {"nvswitches": switches, "nvlink5": nvlink5}
+    role = example("nvidia_driver", "gpu1", nvidia_driver_fabric_manager=policy, _nvidia_driver_pci=pci)
+    assert role.template(trusted("{{ _nvidia_driver_with_fabric }}")) is runs
 
 
 def test_docker_keeps_what_others_have_set_and_the_second_run_changes_nothing(example: Any) -> None:

@@ -50,6 +50,7 @@ REGISTERED: dict[str, dict[str, Any]] = {
             "gpus": ["0000:07:00.0"],
             "kernel_modules": ["open"],
             "nvswitches": [],
+            "nvlink5": False,
             "nouveau": False,
         }
     },

@@ -70,19 +70,19 @@ def test_nouveau_is_kept_out_of_the_initramfs_too(tmp_path: Path) -> None:
 
 def test_the_fabric_manager_has_the_driver_s_version_and_runs_only_where_switches_are() -> None:
     a100 = node("a100")
-    assert "580.105.08-1" in a100.check_output("apt-cache madison nvidia-fabricmanager-580")
-    assert version(a100, "nvidia-fabricmanager-580") == f"{DRIVER}-1"
+    assert "580.105.08-1" in a100.check_output("apt-cache madison nvidia-fabricmanager")
+    assert version(a100, "nvidia-fabricmanager") == f"{DRIVER}-1"
     assert a100.service("nvidia-fabricmanager").is_running
-    assert not version(node("t4"), "nvidia-fabricmanager-580")
+    assert not version(node("t4"), "nvidia-fabricmanager")
 
 
 def test_a_fabric_manager_of_another_version_is_replaced(tmp_path: Path) -> None:
     a100 = node("a100")
-    a100.check_output("apt-get install --yes nvidia-fabricmanager-580=580.105.08-1")
+    a100.check_output("apt-get install --yes nvidia-fabricmanager=580.105.08-1")
     assert a100.run("systemctl restart nvidia-fabricmanager").rc != 0
     status, text = provision(tmp_path, "a100")
     assert status == 0, text
-    assert version(a100, "nvidia-fabricmanager-580") == f"{DRIVER}-1"
+    assert version(a100, "nvidia-fabricmanager") == f"{DRIVER}-1"
     assert a100.service("nvidia-fabricmanager").is_running
 
 

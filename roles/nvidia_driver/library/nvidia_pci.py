@@ -26,6 +26,10 @@ EXAMPLES = r"""
 RETURN = r"""
 gpus: {type: list, elements: str, returned: always, description: PCI addresses of the GPUs.}
 nvswitches: {type: list, elements: str, returned: always, description: PCI addresses of the NVSwitches.}
+nvlink5:
+  type: bool
+  returned: always
+  description: Whether the node manages switches of NVLink 5 (HGX B200), which are not on its PCI bus.
 kernel_modules:
   type: list
   elements: str
@@ -40,6 +44,9 @@ VENDOR = "0x10de"
 # The first two bytes of a PCI class; a GPU's audio and USB functions have others.
 GPU_CLASSES = ("0x0300", "0x0302")  # VGA controller, 3D controller
 NVSWITCH_CLASS = "0x0680"  # bridge of another kind
+# From NVLink 5 on, the host manages the switches through InfiniBand functions, which contain this mark in their vital
+# product data. The start script of NVIDIA's fabric manager searches for it too.
+MELLANOX, SWITCH_MANAGEMENT = "0x15b3", b"SW_MNG"
 # Device ids increase with the generations; the open modules' list of GPUs begins with 1E02:
 # https://github.com/NVIDIA/open-gpu-kernel-modules#compatible-gpus
 FIRST_TURING = 0x1E00
@@ -68,8 +75,20 @@ def kernel_modules(ids: list[int]) -> list[str]:
 
 
 def content(file: Path) -> bytes:
-    """Returns a file's bytes, none if it does not exist."""
-    return file.read_bytes() if file.exists() else b""
+    """Returns a file's bytes, none if it does not exist or the device does not provide them."""
+    try:
+        return file.read_bytes()
+    except OSError:
+        return b""
+
+
+def manages_switches(sysfs: Path) -> bool:
+    """Returns whether an InfiniBand function manages switches of NVLink."""
+    return any(
+        SWITCH_MANAGEMENT in content(device / "vpd")
+        for device in (sysfs / "bus/pci/devices").glob("*")
+        if content(device / "vendor").decode().strip() == MELLANOX
+    )
 
 
 def look(sysfs: Path) -> dict:
@@ -82,6 +101,7 @@ def look(sysfs: Path) -> dict:
             [int((sysfs / "bus/pci/devices" / gpu / "device").read_text(), 16) for gpu in gpus]
         ),
         "nvswitches": [address for address, kind in found if kind == NVSWITCH_CLASS],
+        "nvlink5": manages_switches(sysfs),
         "nouveau": (sysfs / "module/nouveau").exists(),
         "loaded": content(sysfs / "module/nvidia/version").decode().strip(),
         "secure_boot": content(sysfs / SECURE_BOOT)[4:5] == b"\1",
