@@ -96,7 +96,10 @@ def test_repositories_are_those_of_the_lock() -> None:
         assert f"M/{driver['path']}" == address(role["nvidia_driver_repository_url"], "M") + f"/{release}/x86_64"
         # Its name has no branch, so the newest version would be one of another branch.
         assert driver["packages"]["nvidia-fabricmanager"] == driver["version"]
-        assert set(defaults("dcgm_exporter")["dcgm_exporter_packages"]) <= set(driver["packages"])
+        exporter = set(defaults("dcgm_exporter")["dcgm_exporter_packages"])
+        # Without it, DCGM has no profiling counters of Ampere and older GPUs.
+        assert "datacenter-gpu-manager-4-proprietary" in exporter
+        assert exporter <= set(driver["packages"])
 
 
 def test_every_lock_file_of_images_is_mirrored() -> None:
