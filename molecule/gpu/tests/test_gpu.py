@@ -47,9 +47,11 @@ def test_a_driver_is_installed_loaded_and_described_to_containers(name: str) -> 
     assert version(host, "nvidia-kernel-open-dkms") == f"{DRIVER}-1"
     assert host.file("/sys/module/nvidia/version").content_string.strip() == DRIVER
     assert host.service("nvidia-persistenced").is_running
+    assert host.file("/dev/nvidia-uvm").exists
     assert f"driver: {DRIVER}" in host.file("/var/run/cdi/nvidia.yaml").content_string
     assert host.service("nvidia-cdi-refresh.path").is_enabled
     assert host.service("nvidia-cdi-refresh.service").is_enabled
+    assert "ictx.conf" in host.check_output("systemctl show --property=DropInPaths nvidia-cdi-refresh.service")
 
 
 def test_headers_follow_the_kernel() -> None:
