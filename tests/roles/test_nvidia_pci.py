@@ -158,6 +158,39 @@ def test_a_driver_that_cannot_run_the_gpus_is_refused(
 
 
 @pytest.mark.parametrize(
+    ("loaded", "variables", "problem"),
+    [
+        ("", {}, None),
+        ("580.95.05", {}, None),
+        ("580.95.05", {"nvidia_driver_version": "580.95.05-1"}, None),
+        ("570.86.15", {}, "runs driver 570.86.15, but the inventory sets nvidia_driver_branch 580"),
+        ("5801.1", {}, "runs driver 5801.1"),
+        (
+            "580.95.05",
+            {"nvidia_driver_version": "580.105.08"},
+            "sets nvidia_driver_version 580.105.08: drain and upgrade it",
+        ),
+        ("570.86.15", {"nvidia_driver_allow_reboot": True}, None),
+        ("550.163.01", {"_nvidia_driver_pin": ""}, None),
+    ],
+)
+def test_a_driver_in_use_is_not_replaced_by_another_version(
+    tmp_path: Path, loaded: str, variables: dict[str, Any], problem: str | None
+) -> None:
+    tasks = yaml.safe_load((ROOT / "roles/nvidia_driver/tasks/preflight.yml").read_text())
+    check = next(task for task in tasks if task["name"] == "Validate that the loaded driver is the declared one")
+    known = {
+        "_nvidia_driver_pci": {"loaded": loaded},
+        "nvidia_driver_gpus": ["0000:07:00.0"],
+        "_nvidia_driver_pin": "x",
+    }
+    done = play(tmp_path, [check], {**DEFAULTS, **known, **variables})
+    reported = " ".join((done.stdout + done.stderr).split())
+    assert (done.returncode == 0) == (problem is None), reported
+    assert (problem or "") in reported
+
+
+@pytest.mark.parametrize(
     ("kernel", "metapackage"),
     [
         ("6.1.0-18-amd64", "linux-headers-amd64"),

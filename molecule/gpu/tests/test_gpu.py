@@ -112,11 +112,21 @@ def test_secure_boot_is_reported_and_a_key_that_the_firmware_does_not_know_is_na
     assert node("h100").file("/sys/module/nvidia/version").content_string.strip() == DRIVER
 
 
+def test_a_driver_of_another_branch_is_not_replaced_while_it_may_be_in_use(tmp_path: Path) -> None:
+    stale = node("stale")
+    stale.check_output("sh -c 'echo 570.86.15 >/sys/module/nvidia/version'")
+    status, text = provision(tmp_path, "stale")
+    assert status != 0
+    assert "stale runs driver 570.86.15, but the inventory sets nvidia_driver_branch 580" in text
+    assert not version(stale, "nvidia-kernel-open-dkms")
+    stale.check_output("sh -c 'echo 580.65.06 >/sys/module/nvidia/version'")
+
+
 def test_a_driver_that_is_not_the_installed_one_is_refused_until_the_node_was_restarted(tmp_path: Path) -> None:
     for _ in range(2):
         status, text = provision(tmp_path, "stale")
         assert status != 0
-        assert f"stale runs driver 570.86.15, but {DRIVER} is installed" in text
+        assert f"stale runs driver 580.65.06, but {DRIVER} is installed" in text
         assert "playbooks/maintain.yml -e change=driver" in text
     node("stale").check_output(f"sh -c 'echo {DRIVER} >/sys/module/nvidia/version'")
     status, text = provision(tmp_path, "stale")
