@@ -191,19 +191,44 @@ def test_a_driver_in_use_is_not_replaced_by_another_version(
 
 
 @pytest.mark.parametrize(
-    ("kernel", "metapackage"),
+    ("kernel", "packages", "metapackages"),
     [
-        ("6.1.0-18-amd64", "linux-headers-amd64"),
-        ("6.1.0-18-cloud-amd64", "linux-headers-cloud-amd64"),
-        ("6.12.9+bpo-amd64", "linux-headers-amd64"),
-        ("6.12.57+deb13-arm64", "linux-headers-arm64"),
-        ("6.8.0-31-generic", "linux-headers-generic"),
-        ("6.8.0-1021-nvidia-64k", "linux-headers-nvidia-64k"),
+        ("6.1.0-18-amd64", "", ["amd64"]),
+        ("6.1.0-18-cloud-amd64", "", ["cloud-amd64"]),
+        ("6.12.9+bpo-amd64", "", ["amd64"]),
+        ("6.12.57+deb13-arm64", "", ["arm64"]),
+        ("6.8.0-31-generic", "", ["generic"]),
+        ("6.8.0-1021-nvidia-64k", "", ["nvidia-64k"]),
+        ("6.1.0-18-amd64", "installed linux-image-6.1.0-18-amd64\ninstalled linux-image-amd64", ["amd64"]),
+        ("6.11.0-26-generic", "installed linux-image-generic-hwe-24.04", ["generic-hwe-24.04"]),
+        ("6.8.0-31-generic", "installed linux-image-virtual\nconfig-files linux-image-generic", ["virtual"]),
+        (
+            "6.8.0-1021-aws",
+            "installed linux-image-aws-lts-24.04\nnot-installed linux-image-unsigned-x",
+            ["aws-lts-24.04"],
+        ),
+        ("6.1.0-18-amd64", "installed linux-image-amd64\ninstalled linux-image-amd64-dbg", ["amd64"]),
+        ("6.8.0-31-generic", "installed linux-image-unsigned-6.8.0-31-generic", ["generic"]),
     ],
 )
-def test_headers_follow_the_kernel(tmp_path: Path, kernel: str, metapackage: str) -> None:
-    headers = yaml.safe_load((ROOT / "roles/nvidia_driver/vars/main.yml").read_text())["_nvidia_driver_headers"]
-    check = {"assert": {"that": "headers == wanted", "fail_msg": "{{ headers }}"}}
-    wanted = [f"linux-headers-{kernel}", metapackage]
-    done = play(tmp_path, [check], {"ansible_facts": {"kernel": kernel}, "headers": headers, "wanted": wanted})
+def test_headers_follow_the_kernel(tmp_path: Path, kernel: str, packages: str, metapackages: list[str]) -> None:
+    known = yaml.safe_load((ROOT / "roles/nvidia_driver/vars/main.yml").read_text())
+    check = {"assert": {"that": "_nvidia_driver_headers == wanted", "fail_msg": "{{ _nvidia_driver_headers }}"}}
+    wanted = [f"linux-headers-{name}" for name in (kernel, *metapackages)]
+    given = {"ansible_facts": {"kernel": kernel}, "_nvidia_driver_kernels": {"stdout": packages}, "wanted": wanted}
+    done = play(tmp_path, [check], known | given)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_headers_that_repositories_no_longer_have_are_reported_with_the_remedy(tmp_path: Path) -> None:
+    tasks = yaml.safe_load((ROOT / "roles/nvidia_driver/tasks/install.yml").read_text())
+    block = next(task for task in tasks if task["name"] == "Install the kernel headers")
+    assert block["block"][0].pop("ansible.builtin.apt")["name"] == "{{ _nvidia_driver_headers }}"
+    block["block"][0]["fail"] = {"msg": "No package matching 'linux-headers-6.1.0-25-amd64' is available"}
+    unchanged = {"changed": False}
+    known = {"_nvidia_driver_repository": unchanged, "_nvidia_driver_non_free": unchanged}
+    done = play(tmp_path, [block], known | {"ansible_facts": {"kernel": "6.1.0-25-amd64"}})
+    reported = " ".join((done.stdout + done.stderr).split())
+    assert done.returncode != 0
+    assert "lacks headers for its kernel 6.1.0-25-amd64: No package matching" in reported
+    assert "playbooks/maintain.yml -e change=packages" in reported
