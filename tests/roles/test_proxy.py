@@ -140,6 +140,21 @@ def test_hosts_of_the_cluster_and_its_networks_are_reached_directly() -> None:
     assert environment({}, n1="192.0.2.1") == {}
 
 
+@pytest.mark.parametrize("host", ["[fd00::2]:5000", "[::1]:9090", "192.0.2.1:5000"])
+def test_python_reaches_addresses_directly(host: str) -> None:
+    found = environment(PROXY, n1="192.0.2.1", n2="fd00::2")
+    assert urllib.request.proxy_bypass_environment(host, {"no": found["no_proxy"]})
+
+
+def test_networks_of_ipv6_clusters_are_reached_directly() -> None:
+    proxies = loaded(ROOT / "playbooks/plugins/filter/proxies.py")
+    hosts = {"s1": {"ansible_host": "fd00::1", "k3s_api_address": "fd00::100"}}
+    groups = {"all": ["s1"], "k3s_server": ["s1"]}
+    direct = proxies.proxy_environment(PROXY, groups, hosts)["no_proxy"].split(",")
+    assert {"fd42:42::/56", "fd42:43::/112", "fd00::1", "fd00::100", "[fd00::100]"} < set(direct)
+    assert "10.42.0.0/16" not in direct
+
+
 def given(role: str, host: str, cluster: Cluster, name: str, playbook: str) -> Any:
     """Returns a role's variable as its play passes it."""
     used, play = next((r, p) for r, p, _ in cluster.uses(playbook) if r.get_name() == role)
@@ -175,10 +190,13 @@ def test_every_program_that_goes_out_has_the_proxy() -> None:
 def test_tasks_that_download_have_it_too() -> None:
     cluster = Cluster(ROOT / "inventories/example", {"ictx_proxy": PROXY})
     for playbook, name, host in (
+        ("artifacts", "Manage external artifacts", "localhost"),
         ("gpu", "NVIDIA drivers and container toolkit", "gpu1"),
         ("images", "Images", "infra1"),
+        ("k3s", "Choose the Kubernetes distribution", "k3s1"),
         ("k3s", "K3s servers, one by one", "k3s1"),
         ("k3s", "K3s agents", "kgpu1"),
+        ("monitoring", "Prometheus", "infra1"),
         ("monitoring", "Grafana", "infra1"),
     ):
         (play,) = (play for play in cluster.plays(f"playbooks/{playbook}.yml") if play.name == name)

@@ -10,6 +10,7 @@ import pytest
 import yaml
 from ansible.template import Templar
 from cluster import ROOT, Cluster, trusted
+from programs import loaded
 
 SERVERS = ["k3s1", "k3s2", "k3s3"]
 
@@ -76,14 +77,17 @@ def test_ipv6_nodes_get_networks_of_ipv6_unless_the_inventory_has_others(configu
     assert "cluster-cidr" not in configured("k3s1", [])
     config = configured("k3s1", [], k3s_address="fd00:10::31")
     assert (config["node-ip"], config["cluster-cidr"]) == ("fd00:10::31", "fd42:42::/56")
+    proxies = loaded(ROOT / "playbooks/plugins/filter/proxies.py")
+    assert {name: config[name] for name in proxies.IPV6_NETWORKS} == proxies.IPV6_NETWORKS
     own = configured("k3s1", [], k3s_address="fd00:10::31", k3s_config={"cluster-cidr": "fd99::/56"})
     assert own["cluster-cidr"] == "fd99::/56"
 
 
 FACTS = {
     "default_ipv4": {"interface": "eno1"},
+    "default_ipv6": {"interface": "bond0.7"},  # from router advertisements
     "interfaces": ["lo", "eno1", "bond0.7"],
-    "eno1": {"device": "eno1", "ipv4": {"address": "203.0.113.5"}},
+    "eno1": {"device": "eno1", "ipv4": {"address": "203.0.113.5"}, "ipv6": [{"address": "fd00:20::5"}]},
     "bond0_7": {
         "device": "bond0.7",
         "ipv4": {"address": "192.0.2.31"},
@@ -98,8 +102,9 @@ FACTS = {
     [
         ("192.0.2.31", "bond0.7"),
         ("192.0.2.99", "bond0.7"),
-        ("fd00:10::31", "bond0.7"),
+        ("fd00:10::31", None),
         ("203.0.113.5", None),
+        ("fd00:20::5", "eno1"),
         ("k3s1", None),
     ],
 )

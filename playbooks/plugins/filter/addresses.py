@@ -41,13 +41,14 @@ def local_url_host(listen: str) -> str:
 
 
 def other_interface(address: str, facts: Mapping[str, Any]) -> str:
-    """Returns the interface that has an address; empty if it is that of the default route."""
-    default = {facts.get(f"default_{kind}", {}).get("interface") for kind in ("ipv4", "ipv6")}
+    """Returns the interface that has an address; empty if it is that of the default route for such addresses."""
+    kind = "ipv6" if ":" in address else "ipv4"
+    default = facts.get(f"default_{kind}", {}).get("interface")
     for name in facts.get("interfaces", []):
         about = facts.get(name.replace("-", "_").replace(".", "_").replace(":", "_"), {})
         found = [about.get("ipv4") or {}, *about.get("ipv4_secondaries", []), *about.get("ipv6", [])]
         if any(each.get("address") == address for each in found):
-            return "" if about.get("device", name) in default else str(about.get("device", name))
+            return "" if about.get("device", name) == default else str(about.get("device", name))
     return ""
 
 

@@ -8,9 +8,10 @@ from typing import Any
 from ansible.plugins.loader import filter_loader
 
 # Loopback addresses, and the domains of Kubernetes.
-ALWAYS_DIRECT = ("localhost", "127.0.0.1", "::1", ".svc", ".cluster.local")
-# Defaults of K3s and of the role kube_lab.
+ALWAYS_DIRECT = ("localhost", "127.0.0.1", "::1", "[::1]", ".svc", ".cluster.local")
+# Defaults of K3s, of the role k3s for servers with IPv6 addresses, and of the role kube_lab.
 NETWORKS = {"cluster-cidr": "10.42.0.0/16", "service-cidr": "10.43.0.0/16"}
+IPV6_NETWORKS = {"cluster-cidr": "fd42:42::/56", "service-cidr": "fd42:43::/112"}
 LAB_NETWORKS = {"kube_lab_pod_network": "10.244.0.0/24", "kube_lab_service_network": "10.96.0.0/24"}
 
 
@@ -38,16 +39,19 @@ def proxy_environment(
 
 
 def _internal(groups: Mapping[str, Sequence[str]], hostvars: Mapping[str, Any], without: set[str]) -> Iterable[str]:
-    address_of = filter_loader.get("host_address").j2_function
+    address_of, in_url = (filter_loader.get(name).j2_function for name in ("host_address", "in_url"))
     for host in groups["all"]:
         if host not in without and host != "localhost":
-            yield from (host, address_of(host, hostvars))
+            address = address_of(host, hostvars)
+            # Python compares IPv6 addresses with brackets, other programs without.
+            yield from (host, address, in_url(address))
     for host in groups.get("k3s_server", [])[:1]:
         own = hostvars[host]
         config = own.get("k3s_config") or {}
-        yield from (text for key, default in NETWORKS.items() for text in str(config.get(key, default)).split(","))
+        networks = IPV6_NETWORKS if in_url(address := address_of(host, hostvars)) != address else NETWORKS
+        yield from (text for key, default in networks.items() for text in str(config.get(key, default)).split(","))
         yield from (str(own.get(name, default)) for name, default in LAB_NETWORKS.items())
-        yield from filter(None, [own.get("k3s_api_address")])
+        yield from (form for name in filter(None, [own.get("k3s_api_address")]) for form in (name, in_url(name)))
 
 
 def direct_hosts(environment: Mapping[str, str]) -> list[str]:
