@@ -19,6 +19,7 @@ import pytest
 import yaml
 from cluster import ROOT
 from kubernetes_api import api_server, kubectl
+from programs import play
 
 pytestmark = pytest.mark.full
 
@@ -70,10 +71,10 @@ def node(folder: Path) -> Path:
     return folder
 
 
-def pod(folder: Path, name: str, **metadata: Any) -> None:
+def pod(folder: Path, name: str, grace: int = 0, **metadata: Any) -> None:
     """Creates a running pod on the node."""
     container = {"name": "x", "image": "x"}
-    spec = {"nodeName": "gpu1", "containers": [container], "terminationGracePeriodSeconds": 0}
+    spec = {"nodeName": "gpu1", "containers": [container], "terminationGracePeriodSeconds": grace}
     about = {"name": name, "namespace": "default", **metadata}
     applied(folder, {"apiVersion": "v1", "kind": "Pod", "metadata": about, "spec": spec})
 
@@ -139,6 +140,20 @@ def test_a_pod_without_a_controller_keeps_its_node_cordoned(node: Path) -> None:
     assert kubernetes(node) == (True, "firmware")
     assert pods(node) == ["pod/bare"]
     subprocess.run([*kubectl(node), "delete", "pod", "bare"], check=True)
+
+
+def test_a_node_whose_machine_failed_can_be_removed(node: Path, tmp_path: Path) -> None:
+    """Its pod does not end, since no kubelet runs; the options are those of remove-k3s-node.yml, with shorter times."""
+    pod(node, "stuck", grace=1, **OWNER)
+    tasks = yaml.safe_load((ROOT / "playbooks/remove-k3s-node.yml").read_text())[0]["tasks"]
+    (task,) = (task for task in tasks if task["name"] == "Drain the nodes")
+    task["vars"]["_options"] = [
+        option.replace("delete-timeout=60", "delete-timeout=1") for option in task["vars"]["_options"]
+    ]
+    done = play(tmp_path, [task], {"_kubectl": kubectl(node), "remove_gone": ["gpu1"], "evict_minutes": 0.5})
+    assert done.returncode == 0, done.stdout + done.stderr
+    subprocess.run([*kubectl(node), "delete", "pod", "stuck", "--force", "--grace-period=0"], check=True)
+    subprocess.run([*kubectl(node), "uncordon", "gpu1"], check=True)
 
 
 def test_a_node_is_lent_back_and_forth_and_never_serves_both(node: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -115,3 +116,9 @@ def test_pods_use_the_interface_of_the_cluster_s_address(configured: Any, addres
 def test_every_cluster_keeps_snapshots_where_the_backup_takes_them(configured: Any) -> None:
     config = configured("k3s1", [], k3s_servers=["k3s1"])
     assert config["etcd-snapshot-dir"] == "/var/lib/rancher/k3s-backup/snapshots"
+
+
+def test_a_start_that_waits_for_a_server_ends() -> None:
+    """An agent retries forever, and its unit is of type notify: `systemctl start` would never return."""
+    text = (ROOT / "roles/k3s/templates/k3s.service.j2").read_text()
+    assert re.search(r"^TimeoutStartSec=[1-9]", text, re.MULTILINE)
