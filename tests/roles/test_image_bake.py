@@ -73,6 +73,35 @@ def play(tasks: str, variables: dict[str, Any], folder: Path) -> subprocess.Comp
     )
 
 
+SOURCES = [
+    "deb http://mirror.example.org/debian bookworm main",
+    "deb http://mirror.example.org/security bookworm-security main",
+]
+
+
+@pytest.mark.parametrize("sources", [[], SOURCES])
+def test_a_root_comes_from_debian_or_from_the_sources_of_a_closed_network(sources: list[str], tmp_path: Path) -> None:
+    """The role's command, with stand-ins for mmdebstrap and docker."""
+    (block,) = (
+        t
+        for t in yaml.safe_load((ROOT / "roles/image_bake/tasks/base.yml").read_text())
+        if t["name"] == "Build the Debian root"
+    )
+    (command,) = (t["ansible.builtin.shell"]["cmd"] for t in block["block"] if "ansible.builtin.shell" in t)
+    cluster = Cluster(ROOT / "inventories/lab")
+    role, play, hosts = next(use for use in cluster.uses("playbooks/images.yml") if use[0].get_name() == "image_bake")
+    base = {"release": "bookworm", "packages": ["python3"]} | ({"sources": sources} if sources else {})
+    variables = cluster.variables(hosts[0], play, role) | {"image_bake_base": base}
+    script = Templar(cluster.loader, variables=variables).template(trusted(command))
+    for name in ("mmdebstrap", "docker"):
+        (tmp_path / name).write_text(f'#!/bin/sh\nfor word; do echo "$word" >>{tmp_path}/{name}.log; done\n')
+        (tmp_path / name).chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    subprocess.run(["bash", "-c", script], env=environment, check=True)
+    words = (tmp_path / "mmdebstrap.log").read_text().splitlines()
+    assert words[words.index("bookworm") + 1 :] == ["-", *sources]
+
+
 @pytest.mark.parametrize(("accelerator", "refused"), [("cpu", True), ("cuda", False)])
 def test_images_without_cuda_hold_no_kernels(accelerator: str, refused: bool, tmp_path: Path) -> None:
     variables = {
