@@ -118,6 +118,17 @@ def test_every_cluster_keeps_snapshots_where_the_backup_takes_them(configured: A
     assert config["etcd-snapshot-dir"] == "/var/lib/rancher/k3s-backup/snapshots"
 
 
+@pytest.mark.parametrize(("host", "deployed"), [("k3s1", True), ("k3s2", True), ("kgpu1", False)])
+def test_every_server_has_the_device_plug_in(host: str, deployed: bool) -> None:
+    """A server applies its own file when it starts, so the one that was first before must not keep an older one."""
+    tasks = yaml.safe_load((ROOT / "roles/k3s/tasks/configure.yml").read_text())
+    (when,) = (task["when"] for task in tasks if task["name"] == "Deploy NVIDIA's device plug-in")
+    cluster = Cluster(ROOT / "inventories/example")
+    role, play, _ = next(use for use in cluster.uses("site.yml") if use[0].get_name() == "k3s" and host in use[2])
+    templar = Templar(cluster.loader, variables=cluster.variables(host, play, role))
+    assert templar.template(trusted(f"{{{{ {when} }}}}")) == deployed
+
+
 def test_a_start_that_waits_for_a_server_ends() -> None:
     """An agent retries forever, and its unit is of type notify: `systemctl start` would never return."""
     text = (ROOT / "roles/k3s/templates/k3s.service.j2").read_text()
