@@ -53,7 +53,8 @@ def of_node(node: Any) -> tuple[str, dict[str, str]]:
     """Returns the target of the role node."""
     address = next(each["address"] for each in node["status"]["addresses"] if each["type"] == "InternalIP")
     address = f"[{address}]" if ":" in address else address
-    return f"{address}:10250", meta("node", name=node["metadata"]["name"])
+    name = node["metadata"]["name"]
+    return f"{address}:10250", {**meta("node", name=name), "instance": name}
 
 
 def of_pod(each: Any) -> list[tuple[str, dict[str, str]]]:
