@@ -140,3 +140,19 @@ def test_no_cluster_is_started_while_a_server_that_may_have_one_cannot_be_reache
     status, text = first_server(tmp_path, have, {"name": "b", "ansible_connection": "local"}, away)
     assert ("has no cluster, and c cannot be reached" in text) == (not have), text
     assert (status != 0) == (not have), text
+
+
+@pytest.mark.parametrize(
+    ("wanted", "allowed"), [("v1.34.1+k3s1", True), ("v1.34.2+k3s1", True), ("v1.35.1+k3s1", False)]
+)
+def test_an_agent_is_never_newer_than_its_servers(tmp_path: Path, wanted: str, allowed: bool) -> None:
+    """Which `--limit` could do."""
+    tasks = yaml.safe_load((ROOT / "roles/k3s/tasks/install.yml").read_text())
+    read, validate = tasks[:2]
+    read |= {"ansible.builtin.command": "echo 'k3s version v1.34.2+k3s1 (3dc2ae61)'"}
+    variables = {"_k3s_is_server": False, "_k3s_others": ["localhost"], "k3s_version": wanted}
+    done = play(tmp_path, [read, validate], variables)
+    assert (done.returncode == 0) == allowed, done.stdout
+    assert (
+        "the server localhost has v1.34.2+k3s1: upgrade the servers first" in " ".join(done.stdout.split())
+    ) != allowed
