@@ -40,5 +40,5 @@ def test_a_server_gets_certificates_and_credentials_from_the_restored_one(tmp_pa
 
 
 def test_agents_are_restarted_last() -> None:
-    (name, last) = list(PLAYS.items())[-1]
+    name, last = list(PLAYS.items())[-1]
     assert (name, last["hosts"]) == ("Restart the agents", "k3s_agent")
