@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from ansible.template import Templar
 from cluster import ROOT, Cluster, trusted
 from programs import loaded
 
+SERVICE = ROOT / "roles/nvidia_driver/tasks/service.yml"
 HARDWARE = loaded(ROOT / "playbooks/plugins/filter/node_hardware.py")
 
 
@@ -137,6 +139,50 @@ def test_the_fabric_manager_runs_where_switches_are(
     pci = {"nvswitches": switches, "nvlink5": nvlink5}
     role = example("nvidia_driver", "gpu1", nvidia_driver_fabric_manager=policy, _nvidia_driver_pci=pci)
     assert role.template(trusted("{{ _nvidia_driver_with_fabric }}")) is runs
+
+
+UBUNTU = "/usr/bin/nvidia-persistenced --user nvidia-persistenced"
+
+
+@pytest.mark.parametrize(
+    ("unit", "command"),
+    [
+        (
+            f"Type=forking\nExecStart={UBUNTU} --no-persistence-mode --verbose\nExecStopPost=/bin/rm -rf x\n",
+            f"ExecStart={UBUNTU} --persistence-mode --verbose",
+        ),
+        ("Type=forking\nExecStart=/usr/bin/nvidia-persistenced --user nvpd\n", ""),
+    ],
+)
+def test_gpus_keep_their_state_between_processes(example: Any, unit: str, command: str) -> None:
+    content = base64.b64encode(f"[Service]\n{unit}".encode()).decode()
+    role = example("nvidia_driver", "gpu1", _nvidia_driver_unit={"content": content})
+    assert role.template(trusted("{{ _nvidia_driver_persistence }}")) == command
+
+
+@pytest.mark.parametrize(
+    ("source", "distribution", "module", "key"),
+    [
+        ("nvidia", "Debian", "nvidia", "/var/lib/dkms/mok.pub"),
+        ("nvidia", "Ubuntu", "nvidia", "/var/lib/shim-signed/mok/MOK.der"),
+        ("distribution", "Debian", "nvidia-current-open", "/var/lib/dkms/mok.pub"),
+        ("distribution", "Ubuntu", "nvidia", "/var/lib/shim-signed/mok/MOK.der"),
+    ],
+)
+def test_names_of_the_module_and_of_the_key_that_signs_it(
+    example: Any, source: str, distribution: str, module: str, key: str
+) -> None:
+    known = {
+        "nvidia_driver_source": source,
+        "ansible_facts": {"distribution": distribution},
+        "_nvidia_driver_pci": {"kernel_modules": ["open"]},
+    }
+    role = example("nvidia_driver", "gpu1", **known)
+    assert role.template(trusted("{{ _nvidia_driver_module }} {{ _nvidia_driver_mok }}")) == f"{module} {key}"
+    check = next(
+        t for t in yaml.safe_load(SERVICE.read_text()) if t["name"].startswith("Read the version that is built")
+    )
+    assert role.template(trusted(check["ansible.builtin.command"])) == f"modinfo --field=version {module}"
 
 
 def test_docker_keeps_what_others_have_set_and_the_second_run_changes_nothing(example: Any) -> None:

@@ -47,6 +47,7 @@ def test_a_driver_is_installed_loaded_and_described_to_containers(name: str) -> 
     assert version(host, "nvidia-kernel-open-dkms") == f"{DRIVER}-1"
     assert host.file("/sys/module/nvidia/version").content_string.strip() == DRIVER
     assert host.service("nvidia-persistenced").is_running
+    assert "--persistence-mode" in host.check_output("systemctl show --property=ExecStart nvidia-persistenced")
     assert host.file("/dev/nvidia-uvm").exists
     assert f"driver: {DRIVER}" in host.file("/var/run/cdi/nvidia.yaml").content_string
     assert host.service("nvidia-cdi-refresh.path").is_enabled
