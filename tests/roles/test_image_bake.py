@@ -242,3 +242,19 @@ def test_a_layout_has_no_program_with_rights_of_its_own(tmp_path: Path) -> None:
     modes = {name: (root / name).stat().st_mode & 0o7777 for name in ("su", "wall", "tmp", "plain")}
     assert modes == {"su": 0o755, "wall": 0o755, "tmp": 0o1755, "plain": 0o644}
     assert Path("/etc/passwd").stat().st_mode & 0o777 == 0o644
+
+
+@pytest.mark.parametrize("registry", ["[fd00:10::15]:5000", "192.0.2.15:5000"])
+def test_the_reference_is_that_of_the_registry(registry: str) -> None:
+    (task,) = (
+        task
+        for task in yaml.safe_load((ROOT / "roles/image_bake/tasks/layout.yml").read_text())
+        if task["name"] == "Describe the image"
+    )
+    wanted = f"{registry}/ictx/training@sha256:1"
+    variables = {
+        "image_bake_registry": registry,
+        "_image_bake_inspected": {"RepoDigests": ["192.0.2.15:50001/ictx/training@sha256:1", wanted]},
+    }
+    templar = Templar(Cluster(ROOT / "inventories/lab").loader, variables=variables)
+    assert templar.template(trusted(task["vars"]["_image_bake_reference"])) == wanted
