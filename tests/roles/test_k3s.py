@@ -142,6 +142,13 @@ def test_no_cluster_is_started_while_a_server_that_may_have_one_cannot_be_reache
     assert (status != 0) == (not have), text
 
 
+def test_a_first_server_has_no_other_to_compare_with(tmp_path: Path) -> None:
+    tasks = yaml.safe_load((ROOT / "roles/k3s/tasks/install.yml").read_text())[:2]
+    variables = {"_k3s_is_server": True, "_k3s_others": [], "_k3s_first": "localhost", "k3s_version": "v1.34.2+k3s1"}
+    done = play(tmp_path, tasks, variables)
+    assert done.returncode == 0, done.stdout
+
+
 @pytest.mark.parametrize(
     ("wanted", "allowed"), [("v1.34.1+k3s1", True), ("v1.34.2+k3s1", True), ("v1.35.1+k3s1", False)]
 )
@@ -150,7 +157,7 @@ def test_an_agent_is_never_newer_than_its_servers(tmp_path: Path, wanted: str, a
     tasks = yaml.safe_load((ROOT / "roles/k3s/tasks/install.yml").read_text())
     read, validate = tasks[:2]
     read |= {"ansible.builtin.command": "echo 'k3s version v1.34.2+k3s1 (3dc2ae61)'"}
-    variables = {"_k3s_is_server": False, "_k3s_others": ["localhost"], "k3s_version": wanted}
+    variables = {"_k3s_is_server": False, "_k3s_others": ["localhost"], "_k3s_first": "x", "k3s_version": wanted}
     done = play(tmp_path, [read, validate], variables)
     assert (done.returncode == 0) == allowed, done.stdout
     assert (
