@@ -115,6 +115,21 @@ def test_a_release_without_checksums_is_refused(tmp_path: Path) -> None:
     assert "k3s_checksums has no checksums of K3s v9.9.9+k3s1" in " ".join((done.stdout + done.stderr).split())
 
 
+def test_a_node_does_not_get_both_roles(tmp_path: Path) -> None:
+    (tmp_path / "server/db").mkdir(parents=True)
+    (tmp_path / "k3s-agent.service").write_text("")
+    own = {"_k3s_data": str(tmp_path), "_k3s_other_unit": f"{tmp_path}/k3s-agent.service"}
+    variables = {
+        "ansible_facts": {"architecture": "x86_64"},
+        "k3s_role": "server",
+        "k3s_servers": ["localhost"],
+    }
+    done = play(tmp_path, [{"include_role": {"name": "k3s", "tasks_from": "preflight"}, "vars": own}], variables)
+    assert done.returncode != 0
+    assert "localhost is to be a server, but has " in (text := " ".join(done.stdout.split()))
+    assert "run playbooks/remove-k3s-node.yml, and add it to the other group" in text
+
+
 def first_server(tmp_path: Path, have: list[str], *others: dict[str, Any]) -> tuple[int, str]:
     """Returns status and output of preflight on the first of three servers, some of which already have a cluster."""
     for name in have:
