@@ -13,8 +13,8 @@ from test_lifecycle import played
 
 pytestmark = [pytest.mark.lab, pytest.mark.full]
 
-NEEDED = 45e9
-"""Bytes for wheels, layers, the image and its copy in the registry."""
+NEEDED = {"training": 25e9, "serving": 35e9}
+"""Bytes for wheels, layers, the image and its copy in the registry, by image."""
 # Triton compiles its launchers with a C compiler at run time.
 PACKAGES = ["gcc", "libc6-dev", "libnuma1", "python3", "python3-dev", "python3-venv"]
 TARGET = 80
@@ -33,8 +33,8 @@ assert AttentionBackendEnum.FLASH_ATTN_MLA.get_path().startswith("ictx."), "the 
 @pytest.mark.parametrize("name", list(IMPORTS))
 def test_an_image_has_its_libraries_and_all_kernels_of_a_target(lab: Lab, name: str, tmp_path: Path) -> None:
     free = shutil.disk_usage(STATE).free
-    if free < NEEDED:
-        pytest.skip(f"needs {NEEDED / 1e9:.0f} GB of free disk space: {free / 1e9:.0f} GB are free")
+    if free < NEEDED[name]:
+        pytest.skip(f"needs {NEEDED[name] / 1e9:.0f} GB of free disk space: {free / 1e9:.0f} GB are free")
     described = tmp_path / "image.json"
     settings = {
         "image_bake_accelerator": "cuda",
@@ -65,4 +65,6 @@ def test_an_image_has_its_libraries_and_all_kernels_of_a_target(lab: Lab, name: 
         size = int(lab.run("svc1", f"docker image inspect --format='{{{{.Size}}}}' {image}").stdout)
         print(f"{name}: {size / 1e9:.1f} GB, torch {version}, CUDA {cuda}, triton {triton}")
     finally:
-        lab.run("svc1", f"docker image rm {image}; docker image prune --force")
+        # The image has several names, and its layers are in the build cache too.
+        every = f"docker image rm --force $(docker image inspect --format='{{{{.Id}}}}' {image})"
+        lab.run("svc1", f"{every}; docker builder prune --force")
