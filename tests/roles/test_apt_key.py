@@ -14,6 +14,7 @@ import pytest
 import yaml
 from ansible.plugins.filter.core import regex_findall
 from cluster import ROOT
+from programs import play
 
 VARS: dict[str, Any] = yaml.safe_load((ROOT / "roles/apt_key/vars/main.yml").read_text())
 M9 = pytest.mark.attack(
@@ -110,3 +111,22 @@ def test_every_repository_that_a_role_adds_has_a_verified_key() -> None:
                 assert "apt_key" in file.read_text() or "debian-" in repository["signed_by"]
         assert "signed_by: http" not in file.read_text()
     assert added >= 4
+
+
+@pytest.mark.parametrize("check", [True, False])
+def test_a_dry_run_on_a_new_machine_reports_its_repositories_as_changes(tmp_path: Path, check: bool) -> None:
+    found = [
+        task
+        for file in sorted(ROOT.glob("roles/*/tasks/*.yml"))
+        for task in yaml.safe_load(file.read_text())
+        if "ansible.builtin.deb822_repository" in task
+    ]
+    assert len(found) >= 4
+    for task in found:
+        # As without python3-debian, which a dry run does not install.
+        failing = {"name": task["name"], "fail": {"msg": "Failed to import python3-debian"}}
+        keys = [key for key in ("register", "changed_when", "failed_when") if key in task]
+        failing |= {key: task[key].replace("ansible_check_mode", str(check)) for key in keys}
+        done = play(tmp_path, [failing], {})
+        assert (done.returncode == 0) == check, f"{task['name']}: {done.stdout}"
+        assert ("changed=1" in done.stdout) == check, task["name"]
