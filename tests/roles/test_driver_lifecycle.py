@@ -67,3 +67,15 @@ def test_modes_that_are_no_longer_declared_are_not_set_at_the_next_boot(
     done = play(tmp_path, [{"debug": {"msg": "modes are set"}, "when": task["when"]}], known)
     assert done.returncode == 0, done.stdout
     assert ("modes are set" in done.stdout) == runs
+
+
+def test_an_exporter_that_no_repository_has_is_reported_with_the_remedy(tmp_path: Path) -> None:
+    tasks = yaml.safe_load((ROOT / "roles/dcgm_exporter/tasks/main.yml").read_text())
+    install = next(task for task in tasks if "block" in task)["block"][0]
+    assert install["block"][0].pop("ansible.builtin.apt")["name"] == "{{ dcgm_exporter_packages }}"
+    install["block"][0]["fail"] = {"msg": "No package matching 'datacenter-gpu-manager-exporter' is available"}
+    done = play(tmp_path, [install], {})
+    reported = " ".join((done.stdout + done.stderr).split())
+    assert done.returncode != 0
+    assert "cannot install the GPU exporter: No package matching" in reported
+    assert "set nvidia_driver_source to nvidia" in reported

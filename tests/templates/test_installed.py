@@ -185,6 +185,11 @@ def test_names_of_the_module_and_of_the_key_that_signs_it(
     assert role.template(trusted(check["ansible.builtin.command"])) == f"modinfo --field=version {module}"
 
 
+def test_the_gpu_exporter_s_messages_are_in_the_journal(example: Any) -> None:
+    text = written(example("dcgm_exporter", "gpu1"), "dcgm_exporter", "unit.conf.j2")
+    assert "\nStandardOutput=journal\nStandardError=journal\n" in text
+
+
 def test_docker_keeps_what_others_have_set_and_the_second_run_changes_nothing(example: Any) -> None:
     before = {"data-root": "/data/docker", "runtimes": {"nvidia": {"path": "x"}}, "log-opts": {"labels": "a"}}
     for text in ("", json.dumps(before)):
