@@ -92,6 +92,7 @@ def test_one_rank_alone_holds_what_it_holds_among_the_others(
         assert ictx(monkeypatch, *arguments, *steps, "--ranks", 2, "--cp", 2, *simulate) == 0
         (row,) = (Row(**content) for content in json.loads(out.read_text()))
         assert row.simulated == bool(simulate) and row.tokens_per_second == pytest.approx(32 / row.step)
+        assert (row.loss is None) == row.simulated
         found[row.simulated] = row
     assert found[True].memory == found[False].memory and found[True].memory["weights"]
     assert "1 of 2 ranks simulated × cpu" in capsys.readouterr().out

@@ -56,6 +56,9 @@ def _rank(rank: int, count: int, port: int, job: Job, out: str) -> None:
             else:
                 row = guarded(case, ranks)
                 row.links, row.cap, row.simulated = links, job.cap, job.simulate
+                if job.simulate:
+                    # The loss is that of copied data, and the others' peaks are copies of this rank's.
+                    row.loss, row.peaks = None, row.peaks[:1]
                 found = [row]
             torch._dynamo.reset()
             if ranks.first:
