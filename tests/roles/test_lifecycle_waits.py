@@ -31,7 +31,12 @@ WAITING: dict[str, dict[str, str]] = {
     "upgrade-k3s": {"k3s_version": "v1.35.2+k3s1"},
 }
 DRAIN = {"nodes": "gpu1", "reason": "test"}
-CHECKS = {"Gathering Facts", "Validate that the groups exist", "Validate the minutes to wait"}
+CHECKS = {
+    "Gathering Facts",
+    "Validate that the groups exist",
+    "Validate the minutes to wait",
+    "Validate the sizes of batches",
+}
 OTHERS: dict[str, dict[str, str]] = {"drain": DRAIN, "remove-k3s-node": {}, "resume": {"nodes": "gpu1"}, "validate": {}}
 
 
@@ -84,6 +89,23 @@ def test_nodes_may_be_drained_without_waiting(tmp_path: Path) -> None:
 def test_no_eviction_waits_without_limit(tmp_path: Path, playbook: str) -> None:
     printed = refused(tmp_path, playbook, k3s_version="v1.35.2+k3s1", evict_minutes=0)
     assert "evict_minutes is 0: set it to a number above 0; nothing was changed" in printed
+
+
+@pytest.mark.parametrize(
+    ("playbook", "name", "size"),
+    [("maintain", "maintain_batch", 0), ("upgrade", "upgrade_batch", "0%"), ("upgrade-k3s", "upgrade_batch", [1, -1])],
+)
+def test_no_batch_has_all_nodes_by_mistake(tmp_path: Path, playbook: str, name: str, size: Any) -> None:
+    printed = refused(tmp_path, playbook, **WAITING[playbook], **{name: size})
+    shown = ", ".join(map(str, size)) if isinstance(size, list) else size
+    assert f"{name} is {shown}: set it to a number of nodes above 0, or to a percentage such as 10%" in printed
+
+
+@pytest.mark.parametrize("size", [2, "10%", [1, "50%"]])
+def test_batches_may_be_numbers_percentages_and_lists(tmp_path: Path, size: Any) -> None:
+    tasks, printed = failed(tmp_path, "maintain", change="nothing", maintain_batch=size)
+    assert tasks > CHECKS - {"Gathering Facts"}
+    assert "give -e change=driver" in printed
 
 
 @pytest.mark.parametrize("playbook", [*WAITING, *OTHERS])
