@@ -10,12 +10,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import _create_work_from_future
+from torch._C._distributed_c10d import HashStore, _create_work_from_future  # type: ignore[attr-defined]
 
 from ictx.parallel import Layout
 from ictx.train.ranks import Ranks
@@ -23,8 +23,12 @@ from ictx.train.ranks import Ranks
 BACKEND = "one_rank"
 
 
-class OneRank(dist.ProcessGroup):
-    """The group that one process sees of `size` ranks. torch 2.13 renames some methods of a process group."""
+# Signatures and names of its methods differ between PyTorch's releases.
+_ProcessGroup: Any = dist.ProcessGroup
+
+
+class OneRank(_ProcessGroup):  # type: ignore[misc]
+    """The group that one process sees of `size` ranks."""
 
     def __init__(self, rank: int, size: int) -> None:
         super().__init__(rank, size)
@@ -77,7 +81,7 @@ class OneRank(dist.ProcessGroup):
 def _done(result: Any) -> dist.Work:
     future: Any = torch.futures.Future()
     future.set_result(result)
-    return _create_work_from_future(future)
+    return cast(dist.Work, _create_work_from_future(future))
 
 
 def _group(prefix_store: Any, rank: int, size: int, timeout: Any) -> OneRank:
@@ -91,7 +95,7 @@ def simulated(layout: Layout, count: int) -> Iterator[Ranks]:
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     if not hasattr(dist.Backend, BACKEND.upper()):
         dist.Backend.register_backend(BACKEND, _group, devices=["cpu", "cuda"])
-    dist.init_process_group(BACKEND, store=dist.HashStore(), rank=0, world_size=count)
+    dist.init_process_group(BACKEND, store=HashStore(), rank=0, world_size=count)
     try:
         layout = layout.of(count)
         yield Ranks(0, count, device, layout.sharding(device.type), layout.context(device.type))
