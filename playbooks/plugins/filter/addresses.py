@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 
@@ -28,6 +28,11 @@ def is_ip(text: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def listen_address(nodes: Iterable[str], hostvars: Mapping[str, Any]) -> str:
+    """Returns the address on which pods of Kubernetes nodes listen: their family is that of the nodes' addresses."""
+    return "::" if any(":" in host_address(node, hostvars) for node in nodes) else "0.0.0.0"
 
 
 def local_url_host(listen: str) -> str:
@@ -61,6 +66,7 @@ class FilterModule:
             "host_address": host_address,
             "in_url": in_url,
             "is_ip": is_ip,
+            "listen_address": listen_address,
             "local_url_host": local_url_host,
             "other_interface": other_interface,
         }
