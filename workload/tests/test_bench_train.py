@@ -25,13 +25,19 @@ def ictx(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
     return main()
 
 
-def test_two_ranks_train_beside_transformers(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "small.yaml").write_text(json.dumps(SMALL))
-    out = tmp_path / "rows.json"
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """The file of a small model; ranks use one thread each."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    arguments = ["--config", tmp_path / "small.yaml", "--seq", 32, "--ranks", 2, "--batch", 2, "--steps", 2]
+    (tmp_path / "small.yaml").write_text(json.dumps(SMALL))
+    return tmp_path / "small.yaml"
+
+
+def test_two_ranks_train_beside_transformers(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, small: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "rows.json"
+    arguments = ["--config", small, "--seq", 32, "--ranks", 2, "--batch", 2, "--steps", 2]
     status = ictx(monkeypatch, "bench", "train", *arguments, "--recompute", "none", "full", "--peer", "--out", out)
     assert status == 0
     rows = [Row(**content) for content in json.loads(out.read_text())]
@@ -51,12 +57,10 @@ def test_two_ranks_train_beside_transformers(
 
 
 def test_two_ranks_share_out_windows_beside_ddp(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, small: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "small.yaml").write_text(json.dumps(SMALL))
     out = tmp_path / "rows.json"
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    arguments = ["bench", "train", "--config", tmp_path / "small.yaml", "--seq", 32, "--ranks", 2, "--out", out]
+    arguments = ["bench", "train", "--config", small, "--seq", 32, "--ranks", 2, "--out", out]
     shared = [*arguments, "--cp", 2, "--steps", 1, "--warm-up", 1]
     assert ictx(monkeypatch, *shared, "--offload", "--profile") == 0
     (split,) = (Row(**content) for content in json.loads(out.read_text()))
@@ -80,12 +84,10 @@ def test_two_ranks_share_out_windows_beside_ddp(
 
 
 def test_one_rank_alone_holds_what_it_holds_among_the_others(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, small: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "small.yaml").write_text(json.dumps(SMALL))
     out = tmp_path / "rows.json"
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    arguments = ["bench", "train", "--config", tmp_path / "small.yaml", "--seq", 32, "--out", out]
+    arguments = ["bench", "train", "--config", small, "--seq", 32, "--out", out]
     steps = ["--steps", 1, "--warm-up", 1]
     found = {}
     for simulate in ([], ["--simulate"]):
